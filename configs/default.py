@@ -1,0 +1,76 @@
+"""The default of every config value; the other files override a few of them.
+
+Durations of the methods are fractions of the run, so changing `epochs` scales everything.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from mpq_jax.methods import METHODS
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the defaults; `arg` as in `finish`."""
+    config = ConfigDict()
+    config.method = "rfquant"
+    config.seed = 0
+    config.epochs = 20
+    config.batch_size = 128  # over all devices
+    config.init_from = ""  # workdir of a finished float run; "": random weights
+
+    config.data = ConfigDict()
+    config.data.name = "digits"  # digits, arrays, tfds
+    config.data.options = ConfigDict()  # arguments of that loader
+    config.data.heldout_fraction = 0.1  # of the training images, for model choice and search
+    config.data.crop_padding = 0  # random crop after padding; 0: off
+    config.data.flip_probability = 0.0
+
+    config.model = ConfigDict()
+    config.model.name = "resnet8"
+    config.model.options = ConfigDict()  # arguments of that model
+
+    config.bits = ConfigDict()
+    config.bits.candidates = (6, 5, 4, 3, 2)
+    config.bits.depthwise_min_bits = 3
+    config.bits.rules = ()  # dicts of mpq_jax.layer_table.Rule, before the others
+
+    for name, family in METHODS.items():
+        config[name] = ConfigDict(dataclasses.asdict(family.options()))
+
+    config.calibration_batches = 4  # for the first activation step sizes
+    config.log_every = 20  # steps
+    config.save_every = 0  # steps; checkpoints are also written after every epoch
+    config.keep_last = 2
+    config.keep_best = 1
+    config.device_count = 0  # 0: all
+
+    config.search = ConfigDict()
+    config.search.budget = "bitops"  # bitops, bytes
+    config.search.levels = (5, 4, 3)  # budgets: the cost of these uniform bits ...
+    config.search.budgets = ()  # ... and these numbers, in bit operations per image or bytes
+    config.search.metric = "error"  # error (as published), loss
+    config.search.batch_size = 256  # held-out images per move
+    config.search.start_bits = 5
+    config.search.patience = 8
+    config.search.recalibration_images = 7168
+    return finish(config, arg)
+
+
+def finish(config: ConfigDict, arg: str) -> ConfigDict:
+    """Applies what stands behind the colon of `--config=FILE:arg`.
+
+    Args:
+        config: the config.
+        arg: "" as it is; "float" trains the float model it starts from; "smoke" is a run of
+            seconds that only shows that everything works.
+    """
+    if arg == "float":
+        config.method = "plain"
+    elif arg == "smoke":
+        config.epochs = 1
+        config.search.levels = config.search.levels[:1]
+        config.search.recalibration_images = config.batch_size
+    elif arg:
+        raise ValueError(f'the config argument is {arg!r}; wanted "", "float" or "smoke"')
+    return config

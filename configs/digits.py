@@ -1,0 +1,34 @@
+"""RFQuant on scikit-learn's digits: 1,797 real 8x8 images, no download; the demo.
+
+    python train.py --config=configs/digits.py:float --workdir=runs/digits/float
+    python train.py --config=configs/digits.py --workdir=runs/digits/supernet \
+        --config.init_from=runs/digits/float
+    python search.py --config=configs/digits.py --workdir=runs/digits/supernet \
+        --config.init_from=runs/digits/float
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.epochs = 60
+    config.batch_size = 64
+    config.data.name = "digits"
+    config.data.heldout_fraction = 0.2
+    config.data.crop_padding = 1
+
+    config.model.name = "resnet8"
+    config.model.options.width = 16
+
+    config.plain.learning_rate = 0.1
+    config.plain.weight_decay = 5e-4
+
+    config.rfquant.learning_rate = 0.02
+    config.rfquant.step_learning_rate = 1e-3  # a short run: steps must move within 1,000 updates
+    config.rfquant.ema_decay = 0.99
+
+    config.search.levels = (5, 4, 3)
+    config.search.batch_size = 128
+    config.search.recalibration_images = 1152
+    return default.finish(config, arg)

@@ -1,0 +1,370 @@
+"""Lists the layers of a Linen model that can be quantised, and the bits that rules allow them."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq_jax import linen
+from mpq_jax.bits import BitConfig
+
+DEFAULT_CANDIDATES = (6, 5, 4, 3, 2)  # the published search space (w2-6 a2-6)
+KINDS = ("conv", "depthwise", "dense")
+POSITIONS = ("first", "last")
+
+
+class Rule(NamedTuple):
+    """Says something about the layers that it matches; for each attribute the first rule wins.
+
+    Attributes:
+        pattern: regular expression, searched in the layer's path ("" matches every layer).
+        kind: only layers of this kind: "conv", "depthwise" or "dense".
+        position: only the "first" or "last", in call order, of the layers that match otherwise.
+        weights: allowed bits of the kernel: a tuple of candidates, or one number to fix it.
+        acts: allowed bits of the layer's input, likewise.
+        float_acts: the input is not quantised; `acts` then only says what it is billed at.
+        signed: whether the input's codes are signed; None leaves it to calibration.
+    """
+
+    pattern: str = ""
+    kind: str | None = None
+    position: str | None = None
+    weights: int | tuple[int, ...] | None = None
+    acts: int | tuple[int, ...] | None = None
+    float_acts: bool | None = None
+    signed: bool | None = None
+
+
+FIRST_LAST_8BIT = (
+    Rule(kind="conv", position="first", weights=8, acts=8, float_acts=True),
+    Rule(kind="dense", position="last", weights=8, acts=8),
+)
+
+
+def bit_rules(
+    candidates: Sequence[int] = DEFAULT_CANDIDATES,
+    *,
+    depthwise_min_bits: int | None = None,
+    first: Sequence[Rule] = (),
+) -> tuple[Rule, ...]:
+    """Returns rules for `trace_layers`: one set of candidates, first and last layer at 8 bits.
+
+    Args:
+        candidates: bits of the weights and of the inputs of every other layer.
+        depthwise_min_bits: drops the candidates below it for depthwise convolutions (RFQuant
+            drops 2 bits, that is, takes 3); None treats them like any convolution.
+        first: rules that come before all of these.
+    """
+    chosen = tuple(candidates)
+    depthwise = tuple(bits for bits in chosen if bits >= (depthwise_min_bits or 0))
+    if not depthwise:
+        raise ValueError(
+            f"depthwise_min_bits is {depthwise_min_bits}, which leaves none of the candidates "
+            f"{chosen}; lower it or add a candidate"
+        )
+    return (
+        *first,
+        *FIRST_LAST_8BIT,
+        Rule(kind="depthwise", weights=depthwise, acts=depthwise),
+        Rule(weights=chosen, acts=chosen),
+    )
+
+
+class Layer(NamedTuple):
+    """One quantisable layer.
+
+    Attributes:
+        name: path of the module, `stage1/block0/conv1`.
+        kind: "conv", "depthwise" or "dense".
+        kernel_shape: shape of the kernel as Flax keeps it, output channels last.
+        macs: multiply-accumulates per image.
+        params: number of weights in the kernel.
+        norm: path of the BatchNorm that reads this layer's output, or None.
+        weight_candidates, act_candidates: allowed bits, descending; one entry: fixed.
+        float_acts: the input stays float and is only billed at its bits.
+        signed: whether the input's codes are signed; None: to be found by calibration.
+    """
+
+    name: str
+    kind: str
+    kernel_shape: tuple[int, ...]
+    macs: int
+    params: int
+    norm: str | None
+    weight_candidates: tuple[int, ...]
+    act_candidates: tuple[int, ...]
+    float_acts: bool
+    signed: bool | None
+
+    @property
+    def searchable(self) -> bool:
+        """Whether there is anything to choose."""
+        return len(self.weight_candidates) > 1 or len(self.act_candidates) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTable:
+    """The quantisable layers of a model in call order; hashable, so it can be a static argument.
+
+    Attributes:
+        layers: the layers.
+        norm_banks: keep the norm after each layer with a choice once per pair of (weight bits,
+            activation bits); without, all precisions share one norm (an ablation).
+    """
+
+    layers: tuple[Layer, ...]
+    norm_banks: bool = True
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Path of every layer."""
+        return tuple(layer.name for layer in self.layers)
+
+    @functools.cached_property
+    def candidates(self) -> tuple[int, ...]:
+        """All bits that some layer may take, descending: the choices of the mask's last axis."""
+        return _union(self.layers)
+
+    @functools.cached_property
+    def bank_bits(self) -> tuple[int, ...]:
+        """Bits of the layers with a choice, descending: the row axes of BatchNorm banks."""
+        return _union(layer for layer in self.layers if layer.searchable)
+
+    @functools.cached_property
+    def mask(self) -> np.ndarray:
+        """What the rules allow: bool [layers, 2 (weights, activations), choices]."""
+        return np.array(
+            [
+                [
+                    [bits in allowed for bits in self.candidates]
+                    for allowed in (layer.weight_candidates, layer.act_candidates)
+                ]
+                for layer in self.layers
+            ]
+        )
+
+    @property
+    def searchable(self) -> np.ndarray:
+        """Which layers have a choice: bool [layers]."""
+        return np.array([layer.searchable for layer in self.layers])
+
+    @property
+    def bank_norms(self) -> dict[str, int]:
+        """Norms kept once per precision: path of the norm -> index of the layer before it."""
+        return self.chosen_norms if self.norm_banks else {}
+
+    @functools.cached_property
+    def chosen_norms(self) -> dict[str, int]:
+        """Norms after layers with a choice: path of the norm -> index of the layer before it."""
+        return {
+            layer.norm: index
+            for index, layer in enumerate(self.layers)
+            if layer.norm is not None and layer.searchable
+        }
+
+    def with_norm_banks(self, norm_banks: bool) -> "LayerTable":
+        """Returns the same layers with or without norms per precision."""
+        return dataclasses.replace(self, norm_banks=norm_banks)
+
+    def uniform(self, weights: int, acts: int) -> BitConfig:
+        """Returns the configuration with the same bits everywhere; fixed layers keep their own.
+
+        A layer whose candidates lack the wanted bits (a depthwise rule) takes its next higher
+        candidate, or else its largest.
+
+        Raises:
+            ValueError: no layer has these bits among its candidates.
+        """
+        for wanted, kind in ((weights, "weights"), (acts, "acts")):
+            if self.bank_bits and wanted not in self.bank_bits:
+                raise ValueError(f"{kind} is {wanted}; the candidates are {self.bank_bits}")
+        return BitConfig(
+            jnp.array(
+                [_nearest(layer.weight_candidates, weights) for layer in self.layers], jnp.int32
+            ),
+            jnp.array([_nearest(layer.act_candidates, acts) for layer in self.layers], jnp.int32),
+        )
+
+    def check(self, bits: BitConfig) -> None:
+        """Raises ValueError, naming layers, where one configuration is not allowed by the table."""
+        for kind, given in (("weights", bits.weights), ("acts", bits.acts)):
+            values = np.asarray(given)
+            if values.shape != (len(self),):
+                raise ValueError(
+                    f"{kind} have shape {values.shape}; wanted one number of bits for each of the "
+                    f"{len(self)} layers of the table"
+                )
+            for layer, value in zip(self.layers, values, strict=True):
+                allowed = layer.weight_candidates if kind == "weights" else layer.act_candidates
+                if value not in allowed:
+                    raise ValueError(f"{kind} of {layer.name!r} are {value}; allowed: {allowed}")
+
+
+def _union(layers: Iterable[Layer]) -> tuple[int, ...]:
+    bits = {b for layer in layers for b in layer.weight_candidates + layer.act_candidates}
+    return tuple(sorted(bits, reverse=True))
+
+
+def _nearest(allowed: tuple[int, ...], wanted: int) -> int:
+    if len(allowed) == 1:
+        return allowed[0]
+    return min((bits for bits in allowed if bits >= wanted), default=max(allowed))
+
+
+def trace_layers(
+    model: nn.Module, input_shape: Sequence[int], *, rules: Sequence[Rule] = FIRST_LAST_8BIT
+) -> LayerTable:
+    """Lists every `nn.Conv` and `nn.Dense` of a model in call order, without computing anything.
+
+    Args:
+        model: any Linen model that takes a batch of inputs as its first argument.
+        input_shape: (height, width, channels) or (features,), or either with a batch in front.
+        rules: which bits each layer may take; a layer of which no rule speaks takes
+            `DEFAULT_CANDIDATES`. See `Rule` and `bit_rules`.
+
+    Returns:
+        The table; every cost, sample and search is made from it alone.
+
+    Raises:
+        ValueError: the model has no such layer, uses one in a way that has no single kernel
+            (`nn.scan`, `nn.vmap`), or a rule is malformed.
+    """
+    calls, norms = _record_calls(model, linen.batch_shape(input_shape))
+    if not calls:
+        raise ValueError(
+            f"{type(model).__name__} calls no nn.Conv and no nn.Dense, so there is nothing to "
+            "quantise; other layer types are not supported"
+        )
+    for rule in rules:
+        _check_rule(rule)
+    found = list(calls.values())
+    return LayerTable(
+        tuple(_apply_rules(call, found, norms.get(call.name), rules) for call in found)
+    )
+
+
+class _Call(NamedTuple):
+    name: str
+    kind: str
+    kernel_shape: tuple[int, ...]
+    macs: int
+
+
+def _record_calls(
+    model: nn.Module, shape: tuple[int, ...]
+) -> tuple[dict[str, _Call], dict[str, str]]:
+    """Returns the layer calls by name, and the norm that reads each layer's output."""
+    calls: dict[str, _Call] = {}
+    norms: dict[str, str] = {}
+    made_by: dict[int, str] = {}  # id of an output -> name of the layer that made it
+    alive: list[Any] = []  # keeps the outputs, so that no id is used twice
+
+    def record(next_call, args, kwargs, context):
+        module = context.module
+        out = next_call(*args, **kwargs)
+        if context.method_name != "__call__":
+            return out
+        name = linen.path_name(module)
+        if isinstance(module, nn.Conv | nn.Dense):
+            call = _describe(module, name, out.shape, batch=shape[0])
+            macs = call.macs + (calls[name].macs if name in calls else 0)
+            calls[name] = call._replace(macs=macs)
+            made_by[id(out)] = name
+            alive.append(out)
+        elif isinstance(module, nn.BatchNorm) and args and id(args[0]) in made_by:
+            norms.setdefault(made_by[id(args[0])], name)
+        return out
+
+    with nn.intercept_methods(record):
+        variables = jax.eval_shape(
+            lambda key: linen.init_variables(model, key, shape), jax.random.key(0)
+        )
+    _check_kernels(calls, variables["params"] if calls else {})
+    return calls, norms
+
+
+def _describe(
+    module: nn.Conv | nn.Dense, name: str, out_shape: tuple[int, ...], *, batch: int
+) -> _Call:
+    kernel_shape = tuple(module.variables["params"]["kernel"].shape)
+    positions = int(np.prod(out_shape[:-1])) // batch
+    kind = "dense" if isinstance(module, nn.Dense) else "conv"
+    if isinstance(module, nn.Conv) and module.feature_group_count > 1 and kernel_shape[-2] == 1:
+        kind = "depthwise"
+    return _Call(name, kind, kernel_shape, positions * int(np.prod(kernel_shape)))
+
+
+def _check_kernels(calls: dict[str, _Call], params: dict) -> None:
+    for call in calls.values():
+        kernel: Any = params
+        for part in (*call.name.split("/"), "kernel"):
+            kernel = kernel.get(part) if isinstance(kernel, dict) else None
+        if kernel is None or tuple(kernel.shape) != call.kernel_shape:
+            held = "no kernel" if kernel is None else f"a kernel of shape {tuple(kernel.shape)}"
+            raise ValueError(
+                f"layer {call.name!r} computes with a kernel of shape {call.kernel_shape}, but the "
+                f"model's parameters hold {held} at its path; layers inside nn.scan, nn.vmap or a "
+                "shared scope are not supported: unroll them"
+            )
+
+
+def _check_rule(rule: Rule) -> None:
+    try:
+        re.compile(rule.pattern)
+    except re.error as error:
+        raise ValueError(
+            f"rule pattern {rule.pattern!r} is no regular expression: {error}"
+        ) from error
+    if rule.kind not in (None, *KINDS) or rule.position not in (None, *POSITIONS):
+        raise ValueError(
+            f"rule has kind {rule.kind!r} and position {rule.position!r}; kinds are {KINDS}, "
+            f"positions {POSITIONS}, or None"
+        )
+    for bits in (rule.weights, rule.acts):
+        if bits is not None:
+            _descending(bits)
+
+
+def _descending(bits: int | Sequence[int]) -> tuple[int, ...]:
+    values = (bits,) if isinstance(bits, int) else tuple(bits)
+    if not values or len(set(values)) != len(values) or not all(1 <= b <= 16 for b in values):
+        raise ValueError(f"bits are {bits!r}; wanted one or more different numbers from 1 to 16")
+    return tuple(sorted(values, reverse=True))
+
+
+def _apply_rules(call: _Call, calls: list[_Call], norm: str | None, rules: Sequence[Rule]) -> Layer:
+    default = Rule(weights=DEFAULT_CANDIDATES, acts=DEFAULT_CANDIDATES, float_acts=False)
+    matching = [rule for rule in rules if _matches(rule, call, calls)] + [default]
+
+    def first_word(attribute: str) -> Any:
+        said = (getattr(rule, attribute) for rule in matching)
+        return next((value for value in said if value is not None), None)
+
+    return Layer(
+        *call,
+        params=int(np.prod(call.kernel_shape)),
+        norm=norm,
+        weight_candidates=_descending(first_word("weights")),
+        act_candidates=_descending(first_word("acts")),
+        float_acts=first_word("float_acts"),
+        signed=first_word("signed"),
+    )
+
+
+def _matches(rule: Rule, call: _Call, calls: list[_Call]) -> bool:
+    def fits(other: _Call) -> bool:
+        return rule.kind in (None, other.kind) and bool(re.search(rule.pattern, other.name))
+
+    if not fits(call) or rule.position is None:
+        return fits(call)
+    fitting = [other for other in calls if fits(other)]
+    return call is fitting[0 if rule.position == "first" else -1]

@@ -1,0 +1,71 @@
+"""How any Linen image model is called: the example input, and the flag of its training mode."""
+
+import inspect
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+TRAIN_FLAGS = ("train", "training", "is_training")
+EVAL_FLAGS = ("deterministic", "use_running_average")
+
+
+def mode_kwargs(model: nn.Module, *, train: bool) -> dict[str, bool]:
+    """Returns the keyword that puts the model into training or evaluation mode.
+
+    The names known are those of `TRAIN_FLAGS` and, inverted, of `EVAL_FLAGS`; a model whose
+    `__call__` takes none of them is called with its input alone.
+    """
+    accepted = inspect.signature(type(model).__call__).parameters
+    train_flags = {name: train for name in TRAIN_FLAGS if name in accepted}
+    eval_flags = {name: not train for name in EVAL_FLAGS if name in accepted}
+    return train_flags | eval_flags
+
+
+def batch_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns `input_shape` with a batch axis.
+
+    Args:
+        input_shape: (height, width, channels) or (features,); or, with the batch in front,
+            (batch, height, width, channels) or (batch, features).
+    """
+    shape = tuple(int(size) for size in input_shape)
+    if len(shape) not in (1, 2, 3, 4) or min(shape) < 1:
+        raise ValueError(
+            f"input_shape is {tuple(input_shape)}; wanted (height, width, channels), (features,), "
+            "or either with a batch size in front, all positive"
+        )
+    return shape if len(shape) in (2, 4) else (1, *shape)
+
+
+def init_variables(model: nn.Module, key: jax.Array, input_shape: Sequence[int]) -> dict:
+    """Returns the model's freshly drawn variables; `input_shape` as in `batch_shape`."""
+    images = jnp.zeros(batch_shape(input_shape), jnp.float32)
+    return dict(
+        model.init({"params": key, "dropout": key}, images, **mode_kwargs(model, train=False))
+    )
+
+
+def path_name(module: nn.Module) -> str:
+    """Returns the module's path as one string, `stage1/block0/conv1`."""
+    return "/".join(module.path)
+
+
+def forward(
+    model: nn.Module,
+    variables: dict,
+    images: jax.Array,
+    *,
+    train: bool,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict]:
+    """Calls the model and returns (logits, its BatchNorm statistics after the call)."""
+    logits, updated = model.apply(
+        variables,
+        images,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        mutable=["batch_stats"],
+        **mode_kwargs(model, train=train),
+    )
+    return logits, dict(updated).get("batch_stats", {})

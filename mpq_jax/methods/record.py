@@ -1,0 +1,77 @@
+"""What a training method is: a record of pure functions that a training loop calls."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+from jaxtyping import Array, Key
+
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import LayerTable
+
+PyTree = Any
+Batch = dict[str, Array]  # "image" [batch, ...] as the data gives it, "label" int32 [batch]
+
+
+class Run(NamedTuple):
+    """How long the method is going to train, and how a batch is made ready.
+
+    Attributes:
+        epochs: passes over the training data.
+        steps_per_epoch: batches of one pass.
+        prepare: `(batch, key) -> float images`, augmentation and normalisation, traceable.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    prepare: Callable[[Batch, Key[Array, ""]], Array]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+
+class Method(NamedTuple):
+    """The functions of one method, made for one model and one run.
+
+    Attributes:
+        init: `(float variables, normalised images) -> state`. The state is a pytree of arrays
+            with a field `step`; it holds all that a resumed run needs.
+        train_step: `(state, batch, key) -> (state, metrics)`, compiled inside; it consumes the
+            state it is given. Metrics are scalars.
+        on_epoch: `(state, epoch) -> (state, events)`, called before the first step of each
+            epoch; `events` are numbers worth logging, empty if nothing happened.
+        eval_bits: names and configurations worth evaluating while training; None: the model
+            has no bits.
+        variables: `state -> variables`, what evaluation, search and export act on: the float
+            model's `{"params", "batch_stats"}`, or `supernet.Variables`.
+        predict: `(variables, bits, normalised images) -> logits` in evaluation mode, traceable.
+    """
+
+    init: Callable[[PyTree, Array], PyTree]
+    train_step: Callable[[PyTree, Batch, Key[Array, ""]], tuple[PyTree, dict[str, Array]]]
+    on_epoch: Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]
+    eval_bits: dict[str, BitConfig | None]
+    variables: Callable[[PyTree], PyTree]
+    predict: Callable[[PyTree, BitConfig | None, Array], Array]
+
+
+class MakeMethod(Protocol):
+    """Builds a method for one model and run."""
+
+    def __call__(self, model: nn.Module, table: LayerTable, options: Any, run: Run) -> Method:
+        """Builds the method; `options` are those of its family."""
+        ...
+
+
+class MethodFamily(NamedTuple):
+    """A method before its model is known.
+
+    Attributes:
+        options: frozen dataclass of all hyperparameters, checked on construction.
+        make: builds the method.
+    """
+
+    options: type
+    make: MakeMethod

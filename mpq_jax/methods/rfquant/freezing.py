@@ -1,0 +1,84 @@
+"""RFQuant's dynamic bit-width scheduler: which layers lose their lowest bits, and when."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from mpq_jax import sensitivity, supernet
+from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods.rfquant.options import Options
+
+
+def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:
+    """Returns the share of layers to freeze at the start of an epoch; None: no event.
+
+    Events lie where `epoch > start` and `epoch + 1` is a multiple of the period, with a longer
+    period late in the run; the ratio follows a cosine from its start to its end value. All
+    periods are at least one epoch, so that short runs work.
+
+    References:
+        RFQuant's published code. At 150 epochs: 54 events, at epochs 7, 9, ..., 107, 119, 134
+        and 149, with ratios from 0.5 to 0.2.
+    """
+    first, last = options.freeze_ratio_start, options.freeze_ratio_end
+    if first == 0 and last == 0:
+        return None
+    start = round(options.freeze_start * epochs)
+    early = max(1, round(options.freeze_period * epochs))
+    late = max(1, round(options.freeze_late_period * epochs))
+    period = early if epoch <= int(options.freeze_late_from * epochs) else late
+    if epoch <= start or (epoch + 1) % period != 0:
+        return None
+    progress = ((epoch - start) // early) / max(1, epochs // early)
+    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * progress))
+
+
+def instabilities(
+    table: LayerTable,
+    learned: supernet.Learned,
+    mask: Bool[Array, "layers 2 choices"],
+    *,
+    options: Options,
+) -> Float[Array, " freezable"]:
+    """Returns the instability of every layer that can be frozen, in the table's order."""
+    rows = freezable(table)
+    common = jnp.asarray(table.mask[rows, 0].all(axis=0))
+    kernels = supernet.kernels(table, learned.params)
+    scored = [common if options.freeze_scores == "common" else mask[row, 0] for row in rows]
+    return jnp.stack(
+        [
+            sensitivity.instability(
+                kernels[row],
+                learned.weight_steps[row],
+                jnp.array(table.candidates, jnp.int32),
+                allowed,
+                proportion=options.freeze_proportion,
+            )
+            for row, allowed in zip(rows, scored, strict=True)
+        ]
+    )
+
+
+def freezable(table: LayerTable) -> list[int]:
+    """Returns the indices of the layers with a choice of weight bits."""
+    return [i for i, layer in enumerate(table.layers) if len(layer.weight_candidates) > 1]
+
+
+def freeze(
+    table: LayerTable, scores: Float[Array, " freezable"], count: Array, *, options: Options
+) -> Bool[Array, "layers 2 choices"]:
+    """Returns the mask in which the `count` most unstable layers lack their lowest bits.
+
+    All other layers get back what the rules allow, so that at most one candidate is missing.
+    Layers that score alike are taken in the table's order.
+    """
+    full = table.mask
+    rank = jnp.argsort(jnp.argsort(-scores, stable=True), stable=True)
+    frozen = jnp.zeros(len(table), bool).at[np.array(freezable(table))].set(rank < count)
+    has_choice = full.sum(-1, keepdims=True) > 1
+    lowest = full & has_choice & (np.cumsum(full[..., ::-1], axis=-1)[..., ::-1] == 1)
+    if not options.freeze_acts:
+        lowest[:, 1] = False
+    return jnp.asarray(full) & ~(jnp.asarray(lowest) & frozen[:, None, None])

@@ -1,0 +1,380 @@
+"""RFQuant's training: one step over the max subnet and random subnets, as a `Method`."""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mpq_jax import bits as bit_configs
+from mpq_jax import losses, optim, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.rfquant import freezing, terms
+from mpq_jax.methods.rfquant.options import Options
+
+PyTree = Any
+SMALLEST_STEP = 1e-6  # of a trained step size: keeps it positive whatever the learning rate
+
+
+class TrainState(NamedTuple):
+    """Everything an RFQuant run needs to go on.
+
+    Attributes:
+        step: optimiser steps done.
+        variables: the supernet.
+        average: its exponential moving average; the supernet itself where that is switched off.
+        opt_state: of all optimisers.
+        mask: bool [layers, 2, choices], the bits that are not frozen.
+    """
+
+    step: Int[Array, ""]
+    variables: supernet.Variables
+    average: supernet.Variables | None
+    opt_state: PyTree
+    mask: Bool[Array, "layers 2 choices"]
+
+
+class Plan(NamedTuple):
+    """What one step is going to do; constant during the step."""
+
+    images: Float[Array, "batch ..."]
+    labels: Int[Array, " batch"]
+    dropout_key: Key[Array, ""]
+    max_bits: BitConfig
+    configs: BitConfig  # with a leading axis of random subnets
+    lowest: Int[Array, " layers"]  # weight bits
+    qe_weight: Float[Array, ""]
+    two_bit_weights: Float[Array, " layers"]
+
+
+class Teacher(NamedTuple):
+    """What the max subnet hands to the random subnets."""
+
+    logits: Float[Array, "batch classes"]
+    features: dict[str, Array]
+
+
+class Carry(NamedTuple):
+    """What is handed from subnet to subnet within a step."""
+
+    gradient: supernet.Learned
+    batch_stats: PyTree
+
+
+class Pieces(NamedTuple):
+    """The step in four functions, compiled one by one or together."""
+
+    plan: Any
+    max_subnet: Any
+    random_subnet: Any
+    finish: Any
+
+
+def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
+    """Builds RFQuant for a model, its layer table and the length of a run."""
+    if not any(layer.searchable for layer in table.layers):
+        raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
+    table = table.with_norm_banks(options.norm_banks)
+    optimizer = make_optimizer(table, options, run)
+    pieces = Pieces(
+        functools.partial(_plan, table, options, run),
+        functools.partial(_max_subnet, model, table, options),
+        functools.partial(_random_subnet, model, table, options),
+        functools.partial(_finish, table, options, optimizer),
+    )
+
+    def init(variables: PyTree, images: Float[Array, "batch ..."]) -> TrainState:
+        made = supernet.init(model, table, variables, images)
+        average = jax.tree.map(jnp.array, made) if options.ema_decay > 0 else None
+        opt_state = optimizer.init(made.learned)
+        return TrainState(
+            jnp.zeros((), jnp.int32), made, average, opt_state, jnp.asarray(table.mask)
+        )
+
+    @jax.jit
+    def freeze_most_unstable(learned, mask, count):
+        scores = freezing.instabilities(table, learned, mask, options=options)
+        return freezing.freeze(table, scores, count, options=options)
+
+    def on_epoch(state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
+        ratio = freezing.freeze_ratio(epoch, epochs=run.epochs, options=options)
+        if ratio is None:
+            return state, {}
+        count = int(len(freezing.freezable(table)) * ratio)
+        mask = freeze_most_unstable(state.variables.learned, state.mask, jnp.int32(count))
+        return state._replace(mask=mask), {"frozen_layers": count, "freeze_ratio": ratio}
+
+    def predict(variables: supernet.Variables, bits: BitConfig, images):
+        selected = supernet.select(table, variables, bits)
+        return supernet.apply(model, table, selected, images, train=False).logits
+
+    return Method(
+        init=jax.jit(init),
+        train_step=_compiled_step(pieces, options),
+        on_epoch=on_epoch,
+        eval_bits=_eval_bits(table),
+        variables=lambda state: state.variables if state.average is None else state.average,
+        predict=predict,
+    )
+
+
+def _eval_bits(table: LayerTable) -> dict[str, BitConfig | None]:
+    """Names the uniform configurations of the highest, the middle and the lowest bits."""
+    choices = table.bank_bits
+    levels = sorted({choices[0], choices[len(choices) // 2], choices[-1]}, reverse=True)
+    return {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in levels}
+
+
+def _compiled_step(pieces: Pieces, options: Options):
+    loop = options.subnet_loop
+    if loop == "auto":
+        loop = "calls" if jax.default_backend() == "cpu" else "scan"
+    if loop == "calls":
+        compiled = Pieces(
+            jax.jit(pieces.plan),
+            jax.jit(pieces.max_subnet),
+            jax.jit(pieces.random_subnet, donate_argnums=0),
+            jax.jit(pieces.finish, donate_argnums=0),
+        )
+        return functools.partial(_step, compiled, _one_by_one)
+    run_subnets = _scanned if loop == "scan" else _one_by_one
+    # The name shows in the count of compilations.
+    step = functools.wraps(_step)(functools.partial(_step, pieces, run_subnets))
+    return jax.jit(step, donate_argnums=0)
+
+
+def _step(pieces: Pieces, run_subnets, state: TrainState, batch: Batch, key: Key[Array, ""]):
+    plan = pieces.plan(state, batch, key)
+    carry, teacher, metrics = pieces.max_subnet(state.variables, plan)
+    carry, metrics = run_subnets(
+        pieces.random_subnet, carry, state.variables, plan, teacher, metrics
+    )
+    return pieces.finish(state, carry, plan, metrics)
+
+
+def _one_by_one(random_subnet, carry, variables, plan, teacher, metrics):
+    for index in range(plan.configs.weights.shape[0]):
+        carry, terms_of_one = random_subnet(
+            carry, variables, plan, teacher, jnp.asarray(index, jnp.int32)
+        )
+        metrics = _added(metrics, terms_of_one)
+    return carry, metrics
+
+
+def _scanned(random_subnet, carry, variables, plan, teacher, metrics):
+    def body(carry, index):
+        return random_subnet(carry, variables, plan, teacher, index)
+
+    indices = jnp.arange(plan.configs.weights.shape[0], dtype=jnp.int32)
+    carry, stacked = jax.lax.scan(body, carry, indices)
+    return carry, _added(metrics, {name: jnp.sum(values) for name, values in stacked.items()})
+
+
+def _added(metrics: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
+    return metrics | {name: metrics.get(name, 0.0) + value for name, value in more.items()}
+
+
+def _plan(table: LayerTable, options: Options, run: Run, state: TrainState, batch: Batch, key):
+    image_key, bits_key, dropout_key = jax.random.split(key, 3)
+    draw = functools.partial(bit_configs.sample, candidates=table.candidates, mask=state.mask)
+    keys = jax.random.split(bits_key, options.random_subnets)
+    configs = jax.vmap(lambda k: draw(k))(keys)
+    two_bit = jnp.sum((configs.weights == terms.TWO_BITS).astype(jnp.float32), axis=0)
+    return Plan(
+        images=run.prepare(batch, image_key),
+        labels=batch["label"],
+        dropout_key=dropout_key,
+        max_bits=bit_configs.largest(table.candidates, state.mask),
+        configs=configs,
+        lowest=jnp.asarray(bit_configs.smallest(table.candidates, state.mask).weights),
+        qe_weight=quantisation_error_weight(state.step, options=options, steps=run.steps),
+        two_bit_weights=(
+            1 / jnp.maximum(two_bit, 1) if options.two_bit_count == "once" else jnp.ones(len(table))
+        ),
+    )
+
+
+def quantisation_error_weight(step: Array, *, options: Options, steps: int) -> Float[Array, ""]:
+    """Returns the weight of the quantisation-error loss: 0, then a cosine up to `qe_weight`."""
+    start = options.qe_start * steps
+    progress = jnp.clip((step - start) / max(steps - start, 1.0), 0.0, 1.0)
+    return options.qe_weight * 0.5 * (1 - jnp.cos(jnp.pi * progress))
+
+
+def _forward(model, table, options: Options, learned, batch_stats, signed, bits, plan: Plan):
+    """Returns the logits, the banks of statistics after the call, and the captured features."""
+    variables = supernet.Variables(learned, batch_stats, signed)
+    scale = options.scale_step_gradient
+    selected = supernet.select(table, variables, bits, scale_step_gradient=scale)
+    out = supernet.apply(
+        model,
+        table,
+        selected,
+        plan.images,
+        train=True,
+        scale_step_gradient=scale,
+        dropout_key=plan.dropout_key,
+    )
+    stats = supernet.scatter_batch_stats(table, batch_stats, bits, out.batch_stats)
+    if options.idm_weight == 0:
+        return out.logits, stats, {}
+    return out.logits, stats, terms.pick_features(table, out.features, options.idm_features)
+
+
+def _max_subnet(model, table, options: Options, variables: supernet.Variables, plan: Plan):
+    def loss_of(learned):
+        logits, stats, features = _forward(
+            model,
+            table,
+            options,
+            learned,
+            variables.batch_stats,
+            variables.signed,
+            plan.max_bits,
+            plan,
+        )
+        loss = losses.cross_entropy(logits, plan.labels, smoothing=options.label_smoothing)
+        return loss, (stats, Teacher(logits, features))
+
+    (loss, (stats, teacher)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+        variables.learned
+    )
+    metrics = {"loss_max": loss, "accuracy_max": losses.accuracy(teacher.logits, plan.labels)}
+    return Carry(gradient, stats), teacher, metrics
+
+
+def _random_subnet(
+    model,
+    table,
+    options: Options,
+    carry: Carry,
+    variables: supernet.Variables,
+    plan: Plan,
+    teacher: Teacher,
+    index: Int[Array, ""],
+):
+    bits = jax.tree.map(lambda leaf: leaf[index], plan.configs)
+    soft = options.soft_label_weight
+
+    def loss_of(learned):
+        logits, stats, features = _forward(
+            model, table, options, learned, carry.batch_stats, variables.signed, bits, plan
+        )
+        hard_loss = losses.cross_entropy(logits, plan.labels, smoothing=options.label_smoothing)
+        parts = {"loss": hard_loss, "accuracy": losses.accuracy(logits, plan.labels)}
+        loss = hard_loss
+        if soft > 0:
+            parts["kl"] = losses.kl_to_teacher(logits, jax.lax.stop_gradient(teacher.logits))
+            loss = (1 - soft) * hard_loss + soft * parts["kl"]
+        if options.idm_weight > 0:
+            parts["idm"] = terms.information_distortion(
+                table, features, teacher.features, bits, plan.lowest
+            )
+            loss += options.idm_weight * parts["idm"]
+        if options.qe_weight > 0:
+            parts["qe"] = terms.quantisation_error(table, learned, bits, plan.lowest)
+            loss += plan.qe_weight * parts["qe"]
+        if options.two_bit_weight > 0:
+            parts["two_bit"] = terms.two_bit_norm(table, learned, bits, plan.two_bit_weights)
+            difference = options.two_bit_decay - options.weight_decay
+            loss += options.two_bit_weight * difference * parts["two_bit"]
+        return loss, (stats, parts)
+
+    gradient, (stats, parts) = jax.grad(loss_of, has_aux=True)(variables.learned)
+    share = 1 / options.random_subnets
+    metrics = {f"{name}_subnets": value * share for name, value in parts.items()}
+    return Carry(jax.tree.map(jnp.add, carry.gradient, gradient), stats), metrics
+
+
+def _finish(table, options: Options, optimizer, state: TrainState, carry: Carry, plan, metrics):
+    gradient = carry.gradient
+    if options.gradient == "mean":
+        gradient = jax.tree.map(lambda leaf: leaf / (options.random_subnets + 1), gradient)
+    every = jax.tree.map(
+        lambda one, rest: jnp.concatenate([one[None], rest]), plan.max_bits, plan.configs
+    )
+    used = supernet.used_rows(table, gradient.params, every)
+    learned = state.variables.learned
+    updates, opt_state = optimizer.update(gradient, state.opt_state, learned, used=used)
+    learned = optax.apply_updates(learned, updates)
+    assert isinstance(learned, supernet.Learned)
+    learned = learned._replace(
+        weight_steps=jnp.maximum(learned.weight_steps, SMALLEST_STEP),
+        act_steps=jnp.maximum(learned.act_steps, SMALLEST_STEP),
+    )
+    variables = state.variables._replace(learned=learned, batch_stats=carry.batch_stats)
+    average = state.average
+    if average is not None:
+        decay = optim.ema_decay(state.step, decay=options.ema_decay, warmup=options.ema_warmup)
+        learned, stats = optax.incremental_update(
+            (variables.learned, variables.batch_stats),
+            (average.learned, average.batch_stats),
+            1 - decay,
+        )
+        average = average._replace(learned=learned, batch_stats=stats)
+    return TrainState(state.step + 1, variables, average, opt_state, state.mask), metrics
+
+
+def make_optimizer(
+    table: LayerTable, options: Options, run: Run
+) -> optax.GradientTransformationExtraArgs:
+    """Returns clip by value, then SGD-Nesterov for parameters and Adam for step sizes.
+
+    Weight decay acts on convolution kernels only. Rows of norms and step sizes that no subnet of
+    the step used stay as they are; `update` takes them as `used` (`supernet.used_rows`).
+    """
+    rate = optim.warmup_cosine(
+        peak=options.learning_rate,
+        end=options.end_learning_rate,
+        start=options.warmup_learning_rate,
+        warmup=options.warmup,
+        steps=run.steps,
+        steps_per_epoch=run.steps_per_epoch,
+        change=options.rate_change,  # pyright: ignore[reportArgumentType]
+    )
+    step_rate = optim.warmup_cosine(
+        peak=options.step_learning_rate,
+        end=0.0,
+        start=0.0,
+        warmup=0.0,
+        steps=run.steps,
+        steps_per_epoch=run.steps_per_epoch,
+        change=options.rate_change,  # pyright: ignore[reportArgumentType]
+    )
+    momentum = optax.trace(options.momentum, nesterov=True)
+    sgd = optax.sgd(rate, options.momentum, nesterov=True)
+    groups = {
+        "conv_kernels": optax.chain(optax.add_decayed_weights(options.weight_decay), sgd),
+        "others": sgd,
+        "norm_rows": optax.chain(
+            optim.skip_unused_rows(momentum), optax.scale_by_learning_rate(rate)
+        ),
+        "steps": optax.chain(
+            optim.skip_unused_rows(optax.scale_by_adam()), optax.scale_by_learning_rate(step_rate)
+        ),
+    }
+    parted = optax.partition(
+        groups, functools.partial(_group, table), mask_compatible_extra_args=True
+    )
+    return optax.chain(optax.clip(options.clip_value), parted) if options.clip_value else parted
+
+
+def _group(table: LayerTable, learned: supernet.Learned) -> supernet.Learned:
+    """Labels every leaf with its optimiser."""
+
+    def of_param(path: tuple[str, ...], leaf) -> str:
+        if "/".join(path[:-1]) in table.bank_norms:
+            return "norm_rows"
+        return "conv_kernels" if path[-1] == "kernel" and leaf.ndim == 4 else "others"
+
+    params = flax.traverse_util.path_aware_map(of_param, learned.params)
+    return supernet.Learned(params, "steps", "steps")
+
+
+FAMILY = MethodFamily(options=Options, make=make)

@@ -1,0 +1,132 @@
+"""RFQuant's additional loss terms, each for one subnet."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mpq_jax import supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import LayerTable
+from mpq_jax.quantizers import lsq
+
+TWO_BITS = 2
+
+
+def quantisation_error(
+    table: LayerTable, learned: supernet.Learned, bits: BitConfig, lowest: Int[Array, " layers"]
+) -> Float[Array, ""]:
+    """Pulls weights to their quantised values, where that helps the lowest bits as well.
+
+    Per layer, the squared distance between the clipped weights and their codes' values, summed
+    over output channels and averaged over the rest. With more bits than the layer's lowest, only
+    weights whose code lies on the lowest bits' grid count. Gradients reach weights only.
+
+    Args:
+        table: the layers.
+        learned: the supernet's parameters and step sizes.
+        bits: the subnet.
+        lowest: int32 [layers], lowest weight bits that each layer may have at present.
+
+    References:
+        `auxiliary_quantized_loss` of RFQuant's code, after oscillation dampening (Nagel et al.,
+        ICML 2022).
+    """
+    weights, steps = _chosen_kernels(table, learned, bits)
+    total = jnp.zeros(())
+    for index, w in weights.items():
+        s, b = steps[index], bits.weights[index]
+        low, high = lsq.code_range(b, signed=True)
+        coarse_low, coarse_high = lsq.code_range(lowest[index], signed=True)
+        code = lsq.codes(jax.lax.stop_gradient(w), s, b, signed=True)
+        ratio = jnp.left_shift(1, b - lowest[index])
+        coarse = (code // ratio).astype(jnp.float32)
+        pulled = (code % ratio == 0) & (coarse >= coarse_low) & (coarse <= coarse_high)
+        distance = jnp.clip(w, s * low, s * high) - code.astype(w.dtype) * s
+        error = jnp.sum(jnp.where(pulled, distance, 0) ** 2)
+        total += error * w.shape[-1] / w.size
+    return total
+
+
+def two_bit_norm(
+    table: LayerTable,
+    learned: supernet.Learned,
+    bits: BitConfig,
+    layer_weights: Float[Array, " layers"],
+) -> Float[Array, ""]:
+    """Returns half the squared norm of the weights inside the 2-bit range of 2-bit layers.
+
+    With a negative coefficient it takes back weight decay there, so that 2-bit weights are not
+    pulled to zero ("fairness" regulariser).
+
+    Args:
+        table: the layers.
+        learned: the supernet's parameters and step sizes.
+        bits: the subnet.
+        layer_weights: float32 [layers], factor of each layer's part.
+    """
+    weights, steps = _chosen_kernels(table, learned, bits)
+    low, high = lsq.code_range(TWO_BITS, signed=True)
+    total = jnp.zeros(())
+    for index, w in weights.items():
+        inside = jnp.clip(w, low * steps[index], high * steps[index])
+        drawn = (bits.weights[index] == TWO_BITS).astype(jnp.float32)
+        total += 0.5 * drawn * layer_weights[index] * jnp.sum(inside**2)
+    return total
+
+
+def information_distortion(
+    table: LayerTable,
+    features: dict[str, Array],
+    reference: dict[str, Array],
+    bits: BitConfig,
+    lowest: Int[Array, " layers"],
+) -> Float[Array, ""]:
+    """Sums the mean squared distance to the max subnet's features over layers at lowest bits.
+
+    Args:
+        table: the layers.
+        features: of the subnet, by norm path, from `pick_features`.
+        reference: of the max subnet; constant.
+        bits: the subnet.
+        lowest: int32 [layers], lowest weight bits that each layer may have at present.
+    """
+    total = jnp.zeros(())
+    for norm, index in table.chosen_norms.items():
+        distance = features[norm] - jax.lax.stop_gradient(reference[norm])
+        gate = (bits.weights[index] == lowest[index]).astype(jnp.float32)
+        total += gate * jnp.mean(distance**2)
+    return total
+
+
+def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> dict[str, Array]:
+    """Returns one feature per norm after a layer with a choice.
+
+    Args:
+        table: the layers.
+        captured: `Output.features` of `supernet.apply`.
+        place: "norm_output"; "post_activation", its ReLU; or "block_output", the output of the
+            module around the norm where the norm is the last one inside it, else its ReLU (what
+            the published code measures, because its in-place operations overwrite the norms'
+            outputs; there the norms of 1x1 shortcuts stay raw).
+    """
+    norms = list(table.chosen_norms)
+    if place == "norm_output":
+        return {norm: captured[norm] for norm in norms}
+    picked = {norm: nn.relu(captured[norm]) for norm in norms}
+    if place == "block_output":
+        last = {norm.rpartition("/")[0]: norm for norm in norms}  # later norms replace earlier
+        picked |= {norm: captured[block] for block, norm in last.items() if block in captured}
+    return picked
+
+
+def _chosen_kernels(
+    table: LayerTable, learned: supernet.Learned, bits: BitConfig
+) -> tuple[dict[int, Array], Any]:
+    """Returns the kernels of layers with a choice by index, and each layer's constant step."""
+    choice = supernet.choice_index(table, jnp.asarray(bits.weights))
+    steps = jax.lax.stop_gradient(learned.weight_steps)[jnp.arange(len(table)), choice]
+    kernels = supernet.kernels(table, learned.params)
+    return {i: w for i, w in enumerate(kernels) if table.layers[i].searchable}, steps

@@ -1,0 +1,21 @@
+"""Plain Flax models; they know nothing of quantisation. `MODELS` lists them."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+
+from mpq_jax.models import resnet, resnet_cifar
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=1),
+    "resnet20": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=3),
+    "resnet18": functools.partial(resnet.ResNet, stage_sizes=(2, 2, 2, 2)),
+}
+
+
+def make_model(name: str, *, num_classes: int, **options) -> nn.Module:
+    """Builds a model by its name; an unknown name is refused with the names that there are."""
+    if name not in MODELS:
+        raise ValueError(f"the model is {name!r}; known models are {sorted(MODELS)}")
+    return MODELS[name](num_classes=num_classes, **options)

@@ -1,0 +1,96 @@
+"""ResNets for small images (CIFAR type): three stages of basic blocks.
+
+References:
+    He et al., Deep Residual Learning for Image Recognition, CVPR 2016,
+    https://arxiv.org/abs/1512.03385, section 4.2.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+NORM = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions around a shortcut.
+
+    Attributes:
+        channels: output channels.
+        stride: of the first convolution.
+        shortcut: "A" (subsampled and padded with zero channels) or "B" (1x1 convolution), used
+            where the shape changes.
+    """
+
+    channels: int
+    stride: int
+    shortcut: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
+        """Applies the block."""
+        conv = functools.partial(
+            nn.Conv, self.channels, use_bias=False, padding=1, kernel_init=KERNEL_INIT
+        )
+        norm = functools.partial(NORM, use_running_average=not train)
+        strides = (self.stride, self.stride)
+        residual = x
+        if self.stride != 1 or x.shape[-1] != self.channels:
+            residual = (
+                _pad_shortcut(x, self.stride, self.channels)
+                if self.shortcut == "A"
+                else _conv_shortcut(x, strides, self.channels, norm)
+            )
+        y = nn.relu(norm(name="norm1")(conv((3, 3), strides, name="conv1")(x)))
+        y = norm(name="norm2")(conv((3, 3), name="conv2")(y))
+        return nn.relu(y + residual)
+
+
+def _pad_shortcut(x: Float[Array, "b h w c"], stride: int, channels: int):
+    missing = channels - x.shape[-1]
+    padding = ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2))
+    return jnp.pad(x[:, ::stride, ::stride], padding)
+
+
+def _conv_shortcut(x: Float[Array, "b h w c"], strides, channels: int, norm):
+    conv = nn.Conv(
+        channels, (1, 1), strides, use_bias=False, kernel_init=KERNEL_INIT, name="shortcut_conv"
+    )
+    return norm(name="shortcut_norm")(conv(x))
+
+
+class ResNetCifar(nn.Module):
+    """ResNet-(6 n + 2) with n blocks in each of three stages (ResNet-8: 1, ResNet-20: 3).
+
+    Attributes:
+        num_classes: size of the output.
+        blocks_per_stage: n.
+        width: channels of the first stage; each further stage doubles them and halves the image.
+        shortcut: "A" (parameter-free, as in the paper's CIFAR networks) or "B" (1x1 convolution).
+    """
+
+    num_classes: int
+    blocks_per_stage: int
+    width: int = 16
+    shortcut: str = "A"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
+        """Returns the logits of a batch of normalised images."""
+        if self.shortcut not in ("A", "B"):
+            raise ValueError(f'shortcut is {self.shortcut!r}; wanted "A" or "B"')
+        stem = nn.Conv(
+            self.width, (3, 3), padding=1, use_bias=False, kernel_init=KERNEL_INIT, name="stem_conv"
+        )
+        x = nn.relu(NORM(use_running_average=not train, name="stem_norm")(stem(x)))
+        for stage in range(3):
+            for index in range(self.blocks_per_stage):
+                stride = 2 if stage > 0 and index == 0 else 1
+                block = Block(
+                    self.width * 2**stage, stride, self.shortcut, name=f"stage{stage}_block{index}"
+                )
+                x = block(x, train)
+        return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))

@@ -1,0 +1,139 @@
+"""LSQ: uniform quantisation with a learned step size, one per tensor.
+
+References:
+    Esser et al., Learned Step Size Quantization, ICLR 2020, https://arxiv.org/abs/1902.08153.
+    Tang et al., Retraining-free Model Quantization via One-Shot Weight-Coupling Learning,
+    CVPR 2024, https://arxiv.org/abs/2401.01543 (the initial step sizes used here).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import ArrayLike as AnyArray  # accepts Python and NumPy numbers as well
+
+from mpq_jax.quantizers.record import Quantizer
+
+MIN_STEP_SIZE = 1e-8  # of an initial step size: keeps x / step_size finite for an all-zero tensor
+
+
+def code_range(
+    bits: Int[AnyArray, "*#shape"], *, signed: bool | Bool[Array, ""]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """Returns the smallest and the largest integer code (-Q_N and Q_P) of a number of bits.
+
+    Args:
+        bits: bits per value, traced or not.
+        signed: codes of two's complement if true, else of natural binary.
+    """
+    bits = jnp.asarray(bits, jnp.int32)
+    levels = jnp.left_shift(1, bits).astype(jnp.float32)
+    low = jnp.where(signed, -levels / 2, 0.0)
+    return low, low + levels - 1
+
+
+@jax.custom_vjp
+def _fake_quant(x, step_size, low, high, grad_scale):
+    return jnp.round(jnp.clip(x / step_size, low, high)) * step_size
+
+
+def _fake_quant_forward(x, step_size, low, high, grad_scale):
+    # Only the inputs are kept for the backward pass: `x` is alive anyway, the rest are scalars.
+    return _fake_quant(x, step_size, low, high, grad_scale), (x, step_size, low, high, grad_scale)
+
+
+def _fake_quant_backward(residuals, gradient):
+    x, step_size, low, high, grad_scale = residuals
+    v = x / step_size
+    inside = (v >= low) & (v <= high)
+    x_gradient = jnp.where(inside, gradient, 0)
+    code = jnp.round(jnp.clip(v, low, high))
+    step_gradient = jnp.sum(gradient * (code - jnp.where(inside, v, 0))) * grad_scale
+    return x_gradient, step_gradient, None, None, None
+
+
+_fake_quant.defvjp(_fake_quant_forward, _fake_quant_backward)
+
+
+def fake_quant(
+    x: Float[Array, "*shape"],
+    step_size: Float[AnyArray, ""],
+    bits: Int[AnyArray, ""],
+    *,
+    signed: bool | Bool[Array, ""],
+    grad_scale: Float[AnyArray, ""] | None = None,
+) -> Float[Array, "*shape"]:
+    """Snaps `x` to the nearest multiple of `step_size` that `bits` bits can name.
+
+    Halves round to the even code. The gradient in `x` passes where `x / step_size` lies in the
+    range of the codes, bounds included, and is zero elsewhere; the gradient in `step_size` is
+    `code - x / step_size` inside the range and the violated bound outside of it (Eq. 3).
+    Reverse-mode differentiation only.
+
+    Args:
+        x: values.
+        step_size: width of one level (s in the paper), positive, in the units of `x`.
+        bits: number of bits, a traced integer: changing it never recompiles.
+        signed: whether the codes are signed; traced or not.
+        grad_scale: factor of the gradient in `step_size`; the paper takes
+            1 / sqrt(x.size * largest code). None leaves the gradient as it is.
+
+    Returns:
+        An array like `x`; it equals `codes(...) * step_size` exactly.
+
+    References:
+        Esser et al., Learned Step Size Quantization, ICLR 2020, Eq. 1-3 and section 2.2.
+    """
+    low, high = code_range(bits, signed=signed)
+    step_size = jnp.asarray(step_size, x.dtype)
+    scale = jnp.asarray(1.0 if grad_scale is None else grad_scale, x.dtype)
+    return _fake_quant(x, step_size, low.astype(x.dtype), high.astype(x.dtype), scale)
+
+
+def codes(
+    x: Float[Array, "*shape"],
+    step_size: Float[AnyArray, ""],
+    bits: Int[AnyArray, ""],
+    *,
+    signed: bool | Bool[Array, ""],
+) -> Int[Array, "*shape"]:
+    """Returns the int32 codes that `fake_quant` multiplies by `step_size`; same arguments."""
+    low, high = code_range(bits, signed=signed)
+    v = x / jnp.asarray(step_size, x.dtype)
+    return jnp.round(jnp.clip(v, low.astype(x.dtype), high.astype(x.dtype))).astype(jnp.int32)
+
+
+def init_weight_step(w: Float[Array, "*shape"], bits: Int[AnyArray, ""]) -> Float[Array, ""]:
+    """Returns the first step size of a weight tensor by the three-sigma rule.
+
+    `max(|mean - 3 sigma|, |mean + 3 sigma|) / 2^(bits - 1)`, sigma being the unbiased standard
+    deviation of the whole tensor. The steps of different bits are nested: each is half the one
+    of a bit less.
+
+    References:
+        The rule of RFQuant's published code (quantiser initialisation of the weights).
+    """
+    mean, sigma = jnp.mean(w), jnp.std(w, ddof=1 if w.size > 1 else 0)
+    reach = jnp.maximum(jnp.abs(mean - 3 * sigma), jnp.abs(mean + 3 * sigma))
+    _, high = code_range(bits, signed=True)
+    return jnp.maximum(reach / (high + 1).astype(w.dtype), MIN_STEP_SIZE)
+
+
+def init_act_step(
+    x: Float[Array, "*shape"], bits: Int[AnyArray, ""], *, signed: bool | Bool[Array, ""]
+) -> Float[Array, ""]:
+    """Returns the first step size of a layer's input, `2 mean(|x|) / sqrt(Q_P)`.
+
+    Args:
+        x: inputs of the layer on calibration images.
+        bits: number of bits.
+        signed: whether the codes are signed; decides Q_P, the largest code.
+
+    References:
+        Esser et al., Learned Step Size Quantization, ICLR 2020, section 2.1.
+    """
+    _, high = code_range(bits, signed=signed)
+    step = 2 * jnp.mean(jnp.abs(x)) / jnp.sqrt(high).astype(x.dtype)
+    return jnp.maximum(step, MIN_STEP_SIZE)
+
+
+QUANTIZER = Quantizer(fake_quant, codes, init_weight_step, init_act_step)

@@ -1,0 +1,77 @@
+"""Re-estimates BatchNorm statistics for one bit configuration from training images."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mpq_jax import linen, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import LayerTable
+from mpq_jax.quantizers import lsq
+from mpq_jax.quantizers.record import Quantizer
+
+PyTree = Any
+
+
+@functools.partial(jax.jit, static_argnames=("model", "table", "quantizer"))
+def recalibrate(
+    model: nn.Module,
+    table: LayerTable,
+    variables: supernet.Variables,
+    bits: BitConfig,
+    images: Float[Array, "batches batch ..."],
+    *,
+    quantizer: Quantizer = lsq.QUANTIZER,
+) -> supernet.Variables:
+    """Returns the supernet with the norm statistics of one configuration estimated anew.
+
+    Every batch is normalised by its own statistics, as in training. Means and variances are
+    merged exactly over the batches (law of total variance), so one large batch's moments are
+    those of all images, however they are spread over devices. Rows of other bits stay as they
+    are, and nothing of the old statistics enters the new ones.
+
+    Args:
+        model: the Linen model.
+        table: its layers.
+        variables: the supernet.
+        bits: the configuration.
+        images: normalised training images (RFQuant takes about 7,000).
+        quantizer: of kernels and inputs.
+    """
+    selected = supernet.select(table, variables, bits, quantizer=quantizer)
+
+    def moments(batch) -> dict[str, Array]:
+        return _norm_moments(model, table, selected, batch, quantizer=quantizer)
+
+    found = jax.lax.map(moments, images)
+    merged = flax.traverse_util.flatten_dict(selected.batch_stats, sep="/")
+    for name in {path.rpartition("/")[0] for path in found}:
+        means, variances = found[f"{name}/mean"], found[f"{name}/var"]
+        merged[f"{name}/mean"] = jnp.mean(means, axis=0)
+        merged[f"{name}/var"] = jnp.mean(variances, axis=0) + jnp.var(means, axis=0)
+    plain = flax.traverse_util.unflatten_dict(merged, sep="/")
+    stats = supernet.scatter_batch_stats(table, variables.batch_stats, bits, plain)
+    return variables._replace(batch_stats=stats)
+
+
+def _norm_moments(model, table, selected, images, *, quantizer) -> dict[str, Array]:
+    """Returns mean and variance of the input of every norm on one batch, by variable path."""
+    moments: dict[str, Array] = {}
+
+    def intercept(next_call, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            name, x = linen.path_name(context.module), args[0].astype(jnp.float32)
+            feature_axis = context.module.axis % x.ndim
+            axes = tuple(axis for axis in range(x.ndim) if axis != feature_axis)
+            moments[f"{name}/mean"] = jnp.mean(x, axes)
+            moments[f"{name}/var"] = jnp.var(x, axes)
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        supernet.apply(model, table, selected, images, train=True, quantizer=quantizer)
+    return moments

@@ -1,0 +1,75 @@
+"""Records of a run: metrics as JSON lines and for TensorBoard, and the count of compilations."""
+
+import collections
+import json
+import pathlib
+from typing import Any
+
+import jax
+import tensorboardX
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class MetricWriter:
+    """Writes scalars to `metrics.jsonl` and TensorBoard files in a directory."""
+
+    def __init__(self, directory: pathlib.Path, *, first_step: int):
+        """Opens the files; entries of `first_step` or later, of an interrupted run, are dropped."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        old = _entries(path)
+        kept = [entry for entry in old if entry["step"] < first_step]
+        if len(kept) < len(old):
+            temporary = path.with_suffix(".partial")
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            temporary.replace(path)
+        self._lines = path.open("a")
+        self._board: Any = tensorboardX.SummaryWriter(
+            str(directory / "tensorboard"), purge_step=first_step
+        )
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes named scalars of a step."""
+        self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._lines.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._lines.close()
+        self._board.close()
+
+
+def _entries(path: pathlib.Path) -> list[dict]:
+    """Reads JSON lines; a last line that was cut off by a kill is left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+class CompileCounter:
+    """Counts compilations, and their seconds, by program name while the context is open."""
+
+    def __init__(self):
+        """Starts with nothing counted."""
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.seconds: collections.Counter[str] = collections.Counter()
+
+    def __enter__(self) -> "CompileCounter":
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *error) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **details) -> None:
+        if event == _COMPILED:
+            name = str(details.get("fun_name", "unnamed")).removeprefix("jit(").removesuffix(")")
+            self.counts[name] += 1
+            self.seconds[name] += seconds  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,118 @@
+"""Plots of a search: accuracy against cost, and the bits of every layer."""
+
+import pathlib
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import LayerTable
+
+matplotlib.use("Agg")  # files only: no display is needed
+
+
+class Row(NamedTuple):
+    """One line of the table of results.
+
+    Attributes:
+        name: what was evaluated.
+        group: "searched", "uniform" or "float".
+        accuracy: top-1 on the test images, 0 to 1.
+        cost: in the unit of the budget; None for the float model.
+    """
+
+    name: str
+    group: str
+    accuracy: float
+    cost: float | None
+
+
+STYLES = {
+    "searched": {"color": "#d1495b", "marker": "o", "label": "searched"},
+    "uniform": {"color": "#2e6f95", "marker": "s", "label": "uniform bits"},
+}
+
+
+def plot_frontier(rows: list[Row], *, cost_label: str, path: pathlib.Path) -> None:
+    """Draws test accuracy against cost for searched and uniform configurations.
+
+    Args:
+        rows: the results; a float row becomes a horizontal line.
+        cost_label: axis label with its unit.
+        path: file to write; the ending decides the format.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for group, style in STYLES.items():
+        points = sorted(
+            (row.cost, row.accuracy * 100, row.name)
+            for row in rows
+            if row.group == group and row.cost is not None
+        )
+        if not points:
+            continue
+        costs, accuracies, names = zip(*points, strict=True)
+        axes.plot(costs, accuracies, linewidth=1.5, markersize=6, **style)
+        for cost, accuracy, name in points:
+            above = 7 if group == "searched" else -13
+            axes.annotate(
+                name,
+                (cost, accuracy),
+                xytext=(0, above),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=style["color"],
+            )
+    for row in rows:
+        if row.group == "float":
+            axes.axhline(row.accuracy * 100, color="#555555", linestyle="--", linewidth=1)
+            axes.annotate(
+                f"float {row.accuracy * 100:.2f} %",
+                (1, row.accuracy * 100),
+                xycoords=("axes fraction", "data"),
+                xytext=(-4, 4),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+            )
+    axes.set_xlabel(cost_label)
+    axes.set_ylabel("test accuracy (%)")
+    axes.margins(0.08, 0.15)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def plot_bits(table: LayerTable, configs: dict[str, BitConfig], *, path: pathlib.Path) -> None:
+    """Draws the weight and activation bits of every layer, one row per configuration.
+
+    Args:
+        table: the layers.
+        configs: configurations by title.
+        path: file to write.
+    """
+    positions = np.arange(len(table))
+    highest = max(table.candidates)
+    size = (max(6.0, 0.38 * len(table) + 1.5), 1.7 * len(configs) + 1.6)
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(len(configs), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, bits) in zip(all_axes, configs.items(), strict=True):
+        axes.bar(positions - 0.2, np.asarray(bits.weights), 0.4, color="#2e6f95", label="weights")
+        acts = axes.bar(
+            positions + 0.2, np.asarray(bits.acts), 0.4, color="#edae49", label="activations"
+        )
+        for layer, bar in zip(table.layers, acts, strict=True):
+            if layer.float_acts:
+                bar.set(fill=False, hatch="///", edgecolor="#edae49")
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_ylim(0, highest + 0.5)
+        axes.set_yticks(sorted(table.candidates))
+        axes.set_ylabel("bits")
+        axes.grid(axis="y", alpha=0.25)
+    all_axes[-1].set_xticks(positions, table.names, rotation=60, ha="right", fontsize=7)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=150)

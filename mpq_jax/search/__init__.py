@@ -1,0 +1,1 @@
+"""Searches bit configurations by inference alone."""

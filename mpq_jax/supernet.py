@@ -1,0 +1,350 @@
+"""A supernet is a pure function around an ordinary Flax model.
+
+    variables --select(bits)--> plain variables + input quantisers --apply--> logits
+
+All bit-widths share one set of kernels. `select` replaces each kernel by its quantised value and
+picks the BatchNorm rows that the bits name; `apply` calls the model, quantising the inputs of its
+layers on the way through `flax.linen.intercept_methods`. The model itself is never changed.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mpq_jax import linen
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import LayerTable
+from mpq_jax.quantizers import lsq
+from mpq_jax.quantizers.record import Quantizer
+
+PyTree = Any
+
+
+class Learned(NamedTuple):
+    """What the optimiser moves.
+
+    Attributes:
+        params: the model's parameters; leaves of a switchable norm have two leading row axes
+            [weight bits, activation bits], in the order of `table.bank_bits`.
+        weight_steps: float32 [layers, choices], step size of each kernel at each candidate.
+        act_steps: float32 [layers, choices], step size of each layer's input.
+    """
+
+    params: PyTree
+    weight_steps: Any
+    act_steps: Any
+
+
+class Variables(NamedTuple):
+    """Everything that a supernet is made of.
+
+    Attributes:
+        learned: parameters and step sizes.
+        batch_stats: the model's BatchNorm statistics, with row axes like the parameters.
+        signed: bool [layers], whether the codes of a layer's input are signed.
+    """
+
+    learned: Learned
+    batch_stats: PyTree
+    signed: Bool[Array, " layers"]
+
+
+class Selected(NamedTuple):
+    """One subnet: plain variables of the model, and how to quantise the input of each layer.
+
+    Attributes:
+        params: parameters as the model expects them, kernels quantised.
+        batch_stats: statistics as the model expects them.
+        act_steps: float32 [layers].
+        act_bits: int32 [layers].
+        signed: bool [layers].
+    """
+
+    params: PyTree
+    batch_stats: PyTree
+    act_steps: Float[Array, " layers"]
+    act_bits: Int[Array, " layers"]
+    signed: Bool[Array, " layers"]
+
+
+class Output(NamedTuple):
+    """What `apply` returns.
+
+    Attributes:
+        logits: float32 [batch, classes].
+        batch_stats: the model's statistics after the call (unchanged in evaluation mode).
+        features: output of the norm after every layer with a choice, and of the module around
+            that norm, by path.
+    """
+
+    logits: Float[Array, "batch classes"]
+    batch_stats: PyTree
+    features: dict[str, Array]
+
+
+def init(
+    model: nn.Module,
+    table: LayerTable,
+    variables: PyTree,
+    images: Float[Array, "batch ..."],
+    *,
+    quantizer: Quantizer = lsq.QUANTIZER,
+) -> Variables:
+    """Builds a supernet from the variables of the float model, calibrating on some images.
+
+    Weight steps come from the kernels, input steps from one forward pass of the float model with
+    the batch's own BatchNorm statistics; every norm row is a copy of the float norm. Inputs of
+    which one value is negative on the calibration images get signed codes, unless a rule says
+    otherwise. Call it under `jax.jit` for large models; with a sharded batch the means are those
+    of the whole batch.
+
+    Args:
+        model: the Linen model.
+        table: its layers, from `trace_layers`.
+        variables: `{"params": ..., "batch_stats": ...}` of the float model.
+        images: normalised calibration images, at least one batch of training data.
+        quantizer: where the initial step sizes come from.
+    """
+    candidates = jnp.array(table.candidates, jnp.int32)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    inputs = _layer_inputs(model, table, variables, images)
+    signed = jnp.stack(
+        [
+            jnp.asarray(jnp.min(inputs[layer.name]) < 0 if layer.signed is None else layer.signed)
+            for layer in table.layers
+        ]
+    )
+    weight_steps = [
+        jax.vmap(lambda bits, w=w: quantizer.init_weight_step(w, bits))(candidates)
+        for w in kernels(table, params)
+    ]
+    act_steps = [
+        jax.vmap(
+            lambda bits, x=inputs[layer.name], s=s: quantizer.init_act_step(x, bits, signed=s)
+        )(candidates)
+        for layer, s in zip(table.layers, signed, strict=True)
+    ]
+    return Variables(
+        learned=Learned(_widen(table, params), jnp.stack(weight_steps), jnp.stack(act_steps)),
+        batch_stats=_widen(table, batch_stats),
+        signed=signed,
+    )
+
+
+def kernels(table: LayerTable, params: PyTree) -> list[Array]:
+    """Returns the kernel of every layer of the table, in its order."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    return [flat[f"{layer.name}/kernel"] for layer in table.layers]
+
+
+def choice_index(table: LayerTable, bits: Int[Array, " layers"]) -> Int[Array, " layers"]:
+    """Returns where each layer's bits stand in `table.candidates`."""
+    return jnp.argmax(bits[:, None] == jnp.array(table.candidates, jnp.int32)[None], axis=1)
+
+
+def select(
+    table: LayerTable,
+    variables: Variables,
+    bits: BitConfig,
+    *,
+    quantizer: Quantizer = lsq.QUANTIZER,
+    scale_step_gradient: bool = False,
+) -> Selected:
+    """Picks one subnet: quantises the kernels, gathers the step sizes and the norm rows.
+
+    Differentiable: gradients reach the shared kernels and only the rows that `bits` name.
+
+    Args:
+        table: the model's layers.
+        variables: the supernet.
+        bits: one configuration, traced; it must be allowed by the table (`table.check`).
+        quantizer: how the kernels are quantised.
+        scale_step_gradient: LSQ's gradient scale 1 / sqrt(weights * largest code) for the
+            weights' step sizes.
+    """
+    weight_bits, act_bits = jnp.asarray(bits.weights), jnp.asarray(bits.acts)
+    rows = jnp.arange(len(table))
+    learned = variables.learned
+    weight_steps = learned.weight_steps[rows, choice_index(table, weight_bits)]
+    act_steps = learned.act_steps[rows, choice_index(table, act_bits)]
+    params = flax.traverse_util.flatten_dict(_narrow(table, learned.params, bits), sep="/")
+    for index, layer in enumerate(table.layers):
+        w = params[f"{layer.name}/kernel"]
+        scale = lsq_grad_scale(w.size, weight_bits[index]) if scale_step_gradient else None
+        params[f"{layer.name}/kernel"] = quantizer.fake_quant(
+            w, weight_steps[index], weight_bits[index], signed=True, grad_scale=scale
+        )
+    return Selected(
+        params=flax.traverse_util.unflatten_dict(params, sep="/"),
+        batch_stats=_narrow(table, variables.batch_stats, bits),
+        act_steps=act_steps,
+        act_bits=act_bits,
+        signed=variables.signed,
+    )
+
+
+def lsq_grad_scale(
+    size: int, bits: Int[Array, ""], *, signed: bool | Bool[Array, ""] = True
+) -> Float[Array, ""]:
+    """Returns LSQ's gradient scale, 1 / sqrt(size * largest code) (section 2.2 of the paper)."""
+    _, high = lsq.code_range(bits, signed=signed)
+    return jax.lax.rsqrt(size * high)
+
+
+def apply(
+    model: nn.Module,
+    table: LayerTable,
+    selected: Selected,
+    images: Float[Array, "batch ..."],
+    *,
+    train: bool,
+    quantizer: Quantizer = lsq.QUANTIZER,
+    scale_step_gradient: bool = False,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Output:
+    """Calls the model as the selected subnet.
+
+    Args:
+        model: the Linen model.
+        table: its layers.
+        selected: from `select`.
+        images: normalised images.
+        train: training mode: norms use the statistics of this batch and update their rows.
+        quantizer: how the inputs of the layers are quantised.
+        scale_step_gradient: LSQ's gradient scale for the inputs' step sizes.
+        dropout_key: random key of the model's dropout layers, if it has any.
+    """
+    position = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
+    watched = set(table.chosen_norms) | {_module(norm) for norm in table.chosen_norms} - {""}
+    features: dict[str, Array] = {}
+
+    def intercept(next_call, args, kwargs, context):
+        if context.method_name != "__call__":
+            return next_call(*args, **kwargs)
+        name = linen.path_name(context.module)
+        if name in position and isinstance(context.module, nn.Conv | nn.Dense):
+            i = position[name]
+            bits, signed = selected.act_bits[i], selected.signed[i]
+            scale = (
+                lsq_grad_scale(args[0].size, bits, signed=signed) if scale_step_gradient else None
+            )
+            quantised = quantizer.fake_quant(
+                args[0], selected.act_steps[i], bits, signed=signed, grad_scale=scale
+            )
+            args = (quantised, *args[1:])
+        out = next_call(*args, **kwargs)
+        if name in watched:
+            features[name] = out
+        return out
+
+    with nn.intercept_methods(intercept):
+        logits, batch_stats = linen.forward(
+            model,
+            {"params": selected.params, "batch_stats": selected.batch_stats},
+            images,
+            train=train,
+            dropout_key=dropout_key,
+        )
+    return Output(logits, batch_stats, features)
+
+
+def scatter_batch_stats(
+    table: LayerTable, banked: PyTree, bits: BitConfig, plain: PyTree
+) -> PyTree:
+    """Writes a subnet's statistics back into the rows that its bits name; other rows stay."""
+    rows = _bank_rows(table, bits)
+    flat = flax.traverse_util.flatten_dict(plain, sep="/")
+    return _map_leaves(
+        banked,
+        lambda name, leaf: (
+            leaf.at[rows[norm]].set(flat[name]) if (norm := _module(name)) in rows else flat[name]
+        ),
+    )
+
+
+def used_rows(table: LayerTable, params: PyTree, configs: BitConfig) -> Learned:
+    """Marks what some configurations use, for optimisers that must leave the rest alone.
+
+    Args:
+        table: the model's layers.
+        params: the supernet's parameters, for their structure.
+        configs: configurations with one leading axis.
+
+    Returns:
+        Booleans: [rows, rows] for leaves of a switchable norm, [layers, choices] for step sizes,
+        scalar True for all other parameters.
+    """
+    weights, acts = jnp.asarray(configs.weights), jnp.asarray(configs.acts)
+    candidates = jnp.array(table.candidates, jnp.int32)
+    bank_bits = jnp.array(table.bank_bits, jnp.int32)
+
+    def used_pairs(layer: int) -> Bool[Array, "rows rows"]:
+        weight_rows = weights[:, layer, None] == bank_bits[None]
+        act_rows = acts[:, layer, None] == bank_bits[None]
+        return jnp.any(weight_rows[:, :, None] & act_rows[:, None, :], axis=0)
+
+    used = {norm: used_pairs(layer) for norm, layer in table.bank_norms.items()}
+    quantised = jnp.array([not layer.float_acts for layer in table.layers])
+    return Learned(
+        params=_map_leaves(params, lambda name, _: used.get(_module(name), jnp.array(True))),
+        weight_steps=jnp.any(weights[:, :, None] == candidates, axis=0),
+        act_steps=jnp.any(acts[:, :, None] == candidates, axis=0) & quantised[:, None],
+    )
+
+
+def _layer_inputs(model, table, variables, images) -> dict[str, Array]:
+    inputs: dict[str, Array] = {}
+    names = set(table.names)
+
+    def intercept(next_call, args, kwargs, context):
+        name = linen.path_name(context.module)
+        if context.method_name == "__call__" and name in names:
+            inputs[name] = args[0]
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        linen.forward(model, variables, images, train=True, dropout_key=jax.random.key(0))
+    return inputs
+
+
+def _bank_rows(table: LayerTable, bits: BitConfig) -> dict[str, tuple[Array, Array]]:
+    bank_bits = jnp.array(table.bank_bits, jnp.int32)
+    weights, acts = jnp.asarray(bits.weights), jnp.asarray(bits.acts)
+    return {
+        norm: (jnp.argmax(weights[layer] == bank_bits), jnp.argmax(acts[layer] == bank_bits))
+        for norm, layer in table.bank_norms.items()
+    }
+
+
+def _widen(table: LayerTable, tree: PyTree) -> PyTree:
+    rows = len(table.bank_bits)
+    return _map_leaves(
+        tree,
+        lambda name, leaf: (
+            jnp.broadcast_to(leaf, (rows, rows, *leaf.shape))
+            if _module(name) in table.bank_norms
+            else leaf
+        ),
+    )
+
+
+def _narrow(table: LayerTable, tree: PyTree, bits: BitConfig) -> PyTree:
+    rows = _bank_rows(table, bits)
+    return _map_leaves(
+        tree,
+        lambda name, leaf: leaf[rows[norm]] if (norm := _module(name)) in rows else leaf,
+    )
+
+
+def _module(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _map_leaves(tree: PyTree, change) -> PyTree:
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    changed = {name: change(name, leaf) for name, leaf in flat.items()}
+    return flax.traverse_util.unflatten_dict(changed, sep="/")

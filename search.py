@@ -1,0 +1,246 @@
+"""Searches bits in a trained supernet: `python search.py --config=FILE --workdir=DIR`.
+
+Reads the supernet that train.py left in the workdir, descends greedily through all budgets by
+inference on held-out training images, re-estimates norm statistics for what it found, and tests it
+beside uniform bits and the float model. Results are in DIR/search.
+"""
+
+import csv
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+import rich.table
+from absl import app
+from ml_collections import ConfigDict
+
+import train
+from mpq_jax import bits as bit_configs
+from mpq_jax import checkpoints, costs, evaluation, recording, report, sharding, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.methods import METHODS
+from mpq_jax.recalibration import recalibrate
+from mpq_jax.search import evaluate as search_evaluate
+from mpq_jax.search import greedy
+
+COST_UNITS = {"bitops": (1e9, "GBitOPs per image"), "bytes": (2**10, "KiB of weights")}
+console = train.console
+
+
+def read_supernet(setup: train.Setup, config: ConfigDict, workdir: pathlib.Path) -> Any:
+    """Returns the supernet in the newest checkpoint of the workdir."""
+    directory = workdir / "checkpoints"
+    if not directory.exists():
+        raise ValueError(f"{workdir} holds no training run; run train.py with the same flags first")
+    train.check_same_run(config, workdir)
+    manager = checkpoints.open_manager(
+        directory, keep_last=config.keep_last, keep_best=config.keep_best
+    )
+    # Where the training started from does not matter any more: the checkpoint holds everything.
+    with config.unlocked():
+        state = train.initial_state(setup, config.copy_and_resolve_references() | {"init_from": ""})
+    restored = checkpoints.restore_latest(manager, checkpoints.abstract(state))
+    manager.close()
+    if restored is None:
+        raise ValueError(f"{directory} is empty; run train.py with the same flags first")
+    variables = setup.method.variables(restored[1])
+    if not isinstance(variables, supernet.Variables):
+        raise ValueError(
+            f"{workdir} was trained by {config.method!r}, which has no bits to search; pass the "
+            "workdir and config of a supernet"
+        )
+    if restored[0] < setup.run.steps:
+        console.print(f"note: the run is at step {restored[0]} of {setup.run.steps}")
+    return variables
+
+
+def budget_list(setup: train.Setup, config: ConfigDict) -> dict[str, float]:
+    """Returns the budgets by name."""
+    cost_of = costs.COSTS[config.search.budget]
+    levels = {
+        f"{bits}-bit level": float(cost_of(setup.table, setup.table.uniform(bits, bits)))
+        for bits in config.search.levels
+    }
+    return levels | {f"budget {budget:g}": float(budget) for budget in config.search.budgets}
+
+
+def heldout_batches(setup: train.Setup, config: ConfigDict) -> Iterator[tuple[Any, Any]]:
+    """Yields batches of normalised held-out images without end, shuffled anew in every round."""
+    parts = list(setup.dataset.eval_batches("heldout"))
+    images, labels = (
+        np.concatenate([part[name][part["weight"] > 0] for part in parts])
+        for name in ("image", "label")
+    )
+    local = min(config.search.batch_size // jax.process_count(), len(images))
+    local -= local % len(setup.mesh.local_devices)
+    generator = np.random.default_rng(config.seed)
+    while True:
+        order = generator.permutation(len(images))
+        for start in range(0, len(order) - local + 1, local):
+            chosen = order[start : start + local]
+            batch = {"image": images[chosen], "label": labels[chosen]}
+            batch = sharding.global_batch(batch, setup.mesh)
+            yield setup.normalize(batch["image"]), batch["label"]
+
+
+def recalibration_images(setup: train.Setup, config: ConfigDict) -> jax.Array:
+    """Returns training images, augmented as in training: [batches, batch, ...]."""
+    count = max(1, config.search.recalibration_images // config.batch_size)
+    batches, key = setup.dataset.train_batches(0), jax.random.key(config.seed)
+    prepared = [
+        setup.run.prepare(
+            sharding.global_batch(next(batches), setup.mesh), jax.random.fold_in(key, i)
+        )
+        for i in range(count)
+    ]
+    return jnp.stack(prepared)
+
+
+def run_search(setup: train.Setup, config: ConfigDict, variables, budgets) -> greedy.Result:
+    """Runs the greedy descent, showing how the cost falls."""
+    table = setup.table
+    cost = costs.cost_table(table, config.search.budget)
+    greedy.check_budgets(table, cost, table.mask, list(budgets.values()))
+    score = search_evaluate.make_score(setup.model, table, variables, metric=config.search.metric)
+    unit, label = COST_UNITS[config.search.budget]
+    progress = rich.progress.Progress(
+        "{task.description}", rich.progress.TimeElapsedColumn(), console=console, transient=True
+    )
+    with progress:
+        bar = progress.add_task("searching", total=None)
+
+        def show(step: greedy.Step) -> None:
+            text = f"{step.phase} of {step.layer} -> {step.bits}: {step.cost / unit:.4g} {label}"
+            progress.update(bar, description=text)
+
+        return greedy.search(
+            score,
+            table,
+            cost,
+            table.mask,
+            list(budgets.values()),
+            heldout_batches(setup, config),
+            start_bits=config.search.start_bits,
+            patience=config.search.patience,
+            on_step=show,
+        )
+
+
+def float_row(config: ConfigDict, setup: train.Setup) -> list[report.Row]:
+    """Tests the float model that the supernet started from, if the config names it."""
+    if not config.init_from:
+        return []
+    variables = train.float_variables(setup, config.init_from)
+    family = METHODS["plain"]
+    plain = family.make(setup.model, setup.table, family.options(**config.plain), setup.run)
+    evaluate = evaluation.make_evaluate(plain.predict, setup.normalize)
+    accuracy = evaluate(variables, None, train.eval_batches(setup, "test")).accuracy
+    return [report.Row("float", "float", accuracy, None)]
+
+
+def test_configs(
+    setup: train.Setup, config: ConfigDict, variables, configs: dict[str, tuple[str, BitConfig]]
+) -> list[report.Row]:
+    """Recalibrates and tests configurations; `configs` maps a name to (group, bits)."""
+    evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
+    images = recalibration_images(setup, config)
+    cost_of = costs.COSTS[config.search.budget]
+    rows = []
+    for name, (group, bits) in configs.items():
+        ready = recalibrate(setup.model, setup.table, variables, bits, images)
+        accuracy = evaluate(ready, bits, train.eval_batches(setup, "test")).accuracy
+        rows.append(report.Row(name, group, accuracy, float(cost_of(setup.table, bits))))
+    return rows
+
+
+def write_results(
+    setup: train.Setup,
+    config: ConfigDict,
+    directory: pathlib.Path,
+    rows: list[report.Row],
+    found: dict[str, BitConfig],
+    path: list[greedy.Step],
+) -> None:
+    """Writes JSON per budget, the tables as CSV, and the plots."""
+    directory.mkdir(parents=True, exist_ok=True)
+    unit, label = COST_UNITS[config.search.budget]
+    for name, bits in found.items():
+        file = directory / f"bits_{name.replace(' ', '_')}.json"
+        file.write_text(bit_configs.to_json(bits, setup.table.names))
+    with (directory / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "group", "test_accuracy", config.search.budget])
+        writer.writerows(rows)
+    with (directory / "path.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(greedy.Step._fields)
+        writer.writerows(path)
+    scaled = [row._replace(cost=row.cost and row.cost / unit) for row in rows]
+    report.plot_frontier(scaled, cost_label=label, path=directory / "frontier.png")
+    report.plot_bits(setup.table, found, path=directory / "bits.png")
+
+
+def print_results(
+    setup: train.Setup, config: ConfigDict, rows: list[report.Row], configs: dict
+) -> None:
+    """Prints the table of results, the most expensive configuration first."""
+    unit, label = COST_UNITS[config.search.budget]
+    shown = rich.table.Table("configuration", "mean w bits", label, "test accuracy")
+    for row in sorted(rows, key=lambda row: -(row.cost or np.inf)):
+        if row.cost is None:
+            shown.add_row(row.name, "32", "-", f"{row.accuracy:.2%}")
+            continue
+        mean = float(costs.mean_bits(setup.table, configs[row.name][1], by="param"))
+        style = "bold" if row.group == "searched" else None
+        cost = f"{row.cost / unit:.4g}"
+        shown.add_row(row.name, f"{mean:.2f}", cost, f"{row.accuracy:.2%}", style=style)
+    console.print(shown)
+
+
+def main(argv: list[str]) -> None:
+    """Searches, evaluates, writes and prints."""
+    config, workdir = train.start(argv)
+    with recording.CompileCounter() as counter:
+        try:
+            if config.search.budget not in COST_UNITS:
+                raise ValueError(
+                    f"config.search.budget is {config.search.budget!r}; known: {sorted(COST_UNITS)}"
+                )
+            setup = train.build(config)
+            if setup.dataset.sizes["heldout"] == 0:
+                raise ValueError("config.data.heldout_fraction is 0: nothing to search on")
+            variables = read_supernet(setup, config, workdir)
+            budgets = budget_list(setup, config)
+            rows = float_row(config, setup)
+            started = time.perf_counter()
+            result = run_search(setup, config, variables, budgets)
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            sys.exit(f"error: {error}")
+        seconds = time.perf_counter() - started
+        console.print(
+            f"searched {len(budgets)} budgets in {len(result.path)} moves, {seconds:.1f} s"
+        )
+
+        found = {name: one.bits for name, one in zip(budgets, result.found, strict=True)}
+        uniform = {
+            f"uniform {bits}/{bits}": ("uniform", setup.table.uniform(bits, bits))
+            for bits in setup.table.bank_bits
+        }
+        configs = uniform | {name: ("searched", bits) for name, bits in found.items()}
+        rows += test_configs(setup, config, variables, configs)
+    if jax.process_index() == 0:
+        write_results(setup, config, workdir / "search", rows, found, result.path)
+    print_results(setup, config, rows, configs)
+    console.print(f"bits, tables and plots are in {workdir / 'search'}")
+    train.print_compilations(counter)
+
+
+if __name__ == "__main__":
+    train.define_flags()
+    app.run(main)

@@ -1,0 +1,355 @@
+"""Trains one model by one config: `python train.py --config=configs/digits.py --workdir=DIR`.
+
+The whole of it reads from top to bottom: build, restore, then a loop of steps with a few periodic
+actions. Started again with the same arguments, a run goes on exactly where it was.
+"""
+
+import json
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict, config_flags
+
+from mpq_jax import checkpoints, data, evaluation, linen, recording, sharding
+from mpq_jax.layer_table import LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax.methods import METHODS, Method
+from mpq_jax.methods.record import Run
+from mpq_jax.models import make_model
+
+# Config keys that do not change what is trained: a run may go on with other values of them.
+FREE_KEYS = ("search", "log_every", "save_every", "keep_last", "keep_best", "device_count")
+
+console = rich.console.Console()
+
+
+class Setup(NamedTuple):
+    """What a config describes, ready to use."""
+
+    dataset: data.Dataset
+    mesh: jax.sharding.Mesh
+    model: nn.Module
+    table: LayerTable
+    method: Method
+    run: Run
+    normalize: Callable[[jax.Array], jax.Array]
+
+
+def define_flags() -> None:
+    """Defines the command line that train.py and search.py share."""
+    config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where checkpoints and records of this run are.")
+    flags.DEFINE_bool("distributed", False, "Join the other processes of a run on many hosts.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0; None: ask the cluster.")
+    flags.DEFINE_integer("process_count", None, "Processes of the run; None: ask the cluster.")
+    flags.DEFINE_integer("process_index", None, "Number of this process; None: ask the cluster.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def start(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
+    """Checks the command line, joins the other processes, returns the config and workdir."""
+    logging.set_verbosity(logging.WARNING)
+    if len(argv) > 1:
+        sys.exit(f"error: {argv[1:]} are not flags; write --config=FILE --config.key=value")
+    if flags.FLAGS.distributed:
+        sharding.start_processes(
+            flags.FLAGS.coordinator, flags.FLAGS.process_count, flags.FLAGS.process_index
+        )
+    console.quiet = jax.process_index() != 0
+    return flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
+
+
+def build(config: ConfigDict) -> Setup:
+    """Builds everything that a config describes; raises ValueError where it makes no sense."""
+    if config.method not in METHODS:
+        raise ValueError(f"config.method is {config.method!r}; known methods: {sorted(METHODS)}")
+    for name in ("epochs", "batch_size", "log_every", "calibration_batches"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} is {config[name]}; wanted at least 1")
+    family = METHODS[config.method]
+    options = family.options(**config[config.method])
+    rules = bit_rules(
+        config.bits.candidates,
+        depthwise_min_bits=config.bits.depthwise_min_bits or None,
+        first=[Rule(**rule) for rule in config.bits.rules],
+    )
+    mesh = sharding.make_mesh(config.device_count or None)
+    if config.batch_size % mesh.size:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}, not a multiple of the {mesh.size} devices"
+        )
+    dataset = data.load(
+        config.data.name,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        heldout_fraction=config.data.heldout_fraction,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **config.data.options,
+    )
+    if dataset.steps_per_epoch < 1:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}, but there are only "
+            f"{dataset.sizes['train']} training images"
+        )
+    model = make_model(config.model.name, num_classes=dataset.num_classes, **config.model.options)
+    table = trace_layers(model, dataset.image_shape, rules=rules)
+
+    def normalize(images):
+        return data.normalize(images, mean=dataset.mean, std=dataset.std)
+
+    def prepare(batch, key):
+        images = data.augment(
+            key,
+            batch["image"],
+            padding=config.data.crop_padding,
+            flip_probability=config.data.flip_probability,
+        )
+        return normalize(images)
+
+    run = Run(config.epochs, dataset.steps_per_epoch, prepare)
+    method = family.make(model, table, options, run)
+    return Setup(dataset, mesh, model, table, method, run, normalize)
+
+
+def initial_state(setup: Setup, config: ConfigDict) -> Any:
+    """Returns the state that training starts from, on all devices."""
+    replicated = sharding.replicated(setup.mesh)
+
+    def fresh(key):
+        return linen.init_variables(setup.model, key, setup.dataset.image_shape)
+
+    if config.init_from:
+        variables = float_variables(setup, config.init_from)
+    else:
+        variables = jax.jit(fresh, out_shardings=replicated)(jax.random.key(config.seed))
+    batches = setup.dataset.train_batches(0)
+    images = np.concatenate([next(batches)["image"] for _ in range(config.calibration_batches)])
+    batch = sharding.global_batch({"image": images}, setup.mesh)
+
+    def init(variables, images):
+        return setup.method.init(variables, setup.normalize(images))
+
+    return jax.jit(init, out_shardings=replicated)(variables, batch["image"])
+
+
+def float_variables(setup: Setup, directory: str) -> Any:
+    """Returns the best variables of a finished float run, checked against the model."""
+    step, saved = checkpoints.load_best(pathlib.Path(directory) / "checkpoints")
+    if not {"params", "batch_stats"} <= set(saved):
+        raise ValueError(
+            f"config.init_from is {directory!r}, which holds no float run (it has {sorted(saved)}); "
+            "train one with --config=FILE:float"
+        )
+    wanted = jax.eval_shape(
+        lambda: linen.init_variables(setup.model, jax.random.key(0), setup.dataset.image_shape)
+    )
+    found = {"params": saved["params"], "batch_stats": saved["batch_stats"]}
+    wanted = {name: wanted.get(name, {}) for name in found}
+    shapes, wanted_shapes = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (found, wanted)
+    )
+    if shapes != wanted_shapes:
+        other = sorted(dict(shapes.items() ^ wanted_shapes.items()))[:5]
+        raise ValueError(
+            f"the float run in {directory!r} is of another model than config.model: "
+            f"these differ: {', '.join(other)}"
+        )
+    console.print(f"starting from the float run in {directory}, step {step}")
+    return sharding.replicate(found, setup.mesh)
+
+
+def check_same_run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises ValueError if the workdir belongs to a run of other values; else notes these."""
+    path = workdir / "config.json"
+    ours = json.loads(config.to_json())
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        changed = [
+            f"config.{key} was {theirs.get(key)!r}, now {ours.get(key)!r}"
+            for key in sorted(ours | theirs)
+            if key not in FREE_KEYS and ours.get(key) != theirs.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run of another config: {'; '.join(changed)}. Take another "
+                "--workdir, or the old values to go on with it"
+            )
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(ours, indent=2) + "\n")
+
+
+def print_layers(table: LayerTable) -> None:
+    """Prints what will be quantised, and among which bits."""
+    shown = rich.table.Table("layer", "kind", "kernel", "MACs", "weights", "bits w", "bits a")
+    for layer in table.layers:
+        acts = "float, billed " if layer.float_acts else ""
+        shown.add_row(
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.kernel_shape)),
+            f"{layer.macs:,}",
+            f"{layer.params:,}",
+            " ".join(map(str, layer.weight_candidates)),
+            acts + " ".join(map(str, layer.act_candidates)),
+        )
+    console.print(shown)
+
+
+def print_compilations(counter: recording.CompileCounter) -> None:
+    """Prints how often each large program was compiled; once each means: bits never recompile."""
+    large = {name: n for name, n in counter.counts.items() if counter.seconds[name] > 0.2}
+    listed = ", ".join(f"{name} x{count}" for name, count in sorted(large.items()))
+    small = sum(counter.counts.values()) - sum(large.values())
+    total = sum(counter.seconds.values())
+    console.print(f"compilations: {listed}; {small} small ones; {total:.0f} s in all")
+
+
+def evaluate_all(setup: Setup, evaluate, state) -> dict[str, float]:
+    """Returns the held-out accuracy of each configuration that the method names, and their mean."""
+    if setup.dataset.sizes["heldout"] == 0:
+        return {}
+    variables = setup.method.variables(state)
+    scores = {
+        f"heldout/{name}": evaluate(variables, bits, eval_batches(setup, "heldout")).accuracy
+        for name, bits in setup.method.eval_bits.items()
+    }
+    return scores | {"heldout/mean": float(np.mean(list(scores.values())))}
+
+
+def eval_batches(setup: Setup, split: str) -> Iterator[dict[str, jax.Array]]:
+    """Yields a split's batches as global arrays."""
+    for batch in setup.dataset.eval_batches(split):
+        yield sharding.global_batch(batch, setup.mesh)
+
+
+def mean_metrics(collected: list[dict[str, jax.Array]], steps: range) -> dict[str, float]:
+    """Averages the metrics of some steps; stops the program if one is not finite."""
+    fetched = jax.device_get(collected)
+    means = {name: float(np.mean([one[name] for one in fetched])) for name in fetched[0]}
+    wrong = sorted(name for name, value in means.items() if not np.isfinite(value))
+    if wrong:
+        sys.exit(
+            f"error: {', '.join(wrong)} not finite in steps {steps.start} to {steps.stop - 1}; the "
+            "last checkpoint is sound. Lower the learning rates or start from a float run "
+            "(config.init_from)"
+        )
+    return means
+
+
+def main(argv: list[str]) -> None:
+    """Trains."""
+    config, workdir = start(argv)
+    with recording.CompileCounter() as counter:
+        try:
+            setup = build(config)
+            check_same_run(config, workdir)
+            manager = checkpoints.open_manager(
+                workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
+            )
+            state = initial_state(setup, config)
+            restored = checkpoints.restore_latest(manager, checkpoints.abstract(state))
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            sys.exit(f"error: {error}")
+        first_step = 0
+        if restored is not None:
+            first_step, state = restored
+            console.print(f"going on from step {first_step} in {workdir}")
+        print_layers(setup.table)
+        state = train_loop(setup, config, workdir, manager, state, first_step)
+        manager.close()
+    print_compilations(counter)
+
+
+def train_loop(setup: Setup, config: ConfigDict, workdir, manager, state, first_step: int) -> Any:
+    """Runs the remaining steps with their periodic actions; returns the last state."""
+    method, run = setup.method, setup.run
+    evaluate = evaluation.make_evaluate(method.predict, setup.normalize)
+    writer = recording.MetricWriter(workdir, first_step=first_step) if not console.quiet else None
+    batches = setup.dataset.train_batches(first_step)
+    key = jax.random.key(config.seed)
+    asked_to_stop: list[int] = []
+    previous_handler = signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
+    progress = rich.progress.Progress(
+        "{task.description}",
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet or not console.is_terminal,
+    )
+    collected: list[dict[str, jax.Array]] = []
+    last_log, logged_step = time.perf_counter(), first_step
+
+    with progress:
+        bar = progress.add_task(config.method, total=run.steps, completed=first_step)
+        for step in range(first_step, run.steps):
+            epoch, place = divmod(step, run.steps_per_epoch)
+            if place == 0:
+                state, events = method.on_epoch(state, epoch)
+                if events and writer:
+                    writer.write(step, events)
+            batch = sharding.global_batch(next(batches), setup.mesh)
+            state, metrics = method.train_step(state, batch, jax.random.fold_in(key, step))
+            collected.append(metrics)
+            done = step + 1
+            epoch_ends = done % run.steps_per_epoch == 0
+            stopping = must_stop(asked_to_stop, done)
+
+            if done % config.log_every == 0 or epoch_ends or stopping:
+                scalars = mean_metrics(collected, range(logged_step, done))
+                now = time.perf_counter()
+                rate = (done - logged_step) * config.batch_size / (now - last_log)
+                last_log, logged_step, collected = now, done, []
+                if writer:
+                    writer.write(done, scalars | {"images_per_second": rate})
+                losses = ", ".join(f"{k} {v:.3f}" for k, v in scalars.items() if "loss" in k)
+                text = f"{config.method} epoch {epoch + 1}/{run.epochs}: {losses}, {rate:.0f} img/s"
+                progress.update(bar, completed=done, description=text)
+            if epoch_ends:
+                scores = evaluate_all(setup, evaluate, state)
+                if writer and scores:
+                    writer.write(done, scores)
+                shown = ", ".join(
+                    f"{k.removeprefix('heldout/')} {v:.2%}" for k, v in scores.items()
+                )
+                console.print(f"{text} | held out: {shown}", highlight=False)
+                last_log = time.perf_counter()
+            save_now = config.save_every and done % config.save_every == 0
+            if epoch_ends or save_now or stopping:
+                metric = scores.get("heldout/mean") if epoch_ends else None
+                checkpoints.save(manager, done, state, metric=metric)
+            if stopping and done < run.steps:
+                manager.wait_until_finished()
+                console.print(f"stopped by a signal after step {done}; all is saved, run it again")
+                break
+    manager.wait_until_finished()
+    signal.signal(signal.SIGTERM, previous_handler)
+    if writer:
+        writer.close()
+    return state
+
+
+def must_stop(asked_to_stop: list[int], step: int) -> bool:
+    """Whether this process (alone) or all processes (together) were asked to stop."""
+    if jax.process_count() == 1:
+        return bool(asked_to_stop)
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
