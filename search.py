@@ -42,10 +42,7 @@ def read_supernet(setup: train.Setup, config: ConfigDict, workdir: pathlib.Path)
     manager = checkpoints.open_manager(
         directory, keep_last=config.keep_last, keep_best=config.keep_best
     )
-    # Where the training started from does not matter any more: the checkpoint holds everything.
-    with config.unlocked():
-        state = train.initial_state(setup, config.copy_and_resolve_references() | {"init_from": ""})
-    restored = checkpoints.restore_latest(manager, checkpoints.abstract(state))
+    restored = checkpoints.restore_latest(manager, train.abstract_state(setup))
     manager.close()
     if restored is None:
         raise ValueError(f"{directory} is empty; run train.py with the same flags first")

@@ -4,6 +4,7 @@ The whole of it reads from top to bottom: build, restore, then a loop of steps w
 actions. Started again with the same arguments, a run goes on exactly where it was.
 """
 
+import functools
 import json
 import pathlib
 import signal
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
@@ -123,17 +125,28 @@ def build(config: ConfigDict) -> Setup:
     return Setup(dataset, mesh, model, table, method, run, normalize)
 
 
+def abstract_state(setup: Setup) -> Any:
+    """Returns the shapes of the training state, and that every device holds all of it."""
+
+    def make(key):
+        images = jnp.zeros((1, *setup.dataset.image_shape), jnp.float32)
+        return setup.method.init(fresh_variables(setup, key), images)
+
+    replicated = sharding.replicated(setup.mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(make, jax.random.key(0)),
+    )
+
+
 def initial_state(setup: Setup, config: ConfigDict) -> Any:
     """Returns the state that training starts from, on all devices."""
     replicated = sharding.replicated(setup.mesh)
-
-    def fresh(key):
-        return linen.init_variables(setup.model, key, setup.dataset.image_shape)
-
     if config.init_from:
         variables = float_variables(setup, config.init_from)
     else:
-        variables = jax.jit(fresh, out_shardings=replicated)(jax.random.key(config.seed))
+        draw = functools.partial(fresh_variables, setup)
+        variables = jax.jit(draw, out_shardings=replicated)(jax.random.key(config.seed))
     batches = setup.dataset.train_batches(0)
     images = np.concatenate([next(batches)["image"] for _ in range(config.calibration_batches)])
     batch = sharding.global_batch({"image": images}, setup.mesh)
@@ -144,6 +157,11 @@ def initial_state(setup: Setup, config: ConfigDict) -> Any:
     return jax.jit(init, out_shardings=replicated)(variables, batch["image"])
 
 
+def fresh_variables(setup: Setup, key: jax.Array) -> Any:
+    """Returns the model's randomly drawn float variables."""
+    return linen.init_variables(setup.model, key, setup.dataset.image_shape)
+
+
 def float_variables(setup: Setup, directory: str) -> Any:
     """Returns the best variables of a finished float run, checked against the model."""
     step, saved = checkpoints.load_best(pathlib.Path(directory) / "checkpoints")
@@ -152,9 +170,7 @@ def float_variables(setup: Setup, directory: str) -> Any:
             f"config.init_from is {directory!r}, which holds no float run (it has {sorted(saved)}); "
             "train one with --config=FILE:float"
         )
-    wanted = jax.eval_shape(
-        lambda: linen.init_variables(setup.model, jax.random.key(0), setup.dataset.image_shape)
-    )
+    wanted = jax.eval_shape(lambda: fresh_variables(setup, jax.random.key(0)))
     found = {"params": saved["params"], "batch_stats": saved["batch_stats"]}
     wanted = {name: wanted.get(name, {}) for name in found}
     shapes, wanted_shapes = (
@@ -260,13 +276,11 @@ def main(argv: list[str]) -> None:
             manager = checkpoints.open_manager(
                 workdir / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
             )
-            state = initial_state(setup, config)
-            restored = checkpoints.restore_latest(manager, checkpoints.abstract(state))
+            restored = checkpoints.restore_latest(manager, abstract_state(setup))
+            first_step, state = restored or (0, initial_state(setup, config))
         except (ValueError, TypeError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
-        first_step = 0
-        if restored is not None:
-            first_step, state = restored
+        if restored:
             console.print(f"going on from step {first_step} in {workdir}")
         print_layers(setup.table)
         state = train_loop(setup, config, workdir, manager, state, first_step)

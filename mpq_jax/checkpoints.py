@@ -109,8 +109,8 @@ def save(
             f"cannot save step {step}: {manager.directory} already holds step {latest}. To train "
             "on from an older checkpoint, use a new working directory"
         )
-    if metric is not None and math.isnan(metric):
-        metric = -math.inf
+    if metric is not None:
+        metric = -math.inf if math.isnan(metric) else float(metric)
     description = {"metric": metric, "leaves": _describe_leaves(state)}
     stored = jax.tree.map(_to_stored, state)
     manager.save(
@@ -304,6 +304,7 @@ def _place(value: np.ndarray, leaf: Any, key_impl: str | None) -> jax.Array | np
 
 def _read_description(step_directory: Path) -> dict[str, Any]:
     """Reads what `save` wrote about the state: its metric and its leaves."""
+    logging.get_absl_logger().addFilter(_is_worth_showing)
     metadata = ocp.PyTreeCheckpointHandler().metadata(step_directory / STATE)
     return dict(metadata.custom_metadata or {})
 
@@ -497,7 +498,7 @@ def _is_metric_file(file: Path) -> bool:
 
 
 def _is_worth_showing(record: python_logging.LogRecord) -> bool:
-    """Drops Orbax's progress reports, and its warning that a save has no metric."""
+    """Filters out Orbax's progress reports, and its warning that a save has no metric."""
     if "orbax" not in Path(record.pathname).parts:
         return True
     return record.levelno >= python_logging.WARNING and "tracked_metric" not in str(record.msg)

@@ -1,4 +1,4 @@
-"""Optax pieces: learning-rate schedules in fractions of a run, and updates that skip unused rows."""
+"""Optax pieces: learning rates in fractions of a run, and updates that skip unused rows."""
 
 from typing import Literal
 

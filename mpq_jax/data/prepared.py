@@ -94,8 +94,8 @@ def _open_split(
             "(set test_split; the training split is called 'train')"
         )
     image_key, label_key = keys
-    decoders = {image_key: tfds.decode.SkipDecoding()}
-    source: Any = builder.as_data_source(split=split, decoders=decoders)
+    open_source: Any = builder.as_data_source  # TFDS's decorator hides its signature
+    source = open_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
 
     def read(indices: list[int]) -> list[tuple[bytes, int]]:
         examples = source.__getitems__(indices)  # thrice as fast as one by one

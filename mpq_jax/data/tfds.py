@@ -5,6 +5,7 @@ resized by threads as they are needed.
 """
 
 import dataclasses
+import math
 import os
 
 import numpy as np
@@ -66,27 +67,35 @@ def load(
     )
 
 
-def fits_in_memory(stored: Stored, *, image_size: int | None) -> bool:
-    """Returns whether all images have one known size, the wanted one, and are small together."""
+def whole_shape(stored: Stored, *, image_size: int | None) -> tuple[int, int, int] | None:
+    """Returns the shape of all images, if it is known and no other size is wanted; else None."""
     height, width, channels = stored.image_shape
-    if height is None or width is None or image_size not in (None, height):
-        return False
+    if height is None or width is None:
+        return None
+    if image_size is not None and (height, width) != (image_size, image_size):
+        return None
+    return height, width, channels
+
+
+def fits_in_memory(stored: Stored, *, image_size: int | None) -> bool:
+    """Returns whether all images can be kept whole, as `whole_shape` says, in less than 1 GiB."""
+    shape = whole_shape(stored, image_size=image_size)
     num_images = stored.train.size + stored.test.size
-    return num_images * height * width * channels < LARGEST_IN_MEMORY
+    return shape is not None and num_images * math.prod(shape) < LARGEST_IN_MEMORY
 
 
 def load_in_memory(
     stored: Stored, *, image_size: int | None, plan: BatchPlan, num_threads: int
 ) -> Dataset:
     """Decodes all images into memory; arguments as in `load`."""
-    height, width, channels = stored.image_shape
-    if height is None or width is None or image_size not in (None, height):
+    shape = whole_shape(stored, image_size=image_size)
+    if shape is None:
         raise ValueError(
             f"in_memory needs images of one size, that of image_size; {stored.name} has images "
             f"{stored.image_shape} and image_size is {image_size}; drop in_memory to stream them"
         )
     train, test = (
-        _decode_all(source, image_shape=(height, width, channels), num_threads=num_threads)
+        _decode_all(source, image_shape=shape, num_threads=num_threads)
         for source in (stored.train, stored.test)
     )
     return memory.make_dataset(

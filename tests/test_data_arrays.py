@@ -1,0 +1,105 @@
+"""Loading by name, the .npz loader's errors, and the statistics of images in memory."""
+
+import numpy as np
+import pytest
+
+from mpq_jax import data
+from mpq_jax.data.memory import channel_statistics
+
+COMMON = {"batch_size": 4, "seed": 0, "heldout_fraction": 0.25}
+
+
+def good_arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "train_images": rng.integers(0, 256, (16, 6, 5), np.uint8),
+        "train_labels": np.arange(16, dtype=np.uint8) % 3,
+        "test_images": rng.integers(0, 256, (6, 6, 5), np.uint8),
+        "test_labels": np.arange(6, dtype=np.int64) % 2,
+    }
+
+
+def load_arrays(folder, stored):
+    np.savez(folder / "mine.npz", **stored)
+    return data.load("arrays", path=folder / "mine.npz", **COMMON)
+
+
+def test_grey_images_get_a_channel_and_labels_become_int32(tmp_path):
+    stored = good_arrays()
+    dataset = load_arrays(tmp_path, stored)
+    assert (dataset.name, dataset.num_classes, dataset.image_shape) == ("mine", 3, (6, 5, 1))
+    first, second = dataset.eval_batches("test")
+    images = np.concatenate([first["image"], second["image"][:2]])
+    np.testing.assert_array_equal(images[..., 0], stored["test_images"])
+    assert first["label"].dtype == np.int32
+
+
+@pytest.mark.parametrize("heldout_fraction", [0.0, 0.5])
+def test_statistics_are_those_of_all_training_images(tmp_path, heldout_fraction):
+    stored = good_arrays()
+    np.savez(tmp_path / "mine.npz", **stored)
+    options = COMMON | {"heldout_fraction": heldout_fraction}
+    dataset = data.load("arrays", path=str(tmp_path / "mine.npz"), **options)
+    scaled = stored["train_images"] / 255
+    np.testing.assert_allclose(dataset.mean, [scaled.mean()], rtol=1e-12)  # sums in other orders
+    np.testing.assert_allclose(dataset.std, [scaled.std()], rtol=1e-12)
+
+
+def test_statistics_go_by_channel_and_survive_a_constant_one():
+    images = np.random.default_rng(0).integers(0, 256, (2100, 3, 2, 3), np.uint8)
+    images[..., 1] = 51
+    mean, std = channel_statistics(images)
+    scaled = images.astype(np.float64) / 255
+    np.testing.assert_allclose(mean, scaled.mean((0, 1, 2)), rtol=1e-12)  # sums in other orders
+    np.testing.assert_allclose(std[[0, 2]], scaled.std((0, 1, 2))[[0, 2]], rtol=1e-12)
+    assert std[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_images": np.zeros((16, 6, 5))}, r"train_images.*float64 \[16, 6, 5\].*uint8"),
+        ({"test_images": np.zeros((6, 5), np.uint8)}, r"test_images.*uint8 \[6, 5\]"),
+        ({"train_labels": np.arange(15) % 3}, r"train_labels.*\[15\].*integers \[16\]"),
+        ({"test_labels": np.zeros(6)}, r"test_labels.*float64 \[6\].*integers"),
+        ({"train_labels": np.arange(16) % 3 + 1}, r"train_labels.*3 classes, from 1 to 3"),
+        ({"train_labels": np.arange(16) % 3 * 2}, r"train_labels.*3 classes, from 0 to 4"),
+        ({"test_labels": np.arange(6)}, r"test_labels.*from 0 to 5.*0 to 2"),
+        ({"test_labels": np.arange(6) - 1}, r"test_labels.*from -1 to 4"),
+        ({"test_images": np.zeros((6, 5, 6), np.uint8)}, r"\[6, 5, 1\].*\[5, 6, 1\]"),
+        ({"test_images": np.zeros((0, 6, 5), np.uint8), "test_labels": np.zeros(0, int)}, "empty"),
+    ],
+)
+def test_wrong_arrays_are_named(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        load_arrays(tmp_path, good_arrays() | changes)
+
+
+def test_missing_arrays_are_named(tmp_path):
+    stored = good_arrays()
+    del stored["test_labels"]
+    with pytest.raises(ValueError, match=r"mine.npz lacks \['test_labels'\]"):
+        load_arrays(tmp_path, stored)
+
+
+def test_a_single_array_is_refused(tmp_path):
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="single array"):
+        data.load("arrays", path=tmp_path / "one.npy", **COMMON)
+
+
+def test_load_passes_the_common_arguments_on():
+    options = {"batch_size": 32, "seed": 3, "heldout_fraction": 0.1}
+    dataset = data.load("digits", process_index=1, process_count=2, **options)
+    assert dataset.plan == data.BatchPlan(process_index=1, process_count=2, **options)
+
+
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(ValueError, match=r"'mnist'; known datasets are \['arrays', 'digits'"):
+        data.load("mnist", **COMMON)
+    with pytest.raises(ValueError, match=r"'digits' got unknown options \['path'\].*are \[\]"):
+        data.load("digits", path="somewhere", **COMMON)
+    with pytest.raises(ValueError, match=r"'arrays' got .*lacks \['path'\]"):
+        data.load("arrays", **COMMON)
+    with pytest.raises(ValueError, match=r"unknown options \['size'\].*'image_size'"):
+        data.load("tfds", dataset="cifar10", size=32, **COMMON)
