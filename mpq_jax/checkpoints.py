@@ -14,15 +14,11 @@ or is reported as damaged.
 Directories are local or mounted ones; in a run of several processes, shared by all of them.
 """
 
-import json
-import logging as python_logging
 import math
 import os
-import zlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -30,15 +26,28 @@ from etils.epath import Path
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-STATE = "state"  # subdirectory of a checkpoint
-CHECKSUMS = "checksums.json"  # file in STATE, about all others there
-METRICS = "metrics"  # Orbax's name of a subdirectory and of the file in it
-METRIC = "metric"  # the only entry of METRICS
+from mpq_jax.checkpoint_files import (
+    METRIC,
+    STATE,
+    ChecksummingHandler,
+    DamagedCheckpointError,
+    best_step,
+    check_files,
+    describe_leaves,
+    existing_steps,
+    find_step,
+    get_metric,
+    is_worth_showing,
+    leaf_name,
+    list_steps,
+    mend_metrics,
+    read_description,
+    read_values,
+    set_aside,
+    to_stored,
+)
+
 SHOWN_DIFFERENCES = 5  # an error names so many leaves; other configurations change hundreds
-
-
-class DamagedCheckpointError(RuntimeError):
-    """A checkpoint cannot be read back as it was saved."""
 
 
 class MismatchedCheckpointError(ValueError):
@@ -64,23 +73,23 @@ def open_manager(
             f"keep_last is {keep_last} and keep_best {keep_best}; "
             "keep at least 1 of the last and 0 of the best"
         )
-    logging.get_absl_logger().addFilter(_is_worth_showing)
+    logging.get_absl_logger().addFilter(is_worth_showing)
     path = Path(directory).absolute()
     if jax.process_index() == 0 and path.is_dir():
-        _mend_metrics(path)
+        mend_metrics(path)
     multihost_utils.sync_global_devices(f"mended the metrics in {path}")
     policies = ocp.checkpoint_managers
     last = policies.LatestN(keep_last)
     best = policies.BestN(
-        get_metric_fn=_get_metric, n=keep_best, keep_checkpoints_without_metrics=False
+        get_metric_fn=get_metric, n=keep_best, keep_checkpoints_without_metrics=False
     )
     options = ocp.CheckpointManagerOptions(
-        best_fn=_get_metric,  # without it Orbax does not write the metric
+        best_fn=get_metric,  # without it Orbax does not write the metric
         cleanup_tmp_directories=True,
         preservation_policy=policies.AnyPreservationPolicy([last, best]),
     )
     handlers = ocp.DefaultCheckpointHandlerRegistry()
-    handlers.add(STATE, ocp.args.StandardSave, _ChecksummingHandler())
+    handlers.add(STATE, ocp.args.StandardSave, ChecksummingHandler())
     return ocp.CheckpointManager(path, options=options, handler_registry=handlers)
 
 
@@ -111,8 +120,8 @@ def save(
         )
     if metric is not None:
         metric = -math.inf if math.isnan(metric) else float(metric)
-    description = {"metric": metric, "leaves": _describe_leaves(state)}
-    stored = jax.tree.map(_to_stored, state)
+    description = {"metric": metric, "leaves": describe_leaves(state)}
+    stored = jax.tree.map(to_stored, state)
     manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(stored, custom_metadata=description)),
@@ -155,10 +164,10 @@ def restore_latest(
     manager.wait_until_finished()
     directory = manager.directory
     damaged: dict[int, str] = {}
-    for step in reversed(_list_steps(directory)):
+    for step in reversed(list_steps(directory)):
         state, damage = _restore_or_explain(directory / str(step), abstract_state)
         if not damage:
-            _set_aside(manager, list(damaged))
+            set_aside(manager, list(damaged))
             return step, state
         logging.error("Checkpoint %d is damaged: %s. Trying the one before it.", step, damage)
         damaged[step] = damage
@@ -174,7 +183,7 @@ def restore_latest(
 def restore_best(manager: ocp.CheckpointManager, abstract_state: PyTree) -> tuple[int, PyTree]:
     """Restores the checkpoint with the largest metric; see `restore_step`."""
     manager.wait_until_finished()
-    step = _best_step(manager.directory)
+    step = best_step(manager.directory)
     return step, restore_step(manager, step, abstract_state)
 
 
@@ -192,20 +201,20 @@ def restore_step(manager: ocp.CheckpointManager, step: int, abstract_state: PyTr
         MismatchedCheckpointError: when it is of another state.
     """
     manager.wait_until_finished()
-    step_directory = _step_directory(manager.directory, step)
-    _check_files(step_directory)
+    step_directory = find_step(manager.directory, step)
+    check_files(step_directory)
     return _restore(step_directory, abstract_state)
 
 
 def load_latest(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
     """Reads the newest checkpoint of a run, without knowing its state; see `load_step`."""
-    step = max(_existing_steps(Path(directory)))
+    step = max(existing_steps(Path(directory)))
     return step, load_step(directory, step)
 
 
 def load_best(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
     """Reads a run's checkpoint with the largest metric; see `load_step`."""
-    step = _best_step(Path(directory))
+    step = best_step(Path(directory))
     return step, load_step(directory, step)
 
 
@@ -224,56 +233,15 @@ def load_step(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
         FileNotFoundError: when there is no such checkpoint.
         DamagedCheckpointError: when it cannot be read.
     """
-    step_directory = _step_directory(Path(directory), step)
-    _check_files(step_directory)
-    return _read_values(step_directory, _read_description(step_directory)["leaves"])
-
-
-class _ChecksummingHandler(ocp.StandardCheckpointHandler):
-    """Orbax's writer, which adds the checksums before a checkpoint is declared complete."""
-
-    def finalize(self, directory: Path) -> None:
-        """Called by Orbax, on one process, when all else is written."""
-        super().finalize(directory)
-        names = [
-            os.path.relpath(os.path.join(parent, name), directory)
-            for parent, _, names in os.walk(directory)
-            for name in names
-        ]
-        checksums = {name: _checksum(directory / name) for name in names}
-        (directory / CHECKSUMS).write_text(json.dumps(checksums))
-
-
-def _check_files(step_directory: Path) -> None:
-    """Raises DamagedCheckpointError unless all files of a checkpoint are as they were written."""
-    file = step_directory / STATE / CHECKSUMS
-    try:
-        checksums = json.loads(file.read_text())
-    except PermissionError:  # not damage: an older checkpoint cannot be read either
-        raise
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
-    for name, checksum in checksums.items():
-        file = step_directory / STATE / name
-        if _checksum(file) != checksum:
-            problem = "differs from what was saved" if file.exists() else "is missing"
-            raise DamagedCheckpointError(f"{file} {problem}")
-
-
-def _checksum(file: Path) -> int | None:
-    """Computes the CRC-32 of a file, None where there is none to be read."""
-    try:
-        return zlib.crc32(file.read_bytes())
-    except PermissionError:
-        raise
-    except OSError:
-        return None
+    step_directory = find_step(Path(directory), step)
+    check_files(step_directory)
+    return read_values(step_directory, read_description(step_directory)["leaves"])
 
 
 def _restore_or_explain(step_directory: Path, abstract_state: PyTree) -> tuple[PyTree, str]:
     """Returns the state and "", or None and the damage; alike on all processes."""
     try:
-        _check_files(step_directory)
+        check_files(step_directory)
         damage = ""
     except DamagedCheckpointError as error:
         damage = str(error)
@@ -284,11 +252,13 @@ def _restore_or_explain(step_directory: Path, abstract_state: PyTree) -> tuple[P
 
 def _restore(step_directory: Path, abstract_state: PyTree) -> PyTree:
     """Reads a sound checkpoint into the structure and the shardings of `abstract_state`."""
-    leaves = _read_description(step_directory)["leaves"]
+    leaves = read_description(step_directory)["leaves"]
     _check_same_leaves(step_directory, leaves, abstract_state)
-    values = _by_name(_read_values(step_directory, leaves))
+    values = _by_name(read_values(step_directory, leaves))
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _place(values[_name(path)], leaf, leaves[_name(path)].get("key_impl")),
+        lambda path, leaf: _place(
+            values[leaf_name(path)], leaf, leaves[leaf_name(path)].get("key_impl")
+        ),
         abstract_state,
     )
 
@@ -300,44 +270,6 @@ def _place(value: np.ndarray, leaf: Any, key_impl: str | None) -> jax.Array | np
         return value
     array = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
     return array if key_impl is None else jax.random.wrap_key_data(array, impl=key_impl)
-
-
-def _read_description(step_directory: Path) -> dict[str, Any]:
-    """Reads what `save` wrote about the state: its metric and its leaves."""
-    logging.get_absl_logger().addFilter(_is_worth_showing)
-    metadata = ocp.PyTreeCheckpointHandler().metadata(step_directory / STATE)
-    return dict(metadata.custom_metadata or {})
-
-
-def _read_values(step_directory: Path, leaves: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Reads the arrays of a sound checkpoint onto the host."""
-    handler = ocp.PyTreeCheckpointHandler()
-    structure = handler.metadata(step_directory / STATE).tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
-    stored = handler.restore(
-        step_directory / STATE, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
-    )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, value: _from_stored(value, leaves[_name(path)]), stored
-    )
-
-
-def _describe_leaves(state: PyTree) -> dict[str, dict[str, Any]]:
-    """Lists name, shape and type of each array, and the kind of PRNG keys."""
-    described: dict[str, dict[str, Any]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = _name(path)
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            raise TypeError(
-                f"the state's leaf {name} is {leaf!r}, a {type(leaf).__name__}; a checkpoint holds "
-                "only arrays: wrap it with jnp.asarray"
-            )
-        if name in described:
-            raise ValueError(f"two leaves of the state are both called {name}: rename one")
-        described[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        if _is_key(leaf):
-            described[name]["key_impl"] = str(jax.random.key_impl(leaf))
-    return described
 
 
 def _check_same_leaves(
@@ -363,18 +295,6 @@ def _check_same_leaves(
     )
 
 
-def _to_stored(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Returns what Orbax can store: not typed keys, and no array without elements."""
-    if leaf.size == 0:
-        return np.zeros(1, np.uint8)
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _from_stored(value: np.ndarray, leaf: dict[str, Any]) -> np.ndarray:
-    """Undoes `_to_stored`, but for the type of keys."""
-    return np.zeros(leaf["shape"], leaf["dtype"]) if 0 in leaf["shape"] else value
-
-
 def _kind(dtype: Any, shape: Any) -> str:
     """Writes type and shape as in float32[3,16]."""
     return f"{dtype}[{','.join(str(size) for size in shape)}]"
@@ -382,123 +302,4 @@ def _kind(dtype: Any, shape: Any) -> str:
 
 def _by_name(tree: PyTree) -> dict[str, Any]:
     """Returns the leaves of a pytree by name."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """Names a leaf by its path, alike for a NamedTuple and for the dict it is stored as."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _is_key(leaf: jax.Array | np.ndarray) -> bool:
-    """Tells whether an array is one of typed PRNG keys."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _existing_steps(directory: Path) -> list[int]:
-    """Lists the steps that have a checkpoint; raises FileNotFoundError if none has."""
-    steps = _list_steps(directory) if directory.is_dir() else []
-    if not steps:
-        raise FileNotFoundError(
-            f"{directory.absolute()} holds no checkpoint; give the directory that holds the "
-            "numbered ones, of a run that has saved at least once"
-        )
-    return steps
-
-
-def _list_steps(directory: Path) -> list[int]:
-    """Lists the steps of the finished checkpoints in a directory, in increasing order."""
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
-
-
-def _step_directory(directory: Path, step: int) -> Path:
-    """Returns the directory of one checkpoint; raises FileNotFoundError if it is not there."""
-    steps = _existing_steps(directory)
-    if step not in steps:
-        raise FileNotFoundError(f"{directory.absolute()} holds steps {steps}, not {step}")
-    return directory.absolute() / str(step)
-
-
-def _best_step(directory: Path) -> int:
-    """Returns the step with the largest metric, the later one of equals."""
-    metrics = {}
-    for step in _existing_steps(directory):
-        try:
-            metric = _read_metric(directory.absolute() / str(step))
-        except DamagedCheckpointError as error:
-            logging.error("Checkpoint %d is left out of the comparison: %s", step, error)
-            continue
-        if metric is not None:
-            metrics[step] = metric
-    if not metrics:
-        raise FileNotFoundError(
-            f"no checkpoint in {directory.absolute()} has a metric, so none is the best; "
-            "read the latest instead"
-        )
-    return max(metrics, key=lambda step: (metrics[step], step))
-
-
-def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
-    """Renames damaged checkpoints so that their steps are free again."""
-    if not steps:
-        return
-    if jax.process_index() == 0:
-        for step in steps:
-            _rename_damaged(manager.directory / str(step))
-    multihost_utils.sync_global_devices(f"set aside {steps} in {manager.directory}")
-    manager.reload()
-
-
-def _rename_damaged(step_directory: Path) -> None:
-    """Renames `7` to `7.damaged`, or to `7.damaged.1` and so on if there are such already."""
-    target = step_directory.with_name(f"{step_directory.name}.damaged")
-    number = 0
-    while target.exists():
-        number += 1
-        target = step_directory.with_name(f"{step_directory.name}.damaged.{number}")
-    if step_directory.exists():
-        step_directory.rename(target)
-        logging.error("The damaged checkpoint was renamed to %s.", target)
-
-
-def _get_metric(metrics: dict[str, float]) -> float:
-    """Returns the number by which Orbax ranks checkpoints."""
-    return metrics[METRIC]
-
-
-def _mend_metrics(directory: Path) -> None:
-    """Rewrites or removes damaged metric files, which would keep Orbax from opening the rest."""
-    for step in _list_steps(directory):
-        file = directory / str(step) / METRICS / METRICS
-        if not file.exists() or _is_metric_file(file):
-            continue
-        logging.error("%s is damaged; it is written anew from the rest of the checkpoint.", file)
-        file.parent.rmtree()
-        try:
-            metric = _read_metric(directory / str(step))
-        except DamagedCheckpointError as error:
-            logging.error("It cannot be, so that checkpoint now has no metric: %s", error)
-            continue
-        file.parent.mkdir()
-        file.write_text(json.dumps({METRIC: metric}))
-
-
-def _read_metric(step_directory: Path) -> float | None:
-    """Reads the metric that a checkpoint was saved with."""
-    _check_files(step_directory)
-    return _read_description(step_directory)["metric"]
-
-
-def _is_metric_file(file: Path) -> bool:
-    """Tells whether Orbax, and `_get_metric`, will be able to read a file."""
-    try:
-        return isinstance(json.loads(file.read_text())[METRIC], float)
-    except (ValueError, KeyError, TypeError, IsADirectoryError):
-        return False
-
-
-def _is_worth_showing(record: python_logging.LogRecord) -> bool:
-    """Filters out Orbax's progress reports, and its warning that a save has no metric."""
-    if "orbax" not in Path(record.pathname).parts:
-        return True
-    return record.levelno >= python_logging.WARNING and "tracked_metric" not in str(record.msg)
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -69,12 +69,14 @@ class ResNetCifar(nn.Module):
         num_classes: size of the output.
         blocks_per_stage: n.
         width: channels of the first stage; each further stage doubles them and halves the image.
+        stem_stride: of the first convolution; the paper has 1, 2 makes it four times as fast.
         shortcut: "A" (parameter-free, as in the paper's CIFAR networks) or "B" (1x1 convolution).
     """
 
     num_classes: int
     blocks_per_stage: int
     width: int = 16
+    stem_stride: int = 1
     shortcut: str = "A"
 
     @nn.compact
@@ -83,7 +85,13 @@ class ResNetCifar(nn.Module):
         if self.shortcut not in ("A", "B"):
             raise ValueError(f'shortcut is {self.shortcut!r}; wanted "A" or "B"')
         stem = nn.Conv(
-            self.width, (3, 3), padding=1, use_bias=False, kernel_init=KERNEL_INIT, name="stem_conv"
+            self.width,
+            (3, 3),
+            (self.stem_stride, self.stem_stride),
+            padding=1,
+            use_bias=False,
+            kernel_init=KERNEL_INIT,
+            name="stem_conv",
         )
         x = nn.relu(NORM(use_running_average=not train, name="stem_norm")(stem(x)))
         for stage in range(3):

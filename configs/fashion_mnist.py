@@ -1,0 +1,35 @@
+"""RFQuant on Fashion-MNIST with a network for two CPU cores (about an hour; a GPU: minutes).
+
+The data must be prepared once as array_record files (README, "Data"). docs/results.md has what
+benchmarks/rfquant_ablation.py measured with this network.
+
+    python train.py --config=configs/fashion_mnist.py:float --workdir=runs/fashion/float
+    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion/supernet \
+        --config.init_from=runs/fashion/float
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.epochs = 20
+    config.batch_size = 128
+    config.data.name = "tfds"
+    config.data.options.dataset = "fashion_mnist"
+    config.data.options.data_dir = ""  # "": TFDS's own default directory
+    config.data.crop_padding = 2
+    config.data.flip_probability = 0.5
+
+    config.model.name = "resnet8"
+    config.model.options.width = 8
+    config.model.options.stem_stride = 2
+
+    config.plain.weight_decay = 5e-4
+
+    config.rfquant.learning_rate = 0.02
+    config.rfquant.step_learning_rate = 1e-3  # few updates: steps must move faster than published
+    config.rfquant.ema_decay = 0.998
+
+    config.search.batch_size = 1024
+    return default.finish(config, arg)
