@@ -18,7 +18,6 @@ import numpy as np
 import rich.progress
 import rich.table
 from absl import app
-from ml_collections import ConfigDict
 
 import train
 from mpq_jax import bits as bit_configs
@@ -31,9 +30,10 @@ from mpq_jax.search import greedy
 
 COST_UNITS = {"bitops": (1e9, "GBitOPs per image"), "bytes": (2**10, "KiB of weights")}
 console = train.console
+Config = train.Config
 
 
-def read_supernet(setup: train.Setup, config: ConfigDict, workdir: pathlib.Path) -> Any:
+def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> Any:
     """Returns the supernet in the newest checkpoint of the workdir."""
     directory = workdir / "checkpoints"
     if not directory.exists():
@@ -57,7 +57,7 @@ def read_supernet(setup: train.Setup, config: ConfigDict, workdir: pathlib.Path)
     return variables
 
 
-def budget_list(setup: train.Setup, config: ConfigDict) -> dict[str, float]:
+def budget_list(setup: train.Setup, config: Config) -> dict[str, float]:
     """Returns the budgets by name."""
     cost_of = costs.COSTS[config.search.budget]
     levels = {
@@ -67,7 +67,7 @@ def budget_list(setup: train.Setup, config: ConfigDict) -> dict[str, float]:
     return levels | {f"budget {budget:g}": float(budget) for budget in config.search.budgets}
 
 
-def heldout_batches(setup: train.Setup, config: ConfigDict) -> Iterator[tuple[Any, Any]]:
+def heldout_batches(setup: train.Setup, config: Config) -> Iterator[tuple[Any, Any]]:
     """Yields batches of normalised held-out images without end, shuffled anew in every round."""
     parts = list(setup.dataset.eval_batches("heldout"))
     images, labels = (
@@ -86,7 +86,7 @@ def heldout_batches(setup: train.Setup, config: ConfigDict) -> Iterator[tuple[An
             yield setup.normalize(batch["image"]), batch["label"]
 
 
-def recalibration_images(setup: train.Setup, config: ConfigDict) -> jax.Array:
+def recalibration_images(setup: train.Setup, config: Config) -> jax.Array:
     """Returns training images, augmented as in training: [batches, batch, ...]."""
     count = max(1, config.search.recalibration_images // config.batch_size)
     batches, key = setup.dataset.train_batches(0), jax.random.key(config.seed)
@@ -99,7 +99,7 @@ def recalibration_images(setup: train.Setup, config: ConfigDict) -> jax.Array:
     return jnp.stack(prepared)
 
 
-def run_search(setup: train.Setup, config: ConfigDict, variables, budgets) -> greedy.Result:
+def run_search(setup: train.Setup, config: Config, variables, budgets) -> greedy.Result:
     """Runs the greedy descent, showing how the cost falls."""
     table = setup.table
     cost = costs.cost_table(table, config.search.budget)
@@ -129,7 +129,7 @@ def run_search(setup: train.Setup, config: ConfigDict, variables, budgets) -> gr
         )
 
 
-def float_row(config: ConfigDict, setup: train.Setup) -> list[report.Row]:
+def float_row(config: Config, setup: train.Setup) -> list[report.Row]:
     """Tests the float model that the supernet started from, if the config names it."""
     if not config.init_from:
         return []
@@ -142,7 +142,7 @@ def float_row(config: ConfigDict, setup: train.Setup) -> list[report.Row]:
 
 
 def test_configs(
-    setup: train.Setup, config: ConfigDict, variables, configs: dict[str, tuple[str, BitConfig]]
+    setup: train.Setup, config: Config, variables, configs: dict[str, tuple[str, BitConfig]]
 ) -> list[report.Row]:
     """Recalibrates and tests configurations; `configs` maps a name to (group, bits)."""
     evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
@@ -158,7 +158,7 @@ def test_configs(
 
 def write_results(
     setup: train.Setup,
-    config: ConfigDict,
+    config: Config,
     directory: pathlib.Path,
     rows: list[report.Row],
     found: dict[str, BitConfig],
@@ -184,7 +184,7 @@ def write_results(
 
 
 def print_results(
-    setup: train.Setup, config: ConfigDict, rows: list[report.Row], configs: dict
+    setup: train.Setup, config: Config, rows: list[report.Row], configs: dict
 ) -> None:
     """Prints the table of results, the most expensive configuration first."""
     unit, label = COST_UNITS[config.search.budget]

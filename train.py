@@ -22,7 +22,7 @@ import rich.progress
 import rich.table
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from mpq_jax import checkpoints, data, evaluation, linen, recording, sharding
 from mpq_jax.layer_table import LayerTable, Rule, bit_rules, trace_layers
@@ -32,6 +32,8 @@ from mpq_jax.models import make_model
 
 # Config keys that do not change what is trained: a run may go on with other values of them.
 FREE_KEYS = ("search", "log_every", "save_every", "keep_last", "keep_best", "device_count")
+
+Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 console = rich.console.Console()
 
@@ -59,7 +61,7 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
 
 
-def start(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
+def start(argv: list[str]) -> tuple[Config, pathlib.Path]:
     """Checks the command line, joins the other processes, returns the config and workdir."""
     logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
@@ -72,7 +74,7 @@ def start(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
     return flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
 
 
-def build(config: ConfigDict) -> Setup:
+def build(config: Config) -> Setup:
     """Builds everything that a config describes; raises ValueError where it makes no sense."""
     if config.method not in METHODS:
         raise ValueError(f"config.method is {config.method!r}; known methods: {sorted(METHODS)}")
@@ -139,7 +141,7 @@ def abstract_state(setup: Setup) -> Any:
     )
 
 
-def initial_state(setup: Setup, config: ConfigDict) -> Any:
+def initial_state(setup: Setup, config: Config) -> Any:
     """Returns the state that training starts from, on all devices."""
     replicated = sharding.replicated(setup.mesh)
     if config.init_from:
@@ -167,7 +169,7 @@ def float_variables(setup: Setup, directory: str) -> Any:
     step, saved = checkpoints.load_best(pathlib.Path(directory) / "checkpoints")
     if not {"params", "batch_stats"} <= set(saved):
         raise ValueError(
-            f"config.init_from is {directory!r}, which holds no float run (it has {sorted(saved)}); "
+            f"config.init_from is {directory!r}, which holds no float run but {sorted(saved)}; "
             "train one with --config=FILE:float"
         )
     wanted = jax.eval_shape(lambda: fresh_variables(setup, jax.random.key(0)))
@@ -187,7 +189,7 @@ def float_variables(setup: Setup, directory: str) -> Any:
     return sharding.replicate(found, setup.mesh)
 
 
-def check_same_run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_same_run(config: Config, workdir: pathlib.Path) -> None:
     """Raises ValueError if the workdir belongs to a run of other values; else notes these."""
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
@@ -288,7 +290,7 @@ def main(argv: list[str]) -> None:
     print_compilations(counter)
 
 
-def train_loop(setup: Setup, config: ConfigDict, workdir, manager, state, first_step: int) -> Any:
+def train_loop(setup: Setup, config: Config, workdir, manager, state, first_step: int) -> Any:
     """Runs the remaining steps with their periodic actions; returns the last state."""
     method, run = setup.method, setup.run
     evaluate = evaluation.make_evaluate(method.predict, setup.normalize)
@@ -306,6 +308,7 @@ def train_loop(setup: Setup, config: ConfigDict, workdir, manager, state, first_
         disable=console.quiet or not console.is_terminal,
     )
     collected: list[dict[str, jax.Array]] = []
+    text, scores = "", {}
     last_log, logged_step = time.perf_counter(), first_step
 
     with progress:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.rfquant_ablation --data_dir=DIR --out=runs/ablation
 
-Trains one float model and four supernets per seed (ResNet-8 of width 8, stem of stride 2), searches each for the
-3-bit and the 4-bit level, and prints test accuracy, mean and standard deviation over the seeds.
-A finished run is a line in OUT/results.jsonl and is not repeated; so it can be stopped at any time,
-and several processes may share the work by `--seeds`.
+Trains one float model and four supernets per seed (ResNet-8 of width 8, stem of stride 2),
+searches each for the 3-bit and the 4-bit level, and prints test accuracy, mean and standard
+deviation over the seeds. A finished run is a line in OUT/results_SEED.jsonl and is not repeated;
+so it can be stopped at any time, and several processes may share the work by `--seeds`.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """RFQuant on scikit-learn's digits: 1,797 real 8x8 images, no download; the demo.
 
-    python train.py --config=configs/digits.py:float --workdir=runs/digits/float
-    python train.py --config=configs/digits.py --workdir=runs/digits/supernet \
+python train.py --config=configs/digits.py:float --workdir=runs/digits/float
+python train.py --config=configs/digits.py --workdir=runs/digits/supernet \
         --config.init_from=runs/digits/float
-    python search.py --config=configs/digits.py --workdir=runs/digits/supernet \
+python search.py --config=configs/digits.py --workdir=runs/digits/supernet \
         --config.init_from=runs/digits/float
 """
 

@@ -76,7 +76,7 @@ def _take(candidates, choice: Int[Array, "layers 2"]) -> BitConfig:
 
 def check_mask(mask: Bool[AnyArray, "layers 2 choices"], names: Sequence[str]) -> None:
     """Raises ValueError, naming the layers, where a mask leaves nothing to choose."""
-    allowed = np.asarray(mask).any(-1)
+    allowed = np.any(np.asarray(mask), axis=-1).reshape(-1, 2)
     bad = [
         f"{name} ({kind})"
         for name, row in zip(names, allowed, strict=True)

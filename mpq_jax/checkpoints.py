@@ -26,26 +26,8 @@ from etils.epath import Path
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from mpq_jax.checkpoint_files import (
-    METRIC,
-    STATE,
-    ChecksummingHandler,
-    DamagedCheckpointError,
-    best_step,
-    check_files,
-    describe_leaves,
-    existing_steps,
-    find_step,
-    get_metric,
-    is_worth_showing,
-    leaf_name,
-    list_steps,
-    mend_metrics,
-    read_description,
-    read_values,
-    set_aside,
-    to_stored,
-)
+from mpq_jax import checkpoint_files as files
+from mpq_jax.checkpoint_files import DamagedCheckpointError
 
 SHOWN_DIFFERENCES = 5  # an error names so many leaves; other configurations change hundreds
 
@@ -73,23 +55,23 @@ def open_manager(
             f"keep_last is {keep_last} and keep_best {keep_best}; "
             "keep at least 1 of the last and 0 of the best"
         )
-    logging.get_absl_logger().addFilter(is_worth_showing)
+    logging.get_absl_logger().addFilter(files.is_worth_showing)
     path = Path(directory).absolute()
     if jax.process_index() == 0 and path.is_dir():
-        mend_metrics(path)
+        files.mend_metrics(path)
     multihost_utils.sync_global_devices(f"mended the metrics in {path}")
     policies = ocp.checkpoint_managers
     last = policies.LatestN(keep_last)
     best = policies.BestN(
-        get_metric_fn=get_metric, n=keep_best, keep_checkpoints_without_metrics=False
+        get_metric_fn=files.get_metric, n=keep_best, keep_checkpoints_without_metrics=False
     )
     options = ocp.CheckpointManagerOptions(
-        best_fn=get_metric,  # without it Orbax does not write the metric
+        best_fn=files.get_metric,  # without it Orbax does not write the metric
         cleanup_tmp_directories=True,
         preservation_policy=policies.AnyPreservationPolicy([last, best]),
     )
     handlers = ocp.DefaultCheckpointHandlerRegistry()
-    handlers.add(STATE, ocp.args.StandardSave, ChecksummingHandler())
+    handlers.add(files.STATE, ocp.args.StandardSave, files.ChecksummingHandler())
     return ocp.CheckpointManager(path, options=options, handler_registry=handlers)
 
 
@@ -120,12 +102,12 @@ def save(
         )
     if metric is not None:
         metric = -math.inf if math.isnan(metric) else float(metric)
-    description = {"metric": metric, "leaves": describe_leaves(state)}
-    stored = jax.tree.map(to_stored, state)
+    description = {"metric": metric, "leaves": files.describe_leaves(state)}
+    stored = jax.tree.map(files.to_stored, state)
     manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(stored, custom_metadata=description)),
-        metrics=None if metric is None else {METRIC: metric},
+        metrics=None if metric is None else {files.METRIC: metric},
         force=True,  # when to save is the caller's decision
     )
     return True
@@ -164,10 +146,10 @@ def restore_latest(
     manager.wait_until_finished()
     directory = manager.directory
     damaged: dict[int, str] = {}
-    for step in reversed(list_steps(directory)):
+    for step in reversed(files.list_steps(directory)):
         state, damage = _restore_or_explain(directory / str(step), abstract_state)
         if not damage:
-            set_aside(manager, list(damaged))
+            files.set_aside(manager, list(damaged))
             return step, state
         logging.error("Checkpoint %d is damaged: %s. Trying the one before it.", step, damage)
         damaged[step] = damage
@@ -183,7 +165,7 @@ def restore_latest(
 def restore_best(manager: ocp.CheckpointManager, abstract_state: PyTree) -> tuple[int, PyTree]:
     """Restores the checkpoint with the largest metric; see `restore_step`."""
     manager.wait_until_finished()
-    step = best_step(manager.directory)
+    step = files.best_step(manager.directory)
     return step, restore_step(manager, step, abstract_state)
 
 
@@ -201,20 +183,20 @@ def restore_step(manager: ocp.CheckpointManager, step: int, abstract_state: PyTr
         MismatchedCheckpointError: when it is of another state.
     """
     manager.wait_until_finished()
-    step_directory = find_step(manager.directory, step)
-    check_files(step_directory)
+    step_directory = files.find_step(manager.directory, step)
+    files.check_files(step_directory)
     return _restore(step_directory, abstract_state)
 
 
 def load_latest(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
     """Reads the newest checkpoint of a run, without knowing its state; see `load_step`."""
-    step = max(existing_steps(Path(directory)))
+    step = max(files.existing_steps(Path(directory)))
     return step, load_step(directory, step)
 
 
 def load_best(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]]:
     """Reads a run's checkpoint with the largest metric; see `load_step`."""
-    step = best_step(Path(directory))
+    step = files.best_step(Path(directory))
     return step, load_step(directory, step)
 
 
@@ -233,15 +215,15 @@ def load_step(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
         FileNotFoundError: when there is no such checkpoint.
         DamagedCheckpointError: when it cannot be read.
     """
-    step_directory = find_step(Path(directory), step)
-    check_files(step_directory)
-    return read_values(step_directory, read_description(step_directory)["leaves"])
+    step_directory = files.find_step(Path(directory), step)
+    files.check_files(step_directory)
+    return files.read_values(step_directory, files.read_description(step_directory)["leaves"])
 
 
 def _restore_or_explain(step_directory: Path, abstract_state: PyTree) -> tuple[PyTree, str]:
     """Returns the state and "", or None and the damage; alike on all processes."""
     try:
-        check_files(step_directory)
+        files.check_files(step_directory)
         damage = ""
     except DamagedCheckpointError as error:
         damage = str(error)
@@ -252,12 +234,12 @@ def _restore_or_explain(step_directory: Path, abstract_state: PyTree) -> tuple[P
 
 def _restore(step_directory: Path, abstract_state: PyTree) -> PyTree:
     """Reads a sound checkpoint into the structure and the shardings of `abstract_state`."""
-    leaves = read_description(step_directory)["leaves"]
+    leaves = files.read_description(step_directory)["leaves"]
     _check_same_leaves(step_directory, leaves, abstract_state)
-    values = _by_name(read_values(step_directory, leaves))
+    values = _by_name(files.read_values(step_directory, leaves))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _place(
-            values[leaf_name(path)], leaf, leaves[leaf_name(path)].get("key_impl")
+            values[files.leaf_name(path)], leaf, leaves[files.leaf_name(path)].get("key_impl")
         ),
         abstract_state,
     )
@@ -302,4 +284,4 @@ def _kind(dtype: Any, shape: Any) -> str:
 
 def _by_name(tree: PyTree) -> dict[str, Any]:
     """Returns the leaves of a pytree by name."""
-    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {files.leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -50,7 +51,7 @@ def make_evaluate(
         sums = [evaluate_batch(variables, bits, batch) for batch in batches]
         if not sums:
             raise ValueError("there is not one image to evaluate on; is this split empty?")
-        right, loss, images = (float(part) for part in sum(jax.device_get(sums)))
-        return Score(right / images, loss / images, round(images))
+        right, loss, images = np.array(jax.device_get(sums), np.float64).sum(axis=0)
+        return Score(float(right / images), float(loss / images), int(images))
 
     return evaluate

@@ -1,9 +1,11 @@
 """How any Linen image model is called: the example input, and the flag of its training mode."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,7 @@ TRAIN_FLAGS = ("train", "training", "is_training")
 EVAL_FLAGS = ("deterministic", "use_running_average")
 
 
-def mode_kwargs(model: nn.Module, *, train: bool) -> dict[str, bool]:
+def mode_kwargs(model: nn.Module, *, train: bool) -> dict[str, Any]:
     """Returns the keyword that puts the model into training or evaluation mode.
 
     The names known are those of `TRAIN_FLAGS` and, inverted, of `EVAL_FLAGS`; a model whose
@@ -45,6 +47,27 @@ def init_variables(model: nn.Module, key: jax.Array, input_shape: Sequence[int])
     return dict(
         model.init({"params": key, "dropout": key}, images, **mode_kwargs(model, train=False))
     )
+
+
+def flatten(tree: Any) -> dict[str, jax.Array]:
+    """Returns the leaves of nested dicts by path, `stage1/block0/conv1/kernel`."""
+    flat: Any = flax.traverse_util.flatten_dict(tree, sep="/")
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> dict:
+    """Returns the nested dicts that `flatten` took apart."""
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def map_leaves(tree: Any, change: Callable[[str, jax.Array], Any]) -> dict:
+    """Applies `change(path, leaf)` to every leaf of nested dicts."""
+    return unflatten({name: change(name, leaf) for name, leaf in flatten(tree).items()})
+
+
+def module_of(path: str) -> str:
+    """Returns the path of the module that holds a variable, or that surrounds a module."""
+    return path.rpartition("/")[0]
 
 
 def path_name(module: nn.Module) -> str:

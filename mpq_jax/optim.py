@@ -1,6 +1,6 @@
 """Optax pieces: learning rates in fractions of a run, and updates that skip unused rows."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,7 @@ def skip_unused_rows(
         return jax.tree.map(over_rows(inner.init), params)
 
     def update_leaf(update, state, param, used):
+        new_update: Any
         new_update, new_state = over_rows(inner.update)(update, state, param)
 
         def keep(new, old):
@@ -88,7 +89,7 @@ def skip_unused_rows(
         pairs = [update_leaf(*row) for row in zip(leaves, *rest, strict=True)]
         return tuple(structure.unflatten(part) for part in zip(*pairs, strict=True))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def ema_decay(step: Array, *, decay: float, warmup: bool) -> Array:

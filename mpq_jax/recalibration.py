@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -49,12 +48,12 @@ def recalibrate(
         return _norm_moments(model, table, selected, batch, quantizer=quantizer)
 
     found = jax.lax.map(moments, images)
-    merged = flax.traverse_util.flatten_dict(selected.batch_stats, sep="/")
-    for name in {path.rpartition("/")[0] for path in found}:
+    merged = linen.flatten(selected.batch_stats)
+    for name in {linen.module_of(path) for path in found}:
         means, variances = found[f"{name}/mean"], found[f"{name}/var"]
         merged[f"{name}/mean"] = jnp.mean(means, axis=0)
         merged[f"{name}/var"] = jnp.mean(variances, axis=0) + jnp.var(means, axis=0)
-    plain = flax.traverse_util.unflatten_dict(merged, sep="/")
+    plain = linen.unflatten(merged)
     stats = supernet.scatter_batch_stats(table, variables.batch_stats, bits, plain)
     return variables._replace(batch_stats=stats)
 

@@ -68,8 +68,8 @@ class CompileCounter:
     def __exit__(self, *error) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **details) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILED:
-            name = str(details.get("fun_name", "unnamed")).removeprefix("jit(").removesuffix(")")
+            name = str(kwargs.get("fun_name", "unnamed")).removeprefix("jit(").removesuffix(")")
             self.counts[name] += 1
-            self.seconds[name] += seconds  # pyright: ignore[reportArgumentType]
+            self.seconds[name] += duration_secs  # pyright: ignore[reportArgumentType]

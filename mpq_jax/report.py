@@ -1,7 +1,7 @@
 """Plots of a search: accuracy against cost, and the bits of every layer."""
 
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     cost: float | None
 
 
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "searched": {"color": "#d1495b", "marker": "o", "label": "searched"},
     "uniform": {"color": "#2e6f95", "marker": "s", "label": "uniform bits"},
 }

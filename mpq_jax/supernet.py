@@ -10,7 +10,6 @@ layers on the way through `flax.linen.intercept_methods`. The model itself is ne
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -137,7 +136,7 @@ def init(
 
 def kernels(table: LayerTable, params: PyTree) -> list[Array]:
     """Returns the kernel of every layer of the table, in its order."""
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = linen.flatten(params)
     return [flat[f"{layer.name}/kernel"] for layer in table.layers]
 
 
@@ -171,7 +170,7 @@ def select(
     learned = variables.learned
     weight_steps = learned.weight_steps[rows, choice_index(table, weight_bits)]
     act_steps = learned.act_steps[rows, choice_index(table, act_bits)]
-    params = flax.traverse_util.flatten_dict(_narrow(table, learned.params, bits), sep="/")
+    params = linen.flatten(_narrow(table, learned.params, bits))
     for index, layer in enumerate(table.layers):
         w = params[f"{layer.name}/kernel"]
         scale = lsq_grad_scale(w.size, weight_bits[index]) if scale_step_gradient else None
@@ -179,7 +178,7 @@ def select(
             w, weight_steps[index], weight_bits[index], signed=True, grad_scale=scale
         )
     return Selected(
-        params=flax.traverse_util.unflatten_dict(params, sep="/"),
+        params=linen.unflatten(params),
         batch_stats=_narrow(table, variables.batch_stats, bits),
         act_steps=act_steps,
         act_bits=act_bits,
@@ -219,7 +218,9 @@ def apply(
         dropout_key: random key of the model's dropout layers, if it has any.
     """
     position = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
-    watched = set(table.chosen_norms) | {_module(norm) for norm in table.chosen_norms} - {""}
+    watched = set(table.chosen_norms) | {linen.module_of(norm) for norm in table.chosen_norms} - {
+        ""
+    }
     features: dict[str, Array] = {}
 
     def intercept(next_call, args, kwargs, context):
@@ -257,11 +258,13 @@ def scatter_batch_stats(
 ) -> PyTree:
     """Writes a subnet's statistics back into the rows that its bits name; other rows stay."""
     rows = _bank_rows(table, bits)
-    flat = flax.traverse_util.flatten_dict(plain, sep="/")
-    return _map_leaves(
+    flat = linen.flatten(plain)
+    return linen.map_leaves(
         banked,
         lambda name, leaf: (
-            leaf.at[rows[norm]].set(flat[name]) if (norm := _module(name)) in rows else flat[name]
+            leaf.at[rows[norm]].set(flat[name])
+            if (norm := linen.module_of(name)) in rows
+            else flat[name]
         ),
     )
 
@@ -290,7 +293,9 @@ def used_rows(table: LayerTable, params: PyTree, configs: BitConfig) -> Learned:
     used = {norm: used_pairs(layer) for norm, layer in table.bank_norms.items()}
     quantised = jnp.array([not layer.float_acts for layer in table.layers])
     return Learned(
-        params=_map_leaves(params, lambda name, _: used.get(_module(name), jnp.array(True))),
+        params=linen.map_leaves(
+            params, lambda name, _: used.get(linen.module_of(name), jnp.array(True))
+        ),
         weight_steps=jnp.any(weights[:, :, None] == candidates, axis=0),
         act_steps=jnp.any(acts[:, :, None] == candidates, axis=0) & quantised[:, None],
     )
@@ -322,11 +327,11 @@ def _bank_rows(table: LayerTable, bits: BitConfig) -> dict[str, tuple[Array, Arr
 
 def _widen(table: LayerTable, tree: PyTree) -> PyTree:
     rows = len(table.bank_bits)
-    return _map_leaves(
+    return linen.map_leaves(
         tree,
         lambda name, leaf: (
             jnp.broadcast_to(leaf, (rows, rows, *leaf.shape))
-            if _module(name) in table.bank_norms
+            if linen.module_of(name) in table.bank_norms
             else leaf
         ),
     )
@@ -334,17 +339,7 @@ def _widen(table: LayerTable, tree: PyTree) -> PyTree:
 
 def _narrow(table: LayerTable, tree: PyTree, bits: BitConfig) -> PyTree:
     rows = _bank_rows(table, bits)
-    return _map_leaves(
+    return linen.map_leaves(
         tree,
-        lambda name, leaf: leaf[rows[norm]] if (norm := _module(name)) in rows else leaf,
+        lambda name, leaf: leaf[rows[norm]] if (norm := linen.module_of(name)) in rows else leaf,
     )
-
-
-def _module(name: str) -> str:
-    return name.rpartition("/")[0]
-
-
-def _map_leaves(tree: PyTree, change) -> PyTree:
-    flat = flax.traverse_util.flatten_dict(tree, sep="/")
-    changed = {name: change(name, leaf) for name, leaf in flat.items()}
-    return flax.traverse_util.unflatten_dict(changed, sep="/")

@@ -63,7 +63,7 @@ class ResNet(nn.Module):
             name="stem_conv",
         )
         x = nn.relu(NORM(use_running_average=not train, name="stem_norm")(stem(x)))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # pyright: ignore[reportArgumentType]
         for stage, size in enumerate(self.stage_sizes):
             for index in range(size):
                 stride = 2 if stage > 0 and index == 0 else 1

@@ -1,17 +1,17 @@
 """RFQuant's training: one step over the max subnet and random subnets, as a `Method`."""
 
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mpq_jax import bits as bit_configs
-from mpq_jax import losses, optim, supernet
+from mpq_jax import linen, losses, optim, supernet
 from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
@@ -110,7 +110,9 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         mask = freeze_most_unstable(state.variables.learned, state.mask, jnp.int32(count))
         return state._replace(mask=mask), {"frozen_layers": count, "freeze_ratio": ratio}
 
-    def predict(variables: supernet.Variables, bits: BitConfig, images):
+    def predict(variables: supernet.Variables, bits: BitConfig | None, images):
+        if bits is None:
+            raise ValueError("a supernet needs to be told its bits")
         selected = supernet.select(table, variables, bits)
         return supernet.apply(model, table, selected, images, train=False).logits
 
@@ -302,8 +304,7 @@ def _finish(table, options: Options, optimizer, state: TrainState, carry: Carry,
     used = supernet.used_rows(table, gradient.params, every)
     learned = state.variables.learned
     updates, opt_state = optimizer.update(gradient, state.opt_state, learned, used=used)
-    learned = optax.apply_updates(learned, updates)
-    assert isinstance(learned, supernet.Learned)
+    learned = jax.tree.map(jnp.add, learned, updates)
     learned = learned._replace(
         weight_steps=jnp.maximum(learned.weight_steps, SMALLEST_STEP),
         act_steps=jnp.maximum(learned.act_steps, SMALLEST_STEP),
@@ -312,13 +313,15 @@ def _finish(table, options: Options, optimizer, state: TrainState, carry: Carry,
     average = state.average
     if average is not None:
         decay = optim.ema_decay(state.step, decay=options.ema_decay, warmup=options.ema_warmup)
-        learned, stats = optax.incremental_update(
-            (variables.learned, variables.batch_stats),
-            (average.learned, average.batch_stats),
-            1 - decay,
+        average = variables._replace(
+            learned=_blend(average.learned, variables.learned, decay),
+            batch_stats=_blend(average.batch_stats, variables.batch_stats, decay),
         )
-        average = average._replace(learned=learned, batch_stats=stats)
     return TrainState(state.step + 1, variables, average, opt_state, state.mask), metrics
+
+
+def _blend(old: PyTree, new: PyTree, decay: Array) -> PyTree:
+    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
 
 
 def make_optimizer(
@@ -349,7 +352,7 @@ def make_optimizer(
     )
     momentum = optax.trace(options.momentum, nesterov=True)
     sgd = optax.sgd(rate, options.momentum, nesterov=True)
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "conv_kernels": optax.chain(optax.add_decayed_weights(options.weight_decay), sgd),
         "others": sgd,
         "norm_rows": optax.chain(
@@ -367,13 +370,14 @@ def make_optimizer(
 
 def _group(table: LayerTable, learned: supernet.Learned) -> supernet.Learned:
     """Labels every leaf with its optimiser."""
+    conv_kernels = {f"{layer.name}/kernel" for layer in table.layers if layer.kind != "dense"}
 
-    def of_param(path: tuple[str, ...], leaf) -> str:
-        if "/".join(path[:-1]) in table.bank_norms:
+    def of_param(path: str, leaf) -> str:
+        if linen.module_of(path) in table.bank_norms:
             return "norm_rows"
-        return "conv_kernels" if path[-1] == "kernel" and leaf.ndim == 4 else "others"
+        return "conv_kernels" if path in conv_kernels else "others"
 
-    params = flax.traverse_util.path_aware_map(of_param, learned.params)
+    params = linen.map_leaves(learned.params, of_param)
     return supernet.Learned(params, "steps", "steps")
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mpq_jax import supernet
+from mpq_jax import linen, supernet
 from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import LayerTable
 from mpq_jax.quantizers import lsq
@@ -117,7 +117,7 @@ def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> 
         return {norm: captured[norm] for norm in norms}
     picked = {norm: nn.relu(captured[norm]) for norm in norms}
     if place == "block_output":
-        last = {norm.rpartition("/")[0]: norm for norm in norms}  # later norms replace earlier
+        last = {linen.module_of(norm): norm for norm in norms}  # later norms replace earlier
         picked |= {norm: captured[block] for block, norm in last.items() if block in captured}
     return picked
 
