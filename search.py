@@ -6,10 +6,11 @@ beside uniform bits and the float model. Results are in DIR/search.
 """
 
 import csv
+import functools
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from mpq_jax.search import greedy
 COST_UNITS = {"bitops": (1e9, "GBitOPs per image"), "bytes": (2**10, "KiB of weights")}
 console = train.console
 Config = train.Config
+Tester = Callable[[BitConfig, str], evaluation.Score]
 
 
 def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> Any:
@@ -141,19 +143,35 @@ def float_row(config: Config, setup: train.Setup) -> list[report.Row]:
     return [report.Row("float", "float", accuracy, None)]
 
 
-def test_configs(
-    setup: train.Setup, config: Config, variables, configs: dict[str, tuple[str, BitConfig]]
-) -> list[report.Row]:
-    """Recalibrates and tests configurations; `configs` maps a name to (group, bits)."""
+def make_tester(setup: train.Setup, config: Config, variables) -> Tester:
+    """Returns `test(bits, split)`: recalibrates norm statistics for the bits, then evaluates."""
     evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
     images = recalibration_images(setup, config)
-    cost_of = costs.COSTS[config.search.budget]
-    rows = []
-    for name, (group, bits) in configs.items():
+
+    def test(bits: BitConfig, split: str) -> evaluation.Score:
         ready = recalibrate(setup.model, setup.table, variables, bits, images)
-        accuracy = evaluate(ready, bits, train.eval_batches(setup, "test")).accuracy
-        rows.append(report.Row(name, group, accuracy, float(cost_of(setup.table, bits))))
-    return rows
+        return evaluate(ready, bits, train.eval_batches(setup, split))
+
+    return test
+
+
+def choose_finalists(
+    found: list[greedy.Found], uniform: dict[str, BitConfig], test: Tester, cost_of
+) -> list[BitConfig]:
+    """Returns for each budget the best of what the descent found and of uniform bits within it.
+
+    The descent judges by one batch and batch statistics; the finalists are compared as they will
+    be used, by their loss on all held-out images after recalibration.
+    """
+    losses = {name: test(bits, "heldout").loss for name, bits in uniform.items()}
+    chosen = []
+    for one in found:
+        finalists = [(test(one.bits, "heldout").loss, one.bits)]
+        finalists += [
+            (losses[name], bits) for name, bits in uniform.items() if cost_of(bits) <= one.budget
+        ]
+        chosen.append(min(finalists, key=lambda finalist: finalist[0])[1])
+    return chosen
 
 
 def write_results(
@@ -184,7 +202,7 @@ def write_results(
 
 
 def print_results(
-    setup: train.Setup, config: Config, rows: list[report.Row], configs: dict
+    setup: train.Setup, config: Config, rows: list[report.Row], configs: dict[str, BitConfig]
 ) -> None:
     """Prints the table of results, the most expensive configuration first."""
     unit, label = COST_UNITS[config.search.budget]
@@ -193,7 +211,7 @@ def print_results(
         if row.cost is None:
             shown.add_row(row.name, "32", "-", f"{row.accuracy:.2%}")
             continue
-        mean = float(costs.mean_bits(setup.table, configs[row.name][1], by="param"))
+        mean = float(costs.mean_bits(setup.table, configs[row.name], by="param"))
         style = "bold" if row.group == "searched" else None
         cost = f"{row.cost / unit:.4g}"
         shown.add_row(row.name, f"{mean:.2f}", cost, f"{row.accuracy:.2%}", style=style)
@@ -224,13 +242,21 @@ def main(argv: list[str]) -> None:
             f"searched {len(budgets)} budgets in {len(result.path)} moves, {seconds:.1f} s"
         )
 
-        found = {name: one.bits for name, one in zip(budgets, result.found, strict=True)}
+        test = make_tester(setup, config, variables)
         uniform = {
-            f"uniform {bits}/{bits}": ("uniform", setup.table.uniform(bits, bits))
+            f"uniform {bits}/{bits}": setup.table.uniform(bits, bits)
             for bits in setup.table.bank_bits
         }
-        configs = uniform | {name: ("searched", bits) for name, bits in found.items()}
-        rows += test_configs(setup, config, variables, configs)
+        cost_of = functools.partial(costs.COSTS[config.search.budget], setup.table)
+        finals = [one.bits for one in result.found]
+        if config.search.finalists:
+            finals = choose_finalists(result.found, uniform, test, cost_of)
+        found = dict(zip(budgets, finals, strict=True))
+        configs = uniform | found
+        for name, bits in configs.items():
+            group = "searched" if name in found else "uniform"
+            accuracy = test(bits, "test").accuracy
+            rows.append(report.Row(name, group, accuracy, float(cost_of(bits))))
     if jax.process_index() == 0:
         write_results(setup, config, workdir / "search", rows, found, result.path)
     print_results(setup, config, rows, configs)

@@ -53,6 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.search.batch_size = 256  # held-out images per move
     config.search.start_bits = 5
     config.search.patience = 8
+    config.search.finalists = True  # keep uniform bits where they do better on held-out images
     config.search.recalibration_images = 7168
     return finish(config, arg)
 

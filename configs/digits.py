@@ -28,7 +28,10 @@ def get_config(arg: str = ""):
     config.rfquant.step_learning_rate = 1e-3  # a short run: steps must move within 1,000 updates
     config.rfquant.ema_decay = 0.99
 
-    config.search.levels = (5, 4, 3)
+    config.search.levels = (4, 3)
+    config.search.budgets = (5e6,)  # between uniform 2 and 3 bits
+    config.search.metric = "loss"  # 128 images tell configurations apart by loss, not by error
     config.search.batch_size = 128
+    config.search.start_bits = 6
     config.search.recalibration_images = 1152
     return default.finish(config, arg)

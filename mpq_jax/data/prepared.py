@@ -37,7 +37,7 @@ def open_stored(
 
     Args:
         dataset: its TFDS name, such as "cifar10" or "name/config:1.0.0".
-        data_dir: folder of prepared datasets; None for TFDS's own.
+        data_dir: folder of prepared datasets; None or "" for TFDS's own.
         test_split: TFDS name of the split to test on.
     """
     builder = _find_prepared(dataset, data_dir=data_dir)
@@ -66,7 +66,7 @@ def open_stored(
 def _find_prepared(
     dataset: str, *, data_dir: str | os.PathLike[str] | None
 ) -> tfds.core.DatasetBuilder:
-    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    data_dir = os.path.expanduser(data_dir) if data_dir else None
     searched = [os.fspath(path) for path in file_utils.list_data_dirs(given_data_dir=data_dir)]
     prepare = f"pip install tensorflow; tfds build {dataset} --file_format=array_record"
     try:

@@ -37,7 +37,7 @@ def load(
     Args:
         plan: how the dataset is split, shuffled and shared between processes.
         dataset: its TFDS name, such as "cifar10", "imagenet2012" or "name/config:1.0.0".
-        data_dir: folder of prepared datasets; None for TFDS's own.
+        data_dir: folder of prepared datasets; None or "" for TFDS's own.
         test_split: TFDS name of the split to test on; "validation" for imagenet2012.
         image_size: side of the images in a batch, in pixels. Streamed images are cropped and
             resized to it as is usual for ImageNet.

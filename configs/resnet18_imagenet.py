@@ -1,0 +1,46 @@
+"""ResNet-18 on ImageNet, w2-6 a2-6: the published run (RFQuant, CVPR 2024), options as published.
+
+    python train.py --config=configs/resnet18_imagenet.py:float --workdir=runs/r18/float
+    python train.py --config=configs/resnet18_imagenet.py --workdir=runs/r18/supernet \
+        --config.init_from=runs/r18/float
+    python search.py --config=configs/resnet18_imagenet.py --workdir=runs/r18/supernet \
+        --config.init_from=runs/r18/float
+
+Published: 71.0 % top-1 at the 4-bit level (31.6 GBitOPs), 4 A100, no retraining; not reproduced
+here yet. Needs TFDS's imagenet2012 as array_record files. The published search starts at 5/5,
+scores by top-1 error, never uses 2 bits here (a bound in its code, not in ours) and takes the
+first configuration below 33.9 GBitOPs.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import default
+from mpq_jax.methods import rfquant
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.epochs = 150
+    config.batch_size = 512  # 4 GPUs of 128
+    config.data.name = "tfds"
+    config.data.options.dataset = "imagenet2012"
+    config.data.options.data_dir = ""
+    config.data.options.test_split = "validation"
+    config.data.options.image_size = 224
+    config.data.heldout_fraction = 0.01
+    config.data.flip_probability = 0.5  # random resized crops are made while reading
+
+    config.model.name = "resnet18"
+    config.plain.learning_rate = 0.2
+    config.plain.weight_decay = 1e-4
+
+    config.rfquant = ConfigDict(dataclasses.asdict(rfquant.published()))
+
+    config.search.levels = ()
+    config.search.budgets = (33.9e9, 31.6e9, 22.8e9)
+    config.search.batch_size = 256
+    config.search.finalists = False
+    config.log_every = 100
+    return default.finish(config, arg)
