@@ -93,6 +93,10 @@ def build(config: Config) -> Setup:
         raise ValueError(
             f"config.batch_size is {config.batch_size}, not a multiple of the {mesh.size} devices"
         )
+    if config.data.name not in data.DATASETS:
+        raise ValueError(
+            f"config.data.name is {config.data.name!r}; known datasets: {sorted(data.DATASETS)}"
+        )
     dataset = data.load(
         config.data.name,
         batch_size=config.batch_size,
@@ -100,7 +104,7 @@ def build(config: Config) -> Setup:
         heldout_fraction=config.data.heldout_fraction,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        **config.data.options,
+        **config.data[config.data.name],
     )
     if dataset.steps_per_epoch < 1:
         raise ValueError(
@@ -190,7 +194,7 @@ def float_variables(setup: Setup, directory: str) -> Any:
 
 
 def check_same_run(config: Config, workdir: pathlib.Path) -> None:
-    """Raises ValueError if the workdir belongs to a run of other values; else notes these."""
+    """Raises ValueError if the workdir belongs to a run of other values."""
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
     if path.exists():
@@ -205,9 +209,15 @@ def check_same_run(config: Config, workdir: pathlib.Path) -> None:
                 f"{workdir} holds a run of another config: {'; '.join(changed)}. Take another "
                 "--workdir, or the old values to go on with it"
             )
-    elif jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ours, indent=2) + "\n")
+
+
+def note_run(config: Config, workdir: pathlib.Path) -> None:
+    """Writes down whose workdir this is."""
+    path = workdir / "config.json"
+    if jax.process_index() == 0 and not path.exists():
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        temporary.replace(path)  # at once: a killed run leaves all of it or nothing
 
 
 def print_layers(table: LayerTable) -> None:
@@ -280,7 +290,8 @@ def main(argv: list[str]) -> None:
             )
             restored = checkpoints.restore_latest(manager, abstract_state(setup))
             first_step, state = restored or (0, initial_state(setup, config))
-        except (ValueError, TypeError, FileNotFoundError) as error:
+            note_run(config, workdir)
+        except (ValueError, TypeError, OSError, checkpoints.DamagedCheckpointError) as error:
             sys.exit(f"error: {error}")
         if restored:
             console.print(f"going on from step {first_step} in {workdir}")
@@ -294,11 +305,14 @@ def train_loop(setup: Setup, config: Config, workdir, manager, state, first_step
     """Runs the remaining steps with their periodic actions; returns the last state."""
     method, run = setup.method, setup.run
     evaluate = evaluation.make_evaluate(method.predict, setup.normalize)
-    writer = recording.MetricWriter(workdir, first_step=first_step) if not console.quiet else None
+    next_step = first_step + 1
+    writer = recording.MetricWriter(workdir, first_step=next_step) if not console.quiet else None
     batches = setup.dataset.train_batches(first_step)
     key = jax.random.key(config.seed)
     asked_to_stop: list[int] = []
-    previous_handler = signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
+    alone = jax.process_count() == 1  # otherwise JAX listens, and tells all processes
+    if alone:
+        signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
     progress = rich.progress.Progress(
         "{task.description}",
         rich.progress.BarColumn(),
@@ -318,7 +332,7 @@ def train_loop(setup: Setup, config: Config, workdir, manager, state, first_step
             if place == 0:
                 state, events = method.on_epoch(state, epoch)
                 if events and writer:
-                    writer.write(step, events)
+                    writer.write(step + 1, events)
             batch = sharding.global_batch(next(batches), setup.mesh)
             state, metrics = method.train_step(state, batch, jax.random.fold_in(key, step))
             collected.append(metrics)
@@ -354,7 +368,8 @@ def train_loop(setup: Setup, config: Config, workdir, manager, state, first_step
                 console.print(f"stopped by a signal after step {done}; all is saved, run it again")
                 break
     manager.wait_until_finished()
-    signal.signal(signal.SIGTERM, previous_handler)
+    if alone:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if writer:
         writer.close()
     return state

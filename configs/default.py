@@ -5,7 +5,7 @@ Durations of the methods are fractions of the run, so changing `epochs` scales e
 
 import dataclasses
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from mpq_jax.methods import METHODS
 
@@ -20,8 +20,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.init_from = ""  # workdir of a finished float run; "": random weights
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # digits, arrays, tfds
-    config.data.options = ConfigDict()  # arguments of that loader
+    config.data.name = "digits"  # digits, arrays, tfds: whose values below are used
+    config.data.digits = ConfigDict()
+    config.data.arrays = ConfigDict()
+    config.data.arrays.path = ""  # of the .npz
+    config.data.tfds = ConfigDict()
+    config.data.tfds.dataset = ""
+    config.data.tfds.data_dir = ""  # "": TFDS's own default
+    config.data.tfds.test_split = "test"
+    config.data.tfds.image_size = config_dict.placeholder(int)  # needed where sizes differ
     config.data.heldout_fraction = 0.1  # of the training images, for model choice and search
     config.data.crop_padding = 0  # random crop after padding; 0: off
     config.data.flip_probability = 0.0

@@ -16,8 +16,7 @@ def get_config(arg: str = ""):
     config.epochs = 20
     config.batch_size = 128
     config.data.name = "tfds"
-    config.data.options.dataset = "fashion_mnist"
-    config.data.options.data_dir = ""  # "": TFDS's own default directory
+    config.data.tfds.dataset = "fashion_mnist"
     config.data.crop_padding = 2
     config.data.flip_probability = 0.5
 

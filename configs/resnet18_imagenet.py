@@ -25,10 +25,9 @@ def get_config(arg: str = ""):
     config.epochs = 150
     config.batch_size = 512  # 4 GPUs of 128
     config.data.name = "tfds"
-    config.data.options.dataset = "imagenet2012"
-    config.data.options.data_dir = ""
-    config.data.options.test_split = "validation"
-    config.data.options.image_size = 224
+    config.data.tfds.dataset = "imagenet2012"
+    config.data.tfds.test_split = "validation"
+    config.data.tfds.image_size = 224
     config.data.heldout_fraction = 0.01
     config.data.flip_probability = 0.5  # random resized crops are made while reading
 

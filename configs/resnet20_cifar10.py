@@ -16,8 +16,7 @@ def get_config(arg: str = ""):
     config.epochs = 150
     config.batch_size = 128
     config.data.name = "tfds"
-    config.data.options.dataset = "cifar10"
-    config.data.options.data_dir = ""
+    config.data.tfds.dataset = "cifar10"
     config.data.crop_padding = 4
     config.data.flip_probability = 0.5
 
