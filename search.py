@@ -78,6 +78,11 @@ def heldout_batches(setup: train.Setup, config: Config) -> Iterator[tuple[Any, A
     )
     local = min(config.search.batch_size // jax.process_count(), len(images))
     local -= local % len(setup.mesh.local_devices)
+    if local < 1:
+        raise ValueError(
+            f"config.search.batch_size is {config.search.batch_size} and this process has "
+            f"{len(images)} held-out images; {setup.mesh.size} devices need one of each at least"
+        )
     generator = np.random.default_rng(config.seed)
     while True:
         order = generator.permutation(len(images))
@@ -266,4 +271,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     train.define_flags()
-    app.run(main)
+    app.run(main, flags_parser=train.parse_flags)

@@ -36,6 +36,8 @@ FREE_KEYS = ("search", "log_every", "save_every", "keep_last", "keep_best", "dev
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 console = rich.console.Console()
+if not console.is_terminal:
+    console.width = 120  # of files and pipes
 
 
 class Setup(NamedTuple):
@@ -59,6 +61,24 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_count", None, "Processes of the run; None: ask the cluster.")
     flags.DEFINE_integer("process_index", None, "Number of this process; None: ask the cluster.")
     flags.mark_flags_as_required(["config", "workdir"])
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; refuses config keys that do not exist, naming those that do."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError):  # how ml_collections refuses a key
+        overrides = [arg for arg in argv if arg.lstrip("-").startswith("config.")]
+        sys.argv = [arg for arg in argv if arg not in overrides]  # ml_collections reads it
+        app.parse_flags_with_usage(sys.argv)
+        for path in (arg.lstrip("-").partition("=")[0] for arg in overrides):
+            node = flags.FLAGS.config
+            for key in path.split(".")[1:]:
+                known = sorted(node) if hasattr(node, "keys") else []
+                if key not in known:
+                    sys.exit(f"error: there is no {path}: {key!r} is none of {known}")
+                node = node[key]
+        raise
 
 
 def start(argv: list[str]) -> tuple[Config, pathlib.Path]:
@@ -384,4 +404,4 @@ def must_stop(asked_to_stop: list[int], step: int) -> bool:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -46,6 +46,8 @@ def mean_bits(
     """
     if by not in ("layer", "param"):
         raise ValueError(f'by is {by!r}; wanted "layer" or "param"')
+    if not table.searchable.any():
+        raise ValueError("no layer of the table has a choice of bits, so there is no mean of them")
     chosen = jnp.asarray(table.searchable, jnp.float32)
     weight = chosen * _params(table) if by == "param" else chosen
     return jnp.sum(weight * _as_float(bits.weights)) / jnp.sum(weight)

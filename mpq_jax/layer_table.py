@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,7 +62,7 @@ def bit_rules(
             drops 2 bits, that is, takes 3); None treats them like any convolution.
         first: rules that come before all of these.
     """
-    chosen = tuple(candidates)
+    chosen = _descending(tuple(candidates))
     depthwise = tuple(bits for bits in chosen if bits >= (depthwise_min_bits or 0))
     if not depthwise:
         raise ValueError(
@@ -164,11 +165,15 @@ class LayerTable:
 
     @functools.cached_property
     def chosen_norms(self) -> dict[str, int]:
-        """Norms after layers with a choice: path of the norm -> index of the layer before it."""
+        """Norms after layers with a choice: path of the norm -> index of the layer before it.
+
+        A norm that several layers share is none of them: no one layer's bits could name its row.
+        """
+        norms = [layer.norm for layer in self.layers]
         return {
             layer.norm: index
             for index, layer in enumerate(self.layers)
-            if layer.norm is not None and layer.searchable
+            if layer.norm is not None and layer.searchable and norms.count(layer.norm) == 1
         }
 
     def with_norm_banks(self, norm_banks: bool) -> "LayerTable":
@@ -235,8 +240,8 @@ def trace_layers(
         The table; every cost, sample and search is made from it alone.
 
     Raises:
-        ValueError: the model has no such layer, uses one in a way that has no single kernel
-            (`nn.scan`, `nn.vmap`), or a rule is malformed.
+        ValueError: the model has no such layer, calls one inside a loop or without a single
+            kernel (`nn.scan`, `nn.vmap`), or a rule is malformed.
     """
     calls, norms = _record_calls(model, linen.batch_shape(input_shape))
     if not calls:
@@ -280,13 +285,20 @@ def _record_calls(
             calls[name] = call._replace(macs=macs)
             made_by[id(out)] = name
             alive.append(out)
-        elif isinstance(module, nn.BatchNorm) and args and id(args[0]) in made_by:
-            norms.setdefault(made_by[id(args[0])], name)
+        elif isinstance(module, nn.BatchNorm):
+            made_it = made_by.get(id(linen.input_of(args, kwargs)))
+            if made_it is not None:
+                norms.setdefault(made_it, name)
         return out
 
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(
-            lambda key: linen.init_variables(model, key, shape), jax.random.key(0)
+        program, variables = jax.make_jaxpr(
+            lambda key: linen.init_variables(model, key, shape), return_shape=True
+        )(jax.random.key(0))
+    if _multiplies_in_a_loop(program.jaxpr):
+        raise ValueError(
+            f"{type(model).__name__} calls layers inside nn.scan or another loop, where their work "
+            "cannot be counted; unroll it"
         )
     _check_kernels(calls, variables["params"] if calls else {})
     return calls, norms
@@ -301,6 +313,17 @@ def _describe(
     if isinstance(module, nn.Conv) and module.feature_group_count > 1 and kernel_shape[-2] == 1:
         kind = "depthwise"
     return _Call(name, kind, kernel_shape, positions * int(np.prod(kernel_shape)))
+
+
+def _multiplies_in_a_loop(program: Any, *, in_loop: bool = False) -> bool:
+    for equation in program.eqns:
+        name = equation.primitive.name
+        if in_loop and name in ("dot_general", "conv_general_dilated"):
+            return True
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            if _multiplies_in_a_loop(inner, in_loop=in_loop or name in ("scan", "while")):
+                return True
+    return False
 
 
 def _check_kernels(calls: dict[str, _Call], params: dict) -> None:
@@ -334,10 +357,11 @@ def _check_rule(rule: Rule) -> None:
             _descending(bits)
 
 
-def _descending(bits: int | Sequence[int]) -> tuple[int, ...]:
-    values = (bits,) if isinstance(bits, int) else tuple(bits)
-    if not values or len(set(values)) != len(values) or not all(1 <= b <= 16 for b in values):
-        raise ValueError(f"bits are {bits!r}; wanted one or more different numbers from 1 to 16")
+def _descending(bits: Any) -> tuple[int, ...]:
+    values = tuple(bits) if isinstance(bits, tuple | list) else (bits,)
+    sound = all(type(b) is int and 2 <= b <= 16 for b in values)
+    if not values or not sound or len(set(values)) != len(values):
+        raise ValueError(f"bits are {bits!r}; wanted one or more different integers from 2 to 16")
     return tuple(sorted(values, reverse=True))
 
 
@@ -349,7 +373,7 @@ def _apply_rules(call: _Call, calls: list[_Call], norm: str | None, rules: Seque
         said = (getattr(rule, attribute) for rule in matching)
         return next((value for value in said if value is not None), None)
 
-    return Layer(
+    layer = Layer(
         *call,
         params=int(np.prod(call.kernel_shape)),
         norm=norm,
@@ -358,6 +382,12 @@ def _apply_rules(call: _Call, calls: list[_Call], norm: str | None, rules: Seque
         float_acts=first_word("float_acts"),
         signed=first_word("signed"),
     )
+    if layer.float_acts and len(layer.act_candidates) > 1:
+        raise ValueError(
+            f"the input of {layer.name!r} stays float but may be billed at any of "
+            f"{layer.act_candidates} bits; let a rule fix acts to one number"
+        )
+    return layer
 
 
 def _matches(rule: Rule, call: _Call, calls: list[_Call]) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 TRAIN_FLAGS = ("train", "training", "is_training")
 EVAL_FLAGS = ("deterministic", "use_running_average")
+RECORDS = "mpq_jax_records"  # variable collection of what interceptors write down
 
 
 def mode_kwargs(model: nn.Module, *, train: bool) -> dict[str, Any]:
@@ -75,6 +76,18 @@ def path_name(module: nn.Module) -> str:
     return "/".join(module.path)
 
 
+def input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Returns a layer call's input, given by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def with_input(args: tuple, kwargs: dict[str, Any], x: Any) -> tuple[tuple, dict[str, Any]]:
+    """Returns a layer call's arguments with another input."""
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, kwargs | {next(iter(kwargs)): x}
+
+
 def forward(
     model: nn.Module,
     variables: dict,
@@ -84,11 +97,37 @@ def forward(
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
     """Calls the model and returns (logits, its BatchNorm statistics after the call)."""
+    logits, batch_stats, _ = recorded_forward(
+        model, variables, images, train=train, dropout_key=dropout_key
+    )
+    return logits, batch_stats
+
+
+def recorded_forward(
+    model: nn.Module,
+    variables: dict,
+    images: jax.Array,
+    *,
+    train: bool,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict, dict[str, jax.Array]]:
+    """Like `forward`, and returns what interceptors wrote down by `record`, by path and name."""
     logits, updated = model.apply(
         variables,
         images,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
-        mutable=["batch_stats"],
+        mutable=["batch_stats", RECORDS],
         **mode_kwargs(model, train=train),
     )
-    return logits, dict(updated).get("batch_stats", {})
+    records = flatten(dict(updated).get(RECORDS, {}))
+    return logits, dict(updated).get("batch_stats", {}), records
+
+
+def named(records: dict[str, jax.Array], name: str) -> dict[str, jax.Array]:
+    """Returns the records of one name by the path of their module."""
+    return {module_of(path): x for path, x in records.items() if path.split("/")[-1] == name}
+
+
+def record(module: nn.Module, name: str, value: jax.Array) -> None:
+    """Writes down an array during a call; unlike a Python list, it works under nn.remat as well."""
+    module.sow(RECORDS, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: value)

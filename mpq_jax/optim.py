@@ -1,5 +1,6 @@
 """Optax pieces: learning rates in fractions of a run, and updates that skip unused rows."""
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -34,13 +35,15 @@ def warmup_cosine(
     """
     if change not in ("step", "epoch"):
         raise ValueError(f'change is {change!r}; wanted "step" or "epoch"')
+    warmup_steps = math.ceil(round(warmup * steps, 6))  # compared in whole steps: t is rounded
     held = steps_per_epoch if change == "epoch" else 1
 
     def rate(step) -> Array:
-        t = (jnp.asarray(step, jnp.int32) // held * held).astype(jnp.float32) / steps
+        held_step = jnp.minimum(jnp.asarray(step, jnp.int32) // held * held, steps)
+        t = held_step.astype(jnp.float32) / steps
         cosine = end + 0.5 * (peak - end) * (1 + jnp.cos(jnp.pi * t))
         rising = start + (peak - start) * t / max(warmup, 1e-9)
-        return jnp.where(t < warmup, rising, cosine)
+        return jnp.where(held_step < warmup_steps, rising, cosine)
 
     return rate
 
@@ -98,5 +101,6 @@ def ema_decay(step: Array, *, decay: float, warmup: bool) -> Array:
     With a warm-up, min(decay, (1 + step) / (10 + step)): early values are forgotten at once, so
     that short runs end with an average of trained values.
     """
+    step = jnp.asarray(step).astype(jnp.float32)
     growing = (1.0 + step) / (10.0 + step)
     return jnp.minimum(decay, growing) if warmup else jnp.full_like(growing, decay)

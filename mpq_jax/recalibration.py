@@ -15,6 +15,7 @@ from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.record import Quantizer
 
 PyTree = Any
+MOMENTS = "moments"  # name under which they are recorded during a call
 
 
 @functools.partial(jax.jit, static_argnames=("model", "table", "quantizer"))
@@ -49,8 +50,8 @@ def recalibrate(
 
     found = jax.lax.map(moments, images)
     merged = linen.flatten(selected.batch_stats)
-    for name in {linen.module_of(path) for path in found}:
-        means, variances = found[f"{name}/mean"], found[f"{name}/var"]
+    for name, norm_moments in found.items():
+        means, variances = norm_moments[:, 0], norm_moments[:, 1]
         merged[f"{name}/mean"] = jnp.mean(means, axis=0)
         merged[f"{name}/var"] = jnp.mean(variances, axis=0) + jnp.var(means, axis=0)
     plain = linen.unflatten(merged)
@@ -59,18 +60,16 @@ def recalibrate(
 
 
 def _norm_moments(model, table, selected, images, *, quantizer) -> dict[str, Array]:
-    """Returns mean and variance of the input of every norm on one batch, by variable path."""
-    moments: dict[str, Array] = {}
+    """Returns mean and variance of every norm's input on one batch, [2, channels], by path."""
 
     def intercept(next_call, args, kwargs, context):
         if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            name, x = linen.path_name(context.module), args[0].astype(jnp.float32)
+            x = linen.input_of(args, kwargs).astype(jnp.float32)
             feature_axis = context.module.axis % x.ndim
             axes = tuple(axis for axis in range(x.ndim) if axis != feature_axis)
-            moments[f"{name}/mean"] = jnp.mean(x, axes)
-            moments[f"{name}/var"] = jnp.var(x, axes)
+            linen.record(context.module, MOMENTS, jnp.stack([jnp.mean(x, axes), jnp.var(x, axes)]))
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
-        supernet.apply(model, table, selected, images, train=True, quantizer=quantizer)
-    return moments
+        out = supernet.apply(model, table, selected, images, train=True, quantizer=quantizer)
+    return linen.named(out.records, MOMENTS)

@@ -18,12 +18,10 @@ class MetricWriter:
         """Opens the files; entries of `first_step` or later, of an interrupted run, are dropped."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
-        old = _entries(path)
-        kept = [entry for entry in old if entry["step"] < first_step]
-        if len(kept) < len(old):
-            temporary = path.with_suffix(".partial")
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            temporary.replace(path)
+        kept = [entry for entry in _entries(path) if entry["step"] < first_step]
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        temporary.replace(path)
         self._lines = path.open("a")
         self._board: Any = tensorboardX.SummaryWriter(
             str(directory / "tensorboard"), purge_step=first_step

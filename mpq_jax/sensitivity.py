@@ -38,13 +38,13 @@ def instability(
 
     def unstable_share(step_size, b):
         low, high = lsq.code_range(b, signed=True)
-        v = w / step_size
+        v = lsq.in_steps(w, step_size)
         code = jnp.clip(jnp.round(v), low, high)
         offset = v - code
         near = jnp.abs(offset) > 0.5 * (1 - proportion)
         clipped = ((code == low) & (offset <= 0)) | ((code == high) & (offset >= 0))
-        return jnp.mean((near & ~clipped).astype(jnp.float32)) / b
+        return jnp.mean((near & ~clipped).astype(jnp.float32)) / b.astype(jnp.float32)
 
     bits, mask = jnp.asarray(bits, jnp.int32), jnp.asarray(mask)
-    shares = jax.vmap(unstable_share)(step_sizes, bits.astype(jnp.int32))
+    shares = jax.vmap(unstable_share)(step_sizes, bits)
     return jnp.sum(jnp.where(mask, shares, 0.0)) / jnp.sum(mask.astype(jnp.float32))

@@ -21,6 +21,7 @@ from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.record import Quantizer
 
 PyTree = Any
+IN, OUT = "input", "output"  # names under which arrays are recorded during a call
 
 
 class Learned(NamedTuple):
@@ -78,11 +79,13 @@ class Output(NamedTuple):
         batch_stats: the model's statistics after the call (unchanged in evaluation mode).
         features: output of the norm after every layer with a choice, and of the module around
             that norm, by path.
+        records: everything that was recorded during the call (`linen.record`), by path and name.
     """
 
     logits: Float[Array, "batch classes"]
     batch_stats: PyTree
     features: dict[str, Array]
+    records: dict[str, Array]
 
 
 def init(
@@ -215,42 +218,42 @@ def apply(
         train: training mode: norms use the statistics of this batch and update their rows.
         quantizer: how the inputs of the layers are quantised.
         scale_step_gradient: LSQ's gradient scale for the inputs' step sizes.
-        dropout_key: random key of the model's dropout layers, if it has any.
+        dropout_key: random key of the model's dropout layers; None: they let everything through.
     """
     position = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
     watched = set(table.chosen_norms) | {linen.module_of(norm) for norm in table.chosen_norms} - {
         ""
     }
-    features: dict[str, Array] = {}
 
     def intercept(next_call, args, kwargs, context):
         if context.method_name != "__call__":
             return next_call(*args, **kwargs)
         name = linen.path_name(context.module)
+        if isinstance(context.module, nn.Dropout) and dropout_key is None:
+            return linen.input_of(args, kwargs)
         if name in position and isinstance(context.module, nn.Conv | nn.Dense):
             i = position[name]
             bits, signed = selected.act_bits[i], selected.signed[i]
-            scale = (
-                lsq_grad_scale(args[0].size, bits, signed=signed) if scale_step_gradient else None
-            )
+            x = linen.input_of(args, kwargs)
+            scale = lsq_grad_scale(x.size, bits, signed=signed) if scale_step_gradient else None
             quantised = quantizer.fake_quant(
-                args[0], selected.act_steps[i], bits, signed=signed, grad_scale=scale
+                x, selected.act_steps[i], bits, signed=signed, grad_scale=scale
             )
-            args = (quantised, *args[1:])
+            args, kwargs = linen.with_input(args, kwargs, quantised)
         out = next_call(*args, **kwargs)
         if name in watched:
-            features[name] = out
+            linen.record(context.module, OUT, out)
         return out
 
     with nn.intercept_methods(intercept):
-        logits, batch_stats = linen.forward(
+        logits, batch_stats, records = linen.recorded_forward(
             model,
             {"params": selected.params, "batch_stats": selected.batch_stats},
             images,
             train=train,
             dropout_key=dropout_key,
         )
-    return Output(logits, batch_stats, features)
+    return Output(logits, batch_stats, linen.named(records, OUT), records)
 
 
 def scatter_batch_stats(
@@ -296,24 +299,25 @@ def used_rows(table: LayerTable, params: PyTree, configs: BitConfig) -> Learned:
         params=linen.map_leaves(
             params, lambda name, _: used.get(linen.module_of(name), jnp.array(True))
         ),
-        weight_steps=jnp.any(weights[:, :, None] == candidates, axis=0),
-        act_steps=jnp.any(acts[:, :, None] == candidates, axis=0) & quantised[:, None],
+        weight_steps=jnp.any(weights[:, :, None] == candidates[None, None], axis=0),
+        act_steps=jnp.any(acts[:, :, None] == candidates[None, None], axis=0) & quantised[:, None],
     )
 
 
 def _layer_inputs(model, table, variables, images) -> dict[str, Array]:
-    inputs: dict[str, Array] = {}
     names = set(table.names)
 
     def intercept(next_call, args, kwargs, context):
         name = linen.path_name(context.module)
         if context.method_name == "__call__" and name in names:
-            inputs[name] = args[0]
+            linen.record(context.module, IN, linen.input_of(args, kwargs))
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
-        linen.forward(model, variables, images, train=True, dropout_key=jax.random.key(0))
-    return inputs
+        _, _, records = linen.recorded_forward(
+            model, variables, images, train=True, dropout_key=jax.random.key(0)
+        )
+    return linen.named(records, IN)
 
 
 def _bank_rows(table: LayerTable, bits: BitConfig) -> dict[str, tuple[Array, Array]]:

@@ -31,9 +31,18 @@ def code_range(
     return low, low + levels - 1
 
 
+def in_steps(x, step_size):
+    """Returns `x` in units of the step size; the one definition wherever codes must agree.
+
+    XLA turns `x / step_size` into this product in some programs and not in others, which moves
+    ties; written out, all programs agree bit for bit.
+    """
+    return x * (1 / step_size)
+
+
 @jax.custom_vjp
 def _fake_quant(x, step_size, low, high, grad_scale):
-    return jnp.round(jnp.clip(x / step_size, low, high)) * step_size
+    return jnp.round(jnp.clip(in_steps(x, step_size), low, high)) * step_size
 
 
 def _fake_quant_forward(x, step_size, low, high, grad_scale):
@@ -43,8 +52,9 @@ def _fake_quant_forward(x, step_size, low, high, grad_scale):
 
 def _fake_quant_backward(residuals, gradient):
     x, step_size, low, high, grad_scale = residuals
-    v = x / step_size
-    inside = (v >= low) & (v <= high)
+    v = in_steps(x, step_size)
+    # Compared in the units of x: there `code * step_size` meets a bound exactly, whatever the step.
+    inside = (x >= low * step_size) & (x <= high * step_size)
     x_gradient = jnp.where(inside, gradient, 0)
     code = jnp.round(jnp.clip(v, low, high))
     step_gradient = jnp.sum(gradient * (code - jnp.where(inside, v, 0))) * grad_scale
@@ -64,10 +74,10 @@ def fake_quant(
 ) -> Float[Array, "*shape"]:
     """Snaps `x` to the nearest multiple of `step_size` that `bits` bits can name.
 
-    Halves round to the even code. The gradient in `x` passes where `x / step_size` lies in the
-    range of the codes, bounds included, and is zero elsewhere; the gradient in `step_size` is
-    `code - x / step_size` inside the range and the violated bound outside of it (Eq. 3).
-    Reverse-mode differentiation only.
+    The code is `x * (1 / step_size)` rounded, halves to the even code. The gradient in `x` passes
+    where `x` lies in the range of the codes, bounds included, and is zero elsewhere; the gradient
+    in `step_size` is `code - x / step_size` inside the range and the violated bound outside of it
+    (Eq. 3). Reverse-mode differentiation only.
 
     Args:
         x: values.
@@ -98,7 +108,7 @@ def codes(
 ) -> Int[Array, "*shape"]:
     """Returns the int32 codes that `fake_quant` multiplies by `step_size`; same arguments."""
     low, high = code_range(bits, signed=signed)
-    v = x / jnp.asarray(step_size, x.dtype)
+    v = in_steps(x, jnp.asarray(step_size, x.dtype))
     return jnp.round(jnp.clip(v, low.astype(x.dtype), high.astype(x.dtype))).astype(jnp.int32)
 
 

@@ -1,0 +1,409 @@
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import (
+    DEFAULT_CANDIDATES,
+    FIRST_LAST_8BIT,
+    Rule,
+    bit_rules,
+    trace_layers,
+)
+from mpq_jax.models import make_model
+
+ANY = (Rule(),)  # says nothing: every layer takes the default candidates
+
+
+class Block(nn.Module):
+    """A depthwise and a pointwise convolution, each with its norm, and a detour before a norm."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x, training):
+        groups = x.shape[-1]
+        x = nn.Conv(groups, (3, 3), feature_group_count=groups, use_bias=False, name="spatial")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not training, name="spatial_norm")(x))
+        y = nn.Conv(self.channels, (1, 1), use_bias=False, name="mix")(x)
+        gate = nn.Dense(self.channels, name="gate")(jnp.mean(x, axis=(1, 2)))  # called in between
+        y = nn.BatchNorm(use_running_average=not training, name="mix_norm")(y)
+        return y * nn.sigmoid(gate)[:, None, None]
+
+
+class Separable(nn.Module):
+    @nn.compact
+    def __call__(self, x, training=False):
+        x = nn.Conv(8, (3, 3), strides=2, name="stem")(x)  # a bias and no norm
+        x = Block(12, name="body")(nn.relu(x), training)
+        x = nn.Conv(6, (3, 3), feature_group_count=3, name="grouped")(x)
+        x = nn.LayerNorm(name="layer_norm")(x)
+        return nn.Dense(10, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+class Perceptron(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        for width in (32, 16):
+            x = nn.relu(nn.BatchNorm(use_running_average=deterministic)(nn.Dense(width)(x)))
+            x = nn.Dropout(0.5)(x, deterministic=deterministic)
+        return nn.Dense(3)(x)
+
+
+class SetUp(nn.Module):
+    """Without any flag; layers of setup in a list; one of them is called twice."""
+
+    def setup(self):
+        self.layers = [nn.Conv(4, (3, 3), padding="VALID"), nn.Conv(4, (3, 3))]
+
+    def __call__(self, x):
+        x = self.layers[1](self.layers[0](x))
+        return self.layers[1](x[:, ::2, ::2])
+
+
+class Detours(nn.Module):
+    """A norm that reads the first layer's output after the second layer was called."""
+
+    @nn.compact
+    def __call__(self, x):
+        first, second = (nn.Conv(4, (1, 1), name=name)(x) for name in ("first", "second"))
+        relu_between = nn.Conv(4, (1, 1), name="third")(x)
+        norms = [nn.BatchNorm(use_running_average=True, name=f"norm{i}") for i in range(3)]
+        return norms[0](second) + norms[1](first) + norms[2](nn.relu(relu_between))
+
+
+class Recomputed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.remat(Block, static_argnums=(2,))(4, name="body")(x, train)
+        return nn.Dense(2, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+class Repeated(nn.Module):
+    """nn.scan over a dense layer, with parameters per iteration or shared by all."""
+
+    shared: bool
+
+    @nn.compact
+    def __call__(self, x):
+        kind = {"variable_broadcast": "params", "split_rngs": {"params": False}}
+        if not self.shared:
+            kind = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+
+        def step(layer, carry, _):
+            return layer(carry), None
+
+        return nn.scan(step, length=4, **kind)(nn.Dense(x.shape[-1]), x, None)[0]
+
+
+class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        return nn.vmap(nn.Dense, in_axes=0, out_axes=0, **options)(3)(x)
+
+
+class NoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True)(x)
+
+
+def column(table, attribute):
+    return [getattr(layer, attribute) for layer in table.layers]
+
+
+def test_own_model_of_several_kinds_of_layers():
+    table = trace_layers(Separable(), (16, 16, 3), rules=ANY)
+    rows = [
+        ("stem", "conv", (3, 3, 3, 8), 8 * 8 * 9 * 3 * 8, None),
+        ("body/spatial", "depthwise", (3, 3, 1, 8), 8 * 8 * 9 * 8, "body/spatial_norm"),
+        ("body/mix", "conv", (1, 1, 8, 12), 8 * 8 * 8 * 12, "body/mix_norm"),
+        ("body/gate", "dense", (8, 12), 8 * 12, None),
+        ("grouped", "conv", (3, 3, 4, 6), 8 * 8 * 9 * 4 * 6, None),
+        ("head", "dense", (6, 10), 60, None),
+    ]
+    assert [layer[:4] + (layer.norm,) for layer in table.layers] == rows
+    assert column(table, "params") == [int(np.prod(row[2])) for row in rows]
+    assert table.names == tuple(row[0] for row in rows)
+    assert len(table) == 6
+    assert column(table, "signed") == [None] * 6
+    assert column(table, "float_acts") == [False] * 6
+
+
+def test_dense_only_model_and_default_rules():
+    table = trace_layers(Perceptron(), (20,))
+    assert table.names == ("Dense_0", "Dense_1", "Dense_2")
+    assert column(table, "kind") == ["dense"] * 3
+    assert column(table, "macs") == column(table, "params") == [20 * 32, 32 * 16, 16 * 3]
+    assert column(table, "norm") == ["BatchNorm_0", "BatchNorm_1", None]
+    assert column(table, "weight_candidates") == [DEFAULT_CANDIDATES] * 2 + [(8,)]
+    assert column(table, "act_candidates") == [DEFAULT_CANDIDATES] * 2 + [(8,)]
+
+
+def test_layer_called_twice_is_one_layer_with_the_work_of_both():
+    table = trace_layers(SetUp(), (10, 10, 4))
+    assert table.names == ("layers_0", "layers_1")
+    assert column(table, "params") == [144, 144]
+    assert column(table, "macs") == [8 * 8 * 144, (8 * 8 + 4 * 4) * 144]
+
+
+def test_norm_is_the_one_that_reads_the_output():
+    table = trace_layers(Detours(), (4, 4, 3))
+    assert column(table, "norm") == ["norm1", "norm0", None]
+
+
+def test_recomputed_modules_are_traced():
+    table = trace_layers(Recomputed(), (8, 8, 4), rules=ANY)
+    assert table.names == ("body/spatial", "body/mix", "body/gate", "head")
+    assert column(table, "norm") == ["body/spatial_norm", "body/mix_norm", None, None]
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.Conv(2, (1, 1))])]
+)
+def test_layers_of_a_sequence(model):
+    assert trace_layers(model, (4, 4, 3)).names == ("layers_0", "layers_2")
+
+
+def test_resnet18():
+    table = trace_layers(make_model("resnet18", num_classes=1000), (224, 224, 3))
+    assert len(table) == 21
+    assert (table.names[0], table.names[-1]) == ("stem_conv", "head")
+    first, *middle, last = table.layers
+    assert first.kernel_shape == (7, 7, 3, 64)
+    assert (first.weight_candidates, first.act_candidates, first.float_acts) == ((8,), (8,), True)
+    assert (last.weight_candidates, last.act_candidates, last.float_acts) == ((8,), (8,), False)
+    assert all(
+        layer.weight_candidates == layer.act_candidates == (6, 5, 4, 3, 2) for layer in middle
+    )
+    assert round(sum(layer.macs for layer in middle) / 1e6, 1) == 1695.5
+    assert round((first.macs + last.macs) / 1e6, 1) == 118.5
+    for layer in table.layers[:-1]:
+        assert layer.norm == layer.name.replace("conv", "norm")
+
+
+@pytest.mark.parametrize(("name", "convs"), [("resnet8", 7), ("resnet20", 19)])
+def test_cifar_resnets(name, convs):
+    table = trace_layers(make_model(name, num_classes=10), (32, 32, 3))
+    assert column(table, "kind") == ["conv"] * convs + ["dense"]
+    strides = np.repeat([1024, 256, 64], (convs - 1) // 3)
+    kernels = [9 * a * b for *_, a, b in (layer.kernel_shape for layer in table.layers[1:-1])]
+    np.testing.assert_array_equal(column(table, "macs")[1:-1], strides * np.array(kernels))
+    assert all(layer.norm == layer.name.replace("conv", "norm") for layer in table.layers[:-1])
+
+
+# Input shapes.
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "same"),
+    [
+        (Separable(), (16, 16, 3), (5, 16, 16, 3)),
+        (Perceptron(), (20,), (7, 20)),
+        (Separable(), [16, 16, 3], [2, 16, 16, 3]),
+    ],
+)
+def test_batch_in_the_input_shape_changes_nothing(model, shape, same):
+    assert trace_layers(model, shape) == trace_layers(model, same)
+
+
+@pytest.mark.parametrize("shape", [(), (8, 8, 0), (1, 2, 3, 4, 5)])
+def test_impossible_input_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="input_shape is .*; wanted"):
+        trace_layers(Separable(), shape)
+
+
+def test_nothing_is_computed_whatever_the_size():
+    start = time.perf_counter()
+    table = trace_layers(Separable(), (1024, 2**16, 2**16, 3))  # images of 50 TB
+    assert time.perf_counter() - start < 10
+    assert table.layers[0].macs == 2**30 * 9 * 3 * 8
+
+
+# What cannot be listed.
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (NoLayers(), "NoLayers calls no nn.Conv and no nn.Dense"),
+        (Repeated(shared=False), "nn.scan.*unroll"),
+        (Repeated(shared=True), "nn.scan.*unroll"),
+        (Stacked(), "nn.vmap.*unroll"),
+    ],
+)
+def test_models_that_cannot_be_listed_are_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        trace_layers(model, (6, 6))
+
+
+# Rules.
+
+
+def bits_of(*rules):
+    table = trace_layers(Separable(), (16, 16, 3), rules=rules)
+    return {layer.name: (layer.weight_candidates, layer.act_candidates) for layer in table.layers}
+
+
+def test_first_matching_rule_wins_for_each_attribute_on_its_own():
+    table = trace_layers(
+        Separable(),
+        (16, 16, 3),
+        rules=(
+            Rule("body/", weights=5, signed=True),
+            Rule(r"mix$|^head$", weights=4, acts=(2, 8, 4), signed=False, float_acts=False),
+            Rule("", acts=7, float_acts=True),
+        ),
+    )
+    mix, head, stem = (
+        table.layers[table.names.index(name)] for name in ("body/mix", "head", "stem")
+    )
+    assert (mix.weight_candidates, mix.act_candidates, mix.signed) == ((5,), (8, 4, 2), True)
+    assert (head.weight_candidates, head.act_candidates, head.signed) == ((4,), (8, 4, 2), False)
+    assert (stem.weight_candidates, stem.act_candidates) == (DEFAULT_CANDIDATES, (7,))
+    assert (mix.float_acts, head.float_acts, stem.float_acts) == (False, False, True)
+    assert stem.signed is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "matched"),
+    [
+        (Rule("body", weights=3), {"body/spatial", "body/mix", "body/gate"}),
+        (Rule("^body/(mix|gate)$", weights=3), {"body/mix", "body/gate"}),
+        (Rule("a.e", weights=3), {"body/gate"}),
+        (Rule(kind="depthwise", weights=3), {"body/spatial"}),
+        (Rule(kind="conv", weights=3), {"stem", "body/mix", "grouped"}),
+        (Rule(kind="dense", position="first", weights=3), {"body/gate"}),
+        (Rule(kind="conv", position="last", weights=3), {"grouped"}),
+        (Rule("body", position="last", weights=3), {"body/gate"}),
+        (Rule(position="first", weights=3), {"stem"}),
+        (Rule("nothing", weights=3), set()),
+    ],
+)
+def test_which_layers_a_rule_matches(rule, matched):
+    assert {name for name, (weights, _) in bits_of(rule).items() if weights == (3,)} == matched
+
+
+def test_bit_rules():
+    own = Rule("gate", weights=2)
+    bits = bits_of(*bit_rules((2, 4, 8), depthwise_min_bits=3, first=(own,)))
+    all_three = (8, 4, 2)
+    assert bits == {
+        "stem": ((8,), (8,)),
+        "body/spatial": ((8, 4), (8, 4)),
+        "body/mix": (all_three, all_three),
+        "body/gate": ((2,), all_three),
+        "grouped": (all_three, all_three),
+        "head": ((8,), (8,)),
+    }
+    assert bits_of(*bit_rules((2, 4, 8)))["body/spatial"] == (all_three, all_three)
+
+
+def test_depthwise_rule_that_leaves_nothing_is_refused():
+    with pytest.raises(
+        ValueError, match=r"depthwise_min_bits is 5.*none of the candidates \(4, 2\)"
+    ):
+        bit_rules((4, 2), depthwise_min_bits=5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule("("), r"rule pattern '\(' is no regular expression"),
+        (Rule(kind="convolution"), "kind 'convolution'.*kinds are .*'depthwise'"),
+        (Rule(position="middle"), "position 'middle'.*'first', 'last'"),
+        (Rule(weights=()), r"bits are \(\); wanted"),
+        (Rule(weights=0), "bits are 0; wanted .* 2 to 16"),
+        (Rule(acts=(4, 17)), r"bits are \(4, 17\); wanted"),
+        (Rule(acts=(4, 4)), "different integers"),
+        (Rule(weights=(4.5, 3)), "bits are"),
+        (Rule(weights=4.5), "bits are"),
+        (Rule(weights="4"), "bits are"),
+    ],
+)
+def test_bad_rules_are_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        trace_layers(Perceptron(), (4,), rules=(rule,))
+
+
+# The table.
+
+
+@pytest.fixture(scope="module")
+def table():
+    rules = bit_rules((6, 4, 2), depthwise_min_bits=3)
+    return trace_layers(Separable(), (16, 16, 3), rules=rules)
+
+
+def test_candidates_and_mask(table):
+    assert table.candidates == (8, 6, 4, 2)
+    assert table.bank_bits == (6, 4, 2)
+    fixed, depthwise, free = [1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]
+    rows = [fixed, depthwise, free, free, free, fixed]
+    np.testing.assert_array_equal(
+        table.mask, np.array([[row, row] for row in rows], bool), strict=True
+    )
+    np.testing.assert_array_equal(table.searchable, [False, True, True, True, True, False])
+    assert table.chosen_norms == {"body/spatial_norm": 1, "body/mix_norm": 2}
+    assert table.bank_norms == table.chosen_norms
+    assert table.with_norm_banks(False).bank_norms == {}
+    assert table.with_norm_banks(False).chosen_norms == table.chosen_norms
+
+
+def test_uniform_keeps_fixed_layers_and_lifts_what_a_layer_lacks(table):
+    bits = table.uniform(2, 4)
+    np.testing.assert_array_equal(bits.weights, np.array([8, 4, 2, 2, 2, 8], np.int32), strict=True)
+    np.testing.assert_array_equal(bits.acts, np.array([8, 4, 4, 4, 4, 8], np.int32), strict=True)
+    table.check(bits)
+
+
+@pytest.mark.parametrize(("weights", "acts", "kind"), [(3, 4, "weights is 3"), (4, 8, "acts is 8")])
+def test_uniform_bits_that_no_layer_has_are_refused(table, weights, acts, kind):
+    with pytest.raises(ValueError, match=rf"{kind}; the candidates are \(6, 4, 2\)"):
+        table.uniform(weights, acts)
+
+
+def changed(table, kind, layer, value):
+    bits = table.uniform(4, 4)
+    return bits._replace(**{kind: getattr(bits, kind).at[layer].set(value)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "value", "message"),
+    [
+        ("weights", 0, 4, r"weights of 'stem' are 4; allowed: \(8,\)"),
+        ("acts", 1, 2, r"acts of 'body/spatial' are 2; allowed: \(6, 4\)"),
+        ("weights", 2, 8, "weights of 'body/mix' are 8"),
+    ],
+)
+def test_check_names_the_layer_that_is_wrong(table, kind, layer, value, message):
+    with pytest.raises(ValueError, match=message):
+        table.check(changed(table, kind, layer, value))
+
+
+def test_check_refuses_another_number_of_layers(table):
+    short = BitConfig(jnp.array([4, 4]), jnp.array([4, 4]))
+    with pytest.raises(ValueError, match=r"weights have shape \(2,\).*each of the 6 layers"):
+        table.check(short)
+
+
+def test_table_is_a_static_argument(table):
+    again = trace_layers(Separable(), (16, 16, 3), rules=bit_rules((6, 4, 2), depthwise_min_bits=3))
+    other = trace_layers(Separable(), (16, 16, 3), rules=FIRST_LAST_8BIT)
+    assert again == table and hash(again) == hash(table)
+    assert other != table
+    traces = []
+
+    @jax.jit(static_argnames="table")
+    def double(bits, table):
+        traces.append(len(table))
+        return 2 * bits.weights
+
+    for used in (table, again, other):
+        double(used.uniform(4, 4), used)
+    assert len(traces) == 2

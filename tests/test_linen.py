@@ -1,0 +1,172 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpq_jax import linen
+
+
+class Net(nn.Module):
+    """A norm and dropout; what stands for the mode is decided by subclasses."""
+
+    def body(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(x)
+        x = nn.Dropout(0.5, name="drop")(x, deterministic=not train)
+        return nn.Dense(2, name="head")(x)
+
+
+class Train(Net):
+    @nn.compact
+    def __call__(self, x, train=True):
+        return self.body(x, train)
+
+
+class Training(Net):
+    @nn.compact
+    def __call__(self, x, *, training):
+        return self.body(x, training)
+
+
+class IsTraining(Net):
+    @nn.compact
+    def __call__(self, x, is_training: bool = False):
+        return self.body(x, is_training)
+
+
+class Deterministic(Net):
+    @nn.compact
+    def __call__(self, x, deterministic=None):
+        return self.body(x, not deterministic)
+
+
+class Average(Net):
+    @nn.compact
+    def __call__(self, x, use_running_average=False):
+        return self.body(x, not use_running_average)
+
+
+class Both(Net):
+    @nn.compact
+    def __call__(self, x, train, deterministic):
+        assert train is not deterministic
+        return self.body(x, train)
+
+
+class NoFlag(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="head")(x)
+
+
+FLAGS = [
+    (Train(), {"train": True}),
+    (Training(), {"training": True}),
+    (IsTraining(), {"is_training": True}),
+    (Deterministic(), {"deterministic": False}),
+    (Average(), {"use_running_average": False}),
+    (Both(), {"train": True, "deterministic": False}),
+    (NoFlag(), {}),
+]
+MOVING = [model for model, flags in FLAGS if flags]
+
+
+@pytest.mark.parametrize(("model", "flags"), FLAGS)
+def test_mode_keywords(model, flags):
+    assert linen.mode_kwargs(model, train=True) == flags
+    assert linen.mode_kwargs(model, train=False) == {k: not value for k, value in flags.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((5,), (1, 5)),
+        ((3, 5), (3, 5)),
+        ((8, 9, 3), (1, 8, 9, 3)),
+        ([2, 8, 9, 3], (2, 8, 9, 3)),
+    ],
+)
+def test_batch_shape(given, expected):
+    shape = linen.batch_shape(given)
+    assert shape == expected and all(type(size) is int for size in shape)
+
+
+@pytest.mark.parametrize("given", [(), (0,), (8, -1, 3), (1, 2, 3, 4, 5)])
+def test_impossible_shapes_are_refused(given):
+    with pytest.raises(ValueError, match="input_shape is .*; wanted .* all positive"):
+        linen.batch_shape(given)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return 5 + jax.random.normal(jax.random.key(1), (16, 3))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def init(model):
+    return linen.init_variables(model, jax.random.key(0), (3,))
+
+
+forward = jax.jit(linen.forward, static_argnames=("model", "train"))
+
+
+@pytest.mark.parametrize("model", MOVING)
+def test_evaluation_leaves_statistics_and_drops_nothing(model, images):
+    variables = init(model)
+    logits, stats = forward(model, variables, images, train=False)
+    jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
+    head = variables["params"]["head"]
+    kernel, bias = (np.asarray(head[name]) for name in ("kernel", "bias"))
+    expected = np.asarray(images) / np.sqrt(1 + 1e-5) @ kernel + bias
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)  # float32 matrix product
+
+
+@pytest.mark.parametrize("model", MOVING)
+def test_training_updates_statistics_and_drops_by_the_key(model, images):
+    variables = init(model)
+    results = [
+        forward(model, variables, images, train=True, dropout_key=jax.random.key(seed))
+        for seed in (1, 1, 2)
+    ]
+    (one, stats), (again, _), (other, _) = results
+    np.testing.assert_array_equal(one, again)
+    assert (np.asarray(one) != np.asarray(other)).any()
+    mean = np.asarray(images, np.float64).mean(axis=0)
+    np.testing.assert_allclose(stats["norm"]["mean"], 0.5 * mean, rtol=1e-6)  # a float32 mean
+    assert (np.asarray(variables["batch_stats"]["norm"]["mean"]) == 0).all()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_models_without_flag_or_statistics(images, train):
+    variables = init(NoFlag())
+    logits, stats = forward(NoFlag(), variables, images, train=train)
+    assert stats == {}
+    np.testing.assert_array_equal(logits, NoFlag().apply(variables, images))
+
+
+def test_path_of_a_nested_module():
+    paths = []
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            paths.append(linen.path_name(self))
+            return x
+
+    class Middle(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Inner(name="block0")(x)
+
+    class Outer(nn.Module):
+        def setup(self):
+            self.stage = [Middle(), Inner()]
+
+        def __call__(self, x):
+            paths.append(linen.path_name(self))
+            return self.stage[1](self.stage[0](x))
+
+    Outer().apply({}, jnp.ones(1))
+    assert paths == ["", "stage_0/block0", "stage_1"]

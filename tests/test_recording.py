@@ -1,0 +1,105 @@
+import json
+import pathlib
+import struct
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tensorboardX.proto import event_pb2
+
+from mpq_jax.recording import CompileCounter, MetricWriter
+
+
+def lines(directory):
+    return (directory / "metrics.jsonl").read_text().splitlines()
+
+
+def entries(directory):
+    return [json.loads(line) for line in lines(directory)]
+
+
+def write(directory, first_step, steps):
+    writer = MetricWriter(directory, first_step=first_step)
+    for step in steps:
+        writer.write(step, {"loss": step / 4})
+    writer.close()
+
+
+def test_metrics_are_json_lines_in_a_directory_that_need_not_exist(tmp_path):
+    write(tmp_path / "new" / "run", 0, [0, 2, 4])
+    assert lines(tmp_path / "new" / "run")[1] == '{"step": 2, "loss": 0.5}'
+    assert [entry["step"] for entry in entries(tmp_path / "new" / "run")] == [0, 2, 4]
+
+
+def test_every_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    writer = MetricWriter(tmp_path, first_step=0)
+    writer.write(0, {"loss": 1.0})
+    assert len(entries(tmp_path)) == 1
+    writer.close()
+
+
+@pytest.mark.parametrize(("resumed_at", "kept"), [(9, [0, 1, 2, 3]), (2, [0, 1]), (0, [])])
+def test_resuming_drops_what_the_interrupted_run_wrote_too_far(tmp_path, resumed_at, kept):
+    write(tmp_path, 0, [0, 1, 2, 3])
+    write(tmp_path, resumed_at, [10])
+    assert [entry["step"] for entry in entries(tmp_path)] == [*kept, 10]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10], ids=["newline", "brace", "half"])
+@pytest.mark.parametrize("resumed_at", [1, 5])
+def test_a_last_line_cut_off_by_a_kill_does_no_harm(tmp_path, cut, resumed_at):
+    write(tmp_path, 0, [0, 1])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-cut])
+    write(tmp_path, resumed_at, [6, 7])
+    complete = [1] if cut == 1 and resumed_at == 5 else []  # only the end of the line was lost
+    assert [entry["step"] for entry in entries(tmp_path)] == [0, *complete, 6, 7]
+
+
+def read_events(file: pathlib.Path):
+    """Reads TFRecords: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    data, events = file.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return events
+
+
+def test_tensorboard_gets_the_same_scalars(tmp_path):
+    write(tmp_path, 0, [0, 3])
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    scalars = [
+        (event.step, value.tag, value.simple_value)
+        for event in read_events(file)
+        for value in event.summary.value
+    ]
+    assert scalars == [(0, "loss", 0.0), (3, "loss", 0.75)]
+
+
+def test_compile_counter_counts_by_name_while_it_is_open():
+    @jax.jit
+    def doubled_for_the_counter(x):
+        return 2 * x
+
+    vectors = [jnp.ones(size) for size in (2, 3, 4)]
+    with CompileCounter() as counter:
+        for x in vectors[:2]:
+            doubled_for_the_counter(x)
+            doubled_for_the_counter(x + 0.0)
+    assert counter.counts["doubled_for_the_counter"] == 2
+    assert counter.seconds["doubled_for_the_counter"] > 0
+    doubled_for_the_counter(vectors[2])
+    assert counter.counts["doubled_for_the_counter"] == 2
+
+
+def test_compile_counter_stops_counting_after_an_error():
+    @jax.jit
+    def failing_for_the_counter(x):
+        return x + 1
+
+    counter = CompileCounter()
+    with pytest.raises(KeyError), counter:
+        raise KeyError
+    failing_for_the_counter(jnp.ones(2))
+    assert not counter.counts
