@@ -15,6 +15,8 @@ from mpq_jax import bits as bit_configs
 from mpq_jax import costs
 from mpq_jax.layer_table import LayerTable
 
+pytestmark = pytest.mark.xdist_group("programs")  # shares runs with test_train
+
 LEVELS = (4, 3)  # of SMOKE
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -22,6 +22,9 @@ import train
 from configs import digits
 from mpq_jax import checkpoints
 
+# One worker runs all tests of the programs, so that they share their finished runs.
+pytestmark = pytest.mark.xdist_group("programs")
+
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = "--config=configs/digits.py"
 WIDTH = "--config.model.options.width=4"
