@@ -29,7 +29,11 @@ from mpq_jax.recalibration import recalibrate
 from mpq_jax.search import evaluate as search_evaluate
 from mpq_jax.search import greedy
 
-COST_UNITS = {"bitops": (1e9, "GBitOPs per image"), "bytes": (2**10, "KiB of weights")}
+# Units of each budget kind, the largest first; the first that the cost of a model reaches is used.
+COST_UNITS = {
+    "bitops": ((1e9, "GBitOPs"), (1e6, "MBitOPs")),
+    "bytes": ((2**20, "MiB"), (2**10, "KiB")),
+}
 console = train.console
 Config = train.Config
 Tester = Callable[[BitConfig, str], evaluation.Score]
@@ -59,14 +63,25 @@ def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> 
     return variables
 
 
+def cost_unit(setup: train.Setup, config: Config) -> tuple[float, str]:
+    """Returns the size and the name of the unit that costs are shown in."""
+    most = setup.table.uniform(*[max(setup.table.bank_bits)] * 2)
+    largest = costs.COSTS[config.search.budget](setup.table, most)
+    units = COST_UNITS[config.search.budget]
+    return next((unit for unit in units if unit[0] <= largest), units[-1])
+
+
 def budget_list(setup: train.Setup, config: Config) -> dict[str, float]:
     """Returns the budgets by name."""
     cost_of = costs.COSTS[config.search.budget]
+    unit, label = cost_unit(setup, config)
     levels = {
         f"{bits}-bit level": float(cost_of(setup.table, setup.table.uniform(bits, bits)))
         for bits in config.search.levels
     }
-    return levels | {f"budget {budget:g}": float(budget) for budget in config.search.budgets}
+    return levels | {
+        f"{budget / unit:.4g} {label}": float(budget) for budget in config.search.budgets
+    }
 
 
 def heldout_batches(setup: train.Setup, config: Config) -> Iterator[tuple[Any, Any]]:
@@ -112,7 +127,7 @@ def run_search(setup: train.Setup, config: Config, variables, budgets) -> greedy
     cost = costs.cost_table(table, config.search.budget)
     greedy.check_budgets(table, cost, table.mask, list(budgets.values()))
     score = search_evaluate.make_score(setup.model, table, variables, metric=config.search.metric)
-    unit, label = COST_UNITS[config.search.budget]
+    unit, label = cost_unit(setup, config)
     progress = rich.progress.Progress(
         "{task.description}", rich.progress.TimeElapsedColumn(), console=console, transient=True
     )
@@ -189,7 +204,7 @@ def write_results(
 ) -> None:
     """Writes JSON per budget, the tables as CSV, and the plots."""
     directory.mkdir(parents=True, exist_ok=True)
-    unit, label = COST_UNITS[config.search.budget]
+    unit, label = cost_unit(setup, config)
     for name, bits in found.items():
         file = directory / f"bits_{name.replace(' ', '_')}.json"
         file.write_text(bit_configs.to_json(bits, setup.table.names))
@@ -202,7 +217,7 @@ def write_results(
         writer.writerow(greedy.Step._fields)
         writer.writerows(path)
     scaled = [row._replace(cost=row.cost and row.cost / unit) for row in rows]
-    report.plot_frontier(scaled, cost_label=label, path=directory / "frontier.png")
+    report.plot_frontier(scaled, cost_label=f"cost ({label})", path=directory / "frontier.png")
     report.plot_bits(setup.table, found, path=directory / "bits.png")
 
 
@@ -210,7 +225,7 @@ def print_results(
     setup: train.Setup, config: Config, rows: list[report.Row], configs: dict[str, BitConfig]
 ) -> None:
     """Prints the table of results, the most expensive configuration first."""
-    unit, label = COST_UNITS[config.search.budget]
+    unit, label = cost_unit(setup, config)
     shown = rich.table.Table("configuration", "mean w bits", label, "test accuracy")
     for row in sorted(rows, key=lambda row: -(row.cost or np.inf)):
         if row.cost is None:

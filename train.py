@@ -37,7 +37,7 @@ Config = Any  # an ml_collections.ConfigDict, whose attributes have no static ty
 
 console = rich.console.Console()
 if not console.is_terminal:
-    console.width = 120  # of files and pipes
+    console.width = 160  # of files and pipes
 
 
 class Setup(NamedTuple):
