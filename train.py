@@ -148,7 +148,7 @@ def build(config: Config) -> Setup:
 
     run = Run(config.epochs, dataset.steps_per_epoch, prepare)
     method = family.make(model, table, options, run)
-    return Setup(dataset, mesh, model, table, method, run, normalize)
+    return Setup(dataset, mesh, model, method.table, method, run, normalize)
 
 
 def abstract_state(setup: Setup) -> Any:

@@ -47,8 +47,7 @@ class TrainState(NamedTuple):
 
 
 def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
-    """Builds float training; the table is not used, a float model has no bits."""
-    del table
+    """Builds float training; the table is only handed on, a float model has no bits."""
     schedule = optim.warmup_cosine(
         peak=options.learning_rate,
         end=options.end_learning_rate,
@@ -103,6 +102,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         return linen.forward(model, variables, images, train=False)[0]
 
     return Method(
+        table=table,
         init=init,
         train_step=jax.jit(float_train_step, donate_argnums=0),
         on_epoch=lambda state, epoch: (state, {}),

@@ -36,6 +36,7 @@ class Method(NamedTuple):
     """The functions of one method, made for one model and one run.
 
     Attributes:
+        table: the layers as the method uses them; search and costs must use this table.
         init: `(float variables, normalised images) -> state`. The state is a pytree of arrays
             with a field `step`; it holds all that a resumed run needs.
         train_step: `(state, batch, key) -> (state, metrics)`, compiled inside; it consumes the
@@ -49,6 +50,7 @@ class Method(NamedTuple):
         predict: `(variables, bits, normalised images) -> logits` in evaluation mode, traceable.
     """
 
+    table: LayerTable
     init: Callable[[PyTree, Array], PyTree]
     train_step: Callable[[PyTree, Batch, Key[Array, ""]], tuple[PyTree, dict[str, Array]]]
     on_epoch: Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]

@@ -117,6 +117,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         return supernet.apply(model, table, selected, images, train=False).logits
 
     return Method(
+        table=table,
         init=jax.jit(init),
         train_step=_compiled_step(pieces, options),
         on_epoch=on_epoch,
