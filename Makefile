@@ -20,7 +20,7 @@ demo: $(VENV)/.installed  ## float network, supernet and bit search on real imag
 	$(BIN)/python search.py --config=configs/digits.py --workdir=$(WORKDIR)/supernet --config.init_from=$(WORKDIR)/float
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(ARGS)

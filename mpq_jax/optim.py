@@ -76,7 +76,8 @@ def skip_unused_rows(
 
     def update_leaf(update, state, param, used):
         new_update: Any
-        new_update, new_state = over_rows(inner.update)(update, state, param)
+        with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises floats to integers
+            new_update, new_state = over_rows(inner.update)(update, state, param)
 
         def keep(new, old):
             return jnp.where(used.reshape(used.shape + (1,) * (new.ndim - row_axes)), new, old)
@@ -90,7 +91,8 @@ def skip_unused_rows(
         leaves, structure = jax.tree.flatten(updates)
         rest = (structure.flatten_up_to(tree) for tree in (state, params, used))
         pairs = [update_leaf(*row) for row in zip(leaves, *rest, strict=True)]
-        return tuple(structure.unflatten(part) for part in zip(*pairs, strict=True))
+        updates_of, states_of = ([pair[part] for pair in pairs] for part in (0, 1))
+        return structure.unflatten(updates_of), structure.unflatten(states_of)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 

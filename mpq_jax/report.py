@@ -3,14 +3,11 @@
 import pathlib
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import LayerTable
-
-matplotlib.use("Agg")  # files only: no display is needed
 
 
 class Row(NamedTuple):
@@ -82,7 +79,8 @@ def plot_frontier(rows: list[Row], *, cost_label: str, path: pathlib.Path) -> No
     axes.set_ylabel("test accuracy (%)")
     axes.margins(0.08, 0.15)
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
 
 

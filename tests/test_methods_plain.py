@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,12 +24,31 @@ class Net(nn.Module):
 MODEL = Net()
 TABLE = trace_layers(MODEL, (8, 8, 1))
 RUN = Run(epochs=5, steps_per_epoch=4, prepare=lambda batch, key: batch["image"])
+SHAPE = (8, 8, 1)
 KEY = jax.random.key(0)
+
+
+def drawn_variables(model, seed):
+    """Variables of a model, drawn without compiling its initialisers."""
+    generator = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        elif name in ("scale", "var"):
+            x = generator.uniform(0.6, 1.4, leaf.shape)
+        else:
+            x = 0.1 * generator.normal(size=leaf.shape)
+        return jnp.asarray(x, jnp.float32)
+
+    init = functools.partial(linen.init_variables, model, input_shape=SHAPE)
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
 def variables():
-    return jax.jit(lambda: linen.init_variables(MODEL, KEY, (8, 8, 1)))()
+    return drawn_variables(MODEL, 0)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from mpq_jax.methods.rfquant.options import Options, published
 
 CHOICES = (4, 3, 2)
 KEY = jax.random.key(0)
+SHAPE = (8, 8, 1)
 
 
 class Block(nn.Module):
@@ -68,9 +70,27 @@ class Deep(nn.Module):
 DEEP = trace_layers(Deep(), (8, 8, 1), rules=bit_rules((6, 5, 4, 3, 2), depthwise_min_bits=3))
 
 
+def drawn_variables(model, seed):
+    """Variables of a model, drawn without compiling its initialisers."""
+    generator = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        elif name in ("scale", "var"):
+            x = generator.uniform(0.6, 1.4, leaf.shape)
+        else:
+            x = 0.1 * generator.normal(size=leaf.shape)
+        return jnp.asarray(x, jnp.float32)
+
+    init = functools.partial(linen.init_variables, model, input_shape=SHAPE)
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
+
+
 @pytest.fixture(scope="module")
 def variables():
-    return jax.jit(lambda: linen.init_variables(MODEL, KEY, (8, 8, 1)))()
+    return drawn_variables(MODEL, 0)
 
 
 @pytest.fixture(scope="module")
@@ -562,7 +582,8 @@ def test_freezing_changes_what_is_drawn_without_recompiling(history, batch):
         state = jax.tree.map(jnp.array, before)._replace(mask=jnp.asarray(mask))
         after, _ = made.train_step(state, batch, keys[0])
     assert not {name for name in again.counts if name.startswith("_")}
-    moved = np.any(after.variables.batch_stats["block"]["norm"]["mean"] != 0, axis=-1)
+    old, new = (v.batch_stats["block"]["norm"]["mean"] for v in (before.variables, after.variables))
+    moved = np.any(old != np.asarray(new), axis=-1)
     assert np.argwhere(moved).tolist() == [[1, 2]]  # the largest allowed bits are the only ones
 
 
@@ -739,7 +760,9 @@ def two_bits_twice(mask, count):
     raise AssertionError("no such draw")
 
 
-@pytest.mark.parametrize("options", [BASE, SWITCHED], ids=["sum", "mean"])
+@pytest.mark.parametrize(
+    "options", [BASE, pytest.param(SWITCHED, marks=pytest.mark.slow)], ids=["sum", "mean"]
+)
 def test_a_step_follows_one_gradient_of_the_summed_loss(history, variables, batch, options):
     if options is BASE:
         made = history[0]
@@ -790,7 +813,7 @@ def assert_same_step(found, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("loop", ["unrolled", "scan"])
+@pytest.mark.parametrize("loop", ["scan", pytest.param("unrolled", marks=pytest.mark.slow)])
 def test_all_loops_over_the_subnets_take_the_same_step(history, batch, loop):
     made = rfquant.make(MODEL, TABLE, dataclasses.replace(BASE, subnet_loop=loop), RUN)
     before, after = history[1][2]
@@ -895,7 +918,7 @@ def test_with_all_elements_off_a_step_is_plain_quantised_training(variables, bat
     )
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 10, 39, 40, 41])
+@pytest.mark.parametrize("epochs", [1, 2, 40])
 def test_runs_of_any_length_can_be_made_and_traced(variables, batch, epochs):
     run = Run(epochs, 1, RUN.prepare)
     made = rfquant.make(MODEL, TABLE, Options(), run)

@@ -76,7 +76,7 @@ def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
     weight = jnp.ones(len(images) - TRAIN_IMAGES)
     test = [{"image": images[TRAIN_IMAGES:], "label": labels[TRAIN_IMAGES:], "weight": weight}]
 
-    variables = jax.jit(lambda: linen.init_variables(MODEL, jax.random.key(0), (8, 8, 1)))()
+    variables = jax.jit(lambda key: linen.init_variables(MODEL, key, (8, 8, 1)))(jax.random.key(0))
     floats = plain.make(MODEL, TABLE, plain.Options(), RUN)
     state, _ = train(floats, floats.init(variables, images[:BATCH]), batches)
     float_score = make_evaluate(floats.predict, lambda x: x)(floats.variables(state), None, test)

@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from mpq_jax.layer_table import bit_rules, trace_layers
 from mpq_jax.recalibration import recalibrate
 
 BITS = BitConfig(jnp.array([8, 3, 8], jnp.int32), jnp.array([8, 2, 8], jnp.int32))
+SHAPE = (8, 8, 2)
 ROW = (1, 2)  # of 3 and 2 bits among (4, 3, 2)
 
 
@@ -36,15 +39,30 @@ class NoNorm(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
+def drawn_variables(model, seed):
+    """Variables of a model, drawn without compiling its initialisers."""
+    generator = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        elif name in ("scale", "var"):
+            x = generator.uniform(0.6, 1.4, leaf.shape)
+        else:
+            x = 0.1 * generator.normal(size=leaf.shape)
+        return jnp.asarray(x, jnp.float32)
+
+    init = functools.partial(linen.init_variables, model, input_shape=SHAPE)
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
+
+
 def make(model):
-    table = trace_layers(model, (8, 8, 2), rules=bit_rules((4, 3, 2)))
+    table = trace_layers(model, SHAPE, rules=bit_rules((4, 3, 2)))
 
-    def build():
-        variables = linen.init_variables(model, jax.random.key(0), (8, 8, 2))
-        images = jax.random.normal(jax.random.key(1), (8, 8, 8, 2))
-        return supernet.init(model, table, variables, images)
-
-    return table, jax.jit(build)()
+    images = np.random.default_rng(1).normal(size=(8, *SHAPE))
+    init = jax.jit(supernet.init, static_argnums=(0, 1))
+    return table, init(model, table, drawn_variables(model, 0), jnp.asarray(images, jnp.float32))
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import flax.linen as nn
@@ -31,7 +32,26 @@ class Net(nn.Module):
 
 
 RULES = bit_rules((4, 3, 2))
-SMALL = trace_layers(Net(), (8, 8, 1), rules=RULES)
+SHAPE = (8, 8, 1)
+SMALL = trace_layers(Net(), SHAPE, rules=RULES)
+
+
+def drawn_variables(model, seed):
+    """Variables of a model, drawn without compiling its initialisers."""
+    generator = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        elif name in ("scale", "var"):
+            x = generator.uniform(0.6, 1.4, leaf.shape)
+        else:
+            x = 0.1 * generator.normal(size=leaf.shape)
+        return jnp.asarray(x, jnp.float32)
+
+    init = functools.partial(linen.init_variables, model, input_shape=SHAPE)
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +61,8 @@ def images():
 
 @pytest.fixture(scope="module")
 def made(images):
-    def build():
-        variables = linen.init_variables(Net(), jax.random.key(3), (8, 8, 1))
-        return supernet.init(Net(), SMALL, variables, images)
-
-    return jax.jit(build)()
+    init = jax.jit(supernet.init, static_argnums=(0, 1))
+    return init(Net(), SMALL, drawn_variables(Net(), 1), images)
 
 
 def configs(seed, count=5):
@@ -474,3 +491,10 @@ def test_an_unreachable_budget_names_the_range_and_what_holds_it_there():
 def test_a_search_needs_a_budget():
     with pytest.raises(ValueError, match="no budget"):
         search(sensible, [])
+
+
+def test_cost_tables_in_which_more_bits_are_cheaper_are_refused():
+    cost = costs.cost_table(SMALL, "bitops")
+    cost[SMALL.names.index("conv"), SMALL.candidates.index(3)] *= 10
+    with pytest.raises(ValueError, match="'conv' costs more with fewer bits"):
+        greedy.search(lambda *_: None, SMALL, cost, SMALL.mask, [1e12], iter(()))

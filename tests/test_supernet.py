@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,26 @@ MODEL = Net()
 RULES = bit_rules(CHOICES)
 TABLE = trace_layers(MODEL, (8, 8, 2), rules=RULES)
 KEY = jax.random.key(0)
+SHAPE = (8, 8, 2)
 IMAGES = jax.random.normal(jax.random.key(1), (8, 8, 8, 2))
+
+
+def drawn_variables(model, seed):
+    """Variables of a model, drawn without compiling its initialisers."""
+    generator = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        elif name in ("scale", "var"):
+            x = generator.uniform(0.6, 1.4, leaf.shape)
+        else:
+            x = 0.1 * generator.normal(size=leaf.shape)
+        return jnp.asarray(x, jnp.float32)
+
+    init = functools.partial(linen.init_variables, model, input_shape=SHAPE)
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
 
 
 def disturb(tree, seed):
@@ -53,9 +74,7 @@ def disturb(tree, seed):
 
 @pytest.fixture(scope="module")
 def float_variables():
-    variables = jax.jit(lambda: linen.init_variables(MODEL, KEY, (8, 8, 2)))()
-    variables["params"] = disturb(variables["params"], 2)
-    return variables | {"batch_stats": disturb(variables["batch_stats"], 3)}
+    return drawn_variables(MODEL, 2)
 
 
 @pytest.fixture(scope="module")
@@ -441,7 +460,7 @@ class KeywordCalls(nn.Module):
 )
 def test_a_users_own_model_works_unchanged(model, eval_mode):
     table = trace_layers(model, (8, 8, 2), rules=[Rule(weights=(16, 2), acts=(16, 2))])
-    variables = jax.jit(lambda: linen.init_variables(model, KEY, (8, 8, 2)))()
+    variables = drawn_variables(model, 0)
     made = INIT(model, table, variables, IMAGES)
 
     @jax.jit

@@ -13,7 +13,7 @@ from jaxtyping import ArrayLike as AnyArray  # accepts Python and NumPy numbers 
 
 from mpq_jax.quantizers.record import Quantizer
 
-MIN_STEP_SIZE = 1e-8  # of an initial step size: keeps x / step_size finite for an all-zero tensor
+MIN_STEP_SIZE = 1e-8  # keeps x / step_size finite for an all-zero tensor, and steps positive
 
 
 def code_range(

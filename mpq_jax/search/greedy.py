@@ -21,6 +21,8 @@ from mpq_jax.search.evaluate import Score
 
 ERROR_WEIGHT = 1.5  # published weight of the error against the cost
 WEIGHT_PHASE_TARGET = 0.95  # published: part of the anchor's cost at which the phase changes
+TOLERANCE = 1e-6  # relative: budgets often are costs that were summed in float32
+NOT_FINITE = 1e6  # relative error of a configuration whose metric is not finite: the worst
 WEIGHTS, ACTS = 0, 1  # columns of a state
 
 
@@ -43,7 +45,7 @@ class Step(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The configuration for one budget: cost at most `budget`."""
+    """The configuration for one budget: cost at most `budget`, to a relative `TOLERANCE`."""
 
     budget: float
     cost: float
@@ -70,7 +72,7 @@ def check_budgets(
 ) -> None:
     """Raises ValueError, naming the range and what holds it there, for unreachable budgets."""
     low, high = reachable(table, cost, mask)
-    impossible = [budget for budget in budgets if budget < low]
+    impossible = [budget for budget in budgets if budget < low * (1 - TOLERANCE)]
     if not budgets or impossible:
         allowed = mask[:, 0, :, None] & mask[:, 1, None, :]
         least = np.where(allowed, cost, np.inf).min((1, 2))
@@ -82,6 +84,16 @@ def check_budgets(
             if budgets
             else "there is no budget to search for; give at least one"
         )
+
+
+def _check_monotone(table: LayerTable, cost: np.ndarray, mask: np.ndarray) -> None:
+    for layer, name in enumerate(table.names):
+        allowed = cost[layer][np.ix_(mask[layer, WEIGHTS], mask[layer, ACTS])]
+        if (np.diff(allowed, axis=0) > 0).any() or (np.diff(allowed, axis=1) > 0).any():
+            raise ValueError(
+                f"in the cost table, {name!r} costs more with fewer bits; mask the choices "
+                "that cost more than a larger one"
+            )
 
 
 def search(
@@ -104,9 +116,10 @@ def search(
     move on hands over to the other. All candidates of a move are scored on one fresh batch, and
     the smallest `1.5 e / max(e) + c / max(c)` wins.
 
-    The published search may stall or oscillate. Here moves outside the mask are never scored, no
-    configuration is visited twice, and after `patience` moves without a new lowest cost only
-    moves that lower it are scored; so the search ends, and no result exceeds its budget.
+    The published search may stall or oscillate. Here moves outside the mask are never scored, a
+    configuration is visited twice only where every cheaper one has been visited, and after
+    `patience` moves without a new lowest cost only cheaper ones are scored; so the search ends, and
+    no result exceeds its budget.
 
     Args:
         score: from `make_score`.
@@ -121,9 +134,10 @@ def search(
         on_step: called after every move.
 
     Raises:
-        ValueError: a budget lies below the reachable range.
+        ValueError: a budget lies below the reachable range, or more bits cost less somewhere.
     """
     check_budgets(table, cost, mask, budgets)
+    _check_monotone(table, cost, mask)
     descent = _Descent(score, table, cost, mask, batches, start_bits, max(budgets), patience)
     by_budget: dict[float, Found] = {}
     for budget in sorted(set(budgets), reverse=True):
@@ -167,7 +181,7 @@ class _Descent:
 
     def descend(self, budget: float, on_step) -> None:
         phase, target = WEIGHTS, self._weight_target(budget)
-        while self.cost_now > budget:
+        while self.cost_now > budget * (1 + TOLERANCE):
             if phase == WEIGHTS and self._weight_cost(self.state) <= target:
                 phase = ACTS
             moves = self._moves(phase)
@@ -206,8 +220,10 @@ class _Descent:
         neighbours = self._neighbours(phase)
         new = [move for move in neighbours if move[1].tobytes() not in self.visited]
         down = [move for move in neighbours if self.cost_of(move[1]) < self.cost_now]
-        patient = self.since_lowest < self.patience
-        return new if patient and any(self.cost_of(s) < self.cost_now for _, s in new) else down
+        new_down = [move for move in new if self.cost_of(move[1]) < self.cost_now]
+        if not new_down:
+            return down
+        return new if self.since_lowest < self.patience else new_down
 
     def _take_best(self, phase: int, moves: list[tuple[int, np.ndarray]]) -> Step:
         images, labels = next(self.batches)
@@ -216,8 +232,10 @@ class _Descent:
         population = self.config(np.concatenate([states, padding]))
         errors = np.asarray(self.score(population, images, labels), np.float64)[: len(states)]
         prices = np.array([self.cost_of(state) for state in states])
-        worst = errors.max() if errors.max() > 0 else 1.0
-        best = int(np.argmin(ERROR_WEIGHT * errors / worst + prices / prices.max()))
+        finite = np.isfinite(errors)
+        worst = errors[finite].max(initial=0.0) or 1.0
+        relative = np.where(finite, errors / worst, NOT_FINITE)
+        best = int(np.argmin(ERROR_WEIGHT * relative + prices / prices.max()))
         layer, self.state = moves[best]
         self.visited.add(self.state.tobytes())
         self.since_lowest = 0 if self.cost_now < self.lowest else self.since_lowest + 1

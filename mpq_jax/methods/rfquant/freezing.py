@@ -44,9 +44,10 @@ def instabilities(
 ) -> Float[Array, " freezable"]:
     """Returns the instability of every layer that can be frozen, in the table's order."""
     rows = freezable(table)
-    common = jnp.asarray(table.mask[rows, 0].all(axis=0))
+    common = table.mask[rows, 0].all(axis=0)
+    use_common = options.freeze_scores == "common" and common.any()
     kernels = supernet.kernels(table, learned.params)
-    scored = [common if options.freeze_scores == "common" else mask[row, 0] for row in rows]
+    scored = [common if use_common else mask[row, 0] for row in rows]
     return jnp.stack(
         [
             sensitivity.instability(

@@ -17,9 +17,9 @@ from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.rfquant import freezing, terms
 from mpq_jax.methods.rfquant.options import Options
+from mpq_jax.quantizers import lsq
 
 PyTree = Any
-SMALLEST_STEP = 1e-6  # of a trained step size: keeps it positive whatever the learning rate
 
 
 class TrainState(NamedTuple):
@@ -108,7 +108,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
             return state, {}
         count = int(len(freezing.freezable(table)) * ratio)
         mask = freeze_most_unstable(state.variables.learned, state.mask, jnp.int32(count))
-        return state._replace(mask=mask), {"frozen_layers": count, "freeze_ratio": ratio}
+        return state._replace(mask=mask), {"frozen_layers": float(count), "freeze_ratio": ratio}
 
     def predict(variables: supernet.Variables, bits: BitConfig | None, images):
         if bits is None:
@@ -145,8 +145,8 @@ def _compiled_step(pieces: Pieces, options: Options):
             jax.jit(pieces.random_subnet, donate_argnums=0),
             jax.jit(pieces.finish, donate_argnums=0),
         )
-        return functools.partial(_step, compiled, _one_by_one)
-    run_subnets = _scanned if loop == "scan" else _one_by_one
+        return functools.partial(_step, compiled, _called)
+    run_subnets = _scanned if loop == "scan" else _unrolled
     # The name shows in the count of compilations.
     step = functools.wraps(_step)(functools.partial(_step, pieces, run_subnets))
     return jax.jit(step, donate_argnums=0)
@@ -161,7 +161,15 @@ def _step(pieces: Pieces, run_subnets, state: TrainState, batch: Batch, key: Key
     return pieces.finish(state, carry, plan, metrics)
 
 
-def _one_by_one(random_subnet, carry, variables, plan, teacher, metrics):
+def _called(random_subnet, carry, variables, plan, teacher, metrics):
+    # One program at a time: XLA would set aside the memory of the next ones when they are queued.
+    def one_at_a_time(carry, *rest):
+        return random_subnet(jax.block_until_ready(carry), *rest)
+
+    return _unrolled(one_at_a_time, carry, variables, plan, teacher, metrics)
+
+
+def _unrolled(random_subnet, carry, variables, plan, teacher, metrics):
     for index in range(plan.configs.weights.shape[0]):
         carry, terms_of_one = random_subnet(
             carry, variables, plan, teacher, jnp.asarray(index, jnp.int32)
@@ -171,6 +179,9 @@ def _one_by_one(random_subnet, carry, variables, plan, teacher, metrics):
 
 
 def _scanned(random_subnet, carry, variables, plan, teacher, metrics):
+    if not plan.configs.weights.shape[0]:
+        return carry, metrics
+
     def body(carry, index):
         return random_subnet(carry, variables, plan, teacher, index)
 
@@ -206,7 +217,7 @@ def _plan(table: LayerTable, options: Options, run: Run, state: TrainState, batc
 def quantisation_error_weight(step: Array, *, options: Options, steps: int) -> Float[Array, ""]:
     """Returns the weight of the quantisation-error loss: 0, then a cosine up to `qe_weight`."""
     start = options.qe_start * steps
-    progress = jnp.clip((step - start) / max(steps - start, 1.0), 0.0, 1.0)
+    progress = jnp.clip((step.astype(jnp.float32) - start) / max(steps - start, 1.0), 0.0, 1.0)
     return options.qe_weight * 0.5 * (1 - jnp.cos(jnp.pi * progress))
 
 
@@ -286,7 +297,9 @@ def _random_subnet(
         if options.two_bit_weight > 0:
             parts["two_bit"] = terms.two_bit_norm(table, learned, bits, plan.two_bit_weights)
             difference = options.two_bit_decay - options.weight_decay
-            loss += options.two_bit_weight * difference * parts["two_bit"]
+            # Weight decay is not divided by the number of subnets, so this must not be either.
+            share = options.random_subnets + 1 if options.gradient == "mean" else 1
+            loss += options.two_bit_weight * difference * share * parts["two_bit"]
         return loss, (stats, parts)
 
     gradient, (stats, parts) = jax.grad(loss_of, has_aux=True)(variables.learned)
@@ -307,8 +320,8 @@ def _finish(table, options: Options, optimizer, state: TrainState, carry: Carry,
     updates, opt_state = optimizer.update(gradient, state.opt_state, learned, used=used)
     learned = jax.tree.map(jnp.add, learned, updates)
     learned = learned._replace(
-        weight_steps=jnp.maximum(learned.weight_steps, SMALLEST_STEP),
-        act_steps=jnp.maximum(learned.act_steps, SMALLEST_STEP),
+        weight_steps=jnp.maximum(learned.weight_steps, lsq.MIN_STEP_SIZE),
+        act_steps=jnp.maximum(learned.act_steps, lsq.MIN_STEP_SIZE),
     )
     variables = state.variables._replace(learned=learned, batch_stats=carry.batch_stats)
     average = state.average

@@ -27,7 +27,8 @@ class Options:
         freeze_period: time between events (at least an epoch) ...
         freeze_late_from, freeze_late_period: ... and from when on it is another.
         freeze_scores: bits that the instability is taken over: "common" (those that every layer
-            may have, so that layers compare) or "current" (as published: what is not frozen).
+            may have, so that layers compare; if there are none, as "current") or "current" (as
+            published: what is not frozen).
         freeze_proportion: part of each half bin that counts as unstable.
         freeze_acts: a frozen layer's lowest activation bits go too.
         qe_weight: final weight of the quantisation-error loss; 0: off.

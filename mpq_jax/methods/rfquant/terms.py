@@ -56,7 +56,7 @@ def two_bit_norm(
     bits: BitConfig,
     layer_weights: Float[Array, " layers"],
 ) -> Float[Array, ""]:
-    """Returns half the squared norm of the weights inside the 2-bit range of 2-bit layers.
+    """Returns half the squared norm of the weights inside the 2-bit range of 2-bit convolutions.
 
     With a negative coefficient it takes back weight decay there, so that 2-bit weights are not
     pulled to zero ("fairness" regulariser).
@@ -71,6 +71,8 @@ def two_bit_norm(
     low, high = lsq.code_range(TWO_BITS, signed=True)
     total = jnp.zeros(())
     for index, w in weights.items():
+        if table.layers[index].kind == "dense":
+            continue  # has no weight decay to take back
         inside = jnp.clip(w, low * steps[index], high * steps[index])
         drawn = (bits.weights[index] == TWO_BITS).astype(jnp.float32)
         total += 0.5 * drawn * layer_weights[index] * jnp.sum(inside**2)
