@@ -583,7 +583,7 @@ def test_configurations_never_recompile(searched):
     assert counts["score_configs"] == counts["recalibrate"] == "1", line
 
 
-REFUSALS = {
+SEARCH_REFUSALS = {
     "too small": r"no configuration costs as little as \[1.0\]: the reachable range is \d+",
     "unit": r"config.search.budget is 'watts'; known: \['bitops', 'bytes'\]",
     "float": "was trained by 'plain', which has no bits to search; pass the workdir and config",
@@ -592,9 +592,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", SEARCH_REFUSALS)
 def test_what_cannot_be_searched_is_refused_with_what_can(searched, name):
     code, output = searched.refused[name]
     assert code == 1, output
     assert "Traceback" not in output
-    assert re.search(REFUSALS[name], output), output
+    assert re.search(SEARCH_REFUSALS[name], output), output

@@ -97,10 +97,34 @@ def information_distortion(
     """
     total = jnp.zeros(())
     for norm, index in table.chosen_norms.items():
-        distance = features[norm] - jax.lax.stop_gradient(reference[norm])
-        gate = (bits.weights[index] == lowest[index]).astype(jnp.float32)
-        total += gate * jnp.mean(distance**2)
+        gate = bits.weights[index] == lowest[index]
+        total += _distance_if(gate, features[norm], reference[norm])
     return total
+
+
+@jax.custom_vjp
+def _distance_if(gate, feature, reference):
+    # A branch, not a factor: most layers are not at their lowest bits, and features are large.
+    return jax.lax.cond(
+        gate, lambda: jnp.mean((feature - reference) ** 2), lambda: jnp.zeros((), feature.dtype)
+    )
+
+
+def _distance_forward(gate, feature, reference):
+    return _distance_if(gate, feature, reference), (gate, feature, reference)
+
+
+def _distance_backward(residuals, gradient):
+    gate, feature, reference = residuals
+    feature_gradient = jax.lax.cond(
+        gate,
+        lambda: 2 * gradient / feature.size * (feature - reference),
+        lambda: jnp.zeros_like(feature),
+    )
+    return None, feature_gradient, None  # the reference is constant
+
+
+_distance_if.defvjp(_distance_forward, _distance_backward)
 
 
 def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> dict[str, Array]:
