@@ -44,7 +44,8 @@ def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> 
     directory = workdir / "checkpoints"
     if not directory.exists():
         raise ValueError(f"{workdir} holds no training run; run train.py with the same flags first")
-    train.check_same_run(config, workdir)
+    # The float run is only read for comparison here; it may have moved since.
+    train.check_same_run(config, workdir, free_keys=(*train.FREE_KEYS, "init_from"))
     manager = checkpoints.open_manager(
         directory, keep_last=config.keep_last, keep_best=config.keep_best
     )
@@ -178,19 +179,18 @@ def make_tester(setup: train.Setup, config: Config, variables) -> Tester:
 def choose_finalists(
     found: list[greedy.Found], uniform: dict[str, BitConfig], test: Tester, cost_of
 ) -> list[BitConfig]:
-    """Returns for each budget the best of what the descent found and of uniform bits within it.
+    """Returns for each budget the better of what the descent found and the largest uniform bits.
 
     The descent judges by one batch and batch statistics; the finalists are compared as they will
     be used, by their loss on all held-out images after recalibration.
     """
-    losses = {name: test(bits, "heldout").loss for name, bits in uniform.items()}
     chosen = []
     for one in found:
-        finalists = [(test(one.bits, "heldout").loss, one.bits)]
-        finalists += [
-            (losses[name], bits) for name, bits in uniform.items() if cost_of(bits) <= one.budget
-        ]
-        chosen.append(min(finalists, key=lambda finalist: finalist[0])[1])
+        finalists = [one.bits]
+        affordable = [bits for bits in uniform.values() if cost_of(bits) <= one.budget]
+        if affordable:
+            finalists.append(max(affordable, key=cost_of))
+        chosen.append(min(finalists, key=lambda bits: test(bits, "heldout").loss))
     return chosen
 
 

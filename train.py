@@ -213,8 +213,10 @@ def float_variables(setup: Setup, directory: str) -> Any:
     return sharding.replicate(found, setup.mesh)
 
 
-def check_same_run(config: Config, workdir: pathlib.Path) -> None:
-    """Raises ValueError if the workdir belongs to a run of other values."""
+def check_same_run(
+    config: Config, workdir: pathlib.Path, *, free_keys: tuple[str, ...] = FREE_KEYS
+) -> None:
+    """Raises ValueError if the workdir belongs to a run of other values, free keys apart."""
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
     if path.exists():
@@ -222,7 +224,7 @@ def check_same_run(config: Config, workdir: pathlib.Path) -> None:
         changed = [
             f"config.{key} was {theirs.get(key)!r}, now {ours.get(key)!r}"
             for key in sorted(ours | theirs)
-            if key not in FREE_KEYS and ours.get(key) != theirs.get(key)
+            if key not in free_keys and ours.get(key) != theirs.get(key)
         ]
         if changed:
             raise ValueError(
