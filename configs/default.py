@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.search = ConfigDict()
     config.search.budget = "bitops"  # bitops, bytes
-    config.search.levels = (5, 4, 3)  # budgets: the cost of these uniform bits ...
+    config.search.levels = (4, 3)  # budgets: the cost of these uniform bits ...
     config.search.budgets = ()  # ... and these numbers, in bit operations per image or bytes
     config.search.metric = "error"  # error (as published), loss
     config.search.batch_size = 256  # held-out images per move

@@ -1,4 +1,4 @@
-"""RFQuant on Fashion-MNIST with a network for two CPU cores (about an hour; a GPU: minutes).
+"""RFQuant on Fashion-MNIST with a network that two CPU cores can train.
 
 The data must be prepared once as array_record files (README, "Data"). docs/results.md has what
 benchmarks/rfquant_ablation.py measured with this network.
