@@ -674,7 +674,7 @@ def summed_loss(learned, variables, batch, pairs, options, step):
     w = learned.params["block"]["conv"]["kernel"]
     twos = sum(b == 2 for b, _ in pairs)
     progress = step / RUN.steps
-    total, teacher = jnp.zeros(()), None
+    total, taken_back, teacher = jnp.zeros(()), jnp.zeros(()), None
     for b, a in [(4, 4), *pairs]:
         bits = config(b, a)
         selected = supernet.select(
@@ -707,10 +707,10 @@ def summed_loss(learned, variables, batch, pairs, options, step):
             total += options.idm_weight * jnp.mean((out.features[place] - teacher[1]) ** 2)
             norm = 0.5 * jnp.sum(jnp.clip(w, -2 * s, s) ** 2)
             share = twos if options.two_bit_count == "once" else 1
-            total += -options.weight_decay / share * norm
+            taken_back += -options.weight_decay / share * norm
     if options.gradient == "mean":
         total = total / (len(pairs) + 1)
-    return total, stats
+    return total + taken_back, stats  # weight decay is not averaged, so what it loses is not either
 
 
 def first_update(learned, gradient, options):

@@ -16,7 +16,8 @@ class Options:
         random_subnets: randomly drawn subnets per step, beside the max subnet.
         subnet_loop: how they are run: "calls" (one compiled function called again and again,
             least memory on a CPU), "unrolled", "scan", or "auto" ("calls" on a CPU, else "scan").
-        gradient: "sum" over the subnets' losses as published, or their "mean".
+        gradient: "sum" over the subnets' losses as published, or their "mean" (but for the 2-bit
+            term, as weight decay is not averaged).
         soft_label_weight: share of the KL to the max subnet in a random subnet's loss; 0: off.
         label_smoothing: in every cross-entropy.
         idm_weight: of information-distortion mitigation; 0: off.
