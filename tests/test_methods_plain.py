@@ -1,10 +1,9 @@
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import drawn_variables
 
 from mpq_jax import linen
 from mpq_jax.layer_table import trace_layers
@@ -28,27 +27,9 @@ SHAPE = (8, 8, 1)
 KEY = jax.random.key(0)
 
 
-def drawn_variables(model, seed):
-    """Variables of a model, drawn without compiling its initialisers."""
-    generator = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        name = path[-1].key
-        if name == "kernel":
-            x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        elif name in ("scale", "var"):
-            x = generator.uniform(0.6, 1.4, leaf.shape)
-        else:
-            x = 0.1 * generator.normal(size=leaf.shape)
-        return jnp.asarray(x, jnp.float32)
-
-    init = functools.partial(linen.init_variables, model, input_shape=SHAPE)
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
-
-
 @pytest.fixture(scope="module")
 def variables():
-    return drawn_variables(MODEL, 0)
+    return drawn_variables(MODEL, SHAPE, 0)
 
 
 @pytest.fixture(scope="module")

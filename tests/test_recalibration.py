@@ -1,10 +1,9 @@
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import drawn_variables
 
 from mpq_jax import linen, supernet
 from mpq_jax.bits import BitConfig
@@ -39,30 +38,14 @@ class NoNorm(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
-def drawn_variables(model, seed):
-    """Variables of a model, drawn without compiling its initialisers."""
-    generator = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        name = path[-1].key
-        if name == "kernel":
-            x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        elif name in ("scale", "var"):
-            x = generator.uniform(0.6, 1.4, leaf.shape)
-        else:
-            x = 0.1 * generator.normal(size=leaf.shape)
-        return jnp.asarray(x, jnp.float32)
-
-    init = functools.partial(linen.init_variables, model, input_shape=SHAPE)
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
-
-
 def make(model):
     table = trace_layers(model, SHAPE, rules=bit_rules((4, 3, 2)))
 
     images = np.random.default_rng(1).normal(size=(8, *SHAPE))
     init = jax.jit(supernet.init, static_argnums=(0, 1))
-    return table, init(model, table, drawn_variables(model, 0), jnp.asarray(images, jnp.float32))
+    return table, init(
+        model, table, drawn_variables(model, SHAPE, 0), jnp.asarray(images, jnp.float32)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,3 @@
-import functools
 import itertools
 
 import flax.linen as nn
@@ -6,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import drawn_variables
 
-from mpq_jax import costs, linen, supernet
+from mpq_jax import costs, supernet
 from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import Rule, bit_rules, trace_layers
 from mpq_jax.recording import CompileCounter
@@ -36,24 +36,6 @@ SHAPE = (8, 8, 1)
 SMALL = trace_layers(Net(), SHAPE, rules=RULES)
 
 
-def drawn_variables(model, seed):
-    """Variables of a model, drawn without compiling its initialisers."""
-    generator = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        name = path[-1].key
-        if name == "kernel":
-            x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        elif name in ("scale", "var"):
-            x = generator.uniform(0.6, 1.4, leaf.shape)
-        else:
-            x = 0.1 * generator.normal(size=leaf.shape)
-        return jnp.asarray(x, jnp.float32)
-
-    init = functools.partial(linen.init_variables, model, input_shape=SHAPE)
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
-
-
 @pytest.fixture(scope="module")
 def images():
     return jnp.asarray(np.random.default_rng(0).normal(size=(12, 8, 8, 1)), jnp.float32)
@@ -62,7 +44,7 @@ def images():
 @pytest.fixture(scope="module")
 def made(images):
     init = jax.jit(supernet.init, static_argnums=(0, 1))
-    return init(Net(), SMALL, drawn_variables(Net(), 1), images)
+    return init(Net(), SMALL, drawn_variables(Net(), SHAPE, 1), images)
 
 
 def configs(seed, count=5):

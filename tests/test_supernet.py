@@ -1,10 +1,9 @@
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import drawn_variables
 
 from mpq_jax import linen, supernet
 from mpq_jax.bits import BitConfig
@@ -43,24 +42,6 @@ SHAPE = (8, 8, 2)
 IMAGES = jax.random.normal(jax.random.key(1), (8, 8, 8, 2))
 
 
-def drawn_variables(model, seed):
-    """Variables of a model, drawn without compiling its initialisers."""
-    generator = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        name = path[-1].key
-        if name == "kernel":
-            x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        elif name in ("scale", "var"):
-            x = generator.uniform(0.6, 1.4, leaf.shape)
-        else:
-            x = 0.1 * generator.normal(size=leaf.shape)
-        return jnp.asarray(x, jnp.float32)
-
-    init = functools.partial(linen.init_variables, model, input_shape=SHAPE)
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
-
-
 def disturb(tree, seed):
     """Multiplies every value by its own random factor, so that no two rows are alike."""
     generator = np.random.default_rng(seed)
@@ -74,7 +55,7 @@ def disturb(tree, seed):
 
 @pytest.fixture(scope="module")
 def float_variables():
-    return drawn_variables(MODEL, 2)
+    return drawn_variables(MODEL, SHAPE, 2)
 
 
 @pytest.fixture(scope="module")
@@ -460,7 +441,7 @@ class KeywordCalls(nn.Module):
 )
 def test_a_users_own_model_works_unchanged(model, eval_mode):
     table = trace_layers(model, (8, 8, 2), rules=[Rule(weights=(16, 2), acts=(16, 2))])
-    variables = drawn_variables(model, 0)
+    variables = drawn_variables(model, SHAPE, 0)
     made = INIT(model, table, variables, IMAGES)
 
     @jax.jit
