@@ -22,7 +22,7 @@ from absl import app
 
 import train
 from mpq_jax import bits as bit_configs
-from mpq_jax import checkpoints, costs, evaluation, recording, report, sharding, supernet
+from mpq_jax import checkpoints, costs, data, evaluation, recording, report, sharding, supernet
 from mpq_jax.bits import BitConfig
 from mpq_jax.methods import METHODS
 from mpq_jax.recalibration import recalibrate
@@ -87,11 +87,8 @@ def budget_list(setup: train.Setup, config: Config) -> dict[str, float]:
 
 def heldout_batches(setup: train.Setup, config: Config) -> Iterator[tuple[Any, Any]]:
     """Yields batches of normalised held-out images without end, shuffled anew in every round."""
-    parts = list(setup.dataset.eval_batches("heldout"))
-    images, labels = (
-        np.concatenate([part[name][part["weight"] > 0] for part in parts])
-        for name in ("image", "label")
-    )
+    heldout = data.whole_split(setup.dataset, "heldout")
+    images, labels = heldout["image"], heldout["label"]
     local = min(config.search.batch_size // jax.process_count(), len(images))
     local -= local % len(setup.mesh.local_devices)
     if local < 1:

@@ -117,10 +117,8 @@ class Bench:
         return {name: one.bits for name, one in zip(BUDGETS, found, strict=True)}
 
     def heldout(self):
-        parts = list(self.dataset.eval_batches("heldout"))
-        images, labels = (
-            np.concatenate([part[name] for part in parts]) for name in ("image", "label")
-        )
+        heldout = data.whole_split(self.dataset, "heldout")
+        images, labels = heldout["image"], heldout["label"]
         generator = np.random.default_rng(self.seed)
         while True:
             chosen = generator.choice(len(images), SEARCH_BATCH, replace=False)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mpq_jax.data import arrays, digits, streaming
-from mpq_jax.data.batches import BatchPlan
+from mpq_jax.data.batches import BatchPlan, whole_split
 
 NUM_TRAIN, NUM_TEST = 41, 13
 BATCH_SIZE = 8
@@ -257,3 +257,12 @@ def test_unknown_split_and_negative_step_are_refused(load):
         dataset.eval_batches("valid")
     with pytest.raises(ValueError, match="start_step is -1"):
         dataset.train_batches(-1)
+
+
+def test_a_whole_split_has_every_image_once_and_no_padding():
+    dataset = digits.load(make_plan(batch_size=64))
+    heldout = whole_split(dataset, "heldout")
+    assert len(heldout["label"]) == len(heldout["image"]) == dataset.sizes["heldout"]
+    first = next(dataset.eval_batches("heldout"))
+    np.testing.assert_array_equal(heldout["image"][:64], first["image"])
+    assert dataset.sizes["heldout"] % 64 != 0  # so that the last batch was padded

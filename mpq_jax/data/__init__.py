@@ -5,7 +5,7 @@ from typing import Any
 
 from mpq_jax.data import arrays, digits, tfds
 from mpq_jax.data.augment import augment, normalize, random_crop, random_flip
-from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split
+from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, whole_split
 
 __all__ = [
     "DATASETS",
@@ -18,6 +18,7 @@ __all__ = [
     "normalize",
     "random_crop",
     "random_flip",
+    "whole_split",
 ]
 
 DATASETS = {"digits": digits.load, "arrays": arrays.load, "tfds": tfds.load}

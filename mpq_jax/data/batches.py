@@ -215,3 +215,15 @@ class Dataset:
         rows = local_rows(self.plan, step=step)
         real = rows[rows < len(split.indices)]
         return pad_batch(split.read(split.indices[real]), size=len(rows))
+
+
+def whole_split(dataset: Dataset, split: str) -> Batch:
+    """Returns this process's share of a split as one batch, without padding.
+
+    For splits that fit into memory, such as the held-out images that a search draws from.
+    """
+    parts = list(dataset.eval_batches(split))
+    return {
+        name: np.concatenate([part[name][part["weight"] > 0] for part in parts])
+        for name in ("image", "label")
+    }

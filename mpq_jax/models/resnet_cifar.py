@@ -11,8 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-NORM = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
-KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+from mpq_jax.models.resnet import KERNEL_INIT, NORM
 
 
 class Block(nn.Module):

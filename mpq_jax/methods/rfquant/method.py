@@ -198,7 +198,7 @@ def _plan(table: LayerTable, options: Options, run: Run, state: TrainState, batc
     image_key, bits_key, dropout_key = jax.random.split(key, 3)
     draw = functools.partial(bit_configs.sample, candidates=table.candidates, mask=state.mask)
     keys = jax.random.split(bits_key, options.random_subnets)
-    configs = jax.vmap(lambda k: draw(k))(keys)
+    configs = jax.vmap(draw)(keys)
     two_bit = jnp.sum((configs.weights == terms.TWO_BITS).astype(jnp.float32), axis=0)
     return Plan(
         images=run.prepare(batch, image_key),
