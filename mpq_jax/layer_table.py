@@ -15,9 +15,18 @@ import numpy as np
 from mpq_jax import linen
 from mpq_jax.bits import BitConfig
 
-DEFAULT_CANDIDATES = (6, 5, 4, 3, 2)  # the published search space (w2-6 a2-6)
+DEFAULT_CANDIDATES = (6, 5, 4, 3, 2)  # RFQuant's published search space (w2-6 a2-6)
+MOST_BITS, FLOAT_BITS = 16, 32  # of codes; and what a float tensor may be billed at
 KINDS = ("conv", "depthwise", "dense")
 POSITIONS = ("first", "last")
+NORM_ROWS: dict[str, tuple[str, ...]] = {
+    "shared": (),
+    "weights": ("weights",),
+    "pair": ("weights", "acts"),
+    "transition": ("weights", "previous"),
+}
+"""What names the row of a norm, by row axis: bits of the layer before the norm (its weights, its
+input), or the weight bits of the layer previous to that one. "shared" keeps a single norm."""
 
 
 class Rule(NamedTuple):
@@ -29,7 +38,8 @@ class Rule(NamedTuple):
         position: only the "first" or "last", in call order, of the layers that match otherwise.
         weights: allowed bits of the kernel: a tuple of candidates, or one number to fix it.
         acts: allowed bits of the layer's input, likewise.
-        float_acts: the input is not quantised; `acts` then only says what it is billed at.
+        float_weights: the kernel is not quantised; `weights` then only says what it is billed at.
+        float_acts: the input is not quantised; `acts` likewise.
         signed: whether the input's codes are signed; None leaves it to calibration.
     """
 
@@ -38,6 +48,7 @@ class Rule(NamedTuple):
     position: str | None = None
     weights: int | tuple[int, ...] | None = None
     acts: int | tuple[int, ...] | None = None
+    float_weights: bool | None = None
     float_acts: bool | None = None
     signed: bool | None = None
 
@@ -46,20 +57,29 @@ FIRST_LAST_8BIT = (
     Rule(kind="conv", position="first", weights=8, acts=8, float_acts=True),
     Rule(kind="dense", position="last", weights=8, acts=8),
 )
+_FLOAT = Rule(weights=FLOAT_BITS, acts=FLOAT_BITS, float_weights=True, float_acts=True)
+FIRST_LAST_FLOAT = (
+    _FLOAT._replace(kind="conv", position="first"),
+    _FLOAT._replace(kind="dense", position="last"),
+)
+FIRST_LAST = {"8bit": FIRST_LAST_8BIT, "float": FIRST_LAST_FLOAT}
 
 
 def bit_rules(
     candidates: Sequence[int] = DEFAULT_CANDIDATES,
     *,
     depthwise_min_bits: int | None = None,
+    first_last: Sequence[Rule] = FIRST_LAST_8BIT,
     first: Sequence[Rule] = (),
 ) -> tuple[Rule, ...]:
-    """Returns rules for `trace_layers`: one set of candidates, first and last layer at 8 bits.
+    """Returns rules for `trace_layers`: one set of candidates, first and last layer apart.
 
     Args:
         candidates: bits of the weights and of the inputs of every other layer.
         depthwise_min_bits: drops the candidates below it for depthwise convolutions (RFQuant
             drops 2 bits, that is, takes 3); None treats them like any convolution.
+        first_last: rules of the first convolution and the last dense layer; `FIRST_LAST` names
+            some: 8 bits (RFQuant), or float (Double Rounding).
         first: rules that come before all of these.
     """
     chosen = _descending(tuple(candidates))
@@ -71,7 +91,7 @@ def bit_rules(
         )
     return (
         *first,
-        *FIRST_LAST_8BIT,
+        *first_last,
         Rule(kind="depthwise", weights=depthwise, acts=depthwise),
         Rule(weights=chosen, acts=chosen),
     )
@@ -90,6 +110,8 @@ class Layer(NamedTuple):
         weight_candidates, act_candidates: allowed bits, descending; one entry: fixed.
         float_acts: the input stays float and is only billed at its bits.
         signed: whether the input's codes are signed; None: to be found by calibration.
+        float_weights: the kernel stays float and is only billed at its bits.
+        reads_with: index of the first layer that reads the same array as this one; None: itself.
     """
 
     name: str
@@ -102,11 +124,18 @@ class Layer(NamedTuple):
     act_candidates: tuple[int, ...]
     float_acts: bool
     signed: bool | None
+    float_weights: bool = False
+    reads_with: int | None = None
 
     @property
     def searchable(self) -> bool:
         """Whether there is anything to choose."""
         return len(self.weight_candidates) > 1 or len(self.act_candidates) > 1
+
+    @property
+    def highest(self) -> int:
+        """Largest number of bits that the kernel may take."""
+        return self.weight_candidates[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +144,12 @@ class LayerTable:
 
     Attributes:
         layers: the layers.
-        norm_banks: keep the norm after each layer with a choice once per pair of (weight bits,
-            activation bits); without, all precisions share one norm (an ablation).
+        norm_rows: how often the norm after each layer with a choice is kept, a key of
+            `NORM_ROWS`: for each pair of its (weight bits, activation bits), ...
     """
 
     layers: tuple[Layer, ...]
-    norm_banks: bool = True
+    norm_rows: str = "pair"
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -161,7 +190,26 @@ class LayerTable:
     @property
     def bank_norms(self) -> dict[str, int]:
         """Norms kept once per precision: path of the norm -> index of the layer before it."""
-        return self.chosen_norms if self.norm_banks else {}
+        return self.chosen_norms if self.norm_axes else {}
+
+    @property
+    def norm_axes(self) -> tuple[str, ...]:
+        """What each row axis of a norm bank stands for, see `NORM_ROWS`."""
+        return NORM_ROWS[self.norm_rows]
+
+    @functools.cached_property
+    def previous(self) -> tuple[int, ...]:
+        """Index of the layer with a choice that is called before each layer; itself if none is.
+
+        Layers that read the same array, as a block's first convolution and its shortcut, have the
+        same layer before them.
+        """
+        return tuple(self._previous(index) for index in range(len(self)))
+
+    def _previous(self, index: int) -> int:
+        together = self.layers[index].reads_with
+        before = range(index if together is None else together)
+        return max((i for i in before if self.layers[i].searchable), default=index)
 
     @functools.cached_property
     def chosen_norms(self) -> dict[str, int]:
@@ -176,9 +224,11 @@ class LayerTable:
             if layer.norm is not None and layer.searchable and norms.count(layer.norm) == 1
         }
 
-    def with_norm_banks(self, norm_banks: bool) -> "LayerTable":
-        """Returns the same layers with or without norms per precision."""
-        return dataclasses.replace(self, norm_banks=norm_banks)
+    def with_norm_rows(self, norm_rows: str) -> "LayerTable":
+        """Returns the same layers with norms kept per precision in another way (`NORM_ROWS`)."""
+        if norm_rows not in NORM_ROWS:
+            raise ValueError(f"norm_rows is {norm_rows!r}; wanted one of {sorted(NORM_ROWS)}")
+        return dataclasses.replace(self, norm_rows=norm_rows)
 
     def uniform(self, weights: int, acts: int) -> BitConfig:
         """Returns the configuration with the same bits everywhere; fixed layers keep their own.
@@ -262,6 +312,7 @@ class _Call(NamedTuple):
     kind: str
     kernel_shape: tuple[int, ...]
     macs: int
+    reads_with: int
 
 
 def _record_calls(
@@ -271,7 +322,8 @@ def _record_calls(
     calls: dict[str, _Call] = {}
     norms: dict[str, str] = {}
     made_by: dict[int, str] = {}  # id of an output -> name of the layer that made it
-    alive: list[Any] = []  # keeps the outputs, so that no id is used twice
+    read_by: dict[int, int] = {}  # id of an input -> index of the first layer that reads it
+    alive: list[Any] = []  # keeps inputs and outputs, so that no id is used twice
 
     def record(next_call, args, kwargs, context):
         module = context.module
@@ -280,11 +332,14 @@ def _record_calls(
             return out
         name = linen.path_name(module)
         if isinstance(module, nn.Conv | nn.Dense):
+            x = linen.input_of(args, kwargs)
             call = _describe(module, name, out.shape, batch=shape[0])
-            macs = call.macs + (calls[name].macs if name in calls else 0)
-            calls[name] = call._replace(macs=macs)
+            earlier = calls.get(name)
+            together = earlier.reads_with if earlier else read_by.setdefault(id(x), len(calls))
+            macs = call.macs + (earlier.macs if earlier else 0)
+            calls[name] = call._replace(macs=macs, reads_with=together)
             made_by[id(out)] = name
-            alive.append(out)
+            alive.extend((x, out))
         elif isinstance(module, nn.BatchNorm):
             made_it = made_by.get(id(linen.input_of(args, kwargs)))
             if made_it is not None:
@@ -312,7 +367,7 @@ def _describe(
     kind = "dense" if isinstance(module, nn.Dense) else "conv"
     if isinstance(module, nn.Conv) and module.feature_group_count > 1 and kernel_shape[-2] == 1:
         kind = "depthwise"
-    return _Call(name, kind, kernel_shape, positions * int(np.prod(kernel_shape)))
+    return _Call(name, kind, kernel_shape, positions * int(np.prod(kernel_shape)), reads_with=-1)
 
 
 def _multiplies_in_a_loop(program: Any, *, in_loop: bool = False) -> bool:
@@ -352,42 +407,55 @@ def _check_rule(rule: Rule) -> None:
             f"rule has kind {rule.kind!r} and position {rule.position!r}; kinds are {KINDS}, "
             f"positions {POSITIONS}, or None"
         )
-    for bits in (rule.weights, rule.acts):
+    for bits, is_float in ((rule.weights, rule.float_weights), (rule.acts, rule.float_acts)):
         if bits is not None:
-            _descending(bits)
+            _descending(bits, most=FLOAT_BITS if is_float else MOST_BITS)
 
 
-def _descending(bits: Any) -> tuple[int, ...]:
+def _descending(bits: Any, *, most: int = MOST_BITS) -> tuple[int, ...]:
     values = tuple(bits) if isinstance(bits, tuple | list) else (bits,)
-    sound = all(type(b) is int and 2 <= b <= 16 for b in values)
+    sound = all(type(b) is int and 2 <= b <= most for b in values)
     if not values or not sound or len(set(values)) != len(values):
-        raise ValueError(f"bits are {bits!r}; wanted one or more different integers from 2 to 16")
+        raise ValueError(
+            f"bits are {bits!r}; wanted one or more different integers from 2 to {most}"
+        )
     return tuple(sorted(values, reverse=True))
 
 
 def _apply_rules(call: _Call, calls: list[_Call], norm: str | None, rules: Sequence[Rule]) -> Layer:
-    default = Rule(weights=DEFAULT_CANDIDATES, acts=DEFAULT_CANDIDATES, float_acts=False)
+    default = Rule(
+        weights=DEFAULT_CANDIDATES, acts=DEFAULT_CANDIDATES, float_weights=False, float_acts=False
+    )
     matching = [rule for rule in rules if _matches(rule, call, calls)] + [default]
 
     def first_word(attribute: str) -> Any:
         said = (getattr(rule, attribute) for rule in matching)
         return next((value for value in said if value is not None), None)
 
-    layer = Layer(
-        *call,
+    def allowed(kind: str) -> tuple[int, ...]:
+        is_float = first_word(f"float_{kind}")
+        bits = _descending(first_word(kind), most=FLOAT_BITS if is_float else MOST_BITS)
+        if is_float and len(bits) > 1:
+            raise ValueError(
+                f"{kind} of {call.name!r} stay float but may be billed at any of {bits} bits; let "
+                f"a rule fix {kind} to one number"
+            )
+        return bits
+
+    return Layer(
+        name=call.name,
+        kind=call.kind,
+        kernel_shape=call.kernel_shape,
+        macs=call.macs,
         params=int(np.prod(call.kernel_shape)),
         norm=norm,
-        weight_candidates=_descending(first_word("weights")),
-        act_candidates=_descending(first_word("acts")),
+        weight_candidates=allowed("weights"),
+        act_candidates=allowed("acts"),
         float_acts=first_word("float_acts"),
         signed=first_word("signed"),
+        float_weights=first_word("float_weights"),
+        reads_with=call.reads_with,
     )
-    if layer.float_acts and len(layer.act_candidates) > 1:
-        raise ValueError(
-            f"the input of {layer.name!r} stays float but may be billed at any of "
-            f"{layer.act_candidates} bits; let a rule fix acts to one number"
-        )
-    return layer
 
 
 def _matches(rule: Rule, call: _Call, calls: list[_Call]) -> bool:

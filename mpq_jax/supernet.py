@@ -28,9 +28,10 @@ class Learned(NamedTuple):
     """What the optimiser moves.
 
     Attributes:
-        params: the model's parameters; leaves of a switchable norm have two leading row axes
-            [weight bits, activation bits], in the order of `table.bank_bits`.
-        weight_steps: float32 [layers, choices], step size of each kernel at each candidate.
+        params: the model's parameters; leaves of a switchable norm have leading row axes
+            (`table.norm_axes`), each in the order of `table.bank_bits`.
+        weight_steps: float32 [layers, choices], step size of each kernel at each candidate; of
+            quantisers with one step for all bits, the column of the highest is used.
         act_steps: float32 [layers, choices], step size of each layer's input.
     """
 
@@ -121,12 +122,12 @@ def init(
         ]
     )
     weight_steps = [
-        jax.vmap(lambda bits, w=w: quantizer.init_weight_step(w, bits))(candidates)
+        jax.vmap(lambda bits, w=w: quantizer.weights.init_step(w, bits))(candidates)
         for w in kernels(table, params)
     ]
     act_steps = [
         jax.vmap(
-            lambda bits, x=inputs[layer.name], s=s: quantizer.init_act_step(x, bits, signed=s)
+            lambda bits, x=inputs[layer.name], s=s: quantizer.acts.init_step(x, bits, signed=s)
         )(candidates)
         for layer, s in zip(table.layers, signed, strict=True)
     ]
@@ -171,14 +172,20 @@ def select(
     weight_bits, act_bits = jnp.asarray(bits.weights), jnp.asarray(bits.acts)
     rows = jnp.arange(len(table))
     learned = variables.learned
-    weight_steps = learned.weight_steps[rows, choice_index(table, weight_bits)]
     act_steps = learned.act_steps[rows, choice_index(table, act_bits)]
+    weight_steps = chosen_weight_steps(table, learned, weight_bits, quantizer=quantizer)
     params = linen.flatten(_narrow(table, learned.params, bits))
     for index, layer in enumerate(table.layers):
+        if layer.float_weights:
+            continue
         w = params[f"{layer.name}/kernel"]
         scale = lsq_grad_scale(w.size, weight_bits[index]) if scale_step_gradient else None
-        params[f"{layer.name}/kernel"] = quantizer.fake_quant(
-            w, weight_steps[index], weight_bits[index], signed=True, grad_scale=scale
+        params[f"{layer.name}/kernel"] = quantizer.weights.fake_quant(
+            w,
+            weight_steps[index],
+            weight_bits[index],
+            highest=layer.highest,
+            grad_scale=scale,
         )
     return Selected(
         params=linen.unflatten(params),
@@ -187,6 +194,26 @@ def select(
         act_bits=act_bits,
         signed=variables.signed,
     )
+
+
+def chosen_weight_steps(
+    table: LayerTable,
+    learned: Learned,
+    weight_bits: Int[Array, " layers"],
+    *,
+    quantizer: Quantizer,
+) -> Float[Array, " layers"]:
+    """Returns the step size that each layer's weight quantiser works with at some bits."""
+    served = _bits_of_steps(table, weight_bits, quantizer)
+    return learned.weight_steps[jnp.arange(len(table)), choice_index(table, served)]
+
+
+def _bits_of_steps(table: LayerTable, weight_bits: Array, quantizer: Quantizer) -> Array:
+    """Returns the bits under which the step sizes are kept: each layer's own, or its highest."""
+    if not quantizer.weights.one_step:
+        return weight_bits
+    highest = jnp.array([layer.highest for layer in table.layers], jnp.int32)
+    return jnp.broadcast_to(highest, weight_bits.shape)
 
 
 def lsq_grad_scale(
@@ -236,7 +263,7 @@ def apply(
             bits, signed = selected.act_bits[i], selected.signed[i]
             x = linen.input_of(args, kwargs)
             scale = lsq_grad_scale(x.size, bits, signed=signed) if scale_step_gradient else None
-            quantised = quantizer.fake_quant(
+            quantised = quantizer.acts.fake_quant(
                 x, selected.act_steps[i], bits, signed=signed, grad_scale=scale
             )
             args, kwargs = linen.with_input(args, kwargs, quantised)
@@ -272,35 +299,44 @@ def scatter_batch_stats(
     )
 
 
-def used_rows(table: LayerTable, params: PyTree, configs: BitConfig) -> Learned:
+def used_rows(
+    table: LayerTable,
+    params: PyTree,
+    configs: BitConfig,
+    *,
+    quantizer: Quantizer = lsq.QUANTIZER,
+) -> Learned:
     """Marks what some configurations use, for optimisers that must leave the rest alone.
 
     Args:
         table: the model's layers.
         params: the supernet's parameters, for their structure.
         configs: configurations with one leading axis.
+        quantizer: of the kernels; says which step sizes serve which bits.
 
     Returns:
-        Booleans: [rows, rows] for leaves of a switchable norm, [layers, choices] for step sizes,
+        Booleans: one per row for leaves of a switchable norm, [layers, choices] for step sizes,
         scalar True for all other parameters.
     """
-    weights, acts = jnp.asarray(configs.weights), jnp.asarray(configs.acts)
+    configs = BitConfig(jnp.asarray(configs.weights), jnp.asarray(configs.acts))
     candidates = jnp.array(table.candidates, jnp.int32)
-    bank_bits = jnp.array(table.bank_bits, jnp.int32)
+    unused = jnp.zeros((len(table.bank_bits),) * len(table.norm_axes), bool)
+    rows = jax.vmap(lambda bits: _bank_rows(table, bits))(configs)
+    used = {norm: unused.at[row].set(True) for norm, row in rows.items()}
 
-    def used_pairs(layer: int) -> Bool[Array, "rows rows"]:
-        weight_rows = weights[:, layer, None] == bank_bits[None]
-        act_rows = acts[:, layer, None] == bank_bits[None]
-        return jnp.any(weight_rows[:, :, None] & act_rows[:, None, :], axis=0)
+    def used_steps(bits: Array, is_float: list[bool]) -> Bool[Array, "layers choices"]:
+        chosen = jnp.any(bits[:, :, None] == candidates[None, None], axis=0)
+        return chosen & ~jnp.array(is_float)[:, None]
 
-    used = {norm: used_pairs(layer) for norm, layer in table.bank_norms.items()}
-    quantised = jnp.array([not layer.float_acts for layer in table.layers])
     return Learned(
         params=linen.map_leaves(
             params, lambda name, _: used.get(linen.module_of(name), jnp.array(True))
         ),
-        weight_steps=jnp.any(weights[:, :, None] == candidates[None, None], axis=0),
-        act_steps=jnp.any(acts[:, :, None] == candidates[None, None], axis=0) & quantised[:, None],
+        weight_steps=used_steps(
+            _bits_of_steps(table, configs.weights, quantizer),
+            [layer.float_weights for layer in table.layers],
+        ),
+        act_steps=used_steps(configs.acts, [layer.float_acts for layer in table.layers]),
     )
 
 
@@ -320,21 +356,28 @@ def _layer_inputs(model, table, variables, images) -> dict[str, Array]:
     return linen.named(records, IN)
 
 
-def _bank_rows(table: LayerTable, bits: BitConfig) -> dict[str, tuple[Array, Array]]:
+def _bank_rows(table: LayerTable, bits: BitConfig) -> dict[str, tuple[Array, ...]]:
+    """Returns for each switchable norm the indices of the row that the bits name."""
     bank_bits = jnp.array(table.bank_bits, jnp.int32)
     weights, acts = jnp.asarray(bits.weights), jnp.asarray(bits.acts)
+
+    def naming(axis: str, layer: int) -> Array:
+        if axis == "acts":
+            return acts[layer]
+        return weights[table.previous[layer] if axis == "previous" else layer]
+
     return {
-        norm: (jnp.argmax(weights[layer] == bank_bits), jnp.argmax(acts[layer] == bank_bits))
+        norm: tuple(jnp.argmax(naming(axis, layer) == bank_bits) for axis in table.norm_axes)
         for norm, layer in table.bank_norms.items()
     }
 
 
 def _widen(table: LayerTable, tree: PyTree) -> PyTree:
-    rows = len(table.bank_bits)
+    rows = (len(table.bank_bits),) * len(table.norm_axes)
     return linen.map_leaves(
         tree,
         lambda name, leaf: (
-            jnp.broadcast_to(leaf, (rows, rows, *leaf.shape))
+            jnp.broadcast_to(leaf, (*rows, *leaf.shape))
             if linen.module_of(name) in table.bank_norms
             else leaf
         ),

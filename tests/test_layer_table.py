@@ -351,8 +351,8 @@ def test_candidates_and_mask(table):
     np.testing.assert_array_equal(table.searchable, [False, True, True, True, True, False])
     assert table.chosen_norms == {"body/spatial_norm": 1, "body/mix_norm": 2}
     assert table.bank_norms == table.chosen_norms
-    assert table.with_norm_banks(False).bank_norms == {}
-    assert table.with_norm_banks(False).chosen_norms == table.chosen_norms
+    assert table.with_norm_rows("shared").bank_norms == {}
+    assert table.with_norm_rows("shared").chosen_norms == table.chosen_norms
 
 
 def test_uniform_keeps_fixed_layers_and_lifts_what_a_layer_lacks(table):

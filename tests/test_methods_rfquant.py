@@ -484,7 +484,7 @@ def test_learning_rates_of_the_published_run(steps_per_epoch):
     options = published(momentum=0.0, weight_decay=0.0)
     run = Run(150, steps_per_epoch, RUN.prepare)
     learned = with_kernel(np.ones((3, 3, 4, 4)), 1.0)
-    optimizer = method.make_optimizer(TABLE.with_norm_banks(False), options, run)
+    optimizer = method.make_optimizer(TABLE.with_norm_rows("shared"), options, run)
     used = jax.tree.map(lambda _: jnp.array(True), learned.params)
     used = supernet.Learned(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
     fresh = optimizer.init(learned)
@@ -878,7 +878,7 @@ def test_with_all_elements_off_a_step_is_plain_quantised_training(variables, bat
     before = snapshot(state)
     after, metrics = made.train_step(state, batch, KEY)
     start = jax.tree.map(jnp.array, before.variables)
-    table = TABLE.with_norm_banks(False)
+    table = TABLE.with_norm_rows("shared")
 
     @jax.jit
     def gradient(params):

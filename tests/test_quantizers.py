@@ -246,86 +246,114 @@ def test_constant_tensors_get_positive_finite_steps(shape, value):
         assert 0 < step < np.inf
 
 
-# The contract of every quantiser.
+# The contract of every quantiser: of its inputs, and of its weights at every highest precision.
 
 
-@every_quantizer
-def test_contract_values_are_codes_times_step_and_bits_compile_once(name):
-    quantizer, traces = QUANTIZERS[name], []
+def record_of(name, half, highest):
+    """Returns fake_quant, codes -> (codes, width of one), init_step of one half of a quantiser."""
+    quantizer = QUANTIZERS[name]
     assert isinstance(quantizer, Quantizer)
+    if half == "weights":
+        weights = quantizer.weights
+
+        def fake_quant(x, step, bits, *, signed, grad_scale=None):
+            return weights.fake_quant(x, step, bits, highest=highest, grad_scale=grad_scale)
+
+        def codes(x, step, bits, *, signed):
+            return weights.codes(x, step, bits, highest=highest)
+
+        return fake_quant, codes, lambda x, bits, *, signed: weights.init_step(x, bits)
+    acts = quantizer.acts
+
+    def codes_and_width(x, step, bits, *, signed):
+        return acts.codes(x, step, bits, signed=signed), step
+
+    return acts.fake_quant, codes_and_width, acts.init_step
+
+
+every_half = pytest.mark.parametrize("half", ["weights", "acts"])
+
+
+@every_half
+@every_quantizer
+def test_contract_values_are_codes_times_step_and_bits_compile_once(name, half):
+    fake_quant, codes_of_half, init_step = record_of(name, half, highest=max(BITS))
+    traces = []
 
     @jax.jit
     def value_and_gradients(x, step, bits, signed):
         traces.append("value_and_gradients")
         value, pull = jax.vjp(
-            lambda x, s: quantizer.fake_quant(x, s, bits, signed=signed, grad_scale=None), x, step
+            lambda x, s: fake_quant(x, s, bits, signed=signed, grad_scale=None), x, step
         )
         return value, pull(jnp.ones_like(x))
 
     @jax.jit
     def codes_of(x, step, bits, signed):  # a program of its own, as in an export
         traces.append("codes_of")
-        return quantizer.codes(x, step, bits, signed=signed)
+        return codes_of_half(x, step, bits, signed=signed)
 
     @jax.jit
-    def first_steps(x, bits, signed):
-        traces.append("first_steps")
-        return quantizer.init_weight_step(x, bits), quantizer.init_act_step(x, bits, signed=signed)
+    def first_step(x, bits, signed):
+        traces.append("first_step")
+        return init_step(x, bits, signed=signed)
 
     for bits in BITS:
         for signed in (True, False):
             x = some_values(bits, signed).reshape(4, -1)
-            codes = np.asarray(codes_of(x, STEP, bits, signed))
+            codes, width = map(np.asarray, codes_of(x, STEP, bits, signed))
             assert codes.dtype == np.int32 and len(np.unique(codes)) <= 2**bits
             value, gradients = value_and_gradients(x, STEP, bits, signed)
-            np.testing.assert_array_equal(value, codes.astype(np.float32) * STEP, strict=True)
+            np.testing.assert_array_equal(value, codes.astype(np.float32) * width, strict=True)
             assert all(np.isfinite(leaf).all() for leaf in gradients)
-            assert all(0 < step < np.inf for step in first_steps(x, bits, signed))
-    assert sorted(traces) == ["codes_of", "first_steps", "value_and_gradients"]
+            assert 0 < first_step(x, bits, signed) < np.inf
+    assert sorted(traces) == ["codes_of", "first_step", "value_and_gradients"]
 
 
+@every_half
 @every_quantizer
-def test_contract_half_precision_is_kept(name):
+def test_contract_half_precision_is_kept(name, half):
+    fake_quant, codes_of, _ = record_of(name, half, highest=6)
     x = jnp.asarray(some_values(4, True), jnp.bfloat16)
     step = jnp.bfloat16(0.25)
 
     @jax.jit
     def everything(x):
-        values, pull = jax.vjp(lambda x: QUANTIZERS[name].fake_quant(x, step, 4, signed=True), x)
-        return values, QUANTIZERS[name].codes(x, step, 4, signed=True), *pull(values)
+        values, pull = jax.vjp(lambda x: fake_quant(x, step, 4, signed=True, grad_scale=None), x)
+        return values, codes_of(x, step, 4, signed=True), *pull(values)
 
-    values, codes, of_x = everything(x)
-    np.testing.assert_array_equal(values, codes.astype(jnp.bfloat16) * step, strict=True)
+    values, (codes, width), of_x = everything(x)
+    np.testing.assert_array_equal(values, codes.astype(jnp.bfloat16) * width, strict=True)
     assert values.dtype == of_x.dtype == jnp.bfloat16
 
 
+@every_half
 @every_quantizer
-def test_contract_zeros_stay_zero_and_finite(name):
-    quantizer = QUANTIZERS[name]
+def test_contract_zeros_stay_zero_and_finite(name, half):
+    fake_quant, _, init_step = record_of(name, half, highest=8)
 
     @jax.jit
     def value_and_gradients(zeros, step):
-        value, pull = jax.vjp(lambda x, s: quantizer.fake_quant(x, s, 2, signed=True), zeros, step)
+        value, pull = jax.vjp(
+            lambda x, s: fake_quant(x, s, 2, signed=True, grad_scale=None), zeros, step
+        )
         return value, pull(jnp.ones_like(zeros))
 
     zeros = jnp.zeros((3, 3, 2, 4))
-    steps = (
-        jax.jit(lambda x: quantizer.init_weight_step(x, 2))(zeros),
-        jax.jit(lambda x: quantizer.init_act_step(x, 2, signed=False))(zeros),
-    )
-    for step in steps:
-        value, gradients = value_and_gradients(zeros, step)
-        np.testing.assert_array_equal(value, zeros)
-        assert all(np.isfinite(gradient).all() for gradient in gradients)
+    step = jax.jit(lambda x: init_step(x, 2, signed=False))(zeros)
+    value, gradients = value_and_gradients(zeros, step)
+    np.testing.assert_array_equal(value, zeros)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
+@every_half
 @every_quantizer
-def test_contract_gradient_scale(name):
+def test_contract_gradient_scale(name, half):
+    fake_quant, _, _ = record_of(name, half, highest=3)
     x = jnp.asarray(some_values(4, True))[300]
 
     @jax.jit
     def of_step(scale):
-        quantised = QUANTIZERS[name].fake_quant
-        return jax.grad(lambda s: quantised(x, s, 3, signed=True, grad_scale=scale))(STEP)
+        return jax.grad(lambda s: fake_quant(x, s, 3, signed=True, grad_scale=scale))(STEP)
 
     assert of_step(0.25) == 0.25 * of_step(None) != 0

@@ -370,7 +370,7 @@ def test_used_rows_marks_what_some_configuration_names(made):
 
 
 def test_without_banks_all_bits_share_one_norm(float_variables):
-    table = TABLE.with_norm_banks(False)
+    table = TABLE.with_norm_rows("shared")
     made = INIT(MODEL, table, float_variables, IMAGES)
     shapes = jax.tree.map(jnp.shape, (made.learned.params, made.batch_stats))
     plain = jax.tree.map(jnp.shape, (float_variables["params"], float_variables["batch_stats"]))

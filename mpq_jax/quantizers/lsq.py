@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from jaxtyping import ArrayLike as AnyArray  # accepts Python and NumPy numbers as well
 
-from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.quantizers.record import ActQuantizer, Quantizer, WeightQuantizer
 
 MIN_STEP_SIZE = 1e-8  # keeps x / step_size finite for an all-zero tensor, and steps positive
 
@@ -25,8 +25,7 @@ def code_range(
         bits: bits per value, traced or not.
         signed: codes of two's complement if true, else of natural binary.
     """
-    bits = jnp.asarray(bits, jnp.int32)
-    levels = jnp.left_shift(1, bits).astype(jnp.float32)
+    levels = jnp.ldexp(jnp.float32(1), jnp.asarray(bits, jnp.int32))  # exact, and of 32 bits too
     low = jnp.where(signed, -levels / 2, 0.0)
     return low, low + levels - 1
 
@@ -146,4 +145,17 @@ def init_act_step(
     return jnp.maximum(step, MIN_STEP_SIZE)
 
 
-QUANTIZER = Quantizer(fake_quant, codes, init_weight_step, init_act_step)
+def _fake_quant_weight(w, step_size, bits, *, highest, grad_scale):
+    del highest
+    return fake_quant(w, step_size, bits, signed=True, grad_scale=grad_scale)
+
+
+def _weight_codes(w, step_size, bits, *, highest):
+    del highest
+    return codes(w, step_size, bits, signed=True), jnp.asarray(step_size, w.dtype)
+
+
+ACTS = ActQuantizer(fake_quant, codes, init_act_step)
+QUANTIZER = Quantizer(
+    WeightQuantizer(_fake_quant_weight, _weight_codes, init_weight_step, one_step=False), ACTS
+)

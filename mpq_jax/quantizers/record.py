@@ -1,4 +1,4 @@
-"""What a supernet needs of a quantiser, as one record of pure functions."""
+"""What a supernet needs of a quantiser: records of pure functions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,18 +6,44 @@ from typing import NamedTuple
 from jax import Array
 
 
-class Quantizer(NamedTuple):
-    """The functions of one quantiser; `mpq_jax.quantizers.lsq` is the model of one.
+class WeightQuantizer(NamedTuple):
+    """How kernels are quantised; signed codes, one step size per tensor.
+
+    `highest` is the largest number of bits that the layer may take, a Python int. Quantisers that
+    derive low bits from the codes of the highest need it; others ignore it.
+
+    Attributes:
+        fake_quant: `(w, step_size, bits, *, highest, grad_scale) -> Array`, differentiable.
+        codes: `(w, step_size, bits, *, highest) -> (int32 Array, scalar)`, the codes and the
+            width of one code; their product equals `fake_quant` exactly.
+        init_step: `(w, bits) -> scalar`, the first step size at a number of bits.
+        one_step: whether the step size of the highest bits serves all bits (true), or every
+            number of bits has a step size of its own.
+    """
+
+    fake_quant: Callable[..., Array]
+    codes: Callable[..., tuple[Array, Array]]
+    init_step: Callable[..., Array]
+    one_step: bool
+
+
+class ActQuantizer(NamedTuple):
+    """How the inputs of layers are quantised; one step size for each number of bits.
 
     Attributes:
         fake_quant: `(x, step_size, bits, *, signed, grad_scale) -> Array`, differentiable.
         codes: `(x, step_size, bits, *, signed) -> int32 Array`; `codes * step_size` equals
             `fake_quant` exactly.
-        init_weight_step: `(w, bits) -> scalar`, the first step size of a weight tensor.
-        init_act_step: `(x, bits, *, signed) -> scalar`, the first step size of an input.
+        init_step: `(x, bits, *, signed) -> scalar`, the first step size.
     """
 
     fake_quant: Callable[..., Array]
     codes: Callable[..., Array]
-    init_weight_step: Callable[..., Array]
-    init_act_step: Callable[..., Array]
+    init_step: Callable[..., Array]
+
+
+class Quantizer(NamedTuple):
+    """Both halves; `mpq_jax.quantizers.lsq` is the model of one."""
+
+    weights: WeightQuantizer
+    acts: ActQuantizer

@@ -80,7 +80,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
     """Builds RFQuant for a model, its layer table and the length of a run."""
     if not any(layer.searchable for layer in table.layers):
         raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
-    table = table.with_norm_banks(options.norm_banks)
+    table = table.with_norm_rows("pair" if options.norm_banks else "shared")
     optimizer = make_optimizer(table, options, run)
     pieces = Pieces(
         functools.partial(_plan, table, options, run),

@@ -1,0 +1,174 @@
+"""Double Rounding: low-bit weights derived from the integer codes of the highest precision.
+
+With h the highest bits, l the wanted bits, D = h - l and s the learned step size of h bits,
+
+    W_h = clip(round(w / s), -2^(h-1), 2^(h-1) - 1)      the stored integers
+    W_l = clip(round(W_h / 2^D), -2^(l-1), 2^(l-1) - 1)  the switched integers, worth s 2^D each
+
+One tie rule holds everywhere: halves go to the even code. It is unbiased: at D = 1 every odd W_h
+is a tie, and always rounding it up would raise the mean weight by a quarter of a code. `fake_quant`
+(training), `codes` and `switch` (integers alone) agree bit for bit.
+
+References:
+    Nearly Lossless Adaptive Bit Switching, https://arxiv.org/abs/2502.01565.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from jaxtyping import ArrayLike as AnyArray
+
+from mpq_jax.quantizers import lsq
+from mpq_jax.quantizers.record import Quantizer, WeightQuantizer
+
+HIGHEST = (2, 16)  # smallest and largest `highest`
+
+
+def codes(
+    w: Float[Array, "*shape"], step_size: Float[AnyArray, ""], *, highest: int
+) -> Int[Array, "*shape"]:
+    """Returns the integers that are stored: int32 codes of the highest precision (W_h).
+
+    Args:
+        w: weights.
+        step_size: width of one code at the highest precision (s_h), positive.
+        highest: bits of the highest precision, 2 to 16.
+    """
+    _check_highest(highest)
+    return lsq.codes(w, step_size, highest, signed=True)
+
+
+def switch(
+    codes: Int[Array, "*shape"], bits: Int[AnyArray, ""], *, highest: int
+) -> Int[Array, "*shape"]:
+    """Returns the codes of a lower precision (W_l) from those of the highest, by integers alone.
+
+    Rounds `codes / 2^(highest - bits)` to nearest, halves to even, and clips to the range of
+    `bits` bits.
+
+    Args:
+        codes: of `codes(...)`, any signed integer type that holds them.
+        bits: wanted bits, traced or not; 2 to `highest`.
+        highest: bits of the stored codes.
+
+    Returns:
+        Codes of the same type.
+    """
+    _check_highest(highest)
+    wide = codes.astype(jnp.int32)
+    return _halve(wide, _halvings(bits, highest), jnp.asarray(bits, jnp.int32)).astype(codes.dtype)
+
+
+def _halve(wide, halvings, bits):
+    below = jnp.left_shift(1, halvings) - 1  # mask of the bits that go
+    rest, half = wide & below, jnp.left_shift(1, halvings) >> 1
+    floor = jnp.right_shift(wide, halvings)
+    up = (rest > half) | ((rest == half) & (floor & 1 == 1) & (halvings > 0))
+    top = jnp.left_shift(1, bits - 1)
+    return jnp.clip(floor + up.astype(jnp.int32), -top, top - 1)
+
+
+def _floor(wide, halvings, bits):
+    del bits  # a shifted code is in range
+    return jnp.right_shift(wide, halvings)
+
+
+def _halvings(bits, highest: int) -> Int[Array, ""]:
+    if not isinstance(bits, jax.core.Tracer) and not HIGHEST[0] <= int(bits) <= highest:
+        raise ValueError(f"bits is {int(bits)}; wanted {HIGHEST[0]} to {highest}, the highest")
+    return highest - jnp.asarray(bits, jnp.int32)
+
+
+def _check_highest(highest: int) -> None:
+    if not HIGHEST[0] <= highest <= HIGHEST[1]:
+        raise ValueError(f"highest is {highest}; wanted {HIGHEST[0]} to {HIGHEST[1]} bits")
+
+
+def _lower_codes(reduce, w, step_size, bits, highest):
+    """Returns the codes of `bits` bits and the width of one (s_h 2^D)."""
+    halvings = _halvings(bits, highest)
+    stored = lsq.codes(w, step_size, highest, signed=True)
+    return reduce(stored, halvings, bits), step_size * jnp.ldexp(jnp.ones((), w.dtype), halvings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fake_quant(reduce, highest, w, step_size, bits, grad_scale):
+    lower, width = _lower_codes(reduce, w, step_size, bits, highest)
+    return lower.astype(w.dtype) * width
+
+
+def _fake_quant_forward(reduce, highest, w, step_size, bits, grad_scale):
+    out = _fake_quant(reduce, highest, w, step_size, bits, grad_scale)
+    return out, (w, step_size, bits, grad_scale)
+
+
+def _fake_quant_backward(reduce, highest, residuals, gradient):
+    w, step_size, bits, grad_scale = residuals
+    lower, width = _lower_codes(reduce, w, step_size, bits, highest)
+    low, high = lsq.code_range(bits, signed=True)
+    low, high = low.astype(w.dtype), high.astype(w.dtype)
+    # Compared in the units of w, as in LSQ: there `code * width` meets a bound exactly.
+    inside = (w >= low * width) & (w <= high * width)
+    offset = jnp.where(inside, lower.astype(w.dtype) - lsq.in_steps(w, width), 0)
+    bound = jnp.where(w > high * width, high, low)
+    per_code = jnp.where(inside, offset, bound)
+    step_gradient = jnp.sum(gradient * per_code) * (width / step_size) * grad_scale
+    return jnp.where(inside, gradient, 0), step_gradient, None, None
+
+
+_fake_quant.defvjp(_fake_quant_forward, _fake_quant_backward)
+
+
+def fake_quant(
+    w: Float[Array, "*shape"],
+    step_size: Float[AnyArray, ""],
+    bits: Int[AnyArray, ""],
+    *,
+    highest: int,
+    grad_scale: Float[AnyArray, ""] | None = None,
+) -> Float[Array, "*shape"]:
+    """Quantises weights to `bits` bits by way of the codes of the highest precision.
+
+    Equals `switch(codes(w, step_size), bits) * (step_size * 2^D)` exactly. The gradient in `w`
+    passes where `w` lies in the range of `bits` bits, bounds included. The gradient in
+    `step_size` is that of LSQ for the width s_h 2^D, times 2^D: `W_l - w / (s_h 2^D)` inside the
+    range and the violated bound outside. Reverse-mode differentiation only.
+
+    Args:
+        w: weights.
+        step_size: width of one code at the highest precision (s_h), positive.
+        bits: wanted bits, traced: changing them never recompiles; 2 to `highest`.
+        highest: bits of the highest precision, 2 to 16.
+        grad_scale: factor of the gradient in `step_size`; None leaves it as it is.
+    """
+    return _weight_fake_quant(_halve, w, step_size, bits, highest=highest, grad_scale=grad_scale)
+
+
+def _weight_fake_quant(reduce, w, step_size, bits, *, highest, grad_scale):
+    _check_highest(highest)
+    scale = jnp.asarray(1.0 if grad_scale is None else grad_scale, w.dtype)
+    step_size = jnp.asarray(step_size, w.dtype)
+    return _fake_quant(reduce, highest, w, step_size, jnp.asarray(bits, jnp.int32), scale)
+
+
+def _weight_codes(reduce, w, step_size, bits, *, highest):
+    _check_highest(highest)
+    step_size = jnp.asarray(step_size, w.dtype)
+    return _lower_codes(reduce, w, step_size, jnp.asarray(bits, jnp.int32), highest)
+
+
+def _record(reduce, *, one_step: bool) -> Quantizer:
+    weights = WeightQuantizer(
+        functools.partial(_weight_fake_quant, reduce),
+        functools.partial(_weight_codes, reduce),
+        lsq.init_weight_step,
+        one_step=one_step,
+    )
+    return Quantizer(weights, lsq.ACTS)
+
+
+QUANTIZER = _record(_halve, one_step=True)
+UNSHARED = _record(_halve, one_step=False)  # a step size s_h for each precision ("Ours*")
+FLOORED = _record(_floor, one_step=True)  # an arithmetic shift instead of rounding (ablation)
