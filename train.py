@@ -156,7 +156,8 @@ def abstract_state(setup: Setup) -> Any:
 
     def make(key):
         images = jnp.zeros((1, *setup.dataset.image_shape), jnp.float32)
-        return setup.method.init(fresh_variables(setup, key), images)
+        labels = jnp.zeros((1,), jnp.int32)
+        return setup.method.init(fresh_variables(setup, key), images, labels)
 
     replicated = sharding.replicated(setup.mesh)
     return jax.tree.map(
@@ -169,18 +170,17 @@ def initial_state(setup: Setup, config: Config) -> Any:
     """Returns the state that training starts from, on all devices."""
     replicated = sharding.replicated(setup.mesh)
     if config.init_from:
-        variables = float_variables(setup, config.init_from)
+        variables = starting_variables(setup, setup.method, config.init_from)
     else:
         draw = functools.partial(fresh_variables, setup)
         variables = jax.jit(draw, out_shardings=replicated)(jax.random.key(config.seed))
     batches = setup.dataset.train_batches(0)
-    images = np.concatenate([next(batches)["image"] for _ in range(config.calibration_batches)])
-    batch = sharding.global_batch({"image": images}, setup.mesh)
-
-    def init(variables, images):
-        return setup.method.init(variables, setup.normalize(images))
-
-    return jax.jit(init, out_shardings=replicated)(variables, batch["image"])
+    read = [next(batches) for _ in range(config.calibration_batches)]
+    whole = {name: np.concatenate([one[name] for one in read]) for name in ("image", "label")}
+    batch = sharding.global_batch(whole, setup.mesh)
+    images = jax.jit(setup.normalize)(batch["image"])
+    state = setup.method.init(variables, images, batch["label"])
+    return jax.jit(lambda state: state, out_shardings=replicated)(state)
 
 
 def fresh_variables(setup: Setup, key: jax.Array) -> Any:
@@ -188,28 +188,15 @@ def fresh_variables(setup: Setup, key: jax.Array) -> Any:
     return linen.init_variables(setup.model, key, setup.dataset.image_shape)
 
 
-def float_variables(setup: Setup, directory: str) -> Any:
-    """Returns the best variables of a finished float run, checked against the model."""
+def starting_variables(setup: Setup, method: Method, directory: str) -> Any:
+    """Returns the best variables of a finished run, as far as the method can start from them."""
     step, saved = checkpoints.load_best(pathlib.Path(directory) / "checkpoints")
-    if not {"params", "batch_stats"} <= set(saved):
-        raise ValueError(
-            f"config.init_from is {directory!r}, which holds no float run but {sorted(saved)}; "
-            "train one with --config=FILE:float"
-        )
     wanted = jax.eval_shape(lambda: fresh_variables(setup, jax.random.key(0)))
-    found = {"params": saved["params"], "batch_stats": saved["batch_stats"]}
-    wanted = {name: wanted.get(name, {}) for name in found}
-    shapes, wanted_shapes = (
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (found, wanted)
-    )
-    if shapes != wanted_shapes:
-        other = sorted(dict(shapes.items() ^ wanted_shapes.items()))[:5]
-        raise ValueError(
-            f"the float run in {directory!r} is of another model than config.model: "
-            f"these differ: {', '.join(other)}"
-        )
-    console.print(f"starting from the float run in {directory}, step {step}")
+    try:
+        found = method.read(saved, wanted)
+    except ValueError as error:
+        raise ValueError(f"config.init_from is {directory!r}: {error}") from error
+    console.print(f"starting from the run in {directory}, step {step}")
     return sharding.replicate(found, setup.mesh)
 
 

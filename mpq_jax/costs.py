@@ -1,10 +1,15 @@
 """What a bit configuration costs: functions of (table, bits) for one configuration.
 
-All are traceable in `bits` and written for one configuration; `jax.vmap` them over many.
+All are traceable in `bits` and written for one configuration; `jax.vmap` them over many. Searches
+use tables instead: what each layer costs at each pair of (weight bits, activation bits).
 """
 
+import functools
+import json
+import re
+import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +20,8 @@ from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import LayerTable
 
 BITS_PER_BYTE = 8
+LATENCY_FORMAT = "mpq_jax.latency"
+LATENCY_VERSION = 1
 
 
 def bitops(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
@@ -68,7 +75,13 @@ def _as_float(bits: Int[AnyArray, " layers"]) -> Float[Array, " layers"]:
 COSTS: dict[str, Callable[[LayerTable, BitConfig], Array]] = {
     "bitops": bitops,
     "bytes": model_bytes,
+    "mean_bits": functools.partial(mean_bits, by="layer"),
 }
+
+
+def allowed_pairs(table: LayerTable) -> np.ndarray:
+    """Returns the pairs of bits that the rules allow: bool [layers, weight, activation choices]."""
+    return table.mask[:, 0, :, None] & table.mask[:, 1, None, :]
 
 
 def cost_table(table: LayerTable, kind: str) -> np.ndarray:
@@ -79,19 +92,90 @@ def cost_table(table: LayerTable, kind: str) -> np.ndarray:
 
     Args:
         table: the layers.
-        kind: "bitops" (bit operations per image) or "bytes" (of the kernels).
+        kind: "bitops" (bit operations per image), "bytes" (of the kernels) or "mean_bits" (weight
+            bits by layer, over the layers that have a choice; the others count 0).
     """
     if kind not in COSTS:
         raise ValueError(f"the budget kind is {kind!r}; known kinds are {sorted(COSTS)}")
     choices = np.array(table.candidates, np.float64)
+    acts = np.ones_like(choices)
     if kind == "bitops":
-        macs = np.array([layer.macs for layer in table.layers], np.float64)
-        cost = macs[:, None, None] * choices[:, None] * choices
+        per_bit = np.array([layer.macs for layer in table.layers], np.float64)
+        acts = choices
+    elif kind == "bytes":
+        per_bit = np.array([layer.params for layer in table.layers], np.float64) / BITS_PER_BYTE
     else:
-        params = np.array([layer.params for layer in table.layers], np.float64)
-        cost = np.broadcast_to(
-            params[:, None, None] * choices[:, None] / BITS_PER_BYTE,
-            (len(table), len(choices), len(choices)),
+        if not table.searchable.any():
+            raise ValueError("no layer of the table has a choice of bits: there is no mean of them")
+        per_bit = table.searchable / table.searchable.sum()
+    cost = per_bit[:, None, None] * choices[:, None] * acts
+    return np.where(allowed_pairs(table), cost, np.inf)
+
+
+def latency_table(table: LayerTable, text: str) -> np.ndarray:
+    """Reads measured latencies: float64 [layers, weight, activation choices], in seconds.
+
+    The text is JSON, `{"format": "mpq_jax.latency", "version": 1, "unit": "seconds", "layers":
+    {"<path of the layer>": {"4": 1.2e-5, "w4a8": 2e-5}}}`, where "4" stands for "w4a4". A pair that
+    is not listed may not be chosen (infinity); a listed pair that the table does not allow is
+    ignored. A layer without a choice may be left out: it counts 0 seconds at its fixed bits.
+
+    Raises:
+        ValueError: the text is no latency table, is of another version or unit, holds something
+            other than positive seconds, or does not fit the table's layers.
+    """
+    measured = _latency_layers(text)
+    missing = {layer.name for layer in table.layers if layer.searchable} - set(measured)
+    foreign = set(measured) - set(table.names)
+    if missing or foreign:
+        raise ValueError(
+            "the latency table is for another model or other rules: it lacks "
+            f"{sorted(missing) or 'nothing'} and has {sorted(foreign) or 'nothing'} besides"
         )
-    allowed = table.mask[:, 0, :, None] & table.mask[:, 1, None, :]
-    return np.where(allowed, cost, np.inf)
+    seconds = np.full((len(table), len(table.candidates), len(table.candidates)), np.inf)
+    place = {bits: index for index, bits in enumerate(table.candidates)}
+    for index, name in enumerate(table.names):
+        if name not in measured:
+            seconds[index] = 0.0
+            continue
+        for (weights, acts), value in _latency_pairs(name, measured[name]).items():
+            if weights in place and acts in place:
+                seconds[index, place[weights], place[acts]] = value
+    return np.where(allowed_pairs(table), seconds, np.inf)
+
+
+def _latency_layers(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a latency table: the text is not JSON ({error})") from error
+    wanted = {"format": LATENCY_FORMAT, "version": LATENCY_VERSION, "unit": "seconds"}
+    for key, value in wanted.items():
+        given = content.get(key) if isinstance(content, dict) else None
+        if given != value:
+            raise ValueError(f'not a latency table: "{key}" is {given!r}; wanted {value!r}')
+    layers = content.get("layers")
+    if not isinstance(layers, dict):
+        raise ValueError('not a latency table: "layers" should map the paths of layers to seconds')
+    return layers
+
+
+def _latency_pairs(name: str, entries: Any) -> dict[tuple[int, int], float]:
+    """Returns (weight bits, activation bits) -> seconds of one layer."""
+    if not isinstance(entries, dict):
+        raise ValueError(f'the latencies of {name!r} are {entries!r}; wanted {{"w4a8": seconds}}')
+    pairs: dict[tuple[int, int], float] = {}
+    for key, value in entries.items():
+        match = re.fullmatch(r"w([1-9][0-9]?)a([1-9][0-9]?)|([1-9][0-9]?)", key)
+        if match is None:
+            raise ValueError(f'{name!r} has a latency at {key!r}; wanted bits like "4" or "w4a8"')
+        both = match[3]
+        pair = int(both or match[1]), int(both or match[2])
+        if pair in pairs:
+            raise ValueError(f"{name!r} has two latencies for w{pair[0]}a{pair[1]}; keep one")
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            raise ValueError(
+                f"the latency of {name!r} at {key!r} is {value!r}; wanted positive, finite seconds"
+            )
+        pairs[pair] = float(value)
+    return pairs

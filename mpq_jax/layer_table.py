@@ -249,6 +249,13 @@ class LayerTable:
             jnp.array([_nearest(layer.act_candidates, acts) for layer in self.layers], jnp.int32),
         )
 
+    @property
+    def largest(self) -> BitConfig:
+        """The configuration with the most bits in every layer."""
+        weights = [layer.weight_candidates[0] for layer in self.layers]
+        acts = [layer.act_candidates[0] for layer in self.layers]
+        return BitConfig(jnp.array(weights, jnp.int32), jnp.array(acts, jnp.int32))
+
     def check(self, bits: BitConfig) -> None:
         """Raises ValueError, naming layers, where one configuration is not allowed by the table."""
         for kind, given in (("weights", bits.weights), ("acts", bits.acts)):

@@ -1,12 +1,14 @@
-"""Optax pieces: learning rates in fractions of a run, and updates that skip unused rows."""
+"""Optax pieces: learning rates by schedule and by precision, updates that skip unused rows."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
+from jaxtyping import ArrayLike as AnyArray
 
 
 def warmup_cosine(
@@ -76,7 +78,7 @@ def skip_unused_rows(
 
     def update_leaf(update, state, param, used):
         new_update: Any
-        with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises floats to integers
+        with jax.numpy_dtype_promotion("standard"):  # of Adam, see scale_by_adam
             new_update, new_state = over_rows(inner.update)(update, state, param)
 
         def keep(new, old):
@@ -106,3 +108,136 @@ def ema_decay(step: Array, *, decay: float, warmup: bool) -> Array:
     step = jnp.asarray(step).astype(jnp.float32)
     growing = (1.0 + step) / (10.0 + step)
     return jnp.minimum(decay, growing) if warmup else jnp.full_like(growing, decay)
+
+
+def scale_by_adam() -> optax.GradientTransformationExtraArgs:
+    """Returns optax's Adam, which also works where mixing types of numbers is an error."""
+    inner = optax.scale_by_adam()
+
+    def update(updates, state, params=None, **_):
+        with jax.numpy_dtype_promotion("standard"):  # it raises floats to integers
+            return inner.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by minus the extra argument `learning_rate`.
+
+    For optimisers that are called several times in a training step, where a schedule that counts
+    calls would run ahead.
+    """
+
+    def update(updates, state, params=None, *, learning_rate, **_):
+        del params
+        return jax.tree.map(lambda leaf: -learning_rate * leaf, updates), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),
+        update,  # pyright: ignore[reportArgumentType]
+    )
+
+
+class AlrsState(NamedTuple):
+    """State of `alrs`; the scalars are those of the last update, for logs.
+
+    Attributes:
+        inner: state of the inner transformation.
+        learning_rate: lambda_b, what the scales moved by.
+        mean_gradient: mean over the layers of their clipped gradients, 0 to 1.
+    """
+
+    inner: Any
+    learning_rate: Float[Array, ""]
+    mean_gradient: Float[Array, ""]
+
+
+def precision_factor(bits: Int[AnyArray, ""], highest: Int[AnyArray, ""]) -> Float[Array, ""]:
+    """Returns eta_b, ALRS's factor of a precision.
+
+    With D = highest - bits: 10^(-D/2) where D is even, 5 * 10^(-(D+1)/2) where it is odd.
+    """
+    distance = (jnp.asarray(highest, jnp.int32) - jnp.asarray(bits, jnp.int32)).astype(jnp.float32)
+    odd = distance % 2 == 1
+    return jnp.where(odd, 5 * 10 ** (-(distance + 1) / 2), 10 ** (-distance / 2))
+
+
+ALRS_READINGS: dict[str, Callable[[Array, Array], Array]] = {
+    "floor": lambda rate, mean: jnp.maximum(rate - mean, 0),
+    "literal": lambda rate, mean: rate - mean,
+    "relative": lambda rate, mean: rate * (1 - mean),
+    "constant": lambda rate, mean: rate,
+}
+
+
+def largest_per_leaf(gradients: Any) -> Float[Array, " layers"]:
+    """Returns the largest absolute gradient of every leaf: each leaf holds one layer's scales."""
+    return jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(gradients)])
+
+
+def alrs(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    highest: int,
+    reading: str = "relative",
+    clip: float = 1.0,
+    per_layer: Callable[[Any], Float[Array, " layers"]] = largest_per_leaf,
+) -> optax.GradientTransformationExtraArgs:
+    """Adaptive learning-rate scaling: the update rule of quantisation scales, by precision.
+
+    The scales of precision b move by lambda_b times what `inner` makes of their gradients, with
+
+        lambda_b = eta_b (lambda - m),  m = mean over layers of min(max |clip(gradient)|, 1)
+
+    and eta_b as in `precision_factor`. As printed, lambda_b is negative wherever m exceeds the
+    scheduled rate lambda, and the paper does not say what then; hence the readings:
+
+    - "floor": the printed formula, not below 0, so that scales rest where m exceeds lambda;
+    - "literal": the printed formula; where it is negative, scales climb;
+    - "relative": eta_b lambda (1 - m), what the text around the formula describes; always >= 0;
+    - "constant": eta_b lambda, the precision's factor alone.
+
+    `update` takes the extra arguments `bits` (the precision trained in this update) and
+    `learning_rate` (lambda, the scheduled rate). The gradients that come in must be those of the
+    loss: put it first in a chain, with the optimiser as `inner`; it applies the learning rate
+    itself. `optax.tree_utils.tree_get(state, "learning_rate")` reads lambda_b for logs.
+
+    Args:
+        inner: what turns gradients into directions; None: Adam (as published).
+        highest: bits of the highest precision.
+        reading: of the formula, a key of `ALRS_READINGS`.
+        clip: bound of every gradient element within m.
+        per_layer: largest absolute gradient of each layer's scales, from the gradients and
+            whatever their tree is; by default each leaf is one layer.
+
+    Example:
+        optimizer = optax.partition(
+            {"weights": optax.adam(5e-4), "scales": alrs(highest=8)}, labels)
+        updates, state = optimizer.update(
+            gradients, state, params, bits=4, learning_rate=5e-4)
+
+    References:
+        Nearly Lossless Adaptive Bit Switching, https://arxiv.org/abs/2502.01565, section on
+        adaptive learning-rate scaling.
+    """
+    if reading not in ALRS_READINGS:
+        raise ValueError(f"reading is {reading!r}; wanted one of {sorted(ALRS_READINGS)}")
+    if clip <= 0:
+        raise ValueError(f"clip is {clip}; wanted a positive bound")
+    inside = optax.with_extra_args_support(optax.scale_by_adam() if inner is None else inner)
+
+    def init(params):
+        zero = jnp.zeros((), jnp.float32)
+        return AlrsState(inside.init(params), zero, zero)
+
+    def update(updates, state, params=None, *, bits, learning_rate, **extra_args):
+        clipped = jax.tree.map(lambda leaf: jnp.clip(leaf, -clip, clip), updates)
+        mean = jnp.mean(jnp.minimum(per_layer(clipped), 1)).astype(jnp.float32)
+        rate = jnp.asarray(learning_rate, jnp.float32)
+        scaled = precision_factor(bits, highest) * ALRS_READINGS[reading](rate, mean)
+        with jax.numpy_dtype_promotion("standard"):  # of Adam, see scale_by_adam
+            directions, inner_state = inside.update(updates, state.inner, params, **extra_args)
+        moved = jax.tree.map(lambda leaf: -scaled.astype(leaf.dtype) * leaf, directions)
+        return moved, AlrsState(inner_state, scaled, mean)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -299,6 +299,51 @@ def scatter_batch_stats(
     )
 
 
+def plain(table: LayerTable, variables: Variables, bits: BitConfig) -> PyTree:
+    """Returns the float model inside a supernet: its kernels, and the norm rows that bits name.
+
+    The variables may have fewer row axes than the table asks for, see `with_rows_of`.
+    """
+    full = with_rows_of(table, variables)
+    return {
+        "params": _narrow(table, full.learned.params, bits),
+        "batch_stats": _narrow(table, full.batch_stats, bits),
+    }
+
+
+def with_rows_of(table: LayerTable, variables: Variables) -> Variables:
+    """Repeats norm rows until they have all row axes of the table.
+
+    So a network with norms per precision becomes one with norms per pair of precisions, whose
+    rows all start as those of the layer's own precision.
+
+    Args:
+        table: the layers; the first of its row axes are those of the variables.
+        variables: a supernet.
+    """
+    axes, rows = len(table.norm_axes), len(table.bank_bits)
+
+    def repeat(name: str, leaf: Array) -> Array:
+        if linen.module_of(name) not in table.bank_norms:
+            return leaf
+        *held, channels = leaf.shape  # every leaf of a norm is one number per channel
+        if held != [rows] * len(held) or len(held) > axes:
+            raise ValueError(
+                f"{name!r} has rows {held}; wanted at most {axes} axes of {rows} rows, one for "
+                f"each of the bits {table.bank_bits}"
+            )
+        missing = (1,) * (axes - len(held))
+        return jnp.broadcast_to(
+            leaf.reshape(*held, *missing, channels), (rows,) * axes + (channels,)
+        )
+
+    learned = variables.learned
+    return variables._replace(
+        learned=learned._replace(params=linen.map_leaves(learned.params, repeat)),
+        batch_stats=linen.map_leaves(variables.batch_stats, repeat),
+    )
+
+
 def used_rows(
     table: LayerTable,
     params: PyTree,

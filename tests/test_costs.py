@@ -1,4 +1,5 @@
 import inspect
+import json
 
 import flax.linen as nn
 import jax
@@ -7,8 +8,16 @@ import numpy as np
 import pytest
 
 from mpq_jax.bits import BitConfig, sample
-from mpq_jax.costs import COSTS, bitops, cost_table, mean_bits, model_bytes
-from mpq_jax.layer_table import bit_rules, trace_layers
+from mpq_jax.costs import (
+    COSTS,
+    allowed_pairs,
+    bitops,
+    cost_table,
+    latency_table,
+    mean_bits,
+    model_bytes,
+)
+from mpq_jax.layer_table import Rule, bit_rules, trace_layers
 from mpq_jax.models import make_model
 
 GIGA, MIB = 1e9, 2**20
@@ -17,6 +26,12 @@ GIGA, MIB = 1e9, 2**20
 @pytest.fixture(scope="module")
 def resnet18():
     return trace_layers(make_model("resnet18", num_classes=1000), (224, 224, 3))
+
+
+@pytest.fixture(scope="module")
+def mobilenet_v2():
+    model = make_model("mobilenet_v2", num_classes=1000)
+    return trace_layers(model, (224, 224, 3), rules=bit_rules((6, 5, 4, 3, 2)))
 
 
 class Small(nn.Module):
@@ -31,6 +46,7 @@ class Small(nn.Module):
 PARAMS = np.array([9 * 2 * 4, 9 * 4, 4 * 16, 16 * 3])
 MACS = PARAMS * np.array([36, 36, 36, 1])
 RULES = bit_rules((6, 4, 2), depthwise_min_bits=3)
+THREE = [Rule("head", weights=(6, 5, 3), acts=(6, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +73,20 @@ def test_bitops_of_resnet18(resnet18, bits, giga):
 
 def test_bytes_of_resnet18_at_four_bits(resnet18):
     assert round(float(model_bytes(resnet18, resnet18.uniform(4, 6))) / MIB, 3) == 5.818
+
+
+@pytest.mark.parametrize(
+    ("bits", "giga"), [(2, 1.930), (3, 3.373), (4, 5.394), (5, 7.992), (6, 11.167)]
+)
+def test_bitops_of_mobilenet_v2(mobilenet_v2, bits, giga):
+    assert round(float(bitops(mobilenet_v2, mobilenet_v2.uniform(bits, bits))) / GIGA, 3) == giga
+
+
+def test_bytes_and_macs_of_mobilenet_v2(mobilenet_v2):
+    assert round(float(model_bytes(mobilenet_v2, mobilenet_v2.uniform(4, 6))) / MIB, 3) == 2.265
+    macs = np.array([layer.macs for layer in mobilenet_v2.layers]) / 1e6
+    chosen = mobilenet_v2.searchable
+    assert (round(macs[chosen].sum(), 1), round(macs[~chosen].sum(), 1)) == (288.7, 12.1)
 
 
 def test_costs_equal_sums_over_layers(small, configs):
@@ -120,11 +150,42 @@ def test_what_the_table_forbids_costs_infinity(small, kind):
     np.testing.assert_array_equal(np.isfinite(costs), weights[:, :, None] & acts[:, None, :])
     assert small.candidates == (8, 6, 4, 2)
     assert np.isinf(costs[1, 3]).all() and np.isinf(costs[0, 1]).all()
-    assert (costs[np.isfinite(costs)] > 0).all()
+    charged = small.searchable if kind == "mean_bits" else np.ones(4, bool)
+    finite = np.where(np.isfinite(costs), costs, 1.0)
+    assert (finite[charged] > 0).all()
+
+
+def test_mean_bits_charge_layers_with_a_choice_alone(small):
+    """The mean of the second and third of four layers."""
+    costs = cost_table(small, "mean_bits")
+    column = small.candidates.index
+    assert costs[1, column(4), column(6)] == costs[2, column(4), column(2)] == 4 / 2
+    assert costs[0, column(8), column(8)] == costs[3, column(8), column(8)] == 0
+
+
+def test_the_mean_of_three_layers_is_that_of_the_cost():
+    """A third is no short float: the table is float64, the cost float32."""
+    table = trace_layers(Small(), (6, 6, 2), rules=bit_rules((6, 5, 3), first=THREE))
+    assert table.searchable.sum() == 3
+    costs, place = cost_table(table, "mean_bits"), table.candidates.index
+    for config in [sample(jax.random.key(i), table.candidates, table.mask) for i in range(10)]:
+        rows = zip(config.weights.tolist(), config.acts.tolist(), strict=True)
+        total = sum(costs[layer, place(w), place(a)] for layer, (w, a) in enumerate(rows))
+        searched = np.asarray(config.weights)[table.searchable]
+        np.testing.assert_allclose(total, searched.mean(), rtol=1e-15)
+        np.testing.assert_allclose(total, mean_bits(table, config, by="layer"), rtol=1e-6)
+
+
+def test_without_any_choice_there_is_no_mean():
+    table = trace_layers(Small(), (6, 6, 2), rules=[Rule(weights=4, acts=4)])
+    with pytest.raises(ValueError, match="no layer of the table has a choice"):
+        cost_table(table, "mean_bits")
 
 
 def test_unknown_budget_is_refused_with_the_choices(small):
-    with pytest.raises(ValueError, match=r"'flops'; known kinds are \['bitops', 'bytes'\]"):
+    with pytest.raises(
+        ValueError, match=r"'flops'; known kinds are \['bitops', 'bytes', 'mean_bits'\]"
+    ):
         cost_table(small, "flops")
 
 
@@ -132,3 +193,102 @@ def test_a_float_input_is_billed_at_the_bits_of_its_rule(small):
     bits = BitConfig(jnp.array([8, 4, 2, 8]), jnp.array([8, 4, 2, 8]))
     assert small.layers[0].float_acts
     assert float(bitops(small, bits)) == MACS @ [64, 16, 4, 64]
+
+
+# Latency tables.
+
+
+def latencies(**layers):
+    content = {"format": "mpq_jax.latency", "version": 1, "unit": "seconds", "layers": layers}
+    return json.dumps(content)
+
+
+MEASURED = {
+    "depthwise": {"6": 3e-5, "w4a6": 2e-5, "w4a4": 1.5e-5},
+    "mix": {"2": 1, "w6a2": 5e-5, "w16a2": 1e-6, "w2a3": 1e-6},  # 16 and 3 are no candidates
+}
+
+
+def test_latencies_are_read_by_layer_and_pair(small):
+    seconds = latency_table(small, latencies(**MEASURED))
+    assert (seconds.shape, seconds.dtype) == ((4, 4, 4), np.float64)
+    wanted = {
+        (0, 8, 8): 0.0,  # fixed and not measured
+        (1, 6, 6): 3e-5,
+        (1, 4, 6): 2e-5,
+        (1, 4, 4): 1.5e-5,
+        (2, 2, 2): 1.0,
+        (2, 6, 2): 5e-5,
+        (3, 8, 8): 0.0,
+    }
+    column = small.candidates.index
+    for (layer, weights, acts), value in wanted.items():
+        assert seconds[layer, column(weights), column(acts)] == value
+    assert np.isfinite(seconds).sum() == len(wanted)
+
+
+def test_latencies_of_what_the_rules_forbid_are_ignored(small):
+    """2 bits are a candidate, but not of the depthwise layer; the stem is fixed at 8 bits."""
+    measured = MEASURED | {"stem": {"8": 7e-5, "4": 4e-5}}
+    measured["depthwise"] = MEASURED["depthwise"] | {"2": 1e-6}
+    seconds = latency_table(small, latencies(**measured))
+    assert seconds[0, 0, 0] == 7e-5
+    assert np.isfinite(seconds).sum(axis=(1, 2)).tolist() == [1, 3, 2, 1]
+    assert not np.isfinite(seconds[~allowed_pairs(small)]).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4: 3", "not a latency table: the text is not JSON"),
+        ("[]", "\"format\" is None; wanted 'mpq_jax.latency'"),
+        (latencies().replace("latency", "bits"), "\"format\" is 'mpq_jax.bits'; wanted"),
+        (latencies().replace("1", "2"), '"version" is 2; wanted 1'),
+        (latencies().replace("seconds", "ms"), "\"unit\" is 'ms'; wanted 'seconds'"),
+        (latencies().replace("{}", "[]"), '"layers" should map'),
+        (latencies(**MEASURED).replace("layers", "rows"), '"layers" should map'),
+        (latencies(mix={"4": 1}), r"it lacks \['depthwise'\] and has nothing besides"),
+        (latencies(**MEASURED, other={}), r"it lacks nothing and has \['other'\] besides"),
+    ],
+)
+def test_texts_that_are_no_latency_table_of_the_model_are_refused(small, text, message):
+    with pytest.raises(ValueError, match=message):
+        latency_table(small, text)
+
+
+@pytest.mark.parametrize(
+    "key", ["w4", "a4", "four", "", "04", "w4a08", "4 ", "W4A4", "w4a4a4", "-4"]
+)
+def test_keys_that_name_no_bits_are_refused(small, key):
+    with pytest.raises(ValueError, match=f"'mix' has a latency at '{key}'; wanted bits like"):
+        latency_table(small, latencies(**MEASURED | {"mix": {key: 1e-5}}))
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        ("0", "0"),
+        ("-1e-5", "-1e-05"),
+        ("NaN", "nan"),
+        ("Infinity", "inf"),
+        ("1e999", "inf"),
+        ("1" + 400 * "0", "1000"),
+        ("true", "True"),
+        ("null", "None"),
+        ('"1e-5"', "'1e-5'"),
+    ],
+)
+def test_latencies_that_are_no_positive_seconds_are_refused(small, number, shown):
+    text = latencies(**MEASURED | {"mix": {"4": "here"}}).replace('"here"', number)
+    with pytest.raises(ValueError, match=f"of 'mix' at '4' is {shown}.*; wanted positive, finite"):
+        latency_table(small, text)
+
+
+def test_a_layer_needs_a_map_of_its_latencies(small):
+    with pytest.raises(ValueError, match="latencies of 'mix' are 1e-05; wanted"):
+        latency_table(small, latencies(**MEASURED | {"mix": 1e-5}))
+
+
+def test_a_pair_is_measured_once(small):
+    with pytest.raises(ValueError, match="'mix' has two latencies for w4a4; keep one"):
+        latency_table(small, latencies(**MEASURED | {"mix": {"4": 1e-5, "w4a4": 1e-5}}))

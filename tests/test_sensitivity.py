@@ -1,12 +1,17 @@
 import statistics
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from drawing import drawn_variables
 
+from mpq_jax import sharding
+from mpq_jax.layer_table import trace_layers
 from mpq_jax.recording import CompileCounter
-from mpq_jax.sensitivity import instability
+from mpq_jax.sensitivity import hessian_trace, instability, layer_traces
 
 BITS = np.array([6, 5, 4, 3, 2])
 ALL = np.ones(5, bool)
@@ -120,3 +125,211 @@ def test_instability_may_be_traced_and_mapped_over_layers():
         for row, mask in zip(w, masks, strict=True)
     ]
     np.testing.assert_allclose(mapped, np.stack(alone), rtol=1e-6)  # sums in another order
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def mlp_loss(params, batch):
+    x, y = batch
+    logits = jnp.tanh(x @ params["hidden"]) @ params["head"]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+
+def conv_loss(params, batch):
+    x, y = batch
+    maps = jax.lax.conv_general_dilated(
+        x.reshape(-1, 1, 2, 3), params["hidden"], (1, 1), "SAME"
+    )  # one channel of 2 x 3 values
+    logits = jnp.tanh(maps).reshape(len(x), -1) @ params["head"]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+
+KEY = jax.random.key(7)
+MLP = {"hidden": draw(6, 5), "head": draw(5, 3, seed=1)}
+CONV = {"hidden": draw(2, 1, 2, 2), "head": draw(12, 3, seed=1)}
+BATCHES = [
+    (draw(16, 6, seed=seed), jnp.asarray(np.random.default_rng(seed).integers(0, 3, 16), jnp.int32))
+    for seed in (2, 3)
+]
+
+
+def exact_traces(loss, params):
+    """Returns the trace of every leaf's diagonal block from the whole Hessian."""
+    hessian = jax.jit(jax.hessian(loss))(params)
+    return {name: np.trace(hessian[name][name].reshape(w.size, -1)) for name, w in params.items()}
+
+
+def whole_loss(loss):
+    return lambda params: (loss(params, BATCHES[0]) + loss(params, BATCHES[1])) / 2
+
+
+@pytest.mark.parametrize(("loss", "params"), [(mlp_loss, MLP), (conv_loss, CONV)])
+def test_trace_is_that_of_the_whole_hessian(loss, params):
+    given = hessian_trace(
+        loss, params, BATCHES, jax.random.key(0), probes=1000, probes_per_call=100
+    )
+    for name, expected in exact_traces(whole_loss(loss), params).items():
+        mean, error = given.mean[name], given.standard_error[name]
+        assert mean.shape == error.shape == () and mean.dtype == error.dtype == jnp.float32
+        assert abs(mean - expected) < 4 * error  # four standard errors; fixed key
+        assert error < 0.1 * abs(expected)
+
+
+def quadratic(w, matrix):
+    return 0.5 * jnp.dot(w, matrix @ w)
+
+
+def test_every_probe_is_exact_where_the_hessian_is_diagonal():
+    diagonal = draw(30)
+    given = hessian_trace(quadratic, draw(30, seed=1), [jnp.diag(diagonal)], KEY, probes=10)
+    np.testing.assert_allclose(given.mean, np.sum(diagonal), rtol=1e-5)  # a float32 sum of 30
+    assert given.standard_error < 1e-6
+
+
+@pytest.mark.parametrize("probes", [256, 1024])
+def test_standard_error_is_that_of_rademacher_probes(probes):
+    matrix = draw(20, 20)
+    matrix = matrix + matrix.T
+    off_diagonal = np.asarray(matrix) * (1 - np.eye(20))
+    expected = np.sqrt(2 * np.sum(off_diagonal**2) / probes)  # halves with four times the probes
+    given = hessian_trace(quadratic, draw(20), [matrix], KEY, probes=probes, probes_per_call=256)
+    assert given.standard_error == pytest.approx(expected, rel=0.18)  # 4 sigma: 4 / sqrt(2 * 256)
+    assert abs(given.mean - np.trace(matrix)) < 4 * expected
+
+
+def test_two_probes_already_give_an_unbiased_standard_error():
+    off_diagonal = np.array([[0, 3, 1], [3, 0, -2], [1, -2, 0]], np.float32)
+    matrix = jnp.asarray(off_diagonal + np.eye(3, dtype=np.float32))
+    many = jax.vmap(lambda key: hessian_trace(quadratic, draw(3), [matrix], key, probes=2))
+    given = many(jax.random.split(KEY, 4000))
+    variance = 2 * np.sum(off_diagonal**2) / 2  # of the mean of two probes
+    assert np.var(given.mean) == pytest.approx(variance, rel=0.1)  # about four standard errors
+    assert np.mean(given.standard_error**2) == pytest.approx(variance, rel=0.1)
+
+
+def test_batches_are_averaged_over_the_same_probes():
+    both, *alone = (
+        hessian_trace(mlp_loss, MLP, batches, KEY, probes=4)
+        for batches in (iter(BATCHES), BATCHES[:1], BATCHES[1:])
+    )
+    for name in MLP:
+        mean = (alone[0].mean[name] + alone[1].mean[name]) / 2
+        np.testing.assert_allclose(both.mean[name], mean, rtol=1e-5)  # sums in another order
+
+
+def test_probes_do_not_depend_on_how_many_are_computed_at_once():
+    one, three = (
+        hessian_trace(mlp_loss, MLP, BATCHES, KEY, probes=7, probes_per_call=count)
+        for count in (1, 3)  # the last call of 3 computes two in vain
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, three)
+
+
+def test_one_compilation_serves_all_keys_batches_and_numbers_of_probes():
+    def loss(params, batch):
+        return mlp_loss(params, batch)
+
+    with CompileCounter() as counter:
+        for seed, probes in enumerate((2, 4, 7, 9)):
+            params = jax.tree.map(lambda w, shift=float(seed): w + shift, MLP)
+            hessian_trace(loss, params, BATCHES, jax.random.key(seed), probes=probes)
+    assert counter.counts["_probe"] == 1
+
+
+def test_hessian_trace_may_be_traced_as_a_whole():
+    def trace(params, batches, key):
+        return hessian_trace(mlp_loss, params, batches, key, probes=5)
+
+    shapes = jax.eval_shape(trace, MLP, BATCHES, KEY)
+    given, plain = jax.jit(trace)(MLP, BATCHES, KEY), trace(MLP, BATCHES, KEY)
+    assert jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, shapes)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), given, plain)
+
+
+def test_sharded_batches_give_the_same_traces():
+    mesh = sharding.make_mesh(8)
+    params = sharding.replicate(MLP, mesh)
+    batches = jax.device_put(BATCHES, sharding.batch_sharded(mesh))
+    given, plain = (
+        hessian_trace(mlp_loss, *where, KEY, probes=4)
+        for where in ((params, batches), (MLP, BATCHES))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), given, plain)
+
+
+@pytest.mark.parametrize(
+    ("batches", "probes", "per_call", "message"),
+    [
+        (BATCHES, 1, 4, "probes is 1 .*at least 2 probes"),
+        (BATCHES, 4, 0, "probes_per_call 0.*at least 1 per call"),
+        ([], 4, 4, "no batches"),
+    ],
+)
+def test_wrong_numbers_are_refused(batches, probes, per_call, message):
+    with pytest.raises(ValueError, match=message):
+        hessian_trace(mlp_loss, MLP, batches, KEY, probes=probes, probes_per_call=per_call)
+
+
+class Net(nn.Module):
+    norm: bool = True
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Conv(4, (2, 2), strides=2, name="stem")(x)
+        if self.norm:
+            x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = nn.Conv(4, (2, 2), feature_group_count=4, name="depthwise")(nn.tanh(x))
+        x = nn.Dropout(0.5, deterministic=not train)(nn.tanh(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+SHAPE = (4, 4, 2)
+IMAGES = [
+    {"image": draw(8, *SHAPE, seed=seed), "label": jnp.arange(8, dtype=jnp.int32) % 3}
+    for seed in (4, 5)
+]
+
+
+NET_LAYERS = ("stem", "depthwise", "head")
+
+
+def net_loss(model, variables, kernels, batch):
+    """Returns the loss of a batch, written without the library."""
+    params = variables["params"]
+    params = params | {name: params[name] | {"kernel": w} for name, w in kernels.items()}
+    logits = model.apply(variables | {"params": params}, batch["image"], train=False)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return jnp.mean(nll)
+
+
+def test_layer_traces_are_those_of_the_kernels_in_the_order_of_the_table():
+    model = Net()
+    table, variables = trace_layers(model, SHAPE), drawn_variables(model, SHAPE, 0)
+    kernels = [variables["params"][name]["kernel"] for name in NET_LAYERS]
+    given = layer_traces(model, table, variables, IMAGES, KEY, probes=4)
+
+    def loss(kernels, images):
+        return net_loss(model, variables, dict(zip(NET_LAYERS, kernels, strict=True)), images)
+
+    expected = hessian_trace(loss, kernels, IMAGES, KEY, probes=4)
+    for array, scalars in zip(given, expected, strict=True):
+        assert array.shape == (3,) and array.dtype == jnp.float32
+        np.testing.assert_allclose(array, np.stack(scalars), rtol=1e-4)  # compiled differently
+    assert table.names == NET_LAYERS
+
+
+def test_layer_traces_compile_once_for_equal_models_and_need_no_norm():
+    draws = [drawn_variables(Net(norm=False), SHAPE, seed) for seed in (0, 1)]
+    assert set(draws[0]) == {"params"}
+    with CompileCounter() as counter:
+        for probes, variables in zip((2, 3), draws, strict=True):
+            model = Net(norm=False)
+            batches = [batch | {"index": np.arange(probes)} for batch in IMAGES]
+            table = trace_layers(model, SHAPE)
+            given = layer_traces(
+                model, table, variables, batches, KEY, probes=probes, probes_per_call=2
+            )
+            assert np.isfinite(given.mean).all()
+    assert counter.counts["_probe"] == 1

@@ -1,8 +1,13 @@
 """Training methods, each a record of pure functions; `METHODS` lists them."""
 
-from mpq_jax.methods import plain, rfquant
+from mpq_jax.methods import double_rounding, plain, rfquant
 from mpq_jax.methods.record import Method, MethodFamily
 
-METHODS: dict[str, MethodFamily] = {"plain": plain.FAMILY, "rfquant": rfquant.FAMILY}
+METHODS: dict[str, MethodFamily] = {
+    "plain": plain.FAMILY,
+    "rfquant": rfquant.FAMILY,
+    "double_rounding": double_rounding.FAMILY,
+    "double_rounding_mixed": double_rounding.MIXED_FAMILY,
+}
 
 __all__ = ["METHODS", "Method", "MethodFamily"]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from mpq_jax import linen, losses, optim
 from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.starting import float_variables
 
 PyTree = Any
 
@@ -62,8 +63,8 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         optax.sgd(schedule, options.momentum, nesterov=True),
     )
 
-    def init(variables, images):
-        del images
+    def init(variables, images, labels=None):
+        del images, labels
         # Copies: the train step consumes its state, but the variables stay the caller's.
         params, batch_stats = jax.tree.map(
             jnp.array, (variables["params"], variables.get("batch_stats", {}))
@@ -109,6 +110,8 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         eval_bits={"float": None},
         variables=lambda state: {"params": state.params, "batch_stats": state.batch_stats},
         predict=predict,
+        quantizer=None,
+        read=float_variables,
     )
 
 

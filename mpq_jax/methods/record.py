@@ -8,6 +8,7 @@ from jaxtyping import Array, Key
 
 from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import LayerTable
+from mpq_jax.quantizers.record import Quantizer
 
 PyTree = Any
 Batch = dict[str, Array]  # "image" [batch, ...] as the data gives it, "label" int32 [batch]
@@ -37,8 +38,9 @@ class Method(NamedTuple):
 
     Attributes:
         table: the layers as the method uses them; search and costs must use this table.
-        init: `(float variables, normalised images) -> state`. The state is a pytree of arrays
-            with a field `step`; it holds all that a resumed run needs.
+        init: `(start variables, normalised images, labels) -> state`. Some methods do without
+            labels. The state is a pytree of arrays with a field `step`; it holds all that a
+            resumed run needs.
         train_step: `(state, batch, key) -> (state, metrics)`, compiled inside; it consumes the
             state it is given. Metrics are scalars.
         on_epoch: `(state, epoch) -> (state, events)`, called before the first step of each
@@ -48,15 +50,20 @@ class Method(NamedTuple):
         variables: `state -> variables`, what evaluation, search and export act on: the float
             model's `{"params", "batch_stats"}`, or `supernet.Variables`.
         predict: `(variables, bits, normalised images) -> logits` in evaluation mode, traceable.
+        quantizer: of kernels and inputs; None: the model has no bits.
+        read: `(checkpoint, float variables or their shapes) -> start variables`: what `init` takes
+            out of the checkpoint of another run; raises ValueError if it does not fit.
     """
 
     table: LayerTable
-    init: Callable[[PyTree, Array], PyTree]
+    init: Callable[..., PyTree]
     train_step: Callable[[PyTree, Batch, Key[Array, ""]], tuple[PyTree, dict[str, Array]]]
     on_epoch: Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]
     eval_bits: dict[str, BitConfig | None]
     variables: Callable[[PyTree], PyTree]
     predict: Callable[[PyTree, BitConfig | None, Array], Array]
+    quantizer: Quantizer | None
+    read: Callable[[dict[str, Any], PyTree], PyTree]
 
 
 class MakeMethod(Protocol):

@@ -5,12 +5,17 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from mpq_jax.models import resnet, resnet_cifar
+from mpq_jax.models import mobilenet_v2, resnet, resnet_cifar
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=1),
     "resnet20": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=3),
     "resnet18": functools.partial(resnet.ResNet, stage_sizes=(2, 2, 2, 2)),
+    "resnet34": functools.partial(resnet.ResNet, stage_sizes=(3, 4, 6, 3)),
+    "resnet50": functools.partial(
+        resnet.ResNet, stage_sizes=(3, 4, 6, 3), block=resnet.BottleneckBlock
+    ),
+    "mobilenet_v2": mobilenet_v2.MobileNetV2,
 }
 
 

@@ -1,4 +1,4 @@
-"""ResNets for ImageNet-sized images, basic blocks with 1x1-convolution shortcuts.
+"""ResNets for ImageNet-sized images, basic or bottleneck blocks with 1x1-convolution shortcuts.
 
 References:
     He et al., Deep Residual Learning for Image Recognition, CVPR 2016,
@@ -6,7 +6,7 @@ References:
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,10 +14,16 @@ from jaxtyping import Array, Float
 
 NORM = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+EXPANSION = 4  # output channels of a bottleneck block per inner channel, Table 1
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut, a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions around a shortcut, a 1x1 convolution where the shape changes.
+
+    Attributes:
+        channels: output channels.
+        stride: of the first convolution.
+    """
 
     channels: int
     stride: int
@@ -25,30 +31,63 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         """Applies the block."""
-        conv = functools.partial(nn.Conv, self.channels, use_bias=False, kernel_init=KERNEL_INIT)
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT)
         norm = functools.partial(NORM, use_running_average=not train)
         strides = (self.stride, self.stride)
-        residual = x
-        if self.stride != 1 or x.shape[-1] != self.channels:
-            residual = conv((1, 1), strides, name="shortcut_conv")(x)
-            residual = norm(name="shortcut_norm")(residual)
-        y = nn.relu(norm(name="norm1")(conv((3, 3), strides, padding=1, name="conv1")(x)))
-        y = norm(name="norm2")(conv((3, 3), padding=1, name="conv2")(y))
+        residual = _shortcut(x, self.channels, strides, conv, norm)
+        y = conv(self.channels, (3, 3), strides, padding=1, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y))
+        y = norm(name="norm2")(conv(self.channels, (3, 3), padding=1, name="conv2")(y))
         return nn.relu(y + residual)
 
 
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut like that of `BasicBlock`.
+
+    Attributes:
+        channels: of the 3x3 convolution; the block returns `EXPANSION` times as many.
+        stride: of the 3x3 convolution ("v1.5", as in torchvision; the paper strides the 1x1
+            convolution before it).
+    """
+
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
+        """Applies the block."""
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT)
+        norm = functools.partial(NORM, use_running_average=not train)
+        strides, channels_out = (self.stride, self.stride), EXPANSION * self.channels
+        residual = _shortcut(x, channels_out, strides, conv, norm)
+        y = nn.relu(norm(name="norm1")(conv(self.channels, (1, 1), name="conv1")(x)))
+        y = conv(self.channels, (3, 3), strides, padding=1, name="conv2")(y)
+        y = nn.relu(norm(name="norm2")(y))
+        y = norm(name="norm3")(conv(channels_out, (1, 1), name="conv3")(y))
+        return nn.relu(y + residual)
+
+
+def _shortcut(x: Float[Array, "b h w c"], channels: int, strides: tuple[int, int], conv, norm):
+    if strides == (1, 1) and x.shape[-1] == channels:
+        return x
+    return norm(name="shortcut_norm")(conv(channels, (1, 1), strides, name="shortcut_conv")(x))
+
+
 class ResNet(nn.Module):
-    """ResNet of basic blocks for images of about 224 px (ResNet-18: stage_sizes (2, 2, 2, 2)).
+    """ResNet for images of about 224 px (ResNet-18: stage_sizes (2, 2, 2, 2)).
 
     Attributes:
         num_classes: size of the output.
         stage_sizes: blocks of each stage.
-        width: channels of the first stage; each further stage doubles them and halves the image.
+        width: `channels` of the blocks of the first stage; each further stage doubles them and
+            halves the image.
+        block: `BasicBlock` or `BottleneckBlock`.
     """
 
     num_classes: int
     stage_sizes: Sequence[int]
     width: int = 64
+    block: Callable[..., nn.Module] = BasicBlock
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
@@ -67,6 +106,6 @@ class ResNet(nn.Module):
         for stage, size in enumerate(self.stage_sizes):
             for index in range(size):
                 stride = 2 if stage > 0 and index == 0 else 1
-                block = BasicBlock(self.width * 2**stage, stride, name=f"stage{stage}_block{index}")
+                block = self.block(self.width * 2**stage, stride, name=f"stage{stage}_block{index}")
                 x = block(x, train)
         return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))

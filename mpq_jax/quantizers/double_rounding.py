@@ -14,6 +14,7 @@ References:
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def codes(
         step_size: width of one code at the highest precision (s_h), positive.
         highest: bits of the highest precision, 2 to 16.
     """
-    _check_highest(highest)
+    _check(highest)
     return lsq.codes(w, step_size, highest, signed=True)
 
 
@@ -56,7 +57,7 @@ def switch(
     Returns:
         Codes of the same type.
     """
-    _check_highest(highest)
+    _check(highest, bits)
     wide = codes.astype(jnp.int32)
     return _halve(wide, _halvings(bits, highest), jnp.asarray(bits, jnp.int32)).astype(codes.dtype)
 
@@ -76,14 +77,14 @@ def _floor(wide, halvings, bits):
 
 
 def _halvings(bits, highest: int) -> Int[Array, ""]:
-    if not isinstance(bits, jax.core.Tracer) and not HIGHEST[0] <= int(bits) <= highest:
-        raise ValueError(f"bits is {int(bits)}; wanted {HIGHEST[0]} to {highest}, the highest")
     return highest - jnp.asarray(bits, jnp.int32)
 
 
-def _check_highest(highest: int) -> None:
+def _check(highest: int, bits: Any = None) -> None:
     if not HIGHEST[0] <= highest <= HIGHEST[1]:
         raise ValueError(f"highest is {highest}; wanted {HIGHEST[0]} to {HIGHEST[1]} bits")
+    if isinstance(bits, int) and not HIGHEST[0] <= bits <= highest:
+        raise ValueError(f"bits is {bits}; wanted {HIGHEST[0]} to {highest}, the highest")
 
 
 def _lower_codes(reduce, w, step_size, bits, highest):
@@ -129,7 +130,7 @@ def fake_quant(
     highest: int,
     grad_scale: Float[AnyArray, ""] | None = None,
 ) -> Float[Array, "*shape"]:
-    """Quantises weights to `bits` bits by way of the codes of the highest precision.
+    """Returns weights quantised to `bits` bits by way of the codes of the highest precision.
 
     Equals `switch(codes(w, step_size), bits) * (step_size * 2^D)` exactly. The gradient in `w`
     passes where `w` lies in the range of `bits` bits, bounds included. The gradient in
@@ -146,29 +147,47 @@ def fake_quant(
     return _weight_fake_quant(_halve, w, step_size, bits, highest=highest, grad_scale=grad_scale)
 
 
-def _weight_fake_quant(reduce, w, step_size, bits, *, highest, grad_scale):
-    _check_highest(highest)
+def _weight_fake_quant(reduce, w, step_size, bits, *, highest, grad_scale) -> Any:
+    _check(highest, bits)
     scale = jnp.asarray(1.0 if grad_scale is None else grad_scale, w.dtype)
     step_size = jnp.asarray(step_size, w.dtype)
     return _fake_quant(reduce, highest, w, step_size, jnp.asarray(bits, jnp.int32), scale)
 
 
 def _weight_codes(reduce, w, step_size, bits, *, highest):
-    _check_highest(highest)
+    _check(highest)
     step_size = jnp.asarray(step_size, w.dtype)
     return _lower_codes(reduce, w, step_size, jnp.asarray(bits, jnp.int32), highest)
 
 
-def _record(reduce, *, one_step: bool) -> Quantizer:
+def _of_highest(w, width, bits, highest: int) -> Array:
+    """Returns s_h of a precision's own width of a code, s_h 2^D."""
+    return jnp.asarray(width, w.dtype) * jnp.ldexp(jnp.ones((), w.dtype), -_halvings(bits, highest))
+
+
+def _unshared_fake_quant(w, step_size, bits, *, highest, grad_scale) -> Any:
+    own = _of_highest(w, step_size, bits, highest)
+    return _weight_fake_quant(_halve, w, own, bits, highest=highest, grad_scale=grad_scale)
+
+
+def _unshared_codes(w, step_size, bits, *, highest):
+    return _weight_codes(_halve, w, _of_highest(w, step_size, bits, highest), bits, highest=highest)
+
+
+def _sharing(reduce) -> Quantizer:
     weights = WeightQuantizer(
         functools.partial(_weight_fake_quant, reduce),
         functools.partial(_weight_codes, reduce),
         lsq.init_weight_step,
-        one_step=one_step,
+        one_step=True,
     )
     return Quantizer(weights, lsq.ACTS)
 
 
-QUANTIZER = _record(_halve, one_step=True)
-UNSHARED = _record(_halve, one_step=False)  # a step size s_h for each precision ("Ours*")
-FLOORED = _record(_floor, one_step=True)  # an arithmetic shift instead of rounding (ablation)
+QUANTIZER = _sharing(_halve)
+FLOORED = _sharing(_floor)  # an arithmetic shift instead of rounding (ablation)
+# Each precision learns the width of its own codes ("Ours*"); then float weights must be kept.
+UNSHARED = Quantizer(
+    WeightQuantizer(_unshared_fake_quant, _unshared_codes, lsq.init_weight_step, one_step=False),
+    lsq.ACTS,
+)

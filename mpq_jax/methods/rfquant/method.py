@@ -17,6 +17,7 @@ from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.rfquant import freezing, terms
 from mpq_jax.methods.rfquant.options import Options
+from mpq_jax.methods.starting import float_variables
 from mpq_jax.quantizers import lsq
 
 PyTree = Any
@@ -89,7 +90,8 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         functools.partial(_finish, table, options, optimizer),
     )
 
-    def init(variables: PyTree, images: Float[Array, "batch ..."]) -> TrainState:
+    def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
+        del labels
         made = supernet.init(model, table, variables, images)
         average = jax.tree.map(jnp.array, made) if options.ema_decay > 0 else None
         opt_state = optimizer.init(made.learned)
@@ -124,6 +126,8 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         eval_bits=_eval_bits(table),
         variables=lambda state: state.variables if state.average is None else state.average,
         predict=predict,
+        quantizer=lsq.QUANTIZER,
+        read=float_variables,
     )
 
 

@@ -1,0 +1,171 @@
+"""HASB: a supernet of mixed precisions, sampled with an eye on the Hessian."""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mpq_jax import bits as bit_configs
+from mpq_jax import sensitivity, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods.double_rounding import multi
+from mpq_jax.methods.double_rounding.learner import make_learner
+from mpq_jax.methods.double_rounding.options import MixedOptions
+from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.starting import supernet_or_float_variables
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """Everything a mixed-precision run needs to go on.
+
+    Attributes:
+        step: training steps done.
+        variables: the supernet.
+        opt_state: of all optimisers.
+        probabilities: float32 [layers, choices], what a layer that leaves the base precision
+            draws its bits from.
+        traces: float32 [layers], the Hessian traces they were made from.
+    """
+
+    step: Int[Array, ""]
+    variables: supernet.Variables
+    opt_state: PyTree
+    probabilities: Float[Array, "layers choices"]
+    traces: Float[Array, " layers"]
+
+
+def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -> Method:
+    """Builds the supernet's training for a model, its layer table and the length of a run."""
+    table = table.with_norm_rows(options.norm_rows)
+    if not table.searchable.any():
+        raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
+    common = common_choices(table)
+    levels = multi.levels_of(table)
+    learner = make_learner(model, table, options, run, highest=max(levels))
+
+    @jax.jit
+    def build(variables: PyTree, images: Float[Array, "batch ..."], traces) -> TrainState:
+        if isinstance(variables, supernet.Variables):
+            made = jax.tree.map(jnp.array, supernet.with_rows_of(table, variables))
+        else:
+            made = supernet.init(model, table, variables, images, quantizer=options.quantizer)
+        return TrainState(
+            jnp.zeros((), jnp.int32),
+            made,
+            learner.init_optimizer(made.learned),
+            bit_configs.roulette_probabilities(
+                table.candidates, traces, rule=options.roulette, mask=common
+            ),
+            traces,
+        )
+
+    def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
+        if labels is None:
+            raise ValueError("Hessian traces need labels: call init(variables, images, labels)")
+        traces = hessian_traces(model, table, options, variables, images, labels)
+        return build(variables, images, traces)
+
+    @jax.jit
+    def draw(state: TrainState, key: Key[Array, ""]) -> list[BitConfig]:
+        epoch = state.step // run.steps_per_epoch
+        growth = (epoch + 1).astype(jnp.float32) / run.epochs
+        sigma = jnp.minimum(options.switch_probability * growth, 1.0)
+        keys = jax.random.split(key, len(levels))
+        return [
+            leave_base(key, table, base, state.probabilities, sigma)
+            for key, base in zip(keys, levels.values(), strict=True)
+        ]
+
+    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
+        bits_key, key = jax.random.split(key)
+        configs = dict(zip(levels, draw(state, bits_key), strict=True))
+        example = learner.prepare(batch, key)
+        steps = {"sequential": multi.sequential_updates, "joint": multi.joint_update}
+        variables, opt_state, metrics = steps[options.update](
+            learner, options, state.variables, state.opt_state, example, configs, state.step
+        )
+        moved = state._replace(step=state.step + 1, variables=variables, opt_state=opt_state)
+        return moved, metrics
+
+    return Method(
+        table=table,
+        init=init,
+        train_step=train_step,
+        on_epoch=lambda state, epoch: (state, {}),
+        eval_bits={f"w{bits}a{bits}": config for bits, config in levels.items()},
+        variables=lambda state: state.variables,
+        predict=functools.partial(multi.predict, model, table, options),
+        quantizer=options.quantizer,
+        read=functools.partial(supernet_or_float_variables, table),
+    )
+
+
+def common_choices(table: LayerTable) -> Bool[np.ndarray, "layers choices"]:
+    """Returns which bits each layer may have for its weights and its input at once.
+
+    The method gives both the same bits. A fixed layer keeps the only choice of its weights.
+    """
+    common = table.mask[:, 0] & table.mask[:, 1]
+    lacking = [
+        layer.name
+        for layer, row in zip(table.layers, common, strict=True)
+        if layer.searchable and not row.any()
+    ]
+    if lacking:
+        raise ValueError(
+            f"weights and input of {', '.join(lacking)} have no bits in common; HASB gives both "
+            "the same, so let the rules allow some for both"
+        )
+    return np.where(table.searchable[:, None], common, table.mask[:, 0])
+
+
+def leave_base(
+    key: Key[Array, ""],
+    table: LayerTable,
+    base: BitConfig,
+    probabilities: Float[Array, "layers choices"],
+    sigma: Float[Array, ""],
+) -> BitConfig:
+    """Lets every layer leave the base precision with probability sigma, by the roulette.
+
+    References:
+        Algorithm A.3.
+    """
+    leave_key, bits_key = jax.random.split(key)
+    leaves = jax.random.bernoulli(leave_key, sigma, (len(table),)) & jnp.asarray(table.searchable)
+    choice = jax.random.categorical(bits_key, jnp.log(probabilities), axis=-1)
+    drawn = jnp.array(table.candidates, jnp.int32)[choice]
+    return BitConfig(
+        jnp.where(leaves, drawn, jnp.asarray(base.weights)),
+        jnp.where(leaves, drawn, jnp.asarray(base.acts)),
+    )
+
+
+def hessian_traces(
+    model, table: LayerTable, options: MixedOptions, variables, images, labels
+) -> Float[Array, " layers"]:
+    """Returns the Hessian trace of every layer of the float model.
+
+    Of a multi-precision network, the float model is its kernels, not quantised, with the norms of
+    the highest precision.
+    """
+    if isinstance(variables, supernet.Variables):
+        variables = supernet.plain(table, variables, table.largest)
+    size = min(options.trace_batch, len(images))
+    batches = [
+        {"image": images[start : start + size], "label": labels[start : start + size]}
+        for start in range(0, len(images) - size + 1, size)
+    ]
+    return sensitivity.layer_traces(
+        model, table, variables, batches, jax.random.key(0), probes=options.trace_probes
+    ).mean
+
+
+MIXED_FAMILY = MethodFamily(options=MixedOptions, make=make)

@@ -1,0 +1,173 @@
+"""Multi-precision training: one network that runs at any of several precisions."""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from mpq_jax import supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods.double_rounding.learner import Example, Gradient, Learner, make_learner
+from mpq_jax.methods.double_rounding.options import Options
+from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.starting import float_variables
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """Everything a multi-precision run needs to go on.
+
+    Attributes:
+        step: training steps done; each has one update for every precision, or a joint one.
+        variables: the network.
+        opt_state: of all optimisers.
+    """
+
+    step: Int[Array, ""]
+    variables: supernet.Variables
+    opt_state: PyTree
+
+
+def precisions(table: LayerTable) -> tuple[int, ...]:
+    """Returns the bits that the network can run at, descending.
+
+    They are the candidates of its layers; a network without any choice (one precision trained
+    alone) has that of its quantised layers.
+    """
+    quantised = [layer.highest for layer in table.layers if not layer.float_weights]
+    if not quantised:
+        raise ValueError("no layer of the table has quantised weights; give the rules candidates")
+    return table.bank_bits or (max(set(quantised), key=quantised.count),)
+
+
+def levels_of(table: LayerTable) -> dict[int, BitConfig]:
+    """Returns the uniform configuration of every precision, the highest first."""
+    return {bits: table.uniform(bits, bits) for bits in precisions(table)}
+
+
+def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
+    """Builds multi-precision training for a model, its layer table and the length of a run."""
+    table = table.with_norm_rows(options.norm_rows)
+    levels = levels_of(table)
+    learner = make_learner(model, table, options, run, highest=max(levels))
+    steps = {"sequential": sequential_updates, "joint": joint_update}
+
+    @jax.jit
+    def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
+        del labels
+        made = supernet.init(model, table, variables, images, quantizer=options.quantizer)
+        opt_state = learner.init_optimizer(made.learned)
+        return TrainState(jnp.zeros((), jnp.int32), made, opt_state)
+
+    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
+        example = learner.prepare(batch, key)
+        variables, opt_state, metrics = steps[options.update](
+            learner, options, state.variables, state.opt_state, example, levels, state.step
+        )
+        return TrainState(state.step + 1, variables, opt_state), metrics
+
+    return Method(
+        table=table,
+        init=init,
+        train_step=train_step,
+        on_epoch=lambda state, epoch: (state, {}),
+        eval_bits={f"w{bits}a{bits}": config for bits, config in levels.items()},
+        variables=lambda state: state.variables,
+        predict=functools.partial(predict, model, table, options),
+        quantizer=options.quantizer,
+        read=float_variables,
+    )
+
+
+def sequential_updates(
+    learner: Learner,
+    options: Options,
+    variables: supernet.Variables,
+    opt_state: PyTree,
+    example: Example,
+    configs: dict[int, BitConfig],
+    step: Int[Array, ""],
+) -> tuple[supernet.Variables, PyTree, dict[str, Array]]:
+    """Goes through the configurations, the highest base precision first, updating after each.
+
+    Args:
+        learner: compiled pieces.
+        options: hyperparameters.
+        variables: the network; consumed.
+        opt_state: of its optimisers; consumed.
+        example: the batch.
+        configs: by their base precision, which scales the learning rate of the step sizes.
+        step: training step, for the schedules.
+
+    Returns:
+        Variables and optimiser state after all updates, and metrics named by base precision.
+
+    References:
+        Algorithm A.2.
+    """
+    teacher, metrics = None, {}
+    for base, bits in configs.items():
+        gradient, logits, scalars = learner.gradient(variables, example, bits, teacher)
+        metrics |= _named(scalars, base)
+        if options.distill_weight and teacher is None:
+            teacher = logits
+        variables, opt_state, scalars = learner.move(
+            variables, opt_state, gradient, jnp.int32(base), step
+        )
+        metrics |= _named(scalars, base)
+    return variables, opt_state, metrics
+
+
+def joint_update(
+    learner: Learner,
+    options: Options,
+    variables: supernet.Variables,
+    opt_state: PyTree,
+    example: Example,
+    configs: dict[int, BitConfig],
+    step: Int[Array, ""],
+) -> tuple[supernet.Variables, PyTree, dict[str, Array]]:
+    """Sums the gradients of all configurations and updates once; see `sequential_updates`."""
+    total, teacher, metrics = None, None, {}
+    for base, bits in configs.items():
+        gradient, logits, scalars = learner.gradient(variables, example, bits, teacher)
+        metrics |= _named(scalars, base)
+        if options.distill_weight and teacher is None:
+            teacher = logits
+        variables = variables._replace(batch_stats=gradient.batch_stats)
+        total = gradient if total is None else _added(total, gradient)
+    assert total is not None  # there is at least one precision
+    variables, opt_state, _ = learner.move(
+        variables, opt_state, total, jnp.int32(max(configs)), step
+    )
+    return variables, opt_state, metrics
+
+
+@jax.jit
+def _added(total: Gradient, one: Gradient) -> Gradient:
+    return one._replace(
+        learned=jax.tree.map(jnp.add, total.learned, one.learned),
+        used=jax.tree.map(jnp.logical_or, total.used, one.used),
+    )
+
+
+def _named(scalars: dict[str, Array], base: int) -> dict[str, Array]:
+    return {f"{name}_w{base}": value for name, value in scalars.items()}
+
+
+def predict(model, table: LayerTable, options: Options, variables, bits: BitConfig | None, images):
+    """Returns the logits of one configuration in evaluation mode."""
+    if bits is None:
+        raise ValueError("a network of several precisions needs to be told its bits")
+    selected = supernet.select(table, variables, bits, quantizer=options.quantizer)
+    return supernet.apply(
+        model, table, selected, images, train=False, quantizer=options.quantizer
+    ).logits
+
+
+FAMILY = MethodFamily(options=Options, make=make)

@@ -1,0 +1,70 @@
+"""What a run may start from: variables in the checkpoint of a finished run, checked."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpq_jax import linen, supernet
+from mpq_jax.layer_table import LayerTable
+
+PyTree = Any
+SHOWN_DIFFERENCES = 5
+
+
+def float_variables(saved: dict[str, Any], wanted: PyTree) -> PyTree:
+    """Returns the float model in a checkpoint of float training.
+
+    Args:
+        saved: the checkpoint as nested dicts, from `checkpoints.load_best`.
+        wanted: variables of the model that is going to be trained, or their shapes.
+
+    Raises:
+        ValueError: the checkpoint is of another method or of another model.
+    """
+    if not {"params", "batch_stats"} <= set(saved):
+        raise ValueError(
+            f"it holds no float run but {sorted(saved)}; train one with --config=FILE:float"
+        )
+    found = {name: saved[name] for name in ("params", "batch_stats")}
+    _check_shapes(found, {name: wanted.get(name, {}) for name in found})
+    return found
+
+
+def supernet_or_float_variables(table: LayerTable, saved: dict[str, Any], wanted: PyTree) -> PyTree:
+    """Returns the network in a checkpoint of multi-precision training, or a float model.
+
+    Args:
+        table: layers of the network that is going to be trained.
+        saved: the checkpoint as nested dicts.
+        wanted: float variables of the model, or their shapes.
+
+    Raises:
+        ValueError: the checkpoint is of another model or of other bits.
+    """
+    if "variables" not in saved:
+        return float_variables(saved, wanted)
+    held = saved["variables"]
+    variables = supernet.Variables(
+        supernet.Learned(**held["learned"]), held.get("batch_stats", {}), held["signed"]
+    )
+    _check_shapes(
+        {"weight_steps": variables.learned.weight_steps},
+        {"weight_steps": jnp.zeros((len(table), len(table.candidates)))},
+    )
+    narrow = jax.eval_shape(lambda: supernet.plain(table, variables, table.largest))
+    _check_shapes(narrow, {name: wanted.get(name, {}) for name in narrow})
+    return variables
+
+
+def _check_shapes(found: PyTree, wanted: PyTree) -> None:
+    shapes, wanted_shapes = (
+        {name: tuple(leaf.shape) for name, leaf in linen.flatten(tree).items()}
+        for tree in (found, wanted)
+    )
+    if shapes != wanted_shapes:
+        other = sorted(dict(shapes.items() ^ wanted_shapes.items()))[:SHOWN_DIFFERENCES]
+        raise ValueError(
+            f"it is of another model than config.model, or of other bits: these differ: "
+            f"{', '.join(other)}"
+        )

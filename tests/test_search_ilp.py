@@ -1,0 +1,449 @@
+import inspect
+import itertools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpq_jax import costs
+from mpq_jax.layer_table import Layer, LayerTable
+from mpq_jax.search import ilp
+from mpq_jax.search.ilp import Budget
+
+CHOICES = (6, 4, 3, 2)
+
+
+def layer(name, weights, acts, *, macs=1000, params=100, float_acts=False):
+    return Layer(
+        name=name,
+        kind="conv",
+        kernel_shape=(1, 1, 1, params),
+        macs=macs,
+        params=params,
+        norm=None,
+        weight_candidates=weights,
+        act_candidates=acts,
+        float_acts=float_acts,
+        signed=None,
+    )
+
+
+TABLE = LayerTable(
+    (
+        layer("stem", (8,), (8,), macs=3000, params=70, float_acts=True),
+        layer("first", (4, 3, 2), (4, 3, 2), macs=9000, params=300),
+        layer("mixed", (4, 2), (4, 3), macs=4000, params=1100),
+        layer("narrow", (4, 3, 2), (4,), macs=7000, params=500),
+        layer("last", (4, 3, 2), (4, 3, 2), macs=2000, params=900),
+    )
+)
+RULES = costs.allowed_pairs(TABLE)
+SHAPE = RULES.shape
+SHARED = {"free": RULES, "tied": ilp.tied(TABLE)}
+
+
+def brute_force(objective, budgets, allowed=RULES, table=TABLE):
+    """Returns {(weight bits, activation bits) of each layer: objective} of all within budgets."""
+    usable = allowed & np.isfinite(objective)
+    for budget in budgets:
+        usable = usable & np.isfinite(budget.cost)
+    found = {}
+    for places in itertools.product(*[np.argwhere(row).tolist() for row in usable]):
+        entries = [(index, *place) for index, place in enumerate(places)]
+        for budget in budgets:
+            cost = math.fsum(budget.cost[entry] for entry in entries)
+            low = budget.at_least - 1e-6 * abs(budget.at_least)
+            if not low <= cost <= budget.limit + 1e-6 * abs(budget.limit):
+                break
+        else:
+            bits = tuple((table.candidates[w], table.candidates[a]) for w, a in places)
+            found[bits] = math.fsum(objective[entry] for entry in entries)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def pairs_of(solution):
+    assert solution.bits.weights.dtype == solution.bits.acts.dtype == jnp.int32
+    return tuple(zip(solution.bits.weights.tolist(), solution.bits.acts.tolist(), strict=True))
+
+
+def between(cost, share, allowed=RULES):
+    """Returns a part of the way from the least to the largest cost."""
+    low = np.where(allowed, cost, np.inf).min((1, 2)).sum()
+    high = np.where(allowed, cost, -np.inf).max((1, 2)).sum()
+    return float(low + share * (high - low))
+
+
+def drawn(seed, *, scale=1.0):
+    return scale * np.random.default_rng(seed).lognormal(0, 1.5, SHAPE)
+
+
+def check(found, wanted, budgets, allowed=RULES):
+    """Asserts that the solutions are the first of all, in order, and correctly billed."""
+    expected = list(wanted.items())[: len(found)]
+    assert [(pairs_of(solution), solution.objective) for solution in found] == expected
+    for solution in found:
+        TABLE.check(solution.bits)
+        for index, (w, a) in enumerate(pairs_of(solution)):
+            assert allowed[index, TABLE.candidates.index(w), TABLE.candidates.index(a)]
+        assert list(solution.costs) == [budget.name for budget in budgets]
+
+
+@pytest.mark.parametrize("pairs", SHARED)
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_solutions_are_those_of_brute_force(seed, number, pairs):
+    allowed = SHARED[pairs]
+    objective = drawn(seed)
+    tables = [drawn(100 + 10 * seed + index) for index in range(number)]
+    budgets = [
+        Budget(f"cost {index}", cost, between(cost, 0.6, allowed))
+        for index, cost in enumerate(tables)
+    ]
+    wanted = brute_force(objective, budgets, allowed)
+    assert 1 < len(wanted) < np.prod(allowed.sum((1, 2)))  # the budgets matter
+    found = ilp.solve(TABLE, objective, budgets, allowed=allowed, count=10)
+    assert len(found) == min(10, len(wanted))
+    check(found, wanted, budgets, allowed)
+
+
+@pytest.mark.parametrize("pairs", SHARED)
+@pytest.mark.parametrize("seed", range(3))
+def test_negative_entries_and_windows_agree_with_brute_force(seed, pairs):
+    """With `at_least`, an objective that wants few bits does not get the fewest."""
+    random = np.random.default_rng(seed)
+    objective, other = random.normal(size=SHAPE), random.normal(size=SHAPE)
+    low, high = {"free": (0.5, 0.6), "tied": (0.1, 0.9)}[pairs]
+    budgets = [
+        Budget("mean_bits", costs.cost_table(TABLE, "mean_bits"), limit=3.0, at_least=3.0),
+        Budget("other", other, between(other, high), between(other, low)),
+    ]
+    wanted = brute_force(objective, budgets, SHARED[pairs])
+    found = ilp.solve(TABLE, objective, budgets, allowed=SHARED[pairs], count=len(wanted) + 1)
+    assert 1 < len(found) == len(wanted)
+    check(found, wanted, budgets, SHARED[pairs])
+    for solution in found:
+        assert np.asarray(solution.bits.weights)[1:].mean() == 3
+
+
+@pytest.mark.parametrize(("objective_scale", "cost_scale"), [(1e-9, 1e10), (1e6, 1e-5), (1e-30, 1)])
+@pytest.mark.parametrize("seed", range(3))
+def test_scales_do_not_matter(seed, objective_scale, cost_scale):
+    objective = drawn(seed, scale=objective_scale)
+    bitops = costs.cost_table(TABLE, "bitops") * 1e6
+    latency = drawn(seed + 50, scale=cost_scale)
+    budgets = [
+        Budget("bitops", bitops, between(bitops, 0.4)),
+        Budget("latency", latency, between(latency, 0.4)),
+    ]
+    wanted = brute_force(objective, budgets)
+    found = ilp.solve(TABLE, objective, budgets, count=10)
+    assert len(found) == min(10, len(wanted)) > 1
+    check(found, wanted, budgets)
+
+
+def test_layers_of_very_different_weight_all_count():
+    """Sensitivities of layers differ by orders of magnitude; the least still gets its best bits."""
+    objective = drawn(3) * 10.0 ** np.array([0, 4, -4, 0, -2])[:, None, None]
+    bitops = costs.cost_table(TABLE, "bitops")
+    budgets = [Budget("bitops", bitops, between(bitops, 0.5))]
+    check(ilp.solve(TABLE, objective, budgets, count=10), brute_force(objective, budgets), budgets)
+
+
+def test_costs_and_bits_of_a_solution_are_those_of_the_library():
+    tables = {kind: costs.cost_table(TABLE, kind) for kind in ("bitops", "bytes", "mean_bits")}
+    budgets = [Budget(kind, cost, between(cost, 0.5)) for kind, cost in tables.items()]
+    (found,) = ilp.solve(TABLE, drawn(7), budgets)
+    for kind, cost in found.costs.items():
+        np.testing.assert_allclose(cost, costs.COSTS[kind](TABLE, found.bits), rtol=1e-6)  # float32
+
+
+def test_ties_are_listed_once_each():
+    """Without preferences, every configuration within the budget comes exactly once."""
+    cost = costs.cost_table(TABLE, "mean_bits")
+    budgets = [Budget("mean_bits", cost, 3.0, 3.0)]
+    objective = np.where(RULES, 0.25, np.inf)
+    wanted = brute_force(objective, budgets, SHARED["tied"])
+    found = ilp.solve(TABLE, objective, budgets, allowed=SHARED["tied"], count=1000)
+    assert len(found) == len(wanted) > 3
+    assert {pairs_of(solution) for solution in found} == set(wanted)
+    assert {solution.objective for solution in found} == {0.25 * 5}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_list_ends_at_a_share_of_the_best(sign):
+    objective = np.where(RULES, sign * drawn(5), np.inf)
+    cost = costs.cost_table(TABLE, "bytes")
+    budgets = [Budget("bytes", cost, between(cost, 0.5))]
+    values = list(brute_force(objective, budgets).values())
+    wanted = [value for value in values if value <= values[0] + 0.3 * abs(values[0])]
+    assert 1 < len(wanted) < len(values)
+    found = ilp.solve(TABLE, objective, budgets, count=1000, within=0.3)
+    assert [solution.objective for solution in found] == wanted
+    assert len(ilp.solve(TABLE, objective, budgets, count=1000, within=0.0)) == 1
+    assert len(ilp.solve(TABLE, objective, budgets, count=2, within=0.3)) == 2
+
+
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize("excess", [1e-7, 1e-9, 1e-10, 1e-11])
+def test_budgets_hold_to_their_tolerance_and_not_to_that_of_the_solver(excess, side):
+    """The best configuration misses by less than the solver sees, or just meets the bound."""
+    objective = drawn(11)
+    cost = drawn(12, scale=1e5)
+    best = next(iter(brute_force(objective, [])))
+    total = math.fsum(
+        cost[i, TABLE.candidates.index(w), TABLE.candidates.index(a)]
+        for i, (w, a) in enumerate(best)
+    )
+    for inside in (True, False):
+        edge = total * (1 + (side if inside else -side) * excess)
+        budget = (
+            Budget("cost", cost, edge / (1 + 1e-6))
+            if side == 1
+            else Budget("cost", cost, 1e9, edge / (1 - 1e-6))
+        )
+        found = ilp.solve(TABLE, objective, [budget], count=3)
+        assert (pairs_of(found[0]) == best) is inside
+        check(found, brute_force(objective, [budget]), [budget])
+
+
+def test_infinity_and_false_both_forbid():
+    objective, cost, allowed = drawn(1), drawn(2), RULES.copy()
+    objective[1, TABLE.candidates.index(4)] = np.inf
+    cost[4, :, TABLE.candidates.index(3)] = np.inf
+    allowed[3, TABLE.candidates.index(2)] = False
+    budgets = [Budget("cost", cost, 1e9)]
+    wanted = brute_force(objective, budgets, allowed)
+    found = ilp.solve(TABLE, objective, budgets, allowed=allowed, count=20)
+    assert len(wanted) == 6 * 4 * 2 * 6
+    check(found, wanted, budgets, allowed)
+
+
+def test_what_the_rules_forbid_stays_forbidden_whatever_is_in_the_tables():
+    everything = np.ones(SHAPE, bool)
+    objective = np.where(RULES, drawn(1), np.nan)
+    (found,) = ilp.solve(TABLE, objective, [Budget("any", drawn(2), 1e9)], allowed=everything)
+    TABLE.check(found.bits)
+
+
+def test_fifty_layers_of_four_choices():
+    random = np.random.default_rng(0)
+    layers = [
+        layer(f"layer{i}", CHOICES, CHOICES, macs=int(random.integers(1e6, 1e8)), params=1000)
+        for i in range(50)
+    ]
+    table = LayerTable(tuple(layers))
+    errors = random.lognormal(-10, 2, (50, 1)) * 4.0 ** -np.array(CHOICES)
+    objective = ilp.hawq_objective(table, random.lognormal(-3, 2, 50), errors)
+    tables = {kind: costs.cost_table(table, kind) for kind in ("bitops", "mean_bits")}
+    limits = {kind: float(cost[:, 2, 2].sum()) for kind, cost in tables.items()}
+    budgets = [Budget(kind, tables[kind], limits[kind]) for kind in tables]
+    for allowed in (None, ilp.tied(table)):
+        found = ilp.solve(table, objective, budgets, allowed=allowed, count=3)
+        assert len({pairs_of(solution) for solution in found}) == 3
+        assert found[0].objective <= found[1].objective <= found[2].objective
+        assert found[0].objective < objective[:, 2, 2].sum()  # better than 3 bits everywhere
+        for solution in found:
+            table.check(solution.bits)
+            assert all(solution.costs[kind] <= limits[kind] * (1 + 1e-6) for kind in tables)
+
+
+@pytest.mark.parametrize("seed", [3, 4, 6, 10])  # a relative gap of 1e-4 would show in these
+def test_large_hard_problems_are_solved_to_the_end(seed):
+    """As by dynamic programming; what a layer gains by bits is nearly what it costs."""
+    random = np.random.default_rng(seed)
+    macs = random.integers(1, 3000, 40)
+    gains = random.uniform(0.95, 1.05, (40, 4)) + 6 - np.array(CHOICES)
+    table = LayerTable(
+        tuple(layer(f"layer{i}", CHOICES, (4,), macs=int(m)) for i, m in enumerate(macs))
+    )
+    bitops = costs.cost_table(table, "bitops")
+    objective = np.where(np.isfinite(bitops), (macs[:, None] * gains)[:, :, None], np.inf)
+    most = int(3.3 * macs.sum())
+    (found,) = ilp.solve(table, objective, [Budget("bitops", bitops, 4.0 * most)])
+    slack = int(most * 1e-6)
+    best = np.zeros(most + slack + 1)  # by the largest sum of MACs x weight bits
+    for one, row in zip(macs, gains, strict=True):
+        shifted = [np.append(np.full(one * bits, np.inf), best)[: len(best)] for bits in CHOICES]
+        best = np.min(np.stack(shifted) + one * row[:, None], axis=0)
+    np.testing.assert_allclose(found.objective, best[-1], rtol=1e-12)  # sums in another order
+
+
+# Errors.
+
+
+def message_of(budgets, table=TABLE, **options):
+    with pytest.raises(ValueError) as error:
+        ilp.solve(table, drawn(0), budgets, **options)
+    return str(error.value)
+
+
+BITOPS, BYTES, MEAN = (costs.cost_table(TABLE, kind) for kind in ("bitops", "bytes", "mean_bits"))
+
+
+def test_a_budget_out_of_reach_is_explained():
+    low, high = between(BITOPS, 0), between(BITOPS, 1)
+    message = message_of([Budget("bitops", BITOPS, low * 0.99), Budget("bytes", BYTES, 1e9)])
+    assert "bitops cannot be met" in message and "bytes cannot" not in message
+    assert f"bitops should be -inf to {low * 0.99:.6g}" in message
+    assert f"the reachable range is {low:.6g} to {high:.6g}" in message
+    assert f"{between(BYTES, 0):.6g} to {between(BYTES, 1):.6g}" in message
+    assert "largest parts are stem (1.92e+05), narrow (5.6e+04), first (3.6e+04)" in message
+
+
+def test_the_range_is_that_of_what_is_allowed():
+    allowed = RULES.copy()
+    allowed[1, TABLE.candidates.index(2)] = False
+    low = between(BYTES, 0, allowed)
+    assert low > between(BYTES, 0)
+    assert f"{low:.6g} to" in message_of([Budget("bytes", BYTES, 1.0)], allowed=allowed)
+
+
+def test_a_lower_bound_out_of_reach_is_explained():
+    message = message_of([Budget("mean_bits", MEAN, 8.0, 4.5)])
+    assert "mean_bits cannot be met; mean_bits should be 4.5 to 8" in message
+    assert "reachable range is 2 to 4" in message
+
+
+def test_a_gap_within_the_range_is_no_cost():
+    """Means of four layers are quarters: nothing is between 3.01 and 3.2."""
+    budgets = [Budget("mean_bits", MEAN, 3.2, 3.01), Budget("bitops", BITOPS, 1e9)]
+    assert "budgets: mean_bits cannot be met; " in message_of(budgets)
+
+
+def test_budgets_that_exclude_each_other_are_explained():
+    budgets = [Budget("mean_bits", MEAN, 4, 3.9), Budget("bytes", BYTES, between(BYTES, 0.2))]
+    assert "each can be met alone, but not all together" in message_of(budgets)
+
+
+def test_layers_with_nothing_allowed_are_named_with_the_reason():
+    latency = np.where(np.arange(5)[:, None, None] == 2, np.inf, np.where(RULES, 1e-5, np.inf))
+    message = message_of([Budget("bytes", BYTES, 1e9), Budget("latency", latency, 1.0)])
+    assert "left for 'mixed': all that the rules allow is forbidden by latency" in message
+    allowed = RULES & (np.arange(5) != 4)[:, None, None]
+    message = message_of([Budget("latency", latency, 1.0)], allowed=allowed)
+    assert "left for 'mixed', 'last': all that" in message and "by allowed, latency" in message
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ([], r"budgets are \[\]; give one or more"),
+        ([Budget("a", BYTES, 1e9)] * 2, r"\['a', 'a'\]; .*each with a name of its own"),
+        ([Budget("objective", BYTES, 1e9)], "each with a name of its own"),
+        ([Budget("a", BYTES, math.nan)], "a should be -inf to nan; wanted two numbers in order"),
+        ([Budget("a", BYTES, 3.0, math.nan)], "a should be nan to 3.0"),
+        ([Budget("a", BYTES, 3.0, 4.0)], "a should be 4.0 to 3.0"),
+        ([Budget("a", BYTES, -math.inf)], "a should be -inf to -inf"),
+        ([Budget("a", BYTES, math.inf, math.inf)], "a should be inf to inf"),
+        ([Budget("a", BYTES[:4], 1e9)], r"a is float64 \(4, 4, 4\); wanted \(5, 4, 4\) \(layers"),
+        ([Budget("a", RULES, 1e9)], r"a is bool \(5, 4, 4\); wanted"),
+        ([Budget("a", np.where(BYTES == 150, np.nan, BYTES), 1e9)], "a is NaN .*, in 'first'; inf"),
+        ([Budget("a", np.where(RULES, -np.inf, 0), 1e9)], "-inf .* in 'stem', 'first', 'mixed'"),
+    ],
+)
+def test_malformed_budgets_are_refused(budgets, message):
+    with pytest.raises(ValueError, match=message):
+        ilp.solve(TABLE, drawn(0), budgets)
+
+
+def test_malformed_tables_and_counts_are_refused():
+    budgets = [Budget("bytes", BYTES, 1e9)]
+    with pytest.raises(ValueError, match="objective is NaN .* in 'last'"):
+        ilp.solve(TABLE, np.where(np.arange(5)[:, None, None] == 4, np.nan, BYTES), budgets)
+    with pytest.raises(ValueError, match=r"objective is float64 \(5, 4\); wanted \(5, 4, 4\)"):
+        ilp.solve(TABLE, BYTES[..., 0], budgets)
+    with pytest.raises(ValueError, match=r"allowed is bool \(5, 2, 4\); wanted \(5, 4, 4\)"):
+        ilp.solve(TABLE, BYTES, budgets, allowed=TABLE.mask)
+    with pytest.raises(ValueError, match="allowed is float64 .* bool for allowed"):
+        ilp.solve(TABLE, BYTES, budgets, allowed=RULES.astype(np.float64))
+    with pytest.raises(ValueError, match="count is 0 and within is 1.0"):
+        ilp.solve(TABLE, BYTES, budgets, count=0, within=1.0)
+    for within in (-0.1, math.nan):
+        with pytest.raises(ValueError, match=f"within is {within}; wanted >= 1 and >= 0"):
+            ilp.solve(TABLE, BYTES, budgets, within=within)
+
+
+def test_a_failure_of_the_solver_is_passed_on(monkeypatch):
+    def stop_early(*args, **kwargs):
+        return ilp_milp(*args, **kwargs | {"options": {"time_limit": 0.0}})
+
+    ilp_milp = ilp.milp
+    monkeypatch.setattr(ilp, "milp", stop_early)
+    latency = drawn(1)
+    with pytest.raises(RuntimeError, match="not solved: Time limit reached"):
+        ilp.solve(TABLE, drawn(0), [Budget("latency", latency, between(latency, 0.5))])
+
+
+# Pairs and objectives.
+
+
+def test_tied_layers_have_equal_bits_and_the_others_all_that_the_rules_allow():
+    pairs = [
+        {(TABLE.candidates[w], TABLE.candidates[a]) for w, a in np.argwhere(row)}
+        for row in ilp.tied(TABLE)
+    ]
+    equal = {(4, 4), (3, 3), (2, 2)}
+    assert pairs == [{(8, 8)}, equal, {(4, 4)}, {(4, 4), (3, 4), (2, 4)}, equal]
+    np.testing.assert_array_equal(RULES, costs.allowed_pairs(TABLE))  # nothing edited
+
+
+def test_layers_that_cannot_be_tied_are_named():
+    table = LayerTable((layer("fine", (4, 2), (4, 2)), layer("apart", (6, 4), (3, 2))))
+    with pytest.raises(ValueError, match=r"'apart' have no bits in common: \(6, 4\) and \(3, 2\)"):
+        ilp.tied(table)
+
+
+TRACES = np.array([5.0, 0.5, -0.25, 2.0, 0.0])
+
+
+@pytest.mark.parametrize("name", ilp.OBJECTIVES)
+def test_objectives_are_their_sums(name):
+    errors = np.abs(np.random.default_rng(0).normal(size=(5, 4)))
+    wanted = np.full(SHAPE, np.inf)
+    for index, one in enumerate(TABLE.layers):
+        for w, a in itertools.product(one.weight_candidates, one.act_candidates):
+            row, column = TABLE.candidates.index(w), TABLE.candidates.index(a)
+            value = {
+                "hawq": max(TRACES[index], 0) * errors[index, row],
+                "paper": TRACES[index] * w,
+            }[name]
+            wanted[index, row, column] = value if one.name != "stem" else 0.0
+    objective = ilp.OBJECTIVES[name](TABLE, TRACES, errors)
+    assert objective.dtype == np.float64
+    np.testing.assert_array_equal(objective, wanted)
+
+
+def test_objectives_take_jax_arrays_and_ignore_what_the_rules_forbid():
+    errors = np.where(TABLE.mask[:, 0], 1.0, np.nan).astype(np.float32)
+    traces = jnp.asarray(TRACES, jnp.float32)
+    objective = ilp.hawq_objective(TABLE, traces, jnp.asarray(errors))
+    assert objective.dtype == np.float64
+    np.testing.assert_array_equal(np.isfinite(objective), RULES)
+
+
+@pytest.mark.parametrize("name", ilp.OBJECTIVES)
+def test_objectives_need_a_trace_for_every_layer(name):
+    unchecked = inspect.unwrap(ilp.OBJECTIVES[name])  # without the type checker of the tests
+    for traces in (TRACES[:1], TRACES[:4]):
+        with pytest.raises(ValueError, match="wanted one trace for each of the 5 layers"):
+            unchecked(TABLE, traces, np.ones((5, 4)))
+
+
+def test_traces_that_are_no_numbers_are_found_by_the_solver():
+    traces = np.where(np.arange(5) == 3, np.nan, TRACES)
+    objective = ilp.hawq_objective(TABLE, traces, np.ones((5, 4)))
+    with pytest.raises(ValueError, match="objective is NaN .* in 'narrow'"):
+        ilp.solve(TABLE, objective, [Budget("bytes", BYTES, 1e9)])
+
+
+def test_the_printed_objective_gives_sensitive_layers_fewer_bits():
+    """And HAWQ-V2's more, at the same mean: the reason for the default."""
+    layers = tuple(layer(name, (4, 3, 2), (4, 3, 2)) for name in ("dull", "sensitive"))
+    table, traces = LayerTable(layers), np.array([0.1, 10.0])
+    errors = np.broadcast_to(4.0 ** -np.array(table.candidates), (2, 3))
+    budgets = [Budget("mean_bits", costs.cost_table(table, "mean_bits"), 3.0, 3.0)]
+    for name, bits in (("hawq", [2, 4]), ("paper", [4, 2])):
+        objective = ilp.OBJECTIVES[name](table, traces, errors)
+        (found,) = ilp.solve(table, objective, budgets)
+        assert found.bits.weights.tolist() == bits
