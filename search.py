@@ -1,8 +1,8 @@
 """Searches bits in a trained supernet: `python search.py --config=FILE --workdir=DIR`.
 
-Reads the supernet that train.py left in the workdir, descends greedily through all budgets by
-inference on held-out training images, re-estimates norm statistics for what it found, and tests it
-beside uniform bits and the float model. Results are in DIR/search.
+Reads the supernet that train.py left in the workdir, finds bits for every budget by inference on
+held-out training images (a greedy descent) or by an integer programme, re-estimates norm statistics
+for what it found, and tests it beside uniform bits and the float model. Results are in DIR/search.
 """
 
 import csv
@@ -11,7 +11,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +22,32 @@ from absl import app
 
 import train
 from mpq_jax import bits as bit_configs
-from mpq_jax import checkpoints, costs, data, evaluation, recording, report, sharding, supernet
+from mpq_jax import (
+    checkpoints,
+    costs,
+    data,
+    evaluation,
+    recording,
+    report,
+    sensitivity,
+    sharding,
+    supernet,
+)
 from mpq_jax.bits import BitConfig
 from mpq_jax.methods import METHODS
+from mpq_jax.quantizers.record import Quantizer
 from mpq_jax.recalibration import recalibrate
 from mpq_jax.search import evaluate as search_evaluate
-from mpq_jax.search import greedy
+from mpq_jax.search import greedy, ilp
 
 # Units of each budget kind, the largest first; the first that the cost of a model reaches is used.
 COST_UNITS = {
     "bitops": ((1e9, "GBitOPs"), (1e6, "MBitOPs")),
     "bytes": ((2**20, "MiB"), (2**10, "KiB")),
+    "mean_bits": ((1, "mean bits"),),
+    "latency": ((1, "s"), (1e-3, "ms"), (1e-6, "us")),
 }
+STRATEGIES = ("greedy", "ilp")
 console = train.console
 Config = train.Config
 Tester = Callable[[BitConfig, str], evaluation.Score]
@@ -64,24 +78,47 @@ def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> 
     return variables
 
 
-def cost_unit(setup: train.Setup, config: Config) -> tuple[float, str]:
-    """Returns the size and the name of the unit that costs are shown in."""
-    most = setup.table.uniform(*[max(setup.table.bank_bits)] * 2)
-    largest = costs.COSTS[config.search.budget](setup.table, most)
-    units = COST_UNITS[config.search.budget]
-    return next((unit for unit in units if unit[0] <= largest), units[-1])
+class Bill(NamedTuple):
+    """What a budget is counted in.
+
+    Attributes:
+        kind: a key of `COST_UNITS`.
+        cost: float64 [layers, weight, activation choices].
+        unit: size of the unit that costs are shown in.
+        label: its name.
+        of: `bits -> cost` of a configuration.
+    """
+
+    kind: str
+    cost: np.ndarray
+    unit: float
+    label: str
+    of: Callable[[BitConfig], float]
 
 
-def budget_list(setup: train.Setup, config: Config) -> dict[str, float]:
+def make_bill(setup: train.Setup, config: Config, kind: str) -> Bill:
+    """Returns how one kind of budget is counted for this model."""
+    table = setup.table
+    if kind == "latency":
+        if not config.search.latency:
+            raise ValueError("a latency budget needs the file of latencies: config.search.latency")
+        cost = costs.latency_table(table, pathlib.Path(config.search.latency).read_text())
+    else:
+        cost = costs.cost_table(table, kind)
+    largest = np.where(np.isfinite(cost), cost, 0).max((1, 2)).sum()
+    units = COST_UNITS[kind]
+    unit, label = next((unit for unit in units if unit[0] <= largest), units[-1])
+    return Bill(kind, cost, unit, label, functools.partial(costs.total, table, cost))
+
+
+def budget_list(setup: train.Setup, config: Config, bill: Bill) -> dict[str, float]:
     """Returns the budgets by name."""
-    cost_of = costs.COSTS[config.search.budget]
-    unit, label = cost_unit(setup, config)
     levels = {
-        f"{bits}-bit level": float(cost_of(setup.table, setup.table.uniform(bits, bits)))
+        f"{bits}-bit level": bill.of(setup.table.uniform(bits, bits))
         for bits in config.search.levels
     }
     return levels | {
-        f"{budget / unit:.4g} {label}": float(budget) for budget in config.search.budgets
+        f"{budget / bill.unit:.4g} {bill.label}": float(budget) for budget in config.search.budgets
     }
 
 
@@ -119,13 +156,21 @@ def recalibration_images(setup: train.Setup, config: Config) -> jax.Array:
     return jnp.stack(prepared)
 
 
-def run_search(setup: train.Setup, config: Config, variables, budgets) -> greedy.Result:
-    """Runs the greedy descent, showing how the cost falls."""
+def run_greedy(
+    setup: train.Setup, config: Config, variables, bill: Bill, budgets: dict[str, float]
+) -> tuple[list[list[BitConfig]], list[greedy.Step]]:
+    """Descends greedily, showing how the cost falls; returns one configuration per budget."""
     table = setup.table
-    cost = costs.cost_table(table, config.search.budget)
-    greedy.check_budgets(table, cost, table.mask, list(budgets.values()))
-    score = search_evaluate.make_score(setup.model, table, variables, metric=config.search.metric)
-    unit, label = cost_unit(setup, config)
+    if any(config.search.limits.values()):
+        raise ValueError("config.search.limits is for config.search.strategy=ilp; greedy has none")
+    greedy.check_budgets(table, bill.cost, table.mask, list(budgets.values()))
+    score = search_evaluate.make_score(
+        setup.model,
+        table,
+        variables,
+        metric=config.search.metric,
+        quantizer=quantizer_of(setup),
+    )
     progress = rich.progress.Progress(
         "{task.description}", rich.progress.TimeElapsedColumn(), console=console, transient=True
     )
@@ -133,13 +178,14 @@ def run_search(setup: train.Setup, config: Config, variables, budgets) -> greedy
         bar = progress.add_task("searching", total=None)
 
         def show(step: greedy.Step) -> None:
-            text = f"{step.phase} of {step.layer} -> {step.bits}: {step.cost / unit:.4g} {label}"
+            cost = f"{step.cost / bill.unit:.4g} {bill.label}"
+            text = f"{step.phase} of {step.layer} -> {step.bits}: {cost}"
             progress.update(bar, description=text)
 
-        return greedy.search(
+        result = greedy.search(
             score,
             table,
-            cost,
+            bill.cost,
             table.mask,
             list(budgets.values()),
             heldout_batches(setup, config),
@@ -147,15 +193,85 @@ def run_search(setup: train.Setup, config: Config, variables, budgets) -> greedy
             patience=config.search.patience,
             on_step=show,
         )
+    return [[one.bits] for one in result.found], result.path
+
+
+def run_ilp(
+    setup: train.Setup, config: Config, variables, bill: Bill, budgets: dict[str, float]
+) -> tuple[list[list[BitConfig]], list[greedy.Step]]:
+    """Solves an integer programme per budget; returns its best configurations, the best first."""
+    table = setup.table
+    if config.search.objective not in ilp.OBJECTIVES:
+        raise ValueError(
+            f"config.search.objective is {config.search.objective!r}; known: "
+            f"{sorted(ilp.OBJECTIVES)}"
+        )
+    further = [
+        ilp.Budget(f"limit on {kind}", make_bill(setup, config, kind).cost, limit)
+        for kind, limit in config.search.limits.items()
+        if limit
+    ]
+    # The printed objective always wants fewer bits: there, the budget is to be used up to a step.
+    steps = np.diff(np.where(np.isfinite(bill.cost), bill.cost, np.nan), axis=1)
+    at_most_left = np.nanmax(np.abs(steps)) if config.search.objective == "paper" else np.inf
+    limits = [
+        [ilp.Budget(bill.kind, bill.cost, budget, budget - at_most_left), *further]
+        for budget in budgets.values()
+    ]
+    allowed = ilp.tied(table) if config.search.tied else None
+    for limit in limits:  # refuses what cannot be met before the traces take their time
+        ilp.solve(table, np.zeros(bill.cost.shape), limit, allowed=allowed)
+    traces = layer_traces(setup, config, variables)
+    errors = sensitivity.weight_errors(table, variables.learned, quantizer=quantizer_of(setup))
+    objective = ilp.OBJECTIVES[config.search.objective](
+        table, traces / np.array([layer.params for layer in table.layers]), errors
+    )
+    found = [
+        ilp.solve(table, objective, limit, allowed=allowed, count=config.search.solutions)
+        for limit in limits
+    ]
+    return [[one.bits for one in solutions] for solutions in found], []
+
+
+def layer_traces(setup: train.Setup, config: Config, variables) -> np.ndarray:
+    """Returns the Hessian trace of each layer of the float model inside a supernet."""
+    plain = supernet.plain(setup.table, variables, setup.table.largest)
+    count = max(1, config.search.trace_images // config.batch_size)
+    read = setup.dataset.train_batches(0)
+    batches = [sharding.global_batch(next(read), setup.mesh) for _ in range(count)]
+    prepared = [batch | {"image": setup.normalize(batch["image"])} for batch in batches]
+    traces = sensitivity.layer_traces(
+        setup.model,
+        setup.table,
+        plain,
+        prepared,
+        jax.random.key(config.seed),
+        probes=config.search.trace_probes,
+    )
+    console.print(
+        "Hessian traces: "
+        + ", ".join(
+            f"{name} {mean:.3g} ± {error:.1g}"
+            for name, mean, error in zip(setup.table.names, *map(np.asarray, traces), strict=True)
+        ),
+        highlight=False,
+    )
+    return np.asarray(traces.mean)
+
+
+def quantizer_of(setup: train.Setup) -> Quantizer:
+    """Returns the quantiser of the method, which has one if it has bits."""
+    assert setup.method.quantizer is not None
+    return setup.method.quantizer
 
 
 def float_row(config: Config, setup: train.Setup) -> list[report.Row]:
     """Tests the float model that the supernet started from, if the config names it."""
-    if not config.init_from:
-        return []
-    variables = train.float_variables(setup, config.init_from)
     family = METHODS["plain"]
     plain = family.make(setup.model, setup.table, family.options(**config.plain), setup.run)
+    if not config.init_from or setup.method.read is not plain.read:
+        return []
+    variables = train.starting_variables(setup, plain, config.init_from)
     evaluate = evaluation.make_evaluate(plain.predict, setup.normalize)
     accuracy = evaluate(variables, None, train.eval_batches(setup, "test")).accuracy
     return [report.Row("float", "float", accuracy, None)]
@@ -167,26 +283,30 @@ def make_tester(setup: train.Setup, config: Config, variables) -> Tester:
     images = recalibration_images(setup, config)
 
     def test(bits: BitConfig, split: str) -> evaluation.Score:
-        ready = recalibrate(setup.model, setup.table, variables, bits, images)
+        ready = recalibrate(
+            setup.model, setup.table, variables, bits, images, quantizer=quantizer_of(setup)
+        )
         return evaluate(ready, bits, train.eval_batches(setup, split))
 
     return test
 
 
 def choose_finalists(
-    found: list[greedy.Found], uniform: dict[str, BitConfig], test: Tester, cost_of
+    found: list[list[BitConfig]],
+    budgets: list[float],
+    uniform: dict[str, BitConfig],
+    test: Tester,
+    cost_of: Callable[[BitConfig], float],
 ) -> list[BitConfig]:
-    """Returns for each budget the better of what the descent found and the largest uniform bits.
+    """Returns for each budget the best of what the search found and the largest uniform bits.
 
-    The descent judges by one batch and batch statistics; the finalists are compared as they will
-    be used, by their loss on all held-out images after recalibration.
+    The search judges by one batch and batch statistics, or by a model of the loss; the finalists
+    are compared as they will be used, by their loss on all held-out images after recalibration.
     """
     chosen = []
-    for one in found:
-        finalists = [one.bits]
-        affordable = [bits for bits in uniform.values() if cost_of(bits) <= one.budget]
-        if affordable:
-            finalists.append(max(affordable, key=cost_of))
+    for candidates, budget in zip(found, budgets, strict=True):
+        affordable = [bits for bits in uniform.values() if cost_of(bits) <= budget]
+        finalists = candidates + ([max(affordable, key=cost_of)] if affordable else [])
         chosen.append(min(finalists, key=lambda bits: test(bits, "heldout").loss))
     return chosen
 
@@ -198,10 +318,10 @@ def write_results(
     rows: list[report.Row],
     found: dict[str, BitConfig],
     path: list[greedy.Step],
+    bill: Bill,
 ) -> None:
     """Writes JSON per budget, the tables as CSV, and the plots."""
     directory.mkdir(parents=True, exist_ok=True)
-    unit, label = cost_unit(setup, config)
     for name, bits in found.items():
         file = directory / f"bits_{name.replace(' ', '_')}.json"
         file.write_text(bit_configs.to_json(bits, setup.table.names))
@@ -213,24 +333,23 @@ def write_results(
         writer = csv.writer(file)
         writer.writerow(greedy.Step._fields)
         writer.writerows(path)
-    scaled = [row._replace(cost=row.cost and row.cost / unit) for row in rows]
-    report.plot_frontier(scaled, cost_label=f"cost ({label})", path=directory / "frontier.png")
+    scaled = [row._replace(cost=row.cost and row.cost / bill.unit) for row in rows]
+    report.plot_frontier(scaled, cost_label=f"cost ({bill.label})", path=directory / "frontier.png")
     report.plot_bits(setup.table, found, path=directory / "bits.png")
 
 
 def print_results(
-    setup: train.Setup, config: Config, rows: list[report.Row], configs: dict[str, BitConfig]
+    setup: train.Setup, bill: Bill, rows: list[report.Row], configs: dict[str, BitConfig]
 ) -> None:
     """Prints the table of results, the most expensive configuration first."""
-    unit, label = cost_unit(setup, config)
-    shown = rich.table.Table("configuration", "mean w bits", label, "test accuracy")
+    shown = rich.table.Table("configuration", "mean w bits", bill.label, "test accuracy")
     for row in sorted(rows, key=lambda row: -(row.cost or np.inf)):
         if row.cost is None:
             shown.add_row(row.name, "32", "-", f"{row.accuracy:.2%}")
             continue
         mean = float(costs.mean_bits(setup.table, configs[row.name], by="param"))
         style = "bold" if row.group == "searched" else None
-        cost = f"{row.cost / unit:.4g}"
+        cost = f"{row.cost / bill.unit:.4g}"
         shown.add_row(row.name, f"{mean:.2f}", cost, f"{row.accuracy:.2%}", style=style)
     console.print(shown)
 
@@ -240,43 +359,45 @@ def main(argv: list[str]) -> None:
     config, workdir = train.start(argv)
     with recording.CompileCounter() as counter:
         try:
-            if config.search.budget not in COST_UNITS:
-                raise ValueError(
-                    f"config.search.budget is {config.search.budget!r}; known: {sorted(COST_UNITS)}"
-                )
+            for name, known in (("budget", sorted(COST_UNITS)), ("strategy", STRATEGIES)):
+                if config.search[name] not in known:
+                    raise ValueError(
+                        f"config.search.{name} is {config.search[name]!r}; known: {known}"
+                    )
             setup = train.build(config)
             if setup.dataset.sizes["heldout"] == 0:
                 raise ValueError("config.data.heldout_fraction is 0: nothing to search on")
             variables = read_supernet(setup, config, workdir)
-            budgets = budget_list(setup, config)
+            bill = make_bill(setup, config, config.search.budget)
+            budgets = budget_list(setup, config, bill)
             rows = float_row(config, setup)
             started = time.perf_counter()
-            result = run_search(setup, config, variables, budgets)
+            run = {"greedy": run_greedy, "ilp": run_ilp}[config.search.strategy]
+            candidates, path = run(setup, config, variables, bill, budgets)
         except (ValueError, TypeError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
         seconds = time.perf_counter() - started
-        console.print(
-            f"searched {len(budgets)} budgets in {len(result.path)} moves, {seconds:.1f} s"
-        )
+        moves = f" in {len(path)} moves" if path else ""
+        console.print(f"searched {len(budgets)} budgets{moves}, {seconds:.1f} s")
 
         test = make_tester(setup, config, variables)
         uniform = {
             f"uniform {bits}/{bits}": setup.table.uniform(bits, bits)
             for bits in setup.table.bank_bits
         }
-        cost_of = functools.partial(costs.COSTS[config.search.budget], setup.table)
-        finals = [one.bits for one in result.found]
+        finals = [ones[0] for ones in candidates]
         if config.search.finalists:
-            finals = choose_finalists(result.found, uniform, test, cost_of)
+            limits = list(budgets.values())
+            finals = choose_finalists(candidates, limits, uniform, test, bill.of)
         found = dict(zip(budgets, finals, strict=True))
         configs = uniform | found
         for name, bits in configs.items():
             group = "searched" if name in found else "uniform"
             accuracy = test(bits, "test").accuracy
-            rows.append(report.Row(name, group, accuracy, float(cost_of(bits))))
+            rows.append(report.Row(name, group, accuracy, bill.of(bits)))
     if jax.process_index() == 0:
-        write_results(setup, config, workdir / "search", rows, found, result.path)
-    print_results(setup, config, rows, configs)
+        write_results(setup, config, workdir / "search", rows, found, path, bill)
+    print_results(setup, bill, rows, configs)
     console.print(f"bits, tables and plots are in {workdir / 'search'}")
     train.print_compilations(counter)
 

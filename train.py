@@ -25,7 +25,8 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from mpq_jax import checkpoints, data, evaluation, linen, recording, sharding
-from mpq_jax.layer_table import LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax.export import integers
+from mpq_jax.layer_table import FIRST_LAST, LayerTable, Rule, bit_rules, trace_layers
 from mpq_jax.methods import METHODS, Method
 from mpq_jax.methods.record import Run
 from mpq_jax.models import make_model
@@ -103,9 +104,15 @@ def build(config: Config) -> Setup:
             raise ValueError(f"config.{name} is {config[name]}; wanted at least 1")
     family = METHODS[config.method]
     options = family.options(**config[config.method])
+    if config.bits.first_last not in FIRST_LAST:
+        raise ValueError(
+            f"config.bits.first_last is {config.bits.first_last!r}; wanted one of "
+            f"{sorted(FIRST_LAST)}"
+        )
     rules = bit_rules(
         config.bits.candidates,
         depthwise_min_bits=config.bits.depthwise_min_bits or None,
+        first_last=FIRST_LAST[config.bits.first_last],
         first=[Rule(**rule) for rule in config.bits.rules],
     )
     mesh = sharding.make_mesh(config.device_count or None)
@@ -229,18 +236,50 @@ def note_run(config: Config, workdir: pathlib.Path) -> None:
         temporary.replace(path)  # at once: a killed run leaves all of it or nothing
 
 
+def write_integers(setup: Setup, config: Config, workdir: pathlib.Path, state: Any) -> None:
+    """Writes the network as integers, if they are all that its precisions need."""
+    if not integers.can_store(setup.method.quantizer):
+        return
+    variables = sharding.to_host(setup.method.variables(state))
+    if jax.process_index() != 0:
+        return
+    kept = json.loads(config.to_json())
+    for name in {"search", *METHODS} - {config.method}:
+        kept.pop(name, None)
+    path = workdir / "integers.safetensors"
+    sizes = integers.save(
+        path,
+        setup.table,
+        variables,
+        model=integers.ModelSpec(
+            config.model.name, setup.dataset.num_classes, config.model.options.to_dict()
+        ),
+        mean=tuple(float(value) for value in setup.dataset.mean),
+        std=tuple(float(value) for value in setup.dataset.std),
+        config=kept,
+    )
+    precisions = " ".join(map(str, setup.table.precisions))
+    console.print(
+        f"{path}: {sizes.file / 2**10:.1f} KiB, of which integers {sizes.codes / 2**10:.1f} and "
+        f"floats {sizes.floats / 2**10:.1f}; it runs at {precisions} bits"
+    )
+
+
 def print_layers(table: LayerTable) -> None:
     """Prints what will be quantised, and among which bits."""
     shown = rich.table.Table("layer", "kind", "kernel", "MACs", "weights", "bits w", "bits a")
     for layer in table.layers:
-        acts = "float, billed " if layer.float_acts else ""
+        weights, acts = (
+            "float, billed " if is_float else ""
+            for is_float in (layer.float_weights, layer.float_acts)
+        )
         shown.add_row(
             layer.name,
             layer.kind,
             "x".join(map(str, layer.kernel_shape)),
             f"{layer.macs:,}",
             f"{layer.params:,}",
-            " ".join(map(str, layer.weight_candidates)),
+            weights + " ".join(map(str, layer.weight_candidates)),
             acts + " ".join(map(str, layer.act_candidates)),
         )
     console.print(shown)
@@ -307,6 +346,8 @@ def main(argv: list[str]) -> None:
         print_layers(setup.table)
         state = train_loop(setup, config, workdir, manager, state, first_step)
         manager.close()
+        if int(state.step) == setup.run.steps:
+            write_integers(setup, config, workdir, state)
     print_compilations(counter)
 
 

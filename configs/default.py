@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.bits = ConfigDict()
     config.bits.candidates = (6, 5, 4, 3, 2)
     config.bits.depthwise_min_bits = 3
+    config.bits.first_last = "8bit"  # 8bit, float: the first convolution and the last dense layer
     config.bits.rules = ()  # dicts of mpq_jax.layer_table.Rule, before the others
 
     for name, family in METHODS.items():
@@ -53,13 +54,26 @@ def get_config(arg: str = "") -> ConfigDict:
     config.device_count = 0  # 0: all
 
     config.search = ConfigDict()
-    config.search.budget = "bitops"  # bitops, bytes
+    config.search.strategy = "greedy"  # greedy, ilp
+    config.search.budget = "bitops"  # bitops, bytes, mean_bits, latency
     config.search.levels = (4, 3)  # budgets: the cost of these uniform bits ...
-    config.search.budgets = ()  # ... and these numbers, in bit operations per image or bytes
+    config.search.budgets = ()  # ... and these numbers: bit operations per image, bytes, bits, s
+    config.search.latency = ""  # JSON file of seconds by layer and bits, see docs
+    config.search.limits = ConfigDict()  # further limits, all at once; 0: none (ilp only)
+    for kind in ("bitops", "bytes", "mean_bits", "latency"):
+        config.search.limits[kind] = 0.0
+    # of greedy:
     config.search.metric = "error"  # error (as published), loss
     config.search.batch_size = 256  # held-out images per move
     config.search.start_bits = 5
     config.search.patience = 8
+    # of ilp:
+    config.search.objective = "hawq"  # hawq, paper
+    config.search.tied = True  # weights and input of a layer get the same bits
+    config.search.solutions = 8  # the best ones by objective, compared on held-out images
+    config.search.trace_probes = 16
+    config.search.trace_images = 1024
+    # of both:
     config.search.finalists = True  # keep uniform bits where they do better on held-out images
     config.search.recalibration_images = 7168
     return finish(config, arg)
@@ -70,15 +84,20 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
 
     Args:
         config: the config.
-        arg: "" as it is; "float" trains the float model it starts from; "smoke" is a run of
-            seconds that only shows that everything works.
+        arg: "" as it is; "float" trains the float model it starts from; "mixed" the mixed-precision
+            supernet that starts from the multi-precision network; "smoke" is a run of seconds
+            that only shows that everything works.
     """
     if arg == "float":
         config.method = "plain"
+    elif arg == "mixed":
+        if config.method != "double_rounding":
+            raise ValueError(f"{config.method} has no mixed-precision variant of its own")
+        config.method = "double_rounding_mixed"
     elif arg == "smoke":
         config.epochs = 1
         config.search.levels = config.search.levels[:1]
         config.search.recalibration_images = config.batch_size
     elif arg:
-        raise ValueError(f'the config argument is {arg!r}; wanted "", "float" or "smoke"')
+        raise ValueError(f'the config argument is {arg!r}; wanted "", "float", "mixed" or "smoke"')
     return config

@@ -112,6 +112,15 @@ def cost_table(table: LayerTable, kind: str) -> np.ndarray:
     return np.where(allowed_pairs(table), cost, np.inf)
 
 
+def total(table: LayerTable, cost: np.ndarray, bits: BitConfig) -> float:
+    """Returns what a configuration costs by a table of `cost_table` or `latency_table`."""
+    weights, acts = (
+        np.argmax(np.asarray(values)[:, None] == np.array(table.candidates), axis=1)
+        for values in (bits.weights, bits.acts)
+    )
+    return float(cost[np.arange(len(table)), weights, acts].sum())
+
+
 def latency_table(table: LayerTable, text: str) -> np.ndarray:
     """Reads measured latencies: float64 [layers, weight, activation choices], in seconds.
 

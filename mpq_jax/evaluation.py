@@ -1,6 +1,6 @@
 """Accuracy and loss of a model over a data set, by one compiled step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ class Score(NamedTuple):
 def make_evaluate(
     predict: Callable[[PyTree, BitConfig | None, Array], Array],
     normalize: Callable[[Array], Array],
-) -> Callable[[PyTree, BitConfig | None, Iterable[dict[str, Array]]], Score]:
+) -> Callable[[PyTree, BitConfig | None, Iterable[Mapping[str, Any]]], Score]:
     """Returns `evaluate(variables, bits, batches) -> Score`; no bits ever recompile it.
 
     Args:

@@ -169,6 +169,16 @@ class LayerTable:
         """Bits of the layers with a choice, descending: the row axes of BatchNorm banks."""
         return _union(layer for layer in self.layers if layer.searchable)
 
+    @property
+    def precisions(self) -> tuple[int, ...]:
+        """Bits that a network of uniform precision can run at, descending.
+
+        They are those of the layers with a choice; where there is no choice, the bits that most
+        quantised kernels have.
+        """
+        fixed = [layer.highest for layer in self.layers if not layer.float_weights]
+        return self.bank_bits or tuple(sorted(set(fixed), key=fixed.count)[-1:])
+
     @functools.cached_property
     def mask(self) -> np.ndarray:
         """What the rules allow: bool [layers, 2 (weights, activations), choices]."""

@@ -30,6 +30,7 @@ ORDER = {
     "mpq_jax.recalibration": 3,
     "mpq_jax.methods": 4,
     "mpq_jax.search": 5,
+    "mpq_jax.export": 5,
     "mpq_jax.report": 6,
     "train": 7,
     "search": 7,

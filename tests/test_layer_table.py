@@ -6,10 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpq_jax import costs
 from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import (
     DEFAULT_CANDIDATES,
+    FIRST_LAST,
     FIRST_LAST_8BIT,
+    FIRST_LAST_FLOAT,
     Rule,
     bit_rules,
     trace_layers,
@@ -407,3 +410,226 @@ def test_table_is_a_static_argument(table):
     for used in (table, again, other):
         double(used.uniform(4, 4), used)
     assert len(traces) == 2
+
+
+# Which layer comes before which.
+
+
+def before(table):
+    """Returns the name of the layer before each layer, None where it is the layer itself."""
+    pairs = zip(table.names, table.previous, strict=True)
+    return {name: None if table.names[i] == name else table.names[i] for name, i in pairs}
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    rules = bit_rules((8, 6, 4, 2), first_last=FIRST_LAST_FLOAT)
+    return trace_layers(make_model("resnet18", num_classes=10), (64, 64, 3), rules=rules)
+
+
+def test_layers_of_a_block_that_read_the_same_array_have_the_same_layer_before_them(resnet18):
+    names = resnet18.names
+    reads_with = {layer.name: names[layer.reads_with] for layer in resnet18.layers}
+    previous = before(resnet18)
+    wanted_before = {"stem_conv": None, "stage0_block0/conv1": None, "head": "stage3_block1/conv2"}
+    last = None
+    for stage in range(4):
+        for block in range(2):
+            path = f"stage{stage}_block{block}"
+            entry = [f"{path}/conv1"]
+            if stage > 0 and block == 0:  # where the shape changes
+                entry.append(f"{path}/shortcut_conv")
+                assert reads_with[entry[0]] == reads_with[entry[1]] in entry
+            wanted_before |= dict.fromkeys(entry, last)
+            wanted_before[f"{path}/conv2"] = f"{path}/conv1"
+            last = f"{path}/conv2"
+    assert previous == wanted_before
+    shortcuts = {name for name in names if "shortcut" in name}
+    assert len(shortcuts) == 3
+    entries = shortcuts | {name.replace("shortcut_conv", "conv1") for name in shortcuts}
+    assert all(reads_with[name] == name for name in names if name not in entries)
+
+
+def test_fixed_layers_are_never_the_layer_before(table):
+    # The stem and the head are fixed; gate is called after mix and reads another array.
+    assert before(table) == {
+        "stem": None,
+        "body/spatial": None,
+        "body/mix": "body/spatial",
+        "body/gate": "body/mix",
+        "grouped": "body/gate",
+        "head": "grouped",
+    }
+    own = bit_rules((6, 4, 2), first=[Rule("mix|gate", weights=4, acts=4)])
+    fewer = trace_layers(Separable(), (16, 16, 3), rules=own)
+    assert before(fewer)["grouped"] == before(fewer)["body/gate"] == "body/spatial"
+
+
+def test_layers_with_a_choice_of_inputs_alone_count_as_the_layer_before():
+    rules = [Rule("^(body/spatial|grouped)$", weights=4, acts=(6, 4)), Rule(weights=4, acts=4)]
+    previous = before(trace_layers(Separable(), (16, 16, 3), rules=rules))
+    assert previous["body/mix"] == previous["grouped"] == "body/spatial"
+    assert previous["head"] == "grouped"
+
+
+def test_where_nothing_can_be_chosen_no_layer_has_one_before_it():
+    table = trace_layers(Separable(), (16, 16, 3), rules=[Rule(weights=4, acts=4)])
+    assert table.previous == tuple(range(6))
+    assert table.bank_bits == () and table.bank_norms == {}
+
+
+class SharedInput(nn.Module):
+    """Three layers that read one array, one of them called late; and a layer called twice."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (1, 1), name="first")(x)
+        left = nn.Conv(4, (1, 1), name="left")(x)
+        left = nn.Conv(4, (1, 1), name="deep")(left)
+        twice = nn.Conv(4, (1, 1), name="twice")
+        left = twice(left)
+        right = nn.Conv(4, (1, 1), name="right")(x)
+        keyword = nn.Conv(4, (1, 1), name="keyword")(inputs=x)
+        copied = nn.Conv(4, (1, 1), name="copied")(nn.relu(x))  # of the same values, yet not it
+        return twice(left + right + keyword + copied)
+
+
+def test_a_late_layer_is_placed_where_its_array_was_read_first():
+    table = trace_layers(SharedInput(), (4, 4, 4), rules=ANY)
+    places = {layer.name: table.names[layer.reads_with] for layer in table.layers}
+    assert places == {
+        "first": "first",
+        "left": "left",
+        "deep": "deep",
+        "twice": "twice",
+        "right": "left",
+        "keyword": "left",
+        "copied": "copied",
+    }
+    previous = before(table)
+    assert previous["left"] == previous["right"] == previous["keyword"] == "first"
+    assert previous["twice"] == "deep"
+    assert previous["copied"] == "keyword"
+
+
+# Norm rows.
+
+
+@pytest.mark.parametrize(
+    ("norm_rows", "axes"),
+    [
+        ("shared", ()),
+        ("weights", ("weights",)),
+        ("pair", ("weights", "acts")),
+        ("transition", ("weights", "previous")),
+    ],
+)
+def test_norm_rows_by_name(table, norm_rows, axes):
+    other = table.with_norm_rows(norm_rows)
+    assert other.norm_axes == axes
+    assert other.layers == table.layers
+    assert other.bank_norms == (table.chosen_norms if axes else {})
+    assert (other == table) == (norm_rows == table.norm_rows == "pair")
+    assert other.with_norm_rows("pair") == table
+
+
+def test_unknown_norm_rows_are_refused(table):
+    with pytest.raises(
+        ValueError, match=r"norm_rows is 'bits'; wanted one of .*'transition', 'weights'"
+    ):
+        table.with_norm_rows("bits")
+
+
+# Layers that stay float.
+
+
+def test_float_ends(table):
+    rules = bit_rules((6, 4, 2), depthwise_min_bits=3, first_last=FIRST_LAST_FLOAT)
+    floats = trace_layers(Separable(), (16, 16, 3), rules=rules)
+    ends, middle = (floats.layers[0], floats.layers[-1]), floats.layers[1:-1]
+    assert [layer.name for layer in ends] == ["stem", "head"]
+    for layer in ends:
+        assert layer.weight_candidates == layer.act_candidates == (32,)
+        assert layer.float_weights and layer.float_acts and not layer.searchable
+        assert layer.highest == 32
+    assert not any(layer.float_weights or layer.float_acts for layer in middle)
+    assert middle == table.layers[1:-1]
+    assert floats.candidates == (32, 6, 4, 2)
+    assert floats.bank_bits == (6, 4, 2)
+    np.testing.assert_array_equal(floats.uniform(2, 4).weights, [32, 4, 2, 2, 2, 32])
+    np.testing.assert_array_equal(floats.uniform(2, 4).acts, [32, 4, 4, 4, 4, 32])
+    floats.check(floats.uniform(2, 2))
+
+
+def test_ends_by_name():
+    assert FIRST_LAST == {"8bit": FIRST_LAST_8BIT, "float": FIRST_LAST_FLOAT}
+    assert bit_rules((4, 2)) == bit_rules((4, 2), first_last=FIRST_LAST["8bit"])
+    own = bit_rules((4, 2), first_last=())
+    assert bits_of(*own)["stem"] == bits_of(*own)["head"] == ((4, 2), (4, 2))
+
+
+def test_float_ends_of_a_net_without_convolutions():
+    rules = bit_rules((4, 2), first_last=FIRST_LAST_FLOAT)
+    table = trace_layers(Perceptron(), (20,), rules=rules)
+    assert column(table, "float_weights") == [False, False, True]
+
+
+def test_published_ends_keep_their_weights_quantised():
+    table = trace_layers(Separable(), (16, 16, 3), rules=FIRST_LAST_8BIT)
+    assert column(table, "float_weights") == [False] * 6
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            Rule("head", weights=(32, 8), float_weights=True),
+            r"weights of 'head' stay float but may be billed at any of \(32, 8\) bits",
+        ),
+        (Rule("head", acts=(8, 4), float_acts=True), "acts of 'head' stay float"),
+        (Rule("head", float_weights=True), "weights of 'head' stay float.*fix weights to one"),
+        (Rule("head", weights=32), r"bits are 32; wanted .* from 2 to 16"),
+        (Rule("head", weights=8, float_weights=True, acts=32), r"bits are 32; .* 2 to 16"),
+        (Rule("head", weights=(32, 4)), r"bits are \(32, 4\); wanted .* 2 to 16"),
+        (Rule("head", weights=33, float_weights=True), "bits are 33; wanted .* 2 to 32"),
+        (Rule("head", acts=64, float_acts=True), "bits are 64; wanted .* 2 to 32"),
+    ],
+)
+def test_bits_of_float_and_of_quantised_tensors_are_kept_apart(rule, message):
+    with pytest.raises(ValueError, match=message):
+        trace_layers(Separable(), (16, 16, 3), rules=(rule, *ANY))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_quantising_rule_cannot_take_the_bits_of_a_float_one(order):
+    rules = (Rule("head", float_weights=False), Rule("head", weights=32, float_weights=True))
+    if order == 1:
+        with pytest.raises(ValueError, match="bits are 32; wanted .* 2 to 16"):
+            trace_layers(Separable(), (16, 16, 3), rules=rules)
+    else:
+        table = trace_layers(Separable(), (16, 16, 3), rules=rules[::-1])
+        assert table.layers[-1].float_weights and table.layers[-1].weight_candidates == (32,)
+
+
+def test_largest():
+    rules = [
+        Rule("body", weights=(3, 5), acts=(2, 7, 4)),
+        Rule("grouped", weights=2, acts=(4, 3)),
+        *FIRST_LAST_FLOAT,
+    ]
+    table = trace_layers(Separable(), (16, 16, 3), rules=rules)
+    bits = table.largest
+    np.testing.assert_array_equal(bits.weights, np.int32([32, 5, 5, 5, 2, 32]), strict=True)
+    np.testing.assert_array_equal(bits.acts, np.int32([32, 7, 7, 7, 4, 32]), strict=True)
+    table.check(bits)
+
+
+@pytest.mark.parametrize("ends", FIRST_LAST)
+def test_mean_bits_are_those_of_the_layers_with_a_choice(ends):
+    rules = bit_rules((6, 4, 2), first_last=FIRST_LAST[ends])
+    table = trace_layers(Separable(), (16, 16, 3), rules=rules)
+    config = table.uniform(4, 2)._replace(weights=table.uniform(4, 2).weights.at[1].set(6))
+    assert costs.mean_bits(table, config, by="layer") == (6 + 4 + 4 + 4) / 4
+    sizes = [layer.params for layer in table.layers[1:-1]]
+    wanted = np.average([6, 4, 4, 4], weights=sizes)
+    np.testing.assert_allclose(costs.mean_bits(table, config, by="param"), wanted, rtol=1e-6)

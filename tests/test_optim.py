@@ -7,7 +7,15 @@ import numpy as np
 import optax
 import pytest
 
-from mpq_jax.optim import ema_decay, skip_unused_rows, warmup_cosine
+from mpq_jax.optim import (
+    alrs,
+    ema_decay,
+    precision_factor,
+    scale_by_adam,
+    scale_by_given_rate,
+    skip_unused_rows,
+    warmup_cosine,
+)
 
 EPOCHS = 150
 PUBLISHED = {"peak": 0.04, "end": 1e-5, "start": 1e-5, "warmup": 5 / EPOCHS}
@@ -210,3 +218,270 @@ def test_ema_decay_of_a_traced_step_compiles_once():
     assert decay(jnp.int32(0)) == np.float32(0.1)
     assert decay(jnp.int32(10**6)) == np.float32(0.99)
     assert len(traces) == 1
+
+
+# Adaptive learning-rate scaling.
+
+BY_HIGHEST = {
+    8: {8: 1.0, 7: 0.5, 6: 0.1, 5: 0.05, 4: 0.01, 3: 0.005, 2: 0.001},
+    6: {6: 1.0, 5: 0.5, 4: 0.1, 3: 0.05, 2: 0.01},
+    4: {4: 1.0, 3: 0.5, 2: 0.1},
+}
+
+
+@pytest.mark.parametrize("highest", BY_HIGHEST)
+def test_factor_of_every_precision(highest):
+    table = BY_HIGHEST[highest]
+    traced = jax.jit(precision_factor)
+    for bits, wanted in table.items():
+        found = precision_factor(bits, highest)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)  # float32 powers
+        np.testing.assert_allclose(traced(jnp.int32(bits), jnp.int32(highest)), wanted, rtol=1e-6)
+
+
+# One learned scale per layer, as in the paper; the mean of their sizes is 0.3 / 4 unclipped.
+SCALE_GRADIENTS = {"conv1": 0.02, "conv2": -0.2, "conv3": 0.0, "head": 0.08}
+
+
+def scalars(values):
+    return {name: jnp.float32(value) for name, value in values.items()}
+
+
+def factor_by_hand(bits, highest):
+    distance = highest - bits
+    if distance % 2:
+        return 5 * 10.0 ** (-(distance + 1) // 2)
+    return 10.0 ** (-distance // 2)
+
+
+def rate_by_hand(reading, rate, gradients, bits, highest=8, clip=1.0):
+    """Section 4 of the method: lambda_b, with what each reading makes of the printed formula."""
+    mean = np.mean([min(np.max(np.abs(np.clip(g, -clip, clip))), 1.0) for g in gradients])
+    value = {
+        "floor": max(rate - mean, 0.0),
+        "literal": rate - mean,
+        "relative": rate * (1 - mean),
+        "constant": rate,
+    }[reading]
+    return factor_by_hand(bits, highest) * value, mean
+
+
+def alrs_update(gradients, *, bits, learning_rate, highest=8, **options):
+    optimizer = alrs(highest=highest, **options)
+    state = optimizer.init(gradients)
+    return optimizer.update(gradients, state, bits=bits, learning_rate=learning_rate)
+
+
+@pytest.mark.parametrize("reading", ["floor", "literal", "relative", "constant"])
+@pytest.mark.parametrize("bits", [8, 5, 2])
+@pytest.mark.parametrize("learning_rate", [5e-4, 0.3])
+def test_first_step_moves_every_scale_by_lambda_b_against_its_gradient(
+    reading, bits, learning_rate
+):
+    updates, state = alrs_update(
+        scalars(SCALE_GRADIENTS), bits=bits, learning_rate=learning_rate, reading=reading
+    )
+    wanted, mean = rate_by_hand(reading, learning_rate, SCALE_GRADIENTS.values(), bits)
+    np.testing.assert_allclose(state.mean_gradient, mean, rtol=1e-6)
+    np.testing.assert_allclose(state.learning_rate, wanted, rtol=1e-5)  # a float32 difference
+    for name, gradient in SCALE_GRADIENTS.items():
+        # Adam's first direction is g / (|g| + 1e-8).
+        np.testing.assert_allclose(updates[name], -wanted * np.sign(gradient), rtol=1e-5)
+
+
+def test_where_gradients_exceed_the_rate_the_readings_part():
+    rates = {
+        reading: float(
+            alrs_update(scalars(SCALE_GRADIENTS), bits=2, learning_rate=5e-4, reading=reading)[
+                1
+            ].learning_rate
+        )
+        for reading in ("floor", "literal", "relative", "constant")
+    }
+    assert rates["literal"] < 0 == rates["floor"] < rates["relative"] < rates["constant"]
+
+
+@pytest.mark.parametrize("highest", [8, 4])
+def test_factor_counts_from_the_given_highest_precision(highest):
+    _, state = alrs_update(
+        scalars({"a": 0.25, "b": 0.75}), bits=3, learning_rate=0.8, highest=highest
+    )
+    wanted = BY_HIGHEST[highest][3] * 0.8 * 0.5
+    np.testing.assert_allclose(state.learning_rate, wanted, rtol=1e-6)
+
+
+def test_default_reading_is_relative():
+    gradients = scalars(SCALE_GRADIENTS)
+    pair = [
+        alrs_update(gradients, bits=4, learning_rate=0.1, **options)[1].learning_rate
+        for options in ({}, {"reading": "relative"})
+    ]
+    assert pair[0] == pair[1]
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.1, 3.0])
+def test_gradients_are_clipped_within_the_mean_only(clip):
+    gradients = {"a": 0.05, "b": -7.0, "c": 2.0, "d": 0.5}
+    updates, state = alrs_update(
+        scalars(gradients), inner=optax.identity(), bits=6, learning_rate=0.9, clip=clip
+    )
+    wanted, mean = rate_by_hand("relative", 0.9, gradients.values(), 6, clip=clip)
+    np.testing.assert_allclose(state.mean_gradient, mean, rtol=1e-6)
+    for name, gradient in gradients.items():  # the optimiser itself sees them as they are
+        np.testing.assert_allclose(updates[name], -wanted * gradient, rtol=1e-5)
+
+
+def test_mean_gradient_never_exceeds_one():
+    _, state = alrs_update(
+        scalars({"a": 50.0, "b": -60.0}), bits=8, learning_rate=0.5, clip=10.0, reading="literal"
+    )
+    assert state.mean_gradient == 1
+    assert state.learning_rate == -0.5
+
+
+def test_a_leaf_of_several_scales_is_one_layer():
+    gradients = {"a": jnp.array([0.1, -0.4, 0.2]), "b": jnp.array([[0.2]])}
+    _, state = alrs_update(gradients, bits=8, learning_rate=1.0)
+    np.testing.assert_allclose(state.mean_gradient, 0.3, rtol=1e-6)
+
+
+def test_layers_can_be_told_apart_in_another_way():
+    gradients = {"w": jnp.array([0.1, 0.0, 0.4]), "x": jnp.array([-0.3, 0.0, 0.2])}
+
+    def by_position(tree):
+        return jnp.max(jnp.abs(jnp.stack(list(tree.values()))), axis=0)
+
+    _, state = alrs_update(gradients, bits=8, learning_rate=1.0, per_layer=by_position)
+    np.testing.assert_allclose(state.mean_gradient, (0.3 + 0.0 + 0.4) / 3, rtol=1e-6)
+
+
+def adam_by_hand(gradients, rates):
+    """Returns the sum of Adam's steps, each times its own rate."""
+    first = second = total = 0.0
+    for count, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        corrected = np.sqrt(second / (1 - 0.999**count)) + 1e-8
+        total -= rate * first / (1 - 0.9**count) / corrected
+    return total
+
+
+# (gradients of the two scales, precision, scheduled rate) of successive updates.
+HISTORY = [
+    ({"a": 0.3, "b": -0.1}, 8, 0.4),
+    ({"a": -0.2, "b": 0.02}, 4, 0.35),
+    ({"a": 0.05, "b": 0.6}, 7, 0.3),
+    ({"a": 2.0, "b": -0.4}, 2, 0.25),
+]
+
+
+@pytest.mark.parametrize("around", ["alone", "chain", "partition", "multi_transform"])
+def test_scales_and_weights_over_several_updates(around):
+    scale_rule = alrs(highest=8)
+    if around == "chain":
+        scale_rule = optax.chain(optax.identity(), scale_rule)
+    params = scalars({"a": 1.0, "b": 1.0})
+    optimizer = scale_rule
+    if around in ("partition", "multi_transform"):
+        optimizer = getattr(optax, around)(
+            {"weights": optax.adam(0.01), "scales": scale_rule},
+            {"a": "scales", "b": "scales", "w": "weights"},
+        )
+        params |= {"w": jnp.ones(3)}
+    w_gradients = np.random.default_rng(0).normal(size=(len(HISTORY), 3)).astype(np.float32)
+    state, traces = optimizer.init(params), []
+
+    @jax.jit
+    def step(params, state, gradients, bits, learning_rate):
+        traces.append(bits)
+        with jax.numpy_dtype_promotion("standard"):  # of optax.adam for the weights
+            updates, state = optimizer.update(
+                gradients, state, params, bits=bits, learning_rate=learning_rate
+            )
+        return optax.apply_updates(params, updates), state
+
+    for (gradients, bits, rate), w_gradient in zip(HISTORY, w_gradients, strict=True):
+        given = scalars(gradients) | ({"w": jnp.asarray(w_gradient)} if "w" in params else {})
+        params, state = step(params, state, given, jnp.int32(bits), jnp.float32(rate))
+    assert len(traces) == 1  # bits and rate are traced: one program for all
+    rates = [
+        rate_by_hand("relative", rate, gradients.values(), bits)[0]
+        for gradients, bits, rate in HISTORY
+    ]
+    for name in ("a", "b"):
+        wanted = 1 + adam_by_hand([gradients[name] for gradients, *_ in HISTORY], rates)
+        np.testing.assert_allclose(params[name], wanted, rtol=1e-5)  # bias correction in float32
+    if "w" in params:  # by Adam's own rate, whatever the precision
+        wanted = 1 + adam_by_hand(w_gradients, [0.01] * len(HISTORY))
+        np.testing.assert_allclose(params["w"], wanted, rtol=1e-5)
+    found = optax.tree_utils.tree_get(state, "learning_rate")
+    np.testing.assert_allclose(found, rates[-1], rtol=1e-5)
+    mean = optax.tree_utils.tree_get(state, "mean_gradient")
+    np.testing.assert_allclose(mean, (1.0 + 0.4) / 2, rtol=1e-6)
+
+
+def test_inner_transformations_get_their_own_extra_arguments():
+    optimizer = alrs(skip_unused_rows(scale_by_adam(), row_axes=1), highest=4)
+    params = {"steps": jnp.ones(3)}
+    used = {"steps": jnp.array([True, False, True])}
+    updates, state = optimizer.update(
+        {"steps": jnp.array([0.5, 0.5, -0.25])},
+        optimizer.init(params),
+        params,
+        bits=3,
+        learning_rate=0.1,
+        used=used,
+    )
+    rate = 0.5 * 0.1 * (1 - 0.5)
+    np.testing.assert_allclose(updates["steps"], [-rate, 0, rate], rtol=1e-5)
+    np.testing.assert_allclose(state.learning_rate, rate, rtol=1e-6)
+
+
+def test_first_state_logs_zeros_of_the_same_type():
+    optimizer = alrs(highest=8)
+    gradients = scalars(SCALE_GRADIENTS)
+    before = optimizer.init(gradients)
+    _, after = optimizer.update(gradients, before, bits=8, learning_rate=0.1)
+    assert before.learning_rate == before.mean_gradient == 0
+    kinds = (
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) for state in (before, after)
+    )
+    assert next(kinds) == next(kinds)
+
+
+def test_unknown_readings_and_bounds_are_refused():
+    with pytest.raises(ValueError, match=r"reading is 'printed'; wanted one of .*'relative'"):
+        alrs(highest=8, reading="printed")
+    for clip in (0.0, -1.0):
+        with pytest.raises(ValueError, match=rf"clip is {clip}; wanted a positive bound"):
+            alrs(highest=8, clip=clip)
+
+
+# What else the learners are made of.
+
+
+def test_scale_by_adam_is_that_of_optax_without_mixing_types():
+    ours, theirs = scale_by_adam(), optax.scale_by_adam()
+    params = random_tree(0)
+    state, wanted_state = ours.init(params), theirs.init(params)
+    for seed in range(1, 4):
+        gradients = random_tree(seed)
+        updates, state = ours.update(gradients, state, params, used=None)
+        with jax.numpy_dtype_promotion("standard"):
+            wanted, wanted_state = theirs.update(gradients, wanted_state, params)
+        jax.tree.map(np.testing.assert_array_equal, updates, wanted)
+    jax.tree.map(np.testing.assert_array_equal, state, wanted_state)
+
+
+def test_scale_by_given_rate():
+    optimizer = optax.chain(optax.scale(2.0), scale_by_given_rate())
+    gradients = random_tree(1)
+    state = optimizer.init(gradients)
+    for rate in (0.5, 0.125):  # exact in float32
+        updates, state = optimizer.update(gradients, state, learning_rate=rate, bits=4)
+        jax.tree.map(
+            lambda u, g, rate=rate: np.testing.assert_array_equal(u, -2 * rate * g),
+            updates,
+            gradients,
+        )

@@ -174,6 +174,22 @@ def _unshared_codes(w, step_size, bits, *, highest):
     return _weight_codes(_halve, w, _of_highest(w, step_size, bits, highest), bits, highest=highest)
 
 
+def _stored_codes(w, step_size, bits, *, highest):
+    halvings = _halvings(bits, highest)
+    width = jnp.asarray(step_size) * jnp.ldexp(jnp.ones((), jnp.float32), halvings)
+    return switch(w.astype(jnp.int32), bits, highest=highest), width
+
+
+def _stored_values(w, step_size, bits, *, highest, grad_scale) -> Array:
+    del grad_scale  # integers do not learn
+    lower, width = _stored_codes(w, step_size, bits, highest=highest)
+    return lower.astype(width.dtype) * width
+
+
+def _stored_step(w, bits):
+    raise TypeError("stored integers come with their step size; it cannot be found from them")
+
+
 def _sharing(reduce) -> Quantizer:
     weights = WeightQuantizer(
         functools.partial(_weight_fake_quant, reduce),
@@ -190,4 +206,8 @@ FLOORED = _sharing(_floor)  # an arithmetic shift instead of rounding (ablation)
 UNSHARED = Quantizer(
     WeightQuantizer(_unshared_fake_quant, _unshared_codes, lsq.init_weight_step, one_step=False),
     lsq.ACTS,
+)
+# Of kernels that are the stored integers themselves (`codes`): no float weight is needed.
+STORED = Quantizer(
+    WeightQuantizer(_stored_values, _stored_codes, _stored_step, one_step=True), lsq.ACTS
 )

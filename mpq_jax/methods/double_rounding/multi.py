@@ -33,21 +33,11 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
-def precisions(table: LayerTable) -> tuple[int, ...]:
-    """Returns the bits that the network can run at, descending.
-
-    They are the candidates of its layers; a network without any choice (one precision trained
-    alone) has that of its quantised layers.
-    """
-    quantised = [layer.highest for layer in table.layers if not layer.float_weights]
-    if not quantised:
-        raise ValueError("no layer of the table has quantised weights; give the rules candidates")
-    return table.bank_bits or (max(set(quantised), key=quantised.count),)
-
-
 def levels_of(table: LayerTable) -> dict[int, BitConfig]:
     """Returns the uniform configuration of every precision, the highest first."""
-    return {bits: table.uniform(bits, bits) for bits in precisions(table)}
+    if not table.precisions:
+        raise ValueError("no layer of the table has quantised weights; give the rules candidates")
+    return {bits: table.uniform(bits, bits) for bits in table.precisions}
 
 
 def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:

@@ -1,0 +1,40 @@
+"""Double Rounding: what its configs have in common.
+
+With C=configs/double_rounding/NAME.py and W=runs/NAME, a float model, the multi-precision network
+that starts from it (and W/multi/integers.safetensors), the mixed-precision supernet that starts
+from that, and bits for each layer:
+
+    python train.py --config=$C:float --workdir=$W/float
+    python train.py --config=$C --workdir=$W/multi --config.init_from=$W/float
+    python -m mpq_jax.export inspect $W/multi/integers.safetensors
+    python train.py --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
+    python search.py --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
+"""
+
+from ml_collections import ConfigDict
+
+
+def use(config: ConfigDict, *, candidates: tuple[int, ...]) -> ConfigDict:
+    """Makes a config train Double Rounding, with the first and the last layer in float.
+
+    Args:
+        config: changed in place.
+        candidates: precisions, the highest first; budgets are the cost of those in the middle.
+    """
+    config.method = "double_rounding"
+    config.bits.candidates = candidates
+    config.bits.first_last = "float"
+    config.bits.depthwise_min_bits = 0
+    config.search.strategy = "ilp"
+    config.search.budget = "mean_bits"
+    config.search.levels = candidates[1:-1]
+    config.search.budgets = ()
+    config.search.finalists = True
+    return config
+
+
+def published_imagenet(config: ConfigDict) -> ConfigDict:
+    """Sets the published length of the runs on ImageNet."""
+    config.epochs = 90
+    config.batch_size = 256
+    return config

@@ -1,0 +1,14 @@
+"""Double Rounding on Fashion-MNIST with a network that two CPU cores can train.
+
+The data must be prepared once as array_record files (README, "Data"). docs/results.md has what
+benchmarks/double_rounding.py and benchmarks/mixed_precision.py measured with this network.
+"""
+
+from configs import default, fashion_mnist
+from configs.double_rounding import use
+
+
+def get_config(arg: str = ""):
+    config = use(fashion_mnist.get_config(), candidates=(8, 6, 4, 2))
+    config.search.budgets = (5.0, 3.0)
+    return default.finish(config, arg)

@@ -1,0 +1,15 @@
+"""Double Rounding with ResNet-20 on CIFAR-10 at {8, 6, 4, 2} bits, as published.
+
+Published: 92.25 / 92.32 / 92.09 / 90.19 % top-1 at 8 / 6 / 4 / 2 bits (float 92.30 %), without ALRS
+92.17 / 92.20 / 92.17 / 89.67 %; 200 epochs, batch 128. Not reproduced here yet. One GPU. Needs
+TFDS's cifar10 as array_record files (README, "Data").
+"""
+
+from configs import default, resnet20_cifar10
+from configs.double_rounding import use
+
+
+def get_config(arg: str = ""):
+    config = use(resnet20_cifar10.get_config(), candidates=(8, 6, 4, 2))
+    config.epochs = 200
+    return default.finish(config, arg)

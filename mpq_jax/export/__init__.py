@@ -1,0 +1,1 @@
+"""Hands trained networks over: files that run without the trainer."""

@@ -1,0 +1,140 @@
+"""`python -m mpq_jax.export inspect FILE`: what an artifact holds, and how accurate it is."""
+
+import argparse
+import pathlib
+import sys
+
+import rich.console
+import rich.table
+
+from mpq_jax import bits as bit_configs
+from mpq_jax import costs, data, evaluation
+from mpq_jax.bits import BitConfig
+from mpq_jax.export import integers
+
+DATASETS = "digits, arrays:FILE.npz or tfds:NAME"
+KIB = 2**10
+
+
+def dataset_options(named: str, data_dir: str, image_size: int | None, split: str) -> dict:
+    """Returns the arguments of `data.load` for what was named on the command line."""
+    name, _, rest = named.partition(":")
+    options = {
+        "digits": {},
+        "arrays": {"path": rest},
+        "tfds": {
+            "dataset": rest,
+            "data_dir": data_dir,
+            "image_size": image_size,
+            "test_split": split,
+        },
+    }
+    if name not in options or (name != "digits" and not rest):
+        raise ValueError(f"--dataset is {named!r}; wanted {DATASETS}")
+    return {"name": name} | options[name]
+
+
+def show_contents(artifact: integers.Artifact, console: rich.console.Console) -> None:
+    """Prints the layers and the sizes."""
+    shown = rich.table.Table("layer", "kind", "kernel", "weights", "bits w", "bits a")
+    for layer in artifact.table.layers:
+        is_float = (layer.float_weights, layer.float_acts)
+        kept = (layer.weight_candidates, layer.act_candidates)
+        shown.add_row(
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.kernel_shape)),
+            f"{layer.params:,}",
+            *("float" if f else " ".join(map(str, b)) for f, b in zip(is_float, kept, strict=True)),
+        )
+    console.print(shown)
+    sizes = artifact.sizes
+    console.print(
+        f"precisions {' '.join(map(str, artifact.precisions))}, norms kept by "
+        f"{' x '.join(artifact.table.norm_axes) or 'none (one for all)'}"
+    )
+    header = sizes.file - sizes.codes - sizes.floats
+    console.print(
+        f"file {sizes.file / KIB:.1f} KiB = integers {sizes.codes / KIB:.1f} + floats (step sizes, "
+        f"norms, biases, float layers) {sizes.floats / KIB:.1f} + header {header / KIB:.1f}; "
+        f"{sizes.file / (sizes.codes + sizes.floats) - 1:+.2%} over its numbers"
+    )
+    method = artifact.config.get("method")
+    if method:
+        console.print(f"trained by {method}")
+
+
+def show_accuracy(
+    artifact: integers.Artifact, configs: dict[str, BitConfig], dataset: data.Dataset, console
+) -> None:
+    """Prints accuracy on the test images at each of the configurations."""
+    if artifact.mean is None or artifact.std is None:
+        raise ValueError("the file does not say how its images are normalised; save it with them")
+    mean, std = artifact.mean, artifact.std
+
+    def normalize(images):
+        return data.normalize(images, mean=mean, std=std)
+
+    def predict(selected, bits, images):
+        del bits  # it is switched to them
+        return artifact.forward(selected, images)
+
+    evaluate = evaluation.make_evaluate(predict, normalize)
+    shown = rich.table.Table("precision", "mean w bits", "KiB of weights", "test accuracy", "loss")
+    for name, bits in configs.items():
+        score = evaluate(artifact.switch(bits), None, dataset.eval_batches("test"))
+        mean_bits = "-"
+        if artifact.table.searchable.any():
+            mean_bits = f"{float(costs.mean_bits(artifact.table, bits, by='param')):.2f}"
+        size = float(costs.model_bytes(artifact.table, bits)) / KIB
+        shown.add_row(name, mean_bits, f"{size:.1f}", f"{score.accuracy:.2%}", f"{score.loss:.4f}")
+    console.print(shown)
+
+
+def inspect(arguments: argparse.Namespace, console: rich.console.Console) -> None:
+    """Runs the command."""
+    options = {}
+    if arguments.dataset:
+        options = dataset_options(
+            arguments.dataset, arguments.data_dir, arguments.image_size, arguments.split
+        )
+    artifact = integers.load(arguments.file)
+    table = artifact.table
+    configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in artifact.precisions}
+    for file in arguments.bits:
+        config = bit_configs.from_json(pathlib.Path(file).read_text(), table.names)
+        table.check(config)
+        configs[pathlib.Path(file).stem] = config
+    show_contents(artifact, console)
+    if options:
+        dataset = data.load(
+            batch_size=arguments.batch_size, seed=0, heldout_fraction=0.0, **options
+        )
+        show_accuracy(artifact, configs, dataset, console)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m mpq_jax.export", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("inspect", help="print what an artifact holds")
+    command.add_argument("file", help="written by mpq_jax.export.integers.save")
+    command.add_argument("--dataset", default="", help=f"evaluate on it: {DATASETS}")
+    command.add_argument("--data_dir", default="", help="where TFDS's dataset is prepared")
+    command.add_argument("--split", default="test", help="TFDS name of the split to test on")
+    command.add_argument("--image_size", type=int, help="of datasets whose images differ in size")
+    command.add_argument("--batch_size", type=int, default=256)
+    command.add_argument("--bits", nargs="*", default=[], help="bit files to evaluate as well")
+    command.set_defaults(run=inspect)
+    arguments = parser.parse_args(argv)
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console.width = 160  # of files and pipes
+    try:
+        arguments.run(arguments, console)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""The integer artifact of Double Rounding: one file that runs at every precision.
+
+A safetensors file holds the integers of the highest precision, the step sizes, the norm rows of
+every precision and what stays float, and says in its header which layers they belong to. Loaded,
+it is a supernet whose kernels are integers: `at(bits)` switches it by integer arithmetic.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import Array, Float
+
+from mpq_jax import linen, models, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import Layer, LayerTable
+from mpq_jax.quantizers import double_rounding
+from mpq_jax.quantizers.record import Quantizer
+
+FORMAT = "mpq_jax.integers"
+VERSION = 1
+BYTES_UP_TO_8_BITS = (np.int8, np.int16)  # types of the codes: up to 8 bits, and beyond
+NORM_LEAVES = ("params/scale", "params/bias", "batch_stats/mean", "batch_stats/var")
+PyTree = Any
+
+
+class ModelSpec(NamedTuple):
+    """Which model of `mpq_jax.models` the artifact is of.
+
+    Attributes:
+        name: a key of `MODELS`; None: a model of one's own, to be given to `load`.
+        num_classes: size of its output.
+        options: further arguments of `make_model`.
+    """
+
+    name: str | None
+    num_classes: int
+    options: dict[str, Any] = {}
+
+
+class Sizes(NamedTuple):
+    """Bytes of an artifact.
+
+    Attributes:
+        codes: of the integers.
+        floats: of everything that stays float: step sizes, norms, biases, float kernels.
+        file: of the file, header included.
+    """
+
+    codes: int
+    floats: int
+    file: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact.
+
+    Attributes:
+        model: the Linen model.
+        table: its layers.
+        variables: a supernet whose quantised kernels are the stored integers; it goes with
+            `quantizer` wherever the library takes a supernet (search, recalibration, costs).
+        sizes: of the file.
+        mean, std: of the images that the network was trained with, per channel, on the scale 0
+            to 1; None: not stored.
+        config: of the training run, as nested dicts; empty: not stored.
+    """
+
+    model: nn.Module
+    table: LayerTable
+    variables: supernet.Variables
+    sizes: Sizes
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    config: dict[str, Any]
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What makes values of the stored integers."""
+        return double_rounding.STORED
+
+    @property
+    def precisions(self) -> tuple[int, ...]:
+        """Bits that the network can run at, descending."""
+        return self.table.precisions
+
+    def at(self, bits: int | BitConfig) -> Callable[[Array], Float[Array, "batch classes"]]:
+        """Switches to a precision; returns `apply(normalised images) -> logits`, a pure function.
+
+        Neither the switch nor the function compiles anew for other bits. Arguments and errors are
+        those of `switch`.
+        """
+        return functools.partial(self.forward, self.switch(bits))
+
+    def switch(self, bits: int | BitConfig) -> supernet.Selected:
+        """Derives the subnet of a precision from the stored integers.
+
+        Args:
+            bits: of all layers with a choice, or a configuration.
+
+        Raises:
+            ValueError: the network has no such bits.
+        """
+        if isinstance(bits, int):
+            if bits not in self.precisions:
+                raise ValueError(
+                    f"bits is {bits}; the file holds a network of {self.precisions} bits"
+                )
+            bits = self.table.uniform(bits, bits)
+        self.table.check(bits)
+        return _switch(self.table, self.variables, bits)
+
+    def forward(
+        self, selected: supernet.Selected, images: Float[Array, "batch ..."]
+    ) -> Float[Array, "batch classes"]:
+        """Returns the logits of a subnet from `switch` on normalised images."""
+        return _forward(self.model, self.table, selected, images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _switch(table: LayerTable, variables, bits) -> supernet.Selected:
+    return supernet.select(table, variables, bits, quantizer=double_rounding.STORED)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(model, table: LayerTable, selected, images) -> Array:
+    return supernet.apply(
+        model, table, selected, images, train=False, quantizer=double_rounding.STORED
+    ).logits
+
+
+def to_integers(table: LayerTable, variables: supernet.Variables) -> supernet.Variables:
+    """Returns the supernet with its quantised kernels replaced by the integers to store.
+
+    Args:
+        table: the layers.
+        variables: of Double Rounding with shared scales.
+    """
+    learned = variables.learned
+    params = linen.flatten(learned.params)
+    steps = supernet.chosen_weight_steps(
+        table, learned, jnp.asarray(table.largest.weights), quantizer=double_rounding.QUANTIZER
+    )
+    for index, layer in enumerate(table.layers):
+        if not layer.float_weights:
+            name = f"{layer.name}/kernel"
+            codes = double_rounding.codes(params[name], steps[index], highest=layer.highest)
+            params[name] = codes.astype(_code_type(layer))
+    return variables._replace(learned=learned._replace(params=linen.unflatten(params)))
+
+
+def can_store(quantizer: Quantizer | None) -> bool:
+    """Whether networks of this quantiser follow from the integers of their highest precision."""
+    return quantizer is double_rounding.QUANTIZER
+
+
+def save(
+    path: str | os.PathLike[str],
+    table: LayerTable,
+    variables: supernet.Variables,
+    *,
+    model: ModelSpec,
+    quantizer: Quantizer = double_rounding.QUANTIZER,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    config: dict[str, Any] | None = None,
+) -> Sizes:
+    """Writes a network of Double Rounding as integers; the file appears at once or not at all.
+
+    Args:
+        path: file to write, usually `*.safetensors`.
+        table: the method's layer table.
+        variables: the trained network.
+        model: how `load` makes the model.
+        quantizer: the one it was trained with.
+        mean: per channel, of the images as the network was trained with them.
+        std: likewise.
+        config: of the run, for the record; must be JSON.
+
+    Returns:
+        What it takes.
+
+    Raises:
+        ValueError: the network's lower precisions do not follow from stored integers.
+    """
+    if not can_store(quantizer):
+        raise ValueError(
+            "only Double Rounding with shared scales and rounding can be stored as integers: the "
+            "lower precisions of other quantisers need the float weights"
+        )
+    integers = jax.device_get(jax.jit(to_integers, static_argnums=0)(table, variables))
+    tensors = _tensors(table, integers)
+    content = {
+        "model": model._asdict(),
+        "norm_rows": table.norm_rows,
+        "layers": [list(layer) for layer in table.layers],
+        "mean": mean,
+        "std": std,
+        "config": config or {},
+    }
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "crc32": str(_checksum(tensors)),
+        "content": json.dumps(content, separators=(",", ":")),
+    }
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
+    temporary.replace(path)
+    return _sizes(tensors, path)
+
+
+def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Artifact:
+    """Reads what `save` wrote.
+
+    Args:
+        path: the file.
+        model: the model, where it is not one of `mpq_jax.models`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, of another kind or of a newer version, or does not fit the
+            model.
+    """
+    path = pathlib.Path(path)
+    tensors, metadata = _read(path)
+    content = json.loads(metadata["content"])
+    table = LayerTable(tuple(_layer(values) for values in content["layers"]), content["norm_rows"])
+    made = _model(path, ModelSpec(**content["model"])) if model is None else model
+    try:
+        variables = _variables(table, tensors)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not hold what its header says: {error}") from error
+    _check_codes(path, table, variables)
+    mean, std = (content[name] and tuple(content[name]) for name in ("mean", "std"))
+    placed = jax.tree.map(jnp.asarray, variables)
+    return Artifact(made, table, placed, _sizes(tensors, path), mean, std, content["config"])
+
+
+def _tensors(table: LayerTable, variables: supernet.Variables) -> dict[str, np.ndarray]:
+    """Names every array; the four leaves of a norm become one, which keeps the header small."""
+    leaves = {f"params/{name}": x for name, x in linen.flatten(variables.learned.params).items()}
+    leaves |= {f"batch_stats/{n}": x for n, x in linen.flatten(variables.batch_stats).items()}
+    tensors = {
+        "weight_steps": variables.learned.weight_steps,
+        "act_steps": variables.learned.act_steps,
+        "signed": variables.signed,
+    }
+    for layer in table.layers:
+        if not layer.float_weights:
+            tensors[f"codes/{layer.name}"] = leaves.pop(f"params/{layer.name}/kernel")
+    for norm in {linen.module_of(name.partition("/")[2]) for name in leaves}:
+        names = [_leaf_of(norm, leaf) for leaf in NORM_LEAVES]
+        if all(name in leaves for name in names):
+            tensors[f"norms/{norm}"] = np.stack([leaves.pop(name) for name in names])
+    tensors |= {f"floats/{name}": leaf for name, leaf in leaves.items()}
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _variables(table: LayerTable, tensors: dict[str, np.ndarray]) -> supernet.Variables:
+    """Undoes `_tensors`."""
+    leaves: dict[str, np.ndarray] = {}
+    kinds = {layer.name: f"codes/{layer.name}" for layer in table.layers if not layer.float_weights}
+    for layer, name in kinds.items():
+        leaves[f"params/{layer}/kernel"] = tensors[name]
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "norms":
+            leaves |= {
+                _leaf_of(rest, leaf): row for leaf, row in zip(NORM_LEAVES, tensor, strict=True)
+            }
+        elif kind == "floats":
+            leaves[rest] = tensor
+
+    def tree(collection: str) -> PyTree:
+        start = collection + "/"
+        chosen = {n.removeprefix(start): x for n, x in leaves.items() if n.startswith(start)}
+        return linen.unflatten(chosen)
+
+    learned = supernet.Learned(tree("params"), tensors["weight_steps"], tensors["act_steps"])
+    return supernet.Variables(learned, tree("batch_stats"), jnp.asarray(tensors["signed"]))
+
+
+def _leaf_of(norm: str, leaf: str) -> str:
+    """Returns where a leaf of `NORM_LEAVES` stands: collection, path of the norm, name."""
+    collection, name = leaf.split("/")
+    return "/".join(part for part in (collection, norm, name) if part)
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns tensors and header of an artifact, checked for kind, version and damage."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            _check_kind(path, metadata)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is no whole safetensors file ({error}); it may have been cut off: write or "
+            "copy it again"
+        ) from error
+    if str(_checksum(tensors)) != metadata.get("crc32"):
+        raise ValueError(f"{path} is damaged: its checksum is wrong; copy or write it again")
+    return tensors, metadata
+
+
+def _check_kind(path: pathlib.Path, metadata: dict[str, str]) -> None:
+    found, version = metadata.get("format"), metadata.get("version")
+    if found != FORMAT:
+        raise ValueError(
+            f'{path} is no integer artifact: its header says format {found!r}, wanted "{FORMAT}"; '
+            "mpq_jax.export.integers.save writes one"
+        )
+    if version != str(VERSION):
+        raise ValueError(
+            f"{path} has version {version} of the format, this library reads version {VERSION}; "
+            "update mpq_jax"
+        )
+
+
+def _checksum(tensors: dict[str, np.ndarray]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(np.ascontiguousarray(tensors[name]).data, checksum)
+    return checksum
+
+
+def _layer(values: list) -> Layer:
+    """Returns a layer from its JSON form, where tuples are lists."""
+    fields: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+    return Layer(*fields)
+
+
+def _model(path: pathlib.Path, spec: ModelSpec) -> nn.Module:
+    if spec.name is None:
+        raise ValueError(
+            f"{path} is of a model of one's own, not of mpq_jax.models; call load(path, model=...)"
+        )
+    options = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in spec.options.items()
+    }
+    return models.make_model(spec.name, num_classes=spec.num_classes, **options)
+
+
+def _check_codes(path: pathlib.Path, table: LayerTable, variables: supernet.Variables) -> None:
+    """Raises ValueError where stored integers are not those of a layer."""
+    params = linen.flatten(variables.learned.params)
+    for layer in table.layers:
+        codes = params.get(f"{layer.name}/kernel")
+        if codes is None or tuple(codes.shape) != layer.kernel_shape:
+            held = "nothing" if codes is None else f"shape {tuple(codes.shape)}"
+            raise ValueError(
+                f"{path} holds {held} for layer {layer.name!r}; wanted shape {layer.kernel_shape}"
+            )
+        half = 2 ** (layer.highest - 1)
+        if not layer.float_weights and not (codes.min() >= -half and codes.max() < half):
+            raise ValueError(f"{path} has codes of {layer.name!r} beyond {layer.highest} bits")
+
+
+def _code_type(layer: Layer) -> Any:
+    return BYTES_UP_TO_8_BITS[layer.highest > 8]
+
+
+def _sizes(tensors: dict[str, np.ndarray], path: pathlib.Path) -> Sizes:
+    codes = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("codes/"))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    return Sizes(codes, total - codes, path.stat().st_size)

@@ -1,0 +1,928 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.datasets
+from drawing import drawn_variables
+
+from mpq_jax import linen, recording, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
+from mpq_jax.methods import METHODS, double_rounding
+from mpq_jax.methods.double_rounding import MixedOptions, Options, learner, mixed, multi
+from mpq_jax.methods.record import Run
+
+CHOICES = (4, 3, 2)  # with factors 1, 0.5 and 0.1
+HIGHEST = 4
+KEY = jax.random.key(0)
+SHAPE = (6, 6, 2)
+LAYERS = ("conv1", "conv2")
+RUN = Run(epochs=4, steps_per_epoch=2, prepare=lambda batch, key: batch["image"])
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        def norm(x, name):
+            return nn.relu(nn.BatchNorm(use_running_average=not train, name=name)(x))
+
+        x = nn.Conv(4, (3, 3), strides=2, use_bias=False, name="stem")(x)
+        x = norm(x, "stem_norm")
+        x = norm(nn.Conv(4, (3, 3), use_bias=False, name="conv1")(x), "norm1")
+        x = norm(nn.Conv(4, (3, 3), use_bias=False, name="conv2")(x), "norm2")
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+MODEL = Net()
+RULES = bit_rules(CHOICES, first_last=FIRST_LAST_FLOAT)
+TABLE = trace_layers(MODEL, SHAPE, rules=RULES)
+PLACE = {name: TABLE.names.index(name) for name in LAYERS}
+# Rates, decay and gradients large enough to matter from the first update on.
+BASE = Options(
+    learning_rate=0.02,
+    end_learning_rate=0.005,
+    scale_learning_rate=0.02,
+    weight_decay=0.05,
+)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return drawn_variables(MODEL, SHAPE, 0)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    labels = np.arange(6, dtype=np.int32) % 3
+    images = np.random.default_rng(0).normal(size=(6, *SHAPE))
+    images += (labels - 1)[:, None, None, None]
+    return {"image": jnp.asarray(images, jnp.float32), "label": jnp.asarray(labels)}
+
+
+def snapshot(tree):
+    return jax.tree.map(np.array, tree)
+
+
+# Options.
+
+
+@pytest.mark.parametrize("kind", [Options, MixedOptions])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"update": "both"}, r"update is 'both'; wanted one of \('sequential', 'joint'\)"),
+        ({"scales": "one"}, "scales is 'one'.*'unshared'"),
+        ({"switch": "shift"}, "switch is 'shift'.*'floor'"),
+        ({"scale_rate": "printed"}, "scale_rate is 'printed'.*'literal'.*'off'"),
+        ({"norm_rows": "pair"}, "norm_rows is 'pair'.*'weights'"),
+        ({"distill_weight": 1.5}, "distill_weight is 1.5; wanted a number from 0 to 1"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ({"warmup": 2.0}, "warmup is 2.0"),
+        ({"scales": "unshared", "switch": "floor"}, "'unshared' and switch is 'floor'; wanted one"),
+        ({"update": "joint"}, 'update is "joint" and scale_rate is \'relative\'.*"off"'),
+    ],
+)
+def test_bad_options_are_refused(kind, change, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"roulette": "hessian"}, "roulette is 'hessian'; known: .*'published'"),
+        ({"switch_probability": 1.1}, "switch_probability is 1.1; wanted"),
+        ({"switch_probability": -0.1}, "switch_probability is -0.1"),
+        ({"trace_probes": 1}, "trace_probes is 1 and trace_batch 128; wanted at least 2"),
+        ({"trace_batch": 0}, "trace_batch 0"),
+    ],
+)
+def test_bad_options_of_the_mixed_supernet_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        MixedOptions(**change)
+
+
+def test_norms_per_transition_are_of_the_mixed_supernet_alone():
+    with pytest.raises(ValueError, match="norm_rows is 'transition'"):
+        Options(norm_rows="transition")
+    assert MixedOptions().norm_rows == "transition"
+
+
+def test_defaults_are_as_published():
+    options = Options()
+    assert (options.update, options.scales, options.switch) == ("sequential", "shared", "round")
+    assert (options.learning_rate, options.scale_learning_rate) == (5e-4, 5e-4)
+    assert (options.end_learning_rate, options.warmup, options.weight_decay) == (0.0, 0.0, 5e-5)
+    assert options.distill_weight == 0 and options.norm_rows == "weights"
+
+
+def test_both_methods_are_listed():
+    assert METHODS["double_rounding"] is double_rounding.FAMILY
+    assert METHODS["double_rounding_mixed"] is double_rounding.MIXED_FAMILY
+    assert double_rounding.FAMILY.options is Options
+    assert double_rounding.MIXED_FAMILY.options is MixedOptions
+
+
+# The reference: one flat dict of learned arrays, in which "name@bits" belongs to these bits, and
+# a forward pass in plain jax.numpy. Ends and their norm are float and common to all bits.
+
+
+def names_of(bits, options):
+    """Returns the keys of what a configuration {layer: bits} uses, by their name in the net."""
+    names = {name: name for name in ("stem/kernel", "head/kernel", "head/bias")}
+    names |= {f"stem_norm/{part}": f"stem_norm/{part}" for part in ("scale", "bias")}
+    previous = "conv1"
+    for index, layer in enumerate(LAYERS, start=1):
+        names[f"{layer}/kernel"] = f"{layer}/kernel"
+        row = {
+            "shared": "",
+            "weights": f"@{bits[layer]}",
+            "transition": f"@{bits[layer]},{bits[previous]}",
+        }[options.norm_rows]
+        names |= {f"norm{index}/{part}": f"norm{index}/{part}{row}" for part in ("scale", "bias")}
+        own = bits[layer] if options.scales == "unshared" else HIGHEST
+        names[f"{layer}/w_step"] = f"{layer}/w_step@{own}"
+        names[f"{layer}/x_step"] = f"{layer}/x_step@{bits[layer]}"
+    return names
+
+
+def stats_names_of(bits, options):
+    names = names_of(bits, options)
+    return {
+        name.replace("scale", part): key.replace("scale", part)
+        for name, key in names.items()
+        if name.endswith("/scale")
+        for part in ("mean", "var")
+    }
+
+
+def flat_of(variables, norm_rows):
+    """Returns the learned arrays and the statistics of a supernet as such flat dicts."""
+
+    def rows_of(tree):
+        flat = {}
+        for path, leaf in linen.flatten(tree).items():
+            if norm_rows == "shared" or linen.module_of(path) not in ("norm1", "norm2"):
+                flat[path] = leaf
+                continue
+            for i, own in enumerate(CHOICES):
+                if norm_rows == "weights":
+                    flat[f"{path}@{own}"] = leaf[i]
+                else:
+                    flat |= {f"{path}@{own},{b}": leaf[i, j] for j, b in enumerate(CHOICES)}
+        return flat
+
+    learned = rows_of(variables.learned.params)
+    for layer in LAYERS:
+        for bits in CHOICES:
+            column = TABLE.candidates.index(bits)
+            steps = variables.learned
+            learned[f"{layer}/w_step@{bits}"] = steps.weight_steps[PLACE[layer], column]
+            learned[f"{layer}/x_step@{bits}"] = steps.act_steps[PLACE[layer], column]
+    return snapshot(learned), snapshot(rows_of(variables.batch_stats))
+
+
+def straight_through(v, code, low, high):
+    """Returns `code`, whose derivative in v is 1 within [low, high] and 0 elsewhere."""
+    inside = (v >= low) & (v <= high)
+    passing = v + jax.lax.stop_gradient(code - v)
+    return jnp.where(inside, passing, jax.lax.stop_gradient(code))
+
+
+def scaled_gradient(x, factor):
+    return x * factor + jax.lax.stop_gradient(x - x * factor)
+
+
+def quantised_kernel(w, step, bits, rule):
+    """Section 2 of the method; `bits` are traced, floats."""
+    ratio = 2.0 ** (HIGHEST - bits)
+    low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+    step = scaled_gradient(step, jnp.where(rule["scaled"], 1 / jnp.sqrt(w.size * high), 1.0))
+    width = jnp.where(rule["unshared"], step, step * ratio)
+    stored = jnp.round(jnp.clip(w * (ratio / width), -(2.0 ** (HIGHEST - 1)), 2.0**3 - 1))
+    lower = jnp.where(rule["floored"], jnp.floor(stored / ratio), jnp.round(stored / ratio))
+    code = jax.lax.stop_gradient(jnp.clip(lower, low, high))
+    return straight_through(w / width, code, low, high) * width
+
+
+def quantised_input(x, step, bits, rule):
+    high = 2.0**bits - 1
+    step = scaled_gradient(step, jnp.where(rule["scaled"], 1 / jnp.sqrt(x.size * high), 1.0))
+    v = x / step
+    code = jax.lax.stop_gradient(jnp.round(jnp.clip(v, 0.0, high)))
+    return straight_through(v, code, 0.0, high) * step
+
+
+def convolved(x, kernel, stride=1):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def forward(theta, images, bits, rule):
+    """Returns the logits in training mode, and mean and variance of every norm's input."""
+    seen = {}
+
+    def norm(x, name):
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        seen[f"{name}/mean"], seen[f"{name}/var"] = mean, var
+        row = (1, 1, 1, -1)
+        x = (x - mean.reshape(row)) / jnp.sqrt(var.reshape(row) + 1e-5)
+        scale, bias = (theta[f"{name}/{part}"].reshape(row) for part in ("scale", "bias"))
+        return jnp.maximum(x * scale + bias, 0.0)
+
+    x = norm(convolved(images, theta["stem/kernel"], 2), "stem_norm")
+    for index, layer in enumerate(LAYERS, start=1):
+        kernel = quantised_kernel(
+            theta[f"{layer}/kernel"], theta[f"{layer}/w_step"], bits[layer], rule
+        )
+        x = quantised_input(x, theta[f"{layer}/x_step"], bits[layer], rule)
+        x = norm(convolved(x, kernel), f"norm{index}")
+    logits = x.mean((1, 2)) @ theta["head/kernel"] + theta["head/bias"].reshape(1, -1)
+    return logits, seen
+
+
+@jax.jit
+@jax.grad(has_aux=True)
+def reference_gradient(theta, batch, bits, rule, teacher):
+    logits, seen = forward(theta, batch["image"], bits, rule)
+    log_p = jax.nn.log_softmax(logits)
+    target = jax.nn.one_hot(batch["label"], 3) * (1 - rule["smoothing"]) + rule["smoothing"] / 3
+    cross_entropy = -jnp.mean(jnp.sum(target * log_p, axis=-1))
+    log_q = jax.nn.log_softmax(teacher)
+    divergence = jnp.mean(jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1))
+    loss = (1 - rule["share"]) * cross_entropy + rule["share"] * divergence
+    return loss, (logits, seen, cross_entropy, divergence)
+
+
+class Reference:
+    """The training written as a loop over precisions and a loop over arrays."""
+
+    def __init__(self, options, variables):
+        self.options = options
+        self.theta, self.stats = flat_of(variables, options.norm_rows)
+        self.adam = {}  # name -> (first moment, second moment, updates)
+        self.step = 0
+
+    def gradient(self, bits, batch, teacher):
+        options, names = self.options, names_of(bits, self.options)
+        rule = {
+            "scaled": jnp.array(options.scale_step_gradient),
+            "unshared": jnp.array(options.scales == "unshared"),
+            "floored": jnp.array(options.switch == "floor"),
+            "smoothing": jnp.float32(options.label_smoothing),
+            "share": jnp.float32(0.0 if teacher is None else options.distill_weight),
+        }
+        theta = {name: jnp.asarray(self.theta[key]) for name, key in names.items()}
+        level = {layer: jnp.float32(b) for layer, b in bits.items()}
+        given = jnp.zeros((6, 3)) if teacher is None else teacher
+        gradient, (logits, seen, loss, divergence) = reference_gradient(
+            theta, batch, level, rule, given
+        )
+        for name, key in stats_names_of(bits, options).items():
+            self.stats[key] = 0.99 * self.stats[key] + 0.01 * np.asarray(seen[name])
+        gradient = {key: np.asarray(gradient[name], np.float64) for name, key in names.items()}
+        return gradient, logits, (float(loss), float(divergence))
+
+    def rates(self):
+        t = self.step / RUN.steps
+        falling = 0.5 * (1 + np.cos(np.pi * t))
+        options = self.options
+        end = options.end_learning_rate
+        return end + (options.learning_rate - end) * falling, options.scale_learning_rate * falling
+
+    def scale_rate(self, gradient, base):
+        _, rate = self.rates()
+        largest = [
+            max(abs(float(g)) for key, g in gradient.items() if "_step" in key and layer in key)
+            for layer in LAYERS
+        ]
+        mean = np.mean([min(g, 1.0) for g in largest])
+        factor = {4: 1.0, 3: 0.5, 2: 0.1}[base]
+        if self.options.scale_rate == "off":
+            return rate, mean
+        reading = {
+            "relative": rate * (1 - mean),
+            "literal": rate - mean,
+            "floor": max(rate - mean, 0.0),
+            "constant": rate,
+        }[self.options.scale_rate]
+        return factor * reading, mean
+
+    def move(self, gradient, base):
+        rate, _ = self.rates()
+        scale_rate, mean = self.scale_rate(gradient, base)
+        for key, g in gradient.items():
+            if "kernel" in key:
+                g = g + self.options.weight_decay * self.theta[key]
+            first, second, count = self.adam.get(key, (0.0, 0.0, 0))
+            first, second, count = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2, count + 1
+            self.adam[key] = first, second, count
+            direction = (first / (1 - 0.9**count)) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+            moved = self.theta[key] - (scale_rate if "_step" in key else rate) * direction
+            self.theta[key] = np.asarray(moved, np.float32)
+        return scale_rate, mean
+
+    def train_step(self, batch, configs):
+        """Goes through {base: {layer: bits}}; returns metrics as the library names them."""
+        teacher, total, metrics = None, {}, {}
+        for base, bits in sorted(configs.items(), reverse=True):
+            gradient, logits, (loss, divergence) = self.gradient(bits, batch, teacher)
+            metrics[f"loss_w{base}"] = loss
+            right = np.argmax(logits, axis=-1) == np.asarray(batch["label"])
+            metrics[f"accuracy_w{base}"] = np.mean(right)
+            if teacher is not None:
+                metrics[f"kl_w{base}"] = divergence
+            if teacher is None and self.options.distill_weight:
+                teacher = logits
+            if self.options.update == "joint":
+                total = {k: total.get(k, 0.0) + gradient.get(k, 0.0) for k in total | gradient}
+                continue
+            rate, mean = self.move(gradient, base)
+            metrics |= {f"scale_rate_w{base}": rate, f"scale_gradient_w{base}": mean}
+        if total:
+            self.move(total, HIGHEST)
+        self.step += 1
+        return metrics
+
+
+UNIFORM = {bits: dict.fromkeys(LAYERS, bits) for bits in CHOICES}
+CASES = {
+    "published": BASE,
+    "joint": dataclasses.replace(BASE, update="joint", scale_rate="off", distill_weight=0.3),
+    "distilled and floored": dataclasses.replace(
+        BASE, switch="floor", distill_weight=0.4, label_smoothing=0.1, scale_rate="floor"
+    ),
+    "unshared, one norm, literal": dataclasses.replace(
+        BASE,
+        scales="unshared",
+        norm_rows="shared",
+        scale_rate="literal",
+        scale_step_gradient=False,
+        distill_weight=1.0,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def trained(request, variables, batch):
+    """Three steps of each case, and what the reference makes of them."""
+    options = CASES[request.param]
+    given = snapshot(variables)
+    method = double_rounding.FAMILY.make(MODEL, TABLE, options, RUN)
+    state = method.init(variables, batch["image"], batch["label"])
+    reference = Reference(options, state.variables)
+    start = snapshot(state)
+    logged, totals = [], []
+    with recording.CompileCounter() as counter:
+        for index in range(3):
+            state, metrics = method.train_step(state, batch, jax.random.key(index))
+            totals.append(sum(counter.counts.values()))
+            logged.append((metrics, reference.train_step(batch, UNIFORM)))
+    unharmed = jax.tree.all(jax.tree.map(np.array_equal, snapshot(variables), given))
+    return options, method, (start, state), reference, logged, (counter, totals), unharmed
+
+
+def check_same(state, reference):
+    learned, stats = flat_of(state.variables, reference.options.norm_rows)
+    for found, wanted in ((learned, reference.theta), (stats, reference.stats)):
+        assert set(found) == set(wanted)
+        for key, value in wanted.items():
+            # Float32 sums in another order; Adam's division makes the most of it.
+            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_training_is_the_loop_written_by_hand(trained):
+    _, _, (_, state), reference, logged, *_ = trained
+    check_same(state, reference)
+    for metrics, wanted in logged:
+        assert {name: value.shape for name, value in metrics.items()} == dict.fromkeys(wanted, ())
+        for name, value in wanted.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def test_every_array_that_is_used_moves_and_no_other(trained):
+    options, _, (start, state), reference, *_ = trained
+    before, _ = flat_of(start.variables, options.norm_rows)
+    after, _ = flat_of(state.variables, options.norm_rows)
+    moved = {key for key, value in after.items() if np.any(value != before[key])}
+    used = set().union(*(names_of(bits, options).values() for bits in UNIFORM.values()))
+    assert moved == used
+    idle = {f"{layer}/w_step@{bits}" for layer in LAYERS for bits in (3, 2)}
+    assert set(after) - used == (set() if options.scales == "unshared" else idle)
+    ends = [TABLE.names.index(name) for name in ("stem", "head")]  # float: nothing to learn
+    for kind in ("weight_steps", "act_steps"):
+        pair = (getattr(s.variables.learned, kind)[np.array(ends)] for s in (start, state))
+        np.testing.assert_array_equal(next(pair), next(pair))
+
+
+def test_one_program_serves_all_steps_and_precisions(trained):
+    options, *_, (counter, totals), _ = trained
+    assert totals[0] == totals[1] == totals[2]
+    forwards = 2 if options.distill_weight else 1  # without a teacher, and with one
+    assert counter.counts["_gradient"] == forwards
+    assert counter.counts["_move"] == 1
+
+
+def test_callers_variables_survive_and_epochs_bring_no_events(trained):
+    _, method, (_, state), *_, unharmed = trained
+    assert unharmed
+    same, events = method.on_epoch(state, 1)
+    assert same is state and events == {}
+    assert state.step == 3
+    assert list(method.eval_bits) == ["w4a4", "w3a3", "w2a2"]
+    np.testing.assert_array_equal(method.eval_bits["w3a3"].acts, [32, 3, 3, 32])
+    assert method.quantizer is double_rounding.Options.quantizer.fget(trained[0])
+
+
+def test_steps_stay_positive_however_large_their_rate(variables, batch):
+    options = dataclasses.replace(BASE, scale_learning_rate=5.0, scale_rate="constant")
+    method = double_rounding.FAMILY.make(MODEL, TABLE, options, RUN)
+    state = method.init(variables, batch["image"], batch["label"])
+    for index in range(2):
+        state, metrics = method.train_step(state, batch, jax.random.key(index))
+    learned = state.variables.learned
+    for steps in (learned.weight_steps, learned.act_steps):
+        assert np.all(np.asarray(steps) > 0)
+    assert np.any(np.asarray(learned.act_steps) < 1e-7)  # some were held
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(learned))
+    assert np.isfinite(list(metrics.values())).all()
+
+
+# One update, at one precision.
+
+
+@pytest.fixture(scope="module")
+def two_updates(variables, batch):
+    """Returns state before and after an update at 3 bits that follows one at all precisions."""
+    method = double_rounding.FAMILY.make(MODEL, TABLE, BASE, RUN)
+    table, levels = method.table, multi.levels_of(method.table)
+    parts = learner.make_learner(MODEL, table, BASE, RUN, highest=HIGHEST)
+    made = method.init(variables, batch["image"])
+    example = parts.prepare(batch, KEY)
+    state = made.variables, parts.init_optimizer(made.variables.learned)
+    snapshots = []
+    for configs in (levels, {3: levels[3]}):
+        *state, _ = multi.sequential_updates(parts, BASE, *state, example, configs, jnp.int32(0))
+        snapshots.append(snapshot(tuple(state)))
+    return snapshots
+
+
+def test_other_precisions_keep_norms_statistics_scales_and_optimiser_state(two_updates):
+    (before, opt_before), (after, opt_after) = two_updates
+    row, column = CHOICES.index(3), TABLE.candidates.index(3)
+
+    def moved_rows(old, new):
+        return np.argwhere((old != new).reshape(len(CHOICES), -1).any(axis=1)).tolist()
+
+    for old_tree, new_tree in (
+        (before.learned.params, after.learned.params),
+        (before.batch_stats, after.batch_stats),
+    ):
+        old_flat, new_flat = linen.flatten(old_tree), linen.flatten(new_tree)
+        for path in old_flat:
+            if linen.module_of(path) in ("norm1", "norm2"):
+                assert moved_rows(old_flat[path], new_flat[path]) == [[row]]
+            else:
+                assert np.any(old_flat[path] != new_flat[path])
+    changed = np.argwhere(before.learned.act_steps != after.learned.act_steps)
+    assert changed.tolist() == [[place, column] for place in PLACE.values()]
+    changed = np.argwhere(before.learned.weight_steps != after.learned.weight_steps)
+    highest = TABLE.candidates.index(HIGHEST)
+    assert changed.tolist() == [[place, highest] for place in PLACE.values()]
+    # The state of Adam for rows of norms: moments and counter of each row.
+    pairs = zip(
+        jax.tree.leaves(opt_before.inner_states["norm_rows"]),
+        jax.tree.leaves(opt_after.inner_states["norm_rows"]),
+        strict=True,
+    )
+    moved = [moved_rows(old, new) for old, new in pairs]
+    assert moved and all(rows == [[row]] for rows in moved)
+
+
+def test_precision_that_has_one_column_of_unshared_scales_moves_it_alone(variables, batch):
+    options = CASES["unshared, one norm, literal"]
+    method = double_rounding.FAMILY.make(MODEL, TABLE, options, RUN)
+    state = method.init(variables, batch["image"])
+    bits = multi.levels_of(method.table)[2]
+    used = supernet.used_rows(
+        method.table,
+        state.variables.learned.params,
+        jax.tree.map(lambda leaf: leaf[None], bits),
+        quantizer=method.quantizer,
+    )
+    wanted = [[place, TABLE.candidates.index(2)] for place in PLACE.values()]
+    assert np.argwhere(used.weight_steps).tolist() == wanted
+    assert np.argwhere(used.act_steps).tolist() == wanted
+
+
+def test_the_teacher_learns_nothing_from_its_pupils(variables, batch):
+    parts = learner.make_learner(
+        MODEL,
+        TABLE.with_norm_rows("weights"),
+        dataclasses.replace(BASE, distill_weight=1.0),
+        RUN,
+        highest=HIGHEST,
+    )
+    method = double_rounding.FAMILY.make(MODEL, TABLE, BASE, RUN)
+    state = method.init(variables, batch["image"])
+    example, bits = parts.prepare(batch, KEY), method.table.uniform(4, 4)
+    _, logits, _ = parts.gradient(state.variables, example, bits, None)
+    # A pupil that is its own teacher has nothing to learn, and the teacher nothing to give.
+    gradient, _, scalars = parts.gradient(state.variables, example, bits, logits)
+    np.testing.assert_allclose(scalars["kl"], 0, atol=1e-6)
+    for leaf in jax.tree.leaves(gradient.learned):
+        np.testing.assert_allclose(leaf, 0, atol=1e-6)  # p - q of float32
+
+
+# What a user sees.
+
+
+def test_digits_are_learned_at_every_precision():
+    data = sklearn.datasets.load_digits()
+    images = jnp.asarray(data.images[:128, ..., None] / 8 - 1, jnp.float32)
+    batch = {"image": images, "label": jnp.asarray(data.target[:128] % 3, jnp.int32)}
+    run = Run(epochs=1, steps_per_epoch=25, prepare=lambda batch, key: batch["image"])
+    table = trace_layers(MODEL, (8, 8, 1), rules=RULES)
+    options = Options(learning_rate=0.02, scale_learning_rate=1e-3)
+    method = double_rounding.FAMILY.make(MODEL, table, options, run)
+    variables = drawn_variables(MODEL, (8, 8, 1), 1)
+    state = method.init(variables, images, batch["label"])
+    history = []
+    for index in range(run.steps):
+        state, metrics = method.train_step(state, batch, jax.random.key(index))
+        history.append({name: float(value) for name, value in metrics.items()})
+    for bits in CHOICES:
+        assert history[-1][f"loss_w{bits}"] < 0.8 * history[0][f"loss_w{bits}"]
+    predict = jax.jit(lambda bits: method.predict(method.variables(state), bits, images))
+    logits = [predict(bits) for bits in method.eval_bits.values()]
+    assert len(np.unique(np.stack(logits), axis=0)) == len(CHOICES)
+
+
+def test_precision_trained_alone(variables, batch):
+    rules = bit_rules((4,), first_last=FIRST_LAST_FLOAT)
+    table = trace_layers(MODEL, SHAPE, rules=rules)
+    method = double_rounding.FAMILY.make(MODEL, table, BASE, RUN)
+    assert list(method.eval_bits) == ["w4a4"]
+    np.testing.assert_array_equal(method.eval_bits["w4a4"].weights, [32, 4, 4, 32])
+    state = method.init(variables, batch["image"], batch["label"])
+    # The same as the first update of a network of several precisions, whose highest it is.
+    reference = Reference(
+        BASE,
+        double_rounding.FAMILY.make(MODEL, TABLE, BASE, RUN)
+        .init(variables, batch["image"])
+        .variables,
+    )
+    for index in range(2):
+        state, metrics = method.train_step(state, batch, jax.random.key(index))
+        wanted = reference.train_step(batch, {4: UNIFORM[4]})
+    assert set(metrics) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-6)
+    kernel = state.variables.learned.params["conv2"]["kernel"]
+    np.testing.assert_allclose(kernel, reference.theta["conv2/kernel"], rtol=1e-4, atol=1e-5)
+    scale = state.variables.learned.params["norm2"]["scale"]
+    np.testing.assert_allclose(scale, reference.theta["norm2/scale@4"], rtol=1e-4, atol=1e-5)
+
+
+def test_network_without_bits_is_told_what_is_missing(variables, batch):
+    method = double_rounding.FAMILY.make(MODEL, TABLE, BASE, RUN)
+    with pytest.raises(ValueError, match="needs to be told its bits"):
+        method.predict(variables, None, batch["image"])
+    floats = [Rule(weights=32, acts=32, float_weights=True, float_acts=True)]
+    table = trace_layers(MODEL, SHAPE, rules=floats)
+    with pytest.raises(ValueError, match="no layer of the table has quantised weights"):
+        double_rounding.FAMILY.make(MODEL, table, BASE, RUN)
+
+
+# The mixed-precision supernet: how it draws.
+
+
+class Deep(nn.Module):
+    """Many layers of two kinds, for what needs a table only."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), name="stem")(x)
+        for index in range(4):
+            x = nn.Conv(4, (1, 1), name=f"conv{index}")(x)
+            x = nn.Conv(4, (3, 3), feature_group_count=4, name=f"depthwise{index}")(x)
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+DEEP_RULES = bit_rules((8, 6, 4, 2), depthwise_min_bits=4, first_last=FIRST_LAST_FLOAT)
+DEEP = trace_layers(Deep(), SHAPE, rules=DEEP_RULES)
+TRACES = np.array([99.0, 1.0, 5.0, 2.0, 8.0, 1.0, 6.0, 0.5, 4.5, -50.0], np.float32)
+
+
+def roulette_by_hand(table, traces):
+    """Section 5: uniform below the mean trace of the layers that choose, else by the bits."""
+    threshold = np.mean(
+        [t for layer, t in zip(table.layers, traces, strict=True) if layer.searchable]
+    )
+    rows = []
+    for layer, trace in zip(table.layers, traces, strict=True):
+        total, count = sum(layer.weight_candidates), len(layer.weight_candidates)
+        share = {b: 1 / count if trace < threshold else b / total for b in layer.weight_candidates}
+        rows.append([share.get(b, 0.0) for b in table.candidates])
+    return np.array(rows)
+
+
+PROBABILITIES = roulette_by_hand(DEEP, TRACES)
+
+
+def test_common_choices():
+    found = mixed.common_choices(DEEP)
+    np.testing.assert_array_equal(found, PROBABILITIES > 0)
+    rules = [
+        Rule("conv0", weights=(8, 4, 2), acts=(8, 6, 2)),
+        Rule("conv1", weights=(8, 4), acts=(6, 2)),
+        Rule("conv2", weights=(8, 4), acts=6),
+        *DEEP_RULES,
+    ]
+    with pytest.raises(ValueError, match="weights and input of conv1, conv2 have no bits in comm"):
+        mixed.common_choices(trace_layers(Deep(), SHAPE, rules=rules))
+    table = trace_layers(Deep(), SHAPE, rules=[rules[0], *DEEP_RULES])
+    bits = np.array(table.candidates)
+    assert bits[mixed.common_choices(table)[1]].tolist() == [8, 2]
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("base", [8, 2])
+def test_share_of_layers_that_leave_the_base(base, sigma):
+    count = 4000
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return mixed.leave_base(
+            key, DEEP, DEEP.uniform(base, base), jnp.asarray(PROBABILITIES, jnp.float32), sigma
+        )
+
+    drawn = snapshot(draw(jax.random.split(jax.random.key(base), count)))
+    np.testing.assert_array_equal(drawn.weights, drawn.acts)
+    at_base = np.asarray(DEEP.uniform(base, base).weights)
+    for place, layer in enumerate(DEEP.layers):
+        for choice, bits in enumerate(DEEP.candidates):
+            wanted = (1 - sigma * layer.searchable) * (bits == at_base[place])
+            wanted += sigma * layer.searchable * PROBABILITIES[place, choice]
+            found = np.mean(drawn.weights[:, place] == bits)
+            spread = np.sqrt(wanted * (1 - wanted) / count)
+            assert abs(found - wanted) <= 4.5 * spread + 1e-6
+    for place, layer in enumerate(DEEP.layers):  # and none that its rules forbid
+        assert set(drawn.weights[:, place]) <= set(layer.weight_candidates)
+
+
+def test_layers_leave_independently():
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        probabilities = jnp.asarray(PROBABILITIES, jnp.float32)
+        return mixed.leave_base(key, DEEP, DEEP.uniform(2, 2), probabilities, jnp.float32(0.5))
+
+    left = snapshot(draw(jax.random.split(KEY, 4000))).weights != np.asarray(
+        DEEP.uniform(2, 2).weights
+    )
+    correlation = np.corrcoef(left[:, 1:-1].T)
+    assert np.abs(correlation - np.eye(8)).max() < 4.5 / np.sqrt(4000)
+
+
+def draws_of(options, run, steps, monkeypatch):
+    """Returns what the training draws at some steps, without training: {step: [configs]}."""
+    recorded = []
+
+    def record(parts, options, variables, opt_state, example, configs, step):
+        recorded.append((int(step), {base: snapshot(bits) for base, bits in configs.items()}))
+        return variables, opt_state, {}
+
+    monkeypatch.setattr(multi, "sequential_updates", record)
+    method = double_rounding.MIXED_FAMILY.make(Deep(), DEEP, options, run)
+    batch = {"image": jnp.zeros((1, *SHAPE)), "label": jnp.zeros(1, jnp.int32)}
+    probabilities = jnp.asarray(PROBABILITIES, jnp.float32)
+    for step in steps:
+        for seed in range(60):
+            state = mixed.TrainState(
+                jnp.int32(step), {}, {}, probabilities, jnp.asarray(TRACES, jnp.float32)
+            )
+            state, _ = method.train_step(state, batch, jax.random.key(seed))
+            assert state.step == step + 1
+    return recorded
+
+
+def test_sigma_grows_linearly_from_epoch_to_epoch(monkeypatch):
+    run = Run(epochs=4, steps_per_epoch=3, prepare=lambda batch, key: batch["image"])
+    options = MixedOptions(switch_probability=0.8)
+    steps = (0, 2, 3, 11)
+    recorded = draws_of(options, run, steps, monkeypatch)
+    assert all(list(configs) == [8, 6, 4, 2] for _, configs in recorded)
+    for step in steps:
+        sigma = 0.8 * (step // 3 + 1) / 4
+        left, wanted, variance = 0, 0.0, 0.0
+        for at, configs in recorded:
+            if at != step:
+                continue
+            for base, bits in configs.items():
+                at_base = np.asarray(DEEP.uniform(base, base).weights)
+                np.testing.assert_array_equal(bits.weights, bits.acts)
+                np.testing.assert_array_equal(bits.weights[[0, -1]], [32, 32])
+                left += np.sum(bits.weights != at_base)
+                for place in range(1, len(DEEP) - 1):
+                    stays = PROBABILITIES[place, DEEP.candidates.index(at_base[place])]
+                    leaves = sigma * (1 - stays)
+                    wanted, variance = wanted + leaves, variance + leaves * (1 - leaves)
+        assert abs(left - wanted) < 4.5 * np.sqrt(variance)
+    drawn = {bits.weights.tobytes() for _, configs in recorded for bits in configs.values()}
+    assert len(drawn) > 300  # steps and bases have draws of their own
+
+
+def test_without_switching_every_layer_stays_at_its_base(monkeypatch):
+    run = Run(epochs=1, steps_per_epoch=1, prepare=lambda batch, key: batch["image"])
+    for _, configs in draws_of(MixedOptions(switch_probability=0.0), run, [0], monkeypatch):
+        for base, bits in configs.items():
+            np.testing.assert_array_equal(bits.weights, DEEP.uniform(base, base).weights)
+
+
+# The mixed-precision supernet: where it starts, and how it learns.
+
+MIXED = MixedOptions(
+    **{f.name: getattr(BASE, f.name) for f in dataclasses.fields(Options) if f.name != "norm_rows"},
+    switch_probability=1.0,
+    trace_probes=4,
+    trace_batch=3,
+)
+
+
+@pytest.fixture(scope="module")
+def several(variables, batch):
+    """A multi-precision network whose rows have all become different."""
+    method = double_rounding.FAMILY.make(MODEL, TABLE, BASE, RUN)
+    made = method.init(variables, batch["image"]).variables
+    generator = np.random.default_rng(1)
+
+    def change(x):
+        return jnp.asarray(x * generator.uniform(0.7, 1.3, x.shape), jnp.float32)
+
+    learned = jax.tree.map(change, made.learned)
+    return method, made._replace(
+        learned=learned, batch_stats=jax.tree.map(change, made.batch_stats)
+    )
+
+
+@pytest.fixture(scope="module")
+def mixed_start(several, batch):
+    method = double_rounding.MIXED_FAMILY.make(MODEL, TABLE, MIXED, RUN)
+    given = snapshot(several[1])
+    state = method.init(several[1], batch["image"], batch["label"])
+    return method, state, given
+
+
+def test_uniform_predictions_start_as_those_of_the_multi_precision_network(
+    several, mixed_start, batch
+):
+    (multi_method, network), (method, state, _) = several, mixed_start
+    table = TABLE.with_norm_rows("transition")
+    assert method.table == table
+    assert state.step == 0
+
+    def predictions(method, variables):
+        predict = jax.jit(lambda bits: method.predict(variables, bits, batch["image"]))
+        return {name: np.asarray(predict(bits)) for name, bits in method.eval_bits.items()}
+
+    found = predictions(method, method.variables(state))
+    wanted = predictions(multi_method, network)
+    assert list(found) == list(wanted) == ["w4a4", "w3a3", "w2a2"]
+    for name, logits in wanted.items():
+        np.testing.assert_array_equal(found[name], logits)
+    assert len(np.unique(np.stack(list(wanted.values())), axis=0)) == len(CHOICES)
+
+
+def test_rows_are_repeated_whatever_the_previous_layers_bits(several, mixed_start):
+    network, state = several[1], mixed_start[1]
+    pairs = (
+        (network.learned.params, state.variables.learned.params),
+        (network.batch_stats, state.variables.batch_stats),
+    )
+    for source, made in pairs:
+        source, made = linen.flatten(source), linen.flatten(made)
+        for path in (path for path in made if linen.module_of(path) in ("norm1", "norm2")):
+            for own in range(3):
+                for previous in range(3):
+                    np.testing.assert_array_equal(made[path][own, previous], source[path][own])
+
+
+def test_traces_are_those_of_the_float_kernels_with_the_norms_of_the_highest_bits(
+    several, mixed_start, batch
+):
+    network, state = several[1], mixed_start[1]
+
+    def float_model(row):
+        def gathered(tree):
+            return linen.map_leaves(
+                tree,
+                lambda path, x: x[row] if linen.module_of(path) in ("norm1", "norm2") else x,
+            )
+
+        return {
+            "params": gathered(network.learned.params),
+            "batch_stats": gathered(network.batch_stats),
+        }
+
+    def traces(row):
+        return mixed.hessian_traces(
+            MODEL, TABLE, MIXED, float_model(row), batch["image"], batch["label"]
+        )
+
+    np.testing.assert_array_equal(state.traces, traces(0))
+    assert np.all(state.traces != traces(2))
+
+
+def test_trace_of_the_last_layer_in_closed_form(several, batch):
+    """For a dense head the Hessian is a mean of (diag(p) - p p') times the squared input."""
+    network = several[1]
+    float_model = supernet.plain(TABLE.with_norm_rows("weights"), network, TABLE.uniform(4, 4))
+    _, state = MODEL.apply(
+        float_model, batch["image"], train=False, capture_intermediates=True, mutable=True
+    )
+    logits = state["intermediates"]["__call__"][0]
+    norm2 = state["intermediates"]["norm2"]["__call__"][0]
+    features = np.maximum(np.asarray(norm2), 0).mean((1, 2))
+    p = np.asarray(jax.nn.softmax(logits))
+    wanted = np.mean(np.sum(features**2, axis=1) * np.sum(p * (1 - p), axis=1))
+    # Two batches of three images, and probes enough for a few percent.
+    options = dataclasses.replace(MIXED, trace_probes=400)
+    found = mixed.hessian_traces(MODEL, TABLE, options, network, batch["image"], batch["label"])
+    np.testing.assert_allclose(found[-1], wanted, rtol=0.2)
+
+
+def test_probabilities_follow_from_the_traces_as_published(mixed_start):
+    _, state, _ = mixed_start
+    wanted = roulette_by_hand(TABLE, np.asarray(state.traces))
+    np.testing.assert_allclose(state.probabilities, wanted, rtol=1e-6)
+
+
+def test_mixed_training_is_the_loop_written_by_hand(mixed_start, several, batch, monkeypatch):
+    method, state, given = mixed_start
+    state = jax.tree.map(jnp.array, state)  # the fixture's is not to be consumed
+    reference = Reference(MIXED, state.variables)
+    drawn, update = [], multi.sequential_updates
+
+    def record(parts, options, variables, opt_state, example, configs, step):
+        drawn.append({base: snapshot(bits) for base, bits in configs.items()})
+        return update(parts, options, variables, opt_state, example, configs, step)
+
+    monkeypatch.setattr(multi, "sequential_updates", record)
+    totals = []
+    with recording.CompileCounter() as counter:
+        for index in range(4):
+            state, metrics = method.train_step(state, batch, jax.random.key(index))
+            totals.append(sum(counter.counts.values()))
+            configs = {
+                base: {layer: int(bits.weights[PLACE[layer]]) for layer in LAYERS}
+                for base, bits in drawn[-1].items()
+            }
+            wanted = reference.train_step(batch, configs)
+    assert any(len(set(bits.values())) > 1 for bits in configs.values())  # truly mixed
+    check_same(state, reference)
+    assert set(metrics) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+    assert totals[0] == totals[-1]
+    assert counter.counts["_gradient"] == counter.counts["_move"] == 1
+    assert jax.tree.all(jax.tree.map(np.array_equal, snapshot(several[1]), given))
+    before, after = mixed_start[1], state
+    np.testing.assert_array_equal(after.probabilities, before.probabilities)
+    np.testing.assert_array_equal(after.traces, before.traces)
+
+
+def test_start_from_a_float_model(variables, batch):
+    method = double_rounding.MIXED_FAMILY.make(MODEL, TABLE, MIXED, RUN)
+    given = snapshot(variables)
+    state = method.init(variables, batch["image"], batch["label"])
+    traces = mixed.hessian_traces(MODEL, TABLE, MIXED, variables, batch["image"], batch["label"])
+    np.testing.assert_array_equal(state.traces, traces)
+    for tree, source in (
+        (state.variables.learned.params, variables["params"]),
+        (state.variables.batch_stats, variables["batch_stats"]),
+    ):
+        flat = linen.flatten(source)
+        for path, leaf in linen.flatten(tree).items():
+            rows = (3, 3) if linen.module_of(path) in ("norm1", "norm2") else ()
+            np.testing.assert_array_equal(
+                leaf, np.broadcast_to(flat[path], rows + flat[path].shape)
+            )
+    jax.tree.map(np.testing.assert_array_equal, snapshot(variables), given)
+
+
+def test_traces_need_labels(variables, batch):
+    method = double_rounding.MIXED_FAMILY.make(MODEL, TABLE, MIXED, RUN)
+    with pytest.raises(ValueError, match=r"need labels: call init\(variables, images, labels\)"):
+        method.init(variables, batch["image"])
+
+
+def test_a_supernet_needs_a_choice():
+    table = trace_layers(MODEL, SHAPE, rules=bit_rules((4,), first_last=FIRST_LAST_FLOAT))
+    with pytest.raises(ValueError, match="no layer of the table has a choice of bits"):
+        double_rounding.MIXED_FAMILY.make(MODEL, table, MIXED, RUN)
