@@ -82,13 +82,11 @@ class Bench:
 
         return accuracy
 
-    def recalibrated(self, method):
+    def recalibrated(self, method, count: int = RECALIBRATION_BATCHES):
         """Returns `accuracy(variables, bits, split)` after recalibration on training images."""
         accuracy = self.evaluator(method)
         batches = self.dataset.train_batches(0)
-        images = jnp.stack(
-            [self.prepare(next(batches), jax.random.key(i)) for i in range(RECALIBRATION_BATCHES)]
-        )
+        images = jnp.stack([self.prepare(next(batches), jax.random.key(i)) for i in range(count)])
 
         def after(variables, bits, split):
             ready = recalibrate(
