@@ -31,10 +31,10 @@ TOGETHER = {
     "+ ALRS floor": {"scale_rate": "floor"},
     "+ ALRS literal": {"scale_rate": "literal"},
     "+ ALRS relative": {"scale_rate": "relative"},
+    "relative and floor switch": {"switch": "floor"},
     "+ ALRS factor only": {"scale_rate": "constant"},
-    "relative, floor switch": {"switch": "floor"},
-    "relative, unshared scales": {"scales": "unshared"},
-    "relative, distilled": {"distill_weight": 0.5},
+    "relative and unshared scales": {"scales": "unshared"},
+    "relative and distilled": {"distill_weight": 0.5},
 }
 KEPT = "+ ALRS relative"  # its variables are the start of benchmarks/mixed_precision.py
 HISTORY_EVERY = 26  # steps
@@ -97,7 +97,8 @@ def accuracy_part(arguments, out: pathlib.Path) -> None:
         done = {row["variant"] for row in read(out) if row["seed"] == seed}
         variants = {name: (bits, {"scale_rate": "off"}) for name, bits in ALONE.items()}
         variants |= {name: (CANDIDATES, changes) for name, changes in TOGETHER.items()}
-        missing = {name: made for name, made in variants.items() if name not in done}
+        wanted = set(arguments.variants.split(",")) if arguments.variants else set(variants)
+        missing = {name: variants[name] for name in variants if name in wanted - done}
         if not missing:
             continue
         bench = Bench(arguments.data_dir, seed, arguments.epochs)
@@ -196,6 +197,7 @@ def main():
     parser.add_argument("--out", default="runs/double_rounding", help="folder of the results")
     parser.add_argument("--part", choices=("accuracy", "cost"), default="accuracy")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--variants", default="", help="names, by commas; all if empty")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=41, help="of the cost part")
     arguments = parser.parse_args()

@@ -6,8 +6,9 @@
 Starts, per seed, from the multi-precision network that the first command left behind; trains a
 mixed-precision supernet with each roulette; then searches each for several mean bits by integer
 programme (the best by objective alone, and the best of eight on held-out images) and, for the
-published roulette, by the printed objective and the greedy descent, all with equal bits for weights and input. Prints test accuracy after recalibration and
-plots both frontiers. A finished run is a line in OUT/results_SEED.jsonl and is not repeated.
+published roulette, by the printed objective and the greedy descent, all with equal bits for
+weights and input. Prints test accuracy after recalibration and plots both frontiers. A finished
+run is a line in OUT/results_SEED.jsonl and is not repeated.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from mpq_jax.methods.double_rounding import MixedOptions, Options
 from mpq_jax.search import evaluate as search_evaluate
 from mpq_jax.search import greedy, ilp
 
-ROULETTES = ("published", "smooth", "uniform")
+ROULETTES = ("published", "uniform")
 BUDGETS = (7.0, 6.0, 5.0, 4.0, 3.0)  # mean bits
 SOLUTIONS, RANDOM, TRACE_BATCHES, TRACE_PROBES, RECALIBRATION_BATCHES = 8, 6, 8, 32, 24
 SEARCH_BATCH, SEARCH_BATCHES = 1024, 4  # held-out images of a greedy move; of a comparison, 4 times

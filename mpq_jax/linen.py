@@ -50,8 +50,8 @@ def init_variables(model: nn.Module, key: jax.Array, input_shape: Sequence[int])
     )
 
 
-def flatten(tree: Any) -> dict[str, jax.Array]:
-    """Returns the leaves of nested dicts by path, `stage1/block0/conv1/kernel`."""
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of nested dicts by path, `stage1/block0/conv1/kernel`; of any kind."""
     flat: Any = flax.traverse_util.flatten_dict(tree, sep="/")
     return flat
 

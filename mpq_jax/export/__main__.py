@@ -4,6 +4,8 @@ import argparse
 import pathlib
 import sys
 
+import jax
+import jax.numpy as jnp
 import rich.console
 import rich.table
 
@@ -64,6 +66,22 @@ def show_contents(artifact: integers.Artifact, console: rich.console.Console) ->
         console.print(f"trained by {method}")
 
 
+def check_dataset(artifact: integers.Artifact, dataset: data.Dataset) -> None:
+    """Raises ValueError where a dataset has other channels or classes than the network."""
+    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    found = {"channels": dataset.image_shape[-1], "classes": dataset.num_classes}
+    wanted = {"channels": len(artifact.mean or ())}
+    if found["channels"] == wanted["channels"]:
+        logits = jax.eval_shape(artifact.at(artifact.precisions[0]), images)
+        wanted["classes"] = logits.shape[-1]
+    for name, count in wanted.items():
+        if found[name] != count:
+            raise ValueError(
+                f"{dataset.name} has {found[name]} {name} and the file's network {count}; name the "
+                "dataset that it was trained on"
+            )
+
+
 def show_accuracy(
     artifact: integers.Artifact, configs: dict[str, BitConfig], dataset: data.Dataset, console
 ) -> None:
@@ -71,6 +89,7 @@ def show_accuracy(
     if artifact.mean is None or artifact.std is None:
         raise ValueError("the file does not say how its images are normalised; save it with them")
     mean, std = artifact.mean, artifact.std
+    check_dataset(artifact, dataset)
 
     def normalize(images):
         return data.normalize(images, mean=mean, std=std)

@@ -210,11 +210,12 @@ def save(
         "std": std,
         "config": config or {},
     }
+    text = json.dumps(content, separators=(",", ":"))
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "crc32": str(_checksum(tensors)),
-        "content": json.dumps(content, separators=(",", ":")),
+        "crc32": str(_checksum(tensors, text)),
+        "content": text,
     }
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +247,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Art
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not hold what its header says: {error}") from error
     _check_codes(path, table, variables)
+    _check_shapes(path, table, tensors, variables)
     mean, std = (content[name] and tuple(content[name]) for name in ("mean", "std"))
     placed = jax.tree.map(jnp.asarray, variables)
     return Artifact(made, table, placed, _sizes(tensors, path), mean, std, content["config"])
@@ -315,7 +317,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             f"{path} is no whole safetensors file ({error}); it may have been cut off: write or "
             "copy it again"
         ) from error
-    if str(_checksum(tensors)) != metadata.get("crc32"):
+    if str(_checksum(tensors, metadata.get("content", ""))) != metadata.get("crc32"):
         raise ValueError(f"{path} is damaged: its checksum is wrong; copy or write it again")
     return tensors, metadata
 
@@ -334,10 +336,13 @@ def _check_kind(path: pathlib.Path, metadata: dict[str, str]) -> None:
         )
 
 
-def _checksum(tensors: dict[str, np.ndarray]) -> int:
-    checksum = 0
-    for name in sorted(tensors):
-        checksum = zlib.crc32(np.ascontiguousarray(tensors[name]).data, checksum)
+def _checksum(tensors: dict[str, np.ndarray], content: str) -> int:
+    """Returns the CRC-32 of the header's text and of every tensor with its name, type and shape."""
+    checksum = zlib.crc32(content.encode())
+    for name, tensor in sorted(tensors.items()):
+        described = f"{name} {tensor.dtype} {tensor.shape}"
+        checksum = zlib.crc32(described.encode(), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(tensor).data, checksum)
     return checksum
 
 
@@ -369,9 +374,40 @@ def _check_codes(path: pathlib.Path, table: LayerTable, variables: supernet.Vari
             raise ValueError(
                 f"{path} holds {held} for layer {layer.name!r}; wanted shape {layer.kernel_shape}"
             )
-        half = 2 ** (layer.highest - 1)
-        if not layer.float_weights and not (codes.min() >= -half and codes.max() < half):
+        if layer.float_weights:
+            continue
+        half, wanted = 2 ** (layer.highest - 1), np.dtype(_code_type(layer))
+        if codes.dtype != wanted:
+            raise ValueError(
+                f"{path} holds {codes.dtype} for layer {layer.name!r}; wanted {wanted}"
+            )
+        if not (codes.min() >= -half and codes.max() < half):
             raise ValueError(f"{path} has codes of {layer.name!r} beyond {layer.highest} bits")
+
+
+def _check_shapes(
+    path: pathlib.Path,
+    table: LayerTable,
+    tensors: dict[str, np.ndarray],
+    variables: supernet.Variables,
+) -> None:
+    """Raises ValueError where other tensors are not those of a table."""
+    grid, rows = (len(table), len(table.candidates)), (len(table.bank_bits),) * len(table.norm_axes)
+    wanted = {"weight_steps": grid, "act_steps": grid, "signed": grid[:1]}
+    held: dict[str, tuple[int, ...] | None] = {name: tensors[name].shape for name in wanted}
+    codes = {f"codes/{layer.name}" for layer in table.layers if not layer.float_weights}
+    foreign = {name for name in tensors if not name.startswith(("norms/", "floats/"))}
+    foreign -= codes | set(wanted)
+    if foreign:
+        raise ValueError(f"{path} holds {sorted(foreign)}, of which its header does not speak")
+    means = linen.flatten(variables.batch_stats)
+    for norm in table.bank_norms:
+        name = f"{norm}/mean"
+        held[name] = means[name].shape[:-1] if name in means else None
+        wanted[name] = rows
+    for name, shape in wanted.items():
+        if held[name] != shape:
+            raise ValueError(f"{path} holds {name!r} of shape {held[name]}; wanted {shape}")
 
 
 def _code_type(layer: Layer) -> Any:

@@ -52,7 +52,7 @@ def supernet_or_float_variables(table: LayerTable, saved: dict[str, Any], wanted
         {"weight_steps": variables.learned.weight_steps},
         {"weight_steps": jnp.zeros((len(table), len(table.candidates)))},
     )
-    narrow = jax.eval_shape(lambda: supernet.plain(table, variables, table.largest))
+    narrow = jax.eval_shape(lambda found: supernet.plain(table, found, table.largest), variables)
     _check_shapes(narrow, {name: wanted.get(name, {}) for name in narrow})
     return variables
 
