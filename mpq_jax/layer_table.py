@@ -173,11 +173,19 @@ class LayerTable:
     def precisions(self) -> tuple[int, ...]:
         """Bits that a network of uniform precision can run at, descending.
 
-        They are those of the layers with a choice; where there is no choice, the bits that most
-        quantised kernels have.
+        They are the bits that some weights or inputs may choose among; where there is no choice,
+        those that most quantised kernels have.
         """
+        kinds = [
+            kind
+            for layer in self.layers
+            for kind in (layer.weight_candidates, layer.act_candidates)
+        ]
+        chosen = {bits for candidates in kinds if len(candidates) > 1 for bits in candidates}
         fixed = [layer.highest for layer in self.layers if not layer.float_weights]
-        return self.bank_bits or tuple(sorted(set(fixed), key=fixed.count)[-1:])
+        return tuple(sorted(chosen, reverse=True)) or tuple(
+            sorted(set(fixed), key=fixed.count)[-1:]
+        )
 
     @functools.cached_property
     def mask(self) -> np.ndarray:

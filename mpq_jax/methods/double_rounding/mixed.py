@@ -108,22 +108,21 @@ def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -
 
 
 def common_choices(table: LayerTable) -> Bool[np.ndarray, "layers choices"]:
-    """Returns which bits each layer may have for its weights and its input at once.
+    """Returns which bits each layer may draw: those of its weights and its input at once.
 
-    The method gives both the same bits. A fixed layer keeps the only choice of its weights.
+    The method gives both the same bits. Where one of them is fixed, the other draws alone.
     """
-    common = table.mask[:, 0] & table.mask[:, 1]
-    lacking = [
-        layer.name
-        for layer, row in zip(table.layers, common, strict=True)
-        if layer.searchable and not row.any()
-    ]
+    weights, acts = table.mask[:, 0], table.mask[:, 1]
+    only_weights = (acts.sum(axis=1) == 1)[:, None]
+    only_acts = (weights.sum(axis=1) == 1)[:, None] & ~only_weights
+    common = np.where(only_weights, weights, np.where(only_acts, acts, weights & acts))
+    lacking = [layer.name for layer, row in zip(table.layers, common, strict=True) if not row.any()]
     if lacking:
         raise ValueError(
             f"weights and input of {', '.join(lacking)} have no bits in common; HASB gives both "
             "the same, so let the rules allow some for both"
         )
-    return np.where(table.searchable[:, None], common, table.mask[:, 0])
+    return common
 
 
 def leave_base(
@@ -139,12 +138,13 @@ def leave_base(
         Algorithm A.3.
     """
     leave_key, bits_key = jax.random.split(key)
-    leaves = jax.random.bernoulli(leave_key, sigma, (len(table),)) & jnp.asarray(table.searchable)
+    leaves = jax.random.bernoulli(leave_key, sigma, (len(table),))
     choice = jax.random.categorical(bits_key, jnp.log(probabilities), axis=-1)
     drawn = jnp.array(table.candidates, jnp.int32)[choice]
+    free = table.mask.sum(axis=-1) > 1  # [layers, 2]: what has a choice; the rest keeps its bits
     return BitConfig(
-        jnp.where(leaves, drawn, jnp.asarray(base.weights)),
-        jnp.where(leaves, drawn, jnp.asarray(base.acts)),
+        jnp.where(leaves & free[:, 0], drawn, jnp.asarray(base.weights)),
+        jnp.where(leaves & free[:, 1], drawn, jnp.asarray(base.acts)),
     )
 
 
