@@ -177,6 +177,7 @@ def initial_state(setup: Setup, config: Config) -> Any:
     """Returns the state that training starts from, on all devices."""
     replicated = sharding.replicated(setup.mesh)
     if config.init_from:
+        check_start(config)
         variables = starting_variables(setup, setup.method, config.init_from)
     else:
         draw = functools.partial(fresh_variables, setup)
@@ -205,6 +206,33 @@ def starting_variables(setup: Setup, method: Method, directory: str) -> Any:
         raise ValueError(f"config.init_from is {directory!r}: {error}") from error
     console.print(f"starting from the run in {directory}, step {step}")
     return sharding.replicate(found, setup.mesh)
+
+
+def check_start(config: Config) -> None:
+    """Raises ValueError if config.init_from is a run whose bits mean something else here."""
+    path = pathlib.Path(config.init_from) / "config.json"
+    family = METHODS[config.method]
+    theirs = json.loads(path.read_text()) if path.exists() else {}
+    if family.successor_of is None or theirs.get("method") in (None, "plain"):
+        return  # reading its variables tells the rest
+    if theirs["method"] != family.successor_of:
+        raise ValueError(
+            f"config.init_from is {config.init_from!r}, a run of {theirs['method']}; wanted one of "
+            f"{family.successor_of}, or a float run"
+        )
+    ours = json.loads(config.to_json())
+    pairs = {"config.bits": (theirs["bits"], ours["bits"])} | {
+        f"config.{config.method}.{name}": (
+            theirs[theirs["method"]][name],
+            ours[config.method][name],
+        )
+        for name in family.inherited
+    }
+    changed = [f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        raise ValueError(
+            f"config.init_from is {config.init_from!r}, trained otherwise: {'; '.join(changed)}"
+        )
 
 
 def check_same_run(

@@ -109,6 +109,6 @@ def test_epochs_bring_no_events(trained):
     assert method.eval_bits == {"float": None}
 
 
-def test_both_methods_are_listed():
-    assert sorted(METHODS) == ["plain", "rfquant"]
+def test_all_methods_are_listed():
+    assert sorted(METHODS) == ["double_rounding", "double_rounding_mixed", "plain", "rfquant"]
     assert METHODS["plain"].options is plain.Options

@@ -80,7 +80,12 @@ class MethodFamily(NamedTuple):
     Attributes:
         options: frozen dataclass of all hyperparameters, checked on construction.
         make: builds the method.
+        successor_of: name of the method whose network it may start from, beside a float model.
+        inherited: options that must be those of that method's run, as its numbers mean nothing
+            under others.
     """
 
     options: type
     make: MakeMethod
+    successor_of: str | None = None
+    inherited: tuple[str, ...] = ()

@@ -36,11 +36,12 @@ def supernet_or_float_variables(table: LayerTable, saved: dict[str, Any], wanted
 
     Args:
         table: layers of the network that is going to be trained.
-        saved: the checkpoint as nested dicts.
+        saved: the checkpoint as nested dicts; of the same candidates and the same quantiser, which
+            it does not say itself.
         wanted: float variables of the model, or their shapes.
 
     Raises:
-        ValueError: the checkpoint is of another model or of other bits.
+        ValueError: the checkpoint is of another model or of another number of candidates.
     """
     if "variables" not in saved:
         return float_variables(saved, wanted)

@@ -110,7 +110,7 @@ def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -
 def common_choices(table: LayerTable) -> Bool[np.ndarray, "layers choices"]:
     """Returns which bits each layer may draw: those of its weights and its input at once.
 
-    The method gives both the same bits. Where one of them is fixed, the other draws alone.
+    A layer that leaves the base gives both the same bits; one of them that is fixed stays.
     """
     weights, acts = table.mask[:, 0], table.mask[:, 1]
     only_weights = (acts.sum(axis=1) == 1)[:, None]
@@ -168,4 +168,9 @@ def hessian_traces(
     ).mean
 
 
-MIXED_FAMILY = MethodFamily(options=MixedOptions, make=make)
+MIXED_FAMILY = MethodFamily(
+    options=MixedOptions,
+    make=make,
+    successor_of="double_rounding",
+    inherited=("scales", "switch"),
+)
