@@ -111,12 +111,24 @@ def make_bill(setup: train.Setup, config: Config, kind: str) -> Bill:
     return Bill(kind, cost, unit, label, functools.partial(costs.total, table, cost))
 
 
+def further_limits(setup: train.Setup, config: Config) -> list[tuple[Bill, float]]:
+    """Returns what is limited besides the budget, and to how much."""
+    limits = config.search.limits.items()
+    return [(make_bill(setup, config, kind), limit) for kind, limit in limits if limit]
+
+
 def budget_list(setup: train.Setup, config: Config, bill: Bill) -> dict[str, float]:
     """Returns the budgets by name."""
     levels = {
         f"{bits}-bit level": bill.of(setup.table.uniform(bits, bits))
         for bits in config.search.levels
     }
+    unmeasured = [name for name, cost in levels.items() if not np.isfinite(cost)]
+    if unmeasured:
+        raise ValueError(
+            f"config.search.levels names the {', '.join(unmeasured)}, whose {bill.kind} is not "
+            "known for all layers; measure these bits or drop the level"
+        )
     return levels | {
         f"{budget / bill.unit:.4g} {bill.label}": float(budget) for budget in config.search.budgets
     }
@@ -207,9 +219,8 @@ def run_ilp(
             f"{sorted(ilp.OBJECTIVES)}"
         )
     further = [
-        ilp.Budget(f"limit on {kind}", make_bill(setup, config, kind).cost, limit)
-        for kind, limit in config.search.limits.items()
-        if limit
+        ilp.Budget(f"limit on {one.kind}", one.cost, limit)
+        for one, limit in further_limits(setup, config)
     ]
     # The printed objective always wants fewer bits: there, the budget is to be used up to a step.
     steps = np.diff(np.where(np.isfinite(bill.cost), bill.cost, np.nan), axis=1)
@@ -387,8 +398,13 @@ def main(argv: list[str]) -> None:
         }
         finals = [ones[0] for ones in candidates]
         if config.search.finalists:
-            limits = list(budgets.values())
-            finals = choose_finalists(candidates, limits, uniform, test, bill.of)
+            limits = further_limits(setup, config)
+            allowed = {
+                name: bits
+                for name, bits in uniform.items()
+                if all(one.of(bits) <= limit for one, limit in limits)
+            }
+            finals = choose_finalists(candidates, list(budgets.values()), allowed, test, bill.of)
         found = dict(zip(budgets, finals, strict=True))
         configs = uniform | found
         for name, bits in configs.items():

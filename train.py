@@ -271,7 +271,9 @@ def write_integers(setup: Setup, config: Config, workdir: pathlib.Path, state: A
     variables = sharding.to_host(setup.method.variables(state))
     if jax.process_index() != 0:
         return
-    kept = json.loads(config.to_json())
+    kept = json.loads(config.to_json())  # without the places of files on this machine
+    kept.pop("init_from")
+    kept["data"] = {"name": config.data.name, "dataset": config.data.tfds.dataset}
     for name in {"search", *METHODS} - {config.method}:
         kept.pop(name, None)
     path = workdir / "integers.safetensors"

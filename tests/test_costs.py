@@ -16,6 +16,7 @@ from mpq_jax.costs import (
     latency_table,
     mean_bits,
     model_bytes,
+    total,
 )
 from mpq_jax.layer_table import Rule, bit_rules, trace_layers
 from mpq_jax.models import make_model
@@ -292,3 +293,28 @@ def test_a_layer_needs_a_map_of_its_latencies(small):
 def test_a_pair_is_measured_once(small):
     with pytest.raises(ValueError, match="'mix' has two latencies for w4a4; keep one"):
         latency_table(small, latencies(**MEASURED | {"mix": {"4": 1e-5, "w4a4": 1e-5}}))
+
+
+# What a configuration costs by a table.
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_total_is_the_cost_itself(small, configs, kind):
+    table = cost_table(small, kind)
+    for config in each(configs):
+        given = total(small, table, config)
+        assert type(given) is float and given == float(COSTS[kind](small, config))
+
+
+def test_total_adds_measured_latencies(small):
+    seconds = latency_table(small, latencies(**MEASURED | {"stem": {"8": 7e-5}}))
+    config = BitConfig(jnp.array([8, 4, 6, 8]), jnp.array([8, 6, 2, 8]))
+    assert total(small, seconds, config) == pytest.approx(7e-5 + 2e-5 + 5e-5, rel=1e-12)
+    as_numpy = BitConfig(*(np.asarray(bits) for bits in config))
+    assert total(small, seconds, as_numpy) == total(small, seconds, config)
+
+
+def test_total_of_what_was_not_measured_is_infinite(small):
+    seconds = latency_table(small, latencies(**MEASURED))
+    config = BitConfig(jnp.array([8, 4, 4, 8]), jnp.array([8, 4, 4, 8]))
+    assert total(small, seconds, config) == np.inf

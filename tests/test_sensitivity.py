@@ -8,10 +8,11 @@ import optax
 import pytest
 from drawing import drawn_variables
 
-from mpq_jax import sharding
-from mpq_jax.layer_table import trace_layers
+from mpq_jax import linen, sharding, supernet
+from mpq_jax.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.recording import CompileCounter
-from mpq_jax.sensitivity import hessian_trace, instability, layer_traces
+from mpq_jax.sensitivity import hessian_trace, instability, layer_traces, weight_errors
 
 BITS = np.array([6, 5, 4, 3, 2])
 ALL = np.ones(5, bool)
@@ -333,3 +334,78 @@ def test_layer_traces_compile_once_for_equal_models_and_need_no_norm():
             )
             assert np.isfinite(given.mean).all()
     assert counter.counts["_probe"] == 1
+
+
+# Squared errors of quantised kernels.
+
+
+ERROR_RULES = {
+    "float ends": bit_rules((8, 5, 3, 2), depthwise_min_bits=3, first_last=FIRST_LAST_FLOAT),
+    "8-bit ends": bit_rules((4, 3, 2), depthwise_min_bits=3),
+}
+
+
+def squared_error(w, steps, bits, candidates, highest, name):
+    """Quantises one kernel with float64, by LSQ or by both roundings, and sums its squared error.
+
+    Products with the steps are float64: the arithmetic's own float32 error is left to rtol.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if name == "lsq":
+        step = steps[candidates.index(bits)]
+        codes = np.clip(np.rint(w / step), low, high)
+    elif name == "unshared":
+        factor = 2 ** (highest - bits)
+        step = steps[candidates.index(bits)]
+        half = 2 ** (highest - 1)
+        stored = np.clip(np.rint(w / (step / factor)), -half, half - 1)
+        codes = np.clip(np.rint(stored / factor), low, high)
+    else:
+        factor, half = 2 ** (highest - bits), 2 ** (highest - 1)
+        own = steps[candidates.index(highest)]
+        stored = np.clip(np.rint(w / own), -half, half - 1)
+        reduced = np.floor(stored / factor) if name == "floor" else np.rint(stored / factor)
+        codes, step = np.clip(reduced, low, high), own * factor
+    return np.sum((codes * step - w) ** 2)
+
+
+@pytest.mark.parametrize("rules", ERROR_RULES)
+@pytest.mark.parametrize(
+    ("name", "quantizer"),
+    [
+        ("lsq", lsq.QUANTIZER),
+        ("round", double_rounding.QUANTIZER),
+        ("floor", double_rounding.FLOORED),
+        ("unshared", double_rounding.UNSHARED),
+    ],
+)
+def test_weight_errors_equal_a_loop_over_kernels(name, quantizer, rules):
+    model = Net()
+    table = trace_layers(model, SHAPE, rules=ERROR_RULES[rules])
+    params = drawn_variables(model, SHAPE, 3)["params"]
+    grid = (len(table), len(table.candidates))
+    steps = np.random.default_rng(0).uniform(0.01, 0.2, grid).astype(np.float32)
+    learned = supernet.Learned(params, jnp.asarray(steps), jnp.ones(grid))
+    given = weight_errors(table, learned, quantizer=quantizer)
+    assert given.shape == grid and given.dtype == jnp.float32
+    for index, layer in enumerate(table.layers):
+        w = np.asarray(linen.flatten(params)[f"{layer.name}/kernel"], np.float64)
+        for column, bits in enumerate(table.candidates):
+            expected = 0.0
+            if not layer.float_weights and bits in layer.weight_candidates:
+                row = steps[index].astype(np.float64)
+                expected = squared_error(w, row, bits, table.candidates, layer.highest, name)
+                assert expected > 0
+            np.testing.assert_allclose(given[index, column], expected, rtol=1e-4)
+
+
+def test_weight_errors_compile_once_for_a_table():
+    model = Net()
+    table = trace_layers(model, SHAPE, rules=bit_rules((7, 6)))
+    grid = (len(table), len(table.candidates))
+    with CompileCounter() as counter:
+        for seed in (0, 1):
+            params = drawn_variables(model, SHAPE, seed)["params"]
+            learned = supernet.Learned(params, jnp.full(grid, 0.1), jnp.ones(grid))
+            weight_errors(table, learned, quantizer=double_rounding.QUANTIZER)
+    assert counter.counts["weight_errors"] == 1

@@ -7,10 +7,9 @@ it is a supernet whose kernels are integers: `at(bits)` switches it by integer a
 
 import dataclasses
 import functools
-import json
+import operator
 import os
 import pathlib
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,13 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import Array, Float
 
 from mpq_jax import linen, models, supernet
 from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import Layer, LayerTable
+from mpq_jax.export import container
+from mpq_jax.layer_table import Layer, LayerTable, trace_layers
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.quantizers.record import Quantizer
 
@@ -68,7 +66,7 @@ class Artifact:
     """A loaded artifact.
 
     Attributes:
-        model: the Linen model.
+        model: the Linen model; None: it is of one's own and was not given to `load`.
         table: its layers.
         variables: a supernet whose quantised kernels are the stored integers; it goes with
             `quantizer` wherever the library takes a supernet (search, recalibration, costs).
@@ -78,7 +76,7 @@ class Artifact:
         config: of the training run, as nested dicts; empty: not stored.
     """
 
-    model: nn.Module
+    model: nn.Module | None
     table: LayerTable
     variables: supernet.Variables
     sizes: Sizes
@@ -113,7 +111,8 @@ class Artifact:
         Raises:
             ValueError: the network has no such bits.
         """
-        if isinstance(bits, int):
+        if not isinstance(bits, BitConfig):
+            bits = operator.index(bits)
             if bits not in self.precisions:
                 raise ValueError(
                     f"bits is {bits}; the file holds a network of {self.precisions} bits"
@@ -125,8 +124,29 @@ class Artifact:
     def forward(
         self, selected: supernet.Selected, images: Float[Array, "batch ..."]
     ) -> Float[Array, "batch classes"]:
-        """Returns the logits of a subnet from `switch` on normalised images."""
+        """Returns the logits of a subnet from `switch` on normalised images.
+
+        Raises:
+            ValueError: the model is not known, or its layers are not those of the file.
+        """
+        if self.model is None:
+            raise ValueError(
+                "the file is of a model that is not in mpq_jax.models; call load(path, model=...)"
+            )
+        check_model(self.model, self.table, images.shape[1:])
         return _forward(self.model, self.table, selected, images)
+
+
+@functools.lru_cache(maxsize=16)
+def check_model(model: nn.Module, table: LayerTable, input_shape: tuple[int, ...]) -> None:
+    """Raises ValueError, naming layers, unless a model's layers are those of a table."""
+    traced = {layer.name: layer.kernel_shape for layer in trace_layers(model, input_shape).layers}
+    wanted = {layer.name: layer.kernel_shape for layer in table.layers}
+    different = sorted(dict(traced.items() ^ wanted.items()))[:5]
+    if different:
+        raise ValueError(
+            f"the model is not the one of the file: these layers differ: {', '.join(different)}"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -210,18 +230,8 @@ def save(
         "std": std,
         "config": config or {},
     }
-    text = json.dumps(content, separators=(",", ":"))
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "crc32": str(_checksum(tensors, text)),
-        "content": text,
-    }
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
-    temporary.replace(path)
+    container.write(path, tensors, content, kind=FORMAT, version=VERSION)
     return _sizes(tensors, path)
 
 
@@ -230,18 +240,17 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Art
 
     Args:
         path: the file.
-        model: the model, where it is not one of `mpq_jax.models`.
+        model: the model, where it is not one of `mpq_jax.models`; its layers are checked at the
+            first call.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another kind or of a newer version, or does not fit the
-            model.
+        ValueError: the file is damaged, of another kind or of a newer version.
     """
     path = pathlib.Path(path)
-    tensors, metadata = _read(path)
-    content = json.loads(metadata["content"])
+    tensors, content = container.read(path, kind=FORMAT, version=VERSION)
     table = LayerTable(tuple(_layer(values) for values in content["layers"]), content["norm_rows"])
-    made = _model(path, ModelSpec(**content["model"])) if model is None else model
+    made = _model(ModelSpec(**content["model"])) if model is None else model
     try:
         variables = _variables(table, tensors)
     except (KeyError, ValueError) as error:
@@ -303,60 +312,15 @@ def _leaf_of(norm: str, leaf: str) -> str:
     return "/".join(part for part in (collection, norm, name) if part)
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns tensors and header of an artifact, checked for kind, version and damage."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            _check_kind(path, metadata)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is no whole safetensors file ({error}); it may have been cut off: write or "
-            "copy it again"
-        ) from error
-    if str(_checksum(tensors, metadata.get("content", ""))) != metadata.get("crc32"):
-        raise ValueError(f"{path} is damaged: its checksum is wrong; copy or write it again")
-    return tensors, metadata
-
-
-def _check_kind(path: pathlib.Path, metadata: dict[str, str]) -> None:
-    found, version = metadata.get("format"), metadata.get("version")
-    if found != FORMAT:
-        raise ValueError(
-            f'{path} is no integer artifact: its header says format {found!r}, wanted "{FORMAT}"; '
-            "mpq_jax.export.integers.save writes one"
-        )
-    if version != str(VERSION):
-        raise ValueError(
-            f"{path} has version {version} of the format, this library reads version {VERSION}; "
-            "update mpq_jax"
-        )
-
-
-def _checksum(tensors: dict[str, np.ndarray], content: str) -> int:
-    """Returns the CRC-32 of the header's text and of every tensor with its name, type and shape."""
-    checksum = zlib.crc32(content.encode())
-    for name, tensor in sorted(tensors.items()):
-        described = f"{name} {tensor.dtype} {tensor.shape}"
-        checksum = zlib.crc32(described.encode(), checksum)
-        checksum = zlib.crc32(np.ascontiguousarray(tensor).data, checksum)
-    return checksum
-
-
 def _layer(values: list) -> Layer:
     """Returns a layer from its JSON form, where tuples are lists."""
     fields: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
     return Layer(*fields)
 
 
-def _model(path: pathlib.Path, spec: ModelSpec) -> nn.Module:
+def _model(spec: ModelSpec) -> nn.Module | None:
     if spec.name is None:
-        raise ValueError(
-            f"{path} is of a model of one's own, not of mpq_jax.models; call load(path, model=...)"
-        )
+        return None
     options = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in spec.options.items()

@@ -1,0 +1,215 @@
+"""`python -m mpq_jax.export inspect`, called in this process."""
+
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drawing import drawn_variables
+
+from mpq_jax import bits as bit_configs
+from mpq_jax import data, supernet
+from mpq_jax.export import integers
+from mpq_jax.export.__main__ import main
+from mpq_jax.layer_table import FIRST_LAST_FLOAT, LayerTable, bit_rules, trace_layers
+from mpq_jax.models import make_model
+from mpq_jax.quantizers import double_rounding
+
+MODEL = make_model("resnet8", num_classes=10, width=4)
+SHAPE = (8, 8, 1)
+RULES = bit_rules((8, 4), first_last=FIRST_LAST_FLOAT)
+TABLE = trace_layers(MODEL, SHAPE, rules=RULES).with_norm_rows("weights")
+SPEC = integers.ModelSpec("resnet8", 10, {"width": 4})
+
+
+class Saved(NamedTuple):
+    """An untrained network and its file."""
+
+    variables: supernet.Variables
+    path: str
+    sizes: integers.Sizes
+    dataset: data.Dataset
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", batch_size=256, seed=0, heldout_fraction=0.0)
+
+
+def network(digits, model, table, shape):
+    """An untrained network, calibrated on some digits where their shape fits."""
+    batch = np.asarray(next(digits.train_batches(0))["image"][:64], np.float32) / 255
+    images = (batch - np.float32(digits.mean)) / np.float32(digits.std)
+    images = jnp.broadcast_to(jnp.asarray(images), (64, *shape))
+    init = functools.partial(supernet.init, model, table, quantizer=double_rounding.QUANTIZER)
+    return jax.jit(init)(drawn_variables(model, shape, 0), images)
+
+
+@pytest.fixture(scope="module")
+def saved(digits, tmp_path_factory):
+    variables = network(digits, MODEL, TABLE, SHAPE)
+    path = tmp_path_factory.mktemp("saved") / "digits.safetensors"
+    config = {"method": "double_rounding"}
+    sizes = integers.save(
+        path, TABLE, variables, model=SPEC, mean=digits.mean, std=digits.std, config=config
+    )
+    return Saved(variables, path, sizes, digits)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """A configuration of unequal bits."""
+    return bit_configs.sample(jax.random.key(3), TABLE.candidates, TABLE.mask)
+
+
+def rows_of(printed):
+    """Returns the cells of every line of the tables, by their first cell."""
+    lines = [line.strip("│ ").split("│") for line in printed.splitlines() if line.startswith("│")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_contents_are_shown_layer_by_layer(saved, capsys):
+    main(["inspect", str(saved.path)])
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
+    assert list(rows) == list(TABLE.names)
+    assert rows["stem_conv"] == ["conv", "3x3x1x4", "36", "float", "float"]
+    assert rows["stage1_block0/conv1"] == ["conv", "3x3x4x8", "288", "8 4", "8 4"]
+    assert rows["head"] == ["dense", "16x10", "160", "float", "float"]
+    assert "precisions 8 4, norms kept by weights" in printed
+    assert "trained by double_rounding" in printed
+    assert "accuracy" not in printed
+
+
+def test_sizes_are_shown_and_add_up(saved, capsys):
+    main(["inspect", str(saved.path)])
+    text = " ".join(capsys.readouterr().out.split())
+    pattern = r"file ([\d.]+) KiB = integers ([\d.]+) \+ floats \([^)]*\) ([\d.]+) \+ header"
+    (file, codes, floats), header = (
+        map(float, re.search(pattern, text).groups()),
+        float(re.search(r"header ([\d.]+); ", text)[1]),
+    )
+    kib = [count / 1024 for count in saved.sizes]
+    assert [codes, floats, file] == [round(size, 1) for size in kib]
+    assert abs(codes + floats + header - file) <= 0.2  # three of them are rounded
+    assert codes == round((4 * 4 * 2 + 4 * 8 + 8 * 8 + 8 * 16 + 16 * 16) * 9 / 1024, 1)
+
+
+def accuracy_of(saved, configs):
+    """Evaluates the fake-quantised network on the test digits, counting image by image."""
+    quantizer = double_rounding.QUANTIZER
+
+    @jax.jit
+    def classes(bits, images):
+        selected = supernet.select(TABLE, saved.variables, bits, quantizer=quantizer)
+        out = supernet.apply(MODEL, TABLE, selected, images, train=False, quantizer=quantizer)
+        return jnp.argmax(out.logits, axis=-1)
+
+    split = data.whole_split(saved.dataset, "test")
+    mean, std = np.float32(saved.dataset.mean), np.float32(saved.dataset.std)
+    images = jnp.asarray((split["image"].astype(np.float32) / 255 - mean) / std, jnp.float32)
+    right = {name: np.asarray(classes(bits, images)) == split["label"] for name, bits in configs}
+    return {name: f"{np.mean(hits):.2%}" for name, hits in right.items()}
+
+
+def test_accuracy_is_that_of_the_fake_quantised_network(saved, mixed, tmp_path, capsys):
+    file = tmp_path / "found.json"
+    file.write_text(bit_configs.to_json(mixed, TABLE.names))
+    main(["inspect", str(saved.path), "--dataset", "digits", "--bits", str(file)])
+    rows = rows_of(capsys.readouterr().out)
+    shown = {name: rows[name] for name in ("w8a8", "w4a4", "found")}
+    configs = [("w8a8", TABLE.uniform(8, 8)), ("w4a4", TABLE.uniform(4, 4)), ("found", mixed)]
+    assert {name: cells[2] for name, cells in shown.items()} == accuracy_of(saved, configs)
+    assert [shown[name][0] for name in ("w8a8", "w4a4")] == ["8.00", "4.00"]
+    chosen = np.array([layer.searchable for layer in TABLE.layers])
+    sizes = np.array([layer.params for layer in TABLE.layers])
+    weights = np.asarray(mixed.weights)
+    assert shown["found"][0] == f"{np.average(weights[chosen], weights=sizes[chosen]):.2f}"
+    assert shown["found"][1] == f"{np.sum(sizes * weights) / 8 / 1024:.1f}"
+    assert all(np.isfinite(float(cells[3])) for cells in shown.values())
+
+
+def other_file(directory, table: LayerTable, model, spec, variables, **options):
+    path = directory / "other.safetensors"
+    integers.save(path, table, variables, model=spec, **options)
+    return path
+
+
+def failure(arguments, capsys):
+    """Returns what a refused command says; it must say so in one line, without a traceback."""
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", *map(str, arguments)])
+    capsys.readouterr()
+    message = str(caught.value.code)
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.mark.parametrize("name", ["mnist", "arrays", "arrays:", "tfds", "digits2", ":", "tfds:"])
+def test_unknown_datasets_are_refused_with_the_known_ones(saved, capsys, name):
+    message = failure([saved.path, "--dataset", name], capsys)
+    assert f"--dataset is {name!r}; wanted digits, arrays:FILE.npz or tfds:NAME" in message
+
+
+def test_missing_files_are_named(saved, tmp_path, capsys):
+    nothing = tmp_path / "nothing"
+    assert f"there is no file {nothing}" in failure([nothing], capsys)
+    assert "nothing" in failure([saved.path, "--bits", nothing], capsys)
+    assert "nothing" in failure([saved.path, "--dataset", f"arrays:{nothing}"], capsys)
+
+
+def test_files_that_are_no_artifact_are_refused(tmp_path, capsys):
+    path = tmp_path / "text"
+    path.write_text("hello, hello, hello")
+    assert "no whole safetensors file" in failure([path], capsys)
+
+
+def test_bits_of_another_model_are_refused_before_anything_is_evaluated(saved, tmp_path, capsys):
+    path, names = tmp_path / "bits.json", [*TABLE.names[:-1], "classifier"]
+    path.write_text(bit_configs.to_json(TABLE.uniform(4, 4), names))
+    message = failure([saved.path, "--dataset", "digits", "--bits", path], capsys)
+    assert "is for another model: it lacks ['head'] and has ['classifier'] besides" in message
+    bits = TABLE.uniform(4, 4)
+    bits = bits._replace(acts=bits.acts.at[2].set(6))
+    path.write_text(bit_configs.to_json(bits, TABLE.names))
+    message = failure([saved.path, "--bits", path], capsys)
+    assert "acts of 'stage0_block0/conv2' are 6; allowed: (8, 4)" in message
+
+
+def test_a_file_without_its_normalisation_cannot_be_evaluated(saved, tmp_path, capsys):
+    path = other_file(tmp_path, TABLE, MODEL, SPEC, saved.variables)
+    main(["inspect", str(path)])
+    message = failure([path, "--dataset", "digits"], capsys)
+    assert "does not say how its images are normalised" in message
+
+
+@pytest.mark.parametrize(
+    ("classes", "shape", "message"),
+    [
+        (7, SHAPE, "digits has 10 classes and the file's network 7"),
+        (10, (8, 8, 3), "digits has 1 channels and the file's network 3"),
+    ],
+)
+def test_datasets_of_another_kind_of_images_are_refused(
+    digits, tmp_path, capsys, classes, shape, message
+):
+    model = make_model("resnet8", num_classes=classes, width=4)
+    table = trace_layers(model, shape, rules=RULES).with_norm_rows("shared")
+    spec = SPEC._replace(num_classes=classes)
+    make = functools.partial(supernet.init, model, table, quantizer=double_rounding.QUANTIZER)
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    shapes = jax.eval_shape(make, drawn_variables(model, shape, 0), images)
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+    channels = (0.5,) * shape[-1]
+    path = other_file(tmp_path, table, model, spec, ones, mean=channels, std=channels)
+    assert message in failure([path, "--dataset", "digits"], capsys)
+
+
+def test_a_model_of_ones_own_is_not_known_here(saved, tmp_path, capsys):
+    path = other_file(tmp_path, TABLE, MODEL, integers.ModelSpec(None, 10), saved.variables)
+    main(["inspect", str(path)])
+    assert "stage2_block0/conv2" in capsys.readouterr().out  # what it holds needs no model
+    assert "load(path, model=...)" in failure([path, "--dataset", "digits"], capsys)
