@@ -86,6 +86,11 @@ def show_accuracy(
     artifact: integers.Artifact, configs: dict[str, BitConfig], dataset: data.Dataset, console
 ) -> None:
     """Prints accuracy on the test images at each of the configurations."""
+    if artifact.model is None:
+        raise ValueError(
+            "the file is of a model that is not in mpq_jax.models; evaluate it from Python, with "
+            "mpq_jax.export.integers.load(path, model=...)"
+        )
     if artifact.mean is None or artifact.std is None:
         raise ValueError("the file does not say how its images are normalised; save it with them")
     mean, std = artifact.mean, artifact.std

@@ -11,7 +11,7 @@ import operator
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import flax.linen as nn
 import jax
@@ -94,7 +94,9 @@ class Artifact:
         """Bits that the network can run at, descending."""
         return self.table.precisions
 
-    def at(self, bits: int | BitConfig) -> Callable[[Array], Float[Array, "batch classes"]]:
+    def at(
+        self, bits: SupportsIndex | BitConfig
+    ) -> Callable[[Array], Float[Array, "batch classes"]]:
         """Switches to a precision; returns `apply(normalised images) -> logits`, a pure function.
 
         Neither the switch nor the function compiles anew for other bits. Arguments and errors are
@@ -102,7 +104,7 @@ class Artifact:
         """
         return functools.partial(self.forward, self.switch(bits))
 
-    def switch(self, bits: int | BitConfig) -> supernet.Selected:
+    def switch(self, bits: SupportsIndex | BitConfig) -> supernet.Selected:
         """Derives the subnet of a precision from the stored integers.
 
         Args:
