@@ -152,7 +152,7 @@ def plot_gradients(rows: list[dict], path: pathlib.Path) -> None:
     by_layer.set(
         xlabel="layer", ylabel="mean absolute gradient of the scale, end of run", yscale="log"
     )
-    over_time.legend()
+    over_time.legend(ncols=3, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 0.08))
     by_layer.legend(ncols=2, fontsize="x-small")
     figure.savefig(path, dpi=150)
 
