@@ -38,7 +38,7 @@ from mpq_jax.methods import METHODS
 from mpq_jax.quantizers.record import Quantizer
 from mpq_jax.recalibration import recalibrate
 from mpq_jax.search import evaluate as search_evaluate
-from mpq_jax.search import greedy, ilp
+from mpq_jax.search import greedy, ilp, tied
 
 # Units of each budget kind, the largest first; the first that the cost of a model reaches is used.
 COST_UNITS = {
@@ -119,6 +119,12 @@ def further_limits(setup: train.Setup, config: Config) -> list[tuple[Bill, float
 
 def budget_list(setup: train.Setup, config: Config, bill: Bill) -> dict[str, float]:
     """Returns the budgets by name."""
+    unknown = sorted(set(config.search.levels) - set(setup.table.bank_bits))
+    if unknown:
+        raise ValueError(
+            f"config.search.levels names {unknown}; config.bits.candidates gives the layers "
+            f"{setup.table.bank_bits}"
+        )
     levels = {
         f"{bits}-bit level": bill.of(setup.table.uniform(bits, bits))
         for bits in config.search.levels
@@ -175,7 +181,6 @@ def run_greedy(
     table = setup.table
     if any(config.search.limits.values()):
         raise ValueError("config.search.limits is for config.search.strategy=ilp; greedy has none")
-    greedy.check_budgets(table, bill.cost, table.mask, list(budgets.values()))
     score = search_evaluate.make_score(
         setup.model,
         table,
@@ -183,6 +188,10 @@ def run_greedy(
         metric=config.search.metric,
         quantizer=quantizer_of(setup),
     )
+    problem = tied.Tied(bill.cost, table.mask, score, lambda bits: bits)
+    if config.search.tied:
+        problem = tied.tie(table, bill.cost, score)
+    greedy.check_budgets(table, problem.cost, problem.mask, list(budgets.values()))
     progress = rich.progress.Progress(
         "{task.description}", rich.progress.TimeElapsedColumn(), console=console, transient=True
     )
@@ -195,17 +204,17 @@ def run_greedy(
             progress.update(bar, description=text)
 
         result = greedy.search(
-            score,
+            problem.score,
             table,
-            bill.cost,
-            table.mask,
+            problem.cost,
+            problem.mask,
             list(budgets.values()),
             heldout_batches(setup, config),
             start_bits=config.search.start_bits,
             patience=config.search.patience,
             on_step=show,
         )
-    return [[one.bits] for one in result.found], result.path
+    return [[problem.follow(one.bits)] for one in result.found], result.path
 
 
 def run_ilp(
@@ -218,18 +227,25 @@ def run_ilp(
             f"config.search.objective is {config.search.objective!r}; known: "
             f"{sorted(ilp.OBJECTIVES)}"
         )
+    if not config.search.tied and any(len(layer.act_candidates) > 1 for layer in table.layers):
+        raise ValueError(
+            "config.search.tied is False, but the objectives of config.search.strategy=ilp know "
+            "only weights and would give every input its fewest bits; tie them, or fix the inputs "
+            "by config.bits.rules"
+        )
     further = [
         ilp.Budget(f"limit on {one.kind}", one.cost, limit)
         for one, limit in further_limits(setup, config)
     ]
+    allowed = ilp.tied(table) if config.search.tied else np.isfinite(bill.cost)
     # The printed objective always wants fewer bits: there, the budget is to be used up to a step.
-    steps = np.diff(np.where(np.isfinite(bill.cost), bill.cost, np.nan), axis=1)
-    at_most_left = np.nanmax(np.abs(steps)) if config.search.objective == "paper" else np.inf
+    at_most_left = np.inf
+    if config.search.objective == "paper":
+        at_most_left = largest_step(np.where(allowed, bill.cost, np.inf))
     limits = [
         [ilp.Budget(bill.kind, bill.cost, budget, budget - at_most_left), *further]
         for budget in budgets.values()
     ]
-    allowed = ilp.tied(table) if config.search.tied else None
     for limit in limits:  # refuses what cannot be met before the traces take their time
         ilp.solve(table, np.zeros(bill.cost.shape), limit, allowed=allowed)
     traces = layer_traces(setup, config, variables)
@@ -242,6 +258,12 @@ def run_ilp(
         for limit in limits
     ]
     return [[one.bits for one in solutions] for solutions in found], []
+
+
+def largest_step(cost: np.ndarray) -> float:
+    """Returns the largest difference between neighbouring costs of one layer."""
+    by_layer = [np.unique(row[np.isfinite(row)]) for row in cost]
+    return max(float(np.diff(row).max(initial=0.0)) for row in by_layer)
 
 
 def layer_traces(setup: train.Setup, config: Config, variables) -> np.ndarray:
@@ -288,18 +310,22 @@ def float_row(config: Config, setup: train.Setup) -> list[report.Row]:
     return [report.Row("float", "float", accuracy, None)]
 
 
-def make_tester(setup: train.Setup, config: Config, variables) -> Tester:
-    """Returns `test(bits, split)`: recalibrates norm statistics for the bits, then evaluates."""
+def make_tester(
+    setup: train.Setup, config: Config, variables
+) -> tuple[Callable[[BitConfig], Any], Tester]:
+    """Returns `ready(bits)`, the supernet with norms re-estimated, and `test(bits, split)`."""
     evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
     images = recalibration_images(setup, config)
 
-    def test(bits: BitConfig, split: str) -> evaluation.Score:
-        ready = recalibrate(
+    def ready(bits: BitConfig) -> Any:
+        return recalibrate(
             setup.model, setup.table, variables, bits, images, quantizer=quantizer_of(setup)
         )
-        return evaluate(ready, bits, train.eval_batches(setup, split))
 
-    return test
+    def test(bits: BitConfig, split: str) -> evaluation.Score:
+        return evaluate(ready(bits), bits, train.eval_batches(setup, split))
+
+    return ready, test
 
 
 def choose_finalists(
@@ -322,6 +348,11 @@ def choose_finalists(
     return chosen
 
 
+def file_name(budget: str) -> str:
+    """Returns the name of a budget as part of a file's name."""
+    return budget.replace(" ", "_")
+
+
 def write_results(
     setup: train.Setup,
     config: Config,
@@ -334,7 +365,7 @@ def write_results(
     """Writes JSON per budget, the tables as CSV, and the plots."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, bits in found.items():
-        file = directory / f"bits_{name.replace(' ', '_')}.json"
+        file = directory / f"bits_{file_name(name)}.json"
         file.write_text(bit_configs.to_json(bits, setup.table.names))
     with (directory / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -391,7 +422,7 @@ def main(argv: list[str]) -> None:
         moves = f" in {len(path)} moves" if path else ""
         console.print(f"searched {len(budgets)} budgets{moves}, {seconds:.1f} s")
 
-        test = make_tester(setup, config, variables)
+        ready, test = make_tester(setup, config, variables)
         uniform = {
             f"uniform {bits}/{bits}": setup.table.uniform(bits, bits)
             for bits in setup.table.bank_bits
@@ -411,6 +442,9 @@ def main(argv: list[str]) -> None:
             group = "searched" if name in found else "uniform"
             accuracy = test(bits, "test").accuracy
             rows.append(report.Row(name, group, accuracy, bill.of(bits)))
+    for name, bits in found.items():
+        file = workdir / "search" / f"integers_{file_name(name)}.safetensors"
+        train.write_integers(setup, config, file, ready(bits))
     if jax.process_index() == 0:
         write_results(setup, config, workdir / "search", rows, found, path, bill)
     print_results(setup, bill, rows, configs)

@@ -176,8 +176,8 @@ def abstract_state(setup: Setup) -> Any:
 def initial_state(setup: Setup, config: Config) -> Any:
     """Returns the state that training starts from, on all devices."""
     replicated = sharding.replicated(setup.mesh)
+    check_start(config)
     if config.init_from:
-        check_start(config)
         variables = starting_variables(setup, setup.method, config.init_from)
     else:
         draw = functools.partial(fresh_variables, setup)
@@ -212,6 +212,11 @@ def check_start(config: Config) -> None:
     """Raises ValueError if config.init_from is a run whose bits mean something else here."""
     path = pathlib.Path(config.init_from) / "config.json"
     family = METHODS[config.method]
+    if family.successor_of and not config.init_from:
+        raise ValueError(
+            f"config.init_from is empty, but {config.method} starts from a finished run of "
+            f"{family.successor_of} (or a float run, for a try)"
+        )
     theirs = json.loads(path.read_text()) if path.exists() else {}
     if family.successor_of is None or theirs.get("method") in (None, "plain"):
         return  # reading its variables tells the rest
@@ -264,20 +269,22 @@ def note_run(config: Config, workdir: pathlib.Path) -> None:
         temporary.replace(path)  # at once: a killed run leaves all of it or nothing
 
 
-def write_integers(setup: Setup, config: Config, workdir: pathlib.Path, state: Any) -> None:
-    """Writes the network as integers, if they are all that its precisions need."""
+def write_integers(
+    setup: Setup, config: Config, path: pathlib.Path, variables: Any
+) -> integers.Sizes | None:
+    """Writes a network as integers, if they are all that its precisions need."""
     if not integers.can_store(setup.method.quantizer):
-        return
-    variables = sharding.to_host(setup.method.variables(state))
+        return None
+    variables = sharding.to_host(variables)
     if jax.process_index() != 0:
-        return
+        return None
     kept = json.loads(config.to_json())  # without the places of files on this machine
     kept.pop("init_from")
-    kept["data"] = {"name": config.data.name, "dataset": config.data.tfds.dataset}
+    stored = {name: config.data.tfds[name] for name in ("dataset", "test_split", "image_size")}
+    kept["data"] = {"name": config.data.name} | (stored if config.data.name == "tfds" else {})
     for name in {"search", *METHODS} - {config.method}:
         kept.pop(name, None)
-    path = workdir / "integers.safetensors"
-    sizes = integers.save(
+    return integers.save(
         path,
         setup.table,
         variables,
@@ -287,11 +294,6 @@ def write_integers(setup: Setup, config: Config, workdir: pathlib.Path, state: A
         mean=tuple(float(value) for value in setup.dataset.mean),
         std=tuple(float(value) for value in setup.dataset.std),
         config=kept,
-    )
-    precisions = " ".join(map(str, setup.table.precisions))
-    console.print(
-        f"{path}: {sizes.file / 2**10:.1f} KiB, of which integers {sizes.codes / 2**10:.1f} and "
-        f"floats {sizes.floats / 2**10:.1f}; it runs at {precisions} bits"
     )
 
 
@@ -377,7 +379,15 @@ def main(argv: list[str]) -> None:
         state = train_loop(setup, config, workdir, manager, state, first_step)
         manager.close()
         if int(state.step) == setup.run.steps:
-            write_integers(setup, config, workdir, state)
+            path = workdir / "integers.safetensors"
+            sizes = write_integers(setup, config, path, setup.method.variables(state))
+            if sizes:
+                precisions = " ".join(map(str, setup.table.precisions))
+                console.print(
+                    f"{path}: {sizes.file / 2**10:.1f} KiB, of which integers "
+                    f"{sizes.codes / 2**10:.1f} and floats {sizes.floats / 2**10:.1f}; it runs at "
+                    f"{precisions} bits"
+                )
     print_compilations(counter)
 
 

@@ -26,7 +26,7 @@ from mpq_jax.layer_table import FIRST_LAST_FLOAT
 from mpq_jax.methods import METHODS
 from mpq_jax.methods.double_rounding import MixedOptions, Options
 from mpq_jax.search import evaluate as search_evaluate
-from mpq_jax.search import greedy, ilp
+from mpq_jax.search import greedy, ilp, tied
 
 ROULETTES = ("published", "uniform")
 BUDGETS = (7.0, 6.0, 5.0, 4.0, 3.0)  # mean bits
@@ -117,36 +117,24 @@ def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, f
 
 
 def by_greedy(bench: Bench, method, variables, accuracy) -> dict[str, float]:
-    """Descends over tied bits: a layer's cost is that of its weights, its input follows them."""
     table = method.table
     score = search_evaluate.make_score(
         bench.model, table, variables, metric="error", quantizer=method.quantizer
     )
-
-    def tied_score(configs, images, labels):
-        followed = jax.numpy.where(
-            jax.numpy.asarray(table.searchable), configs.weights, configs.acts
-        )
-        return score(configs._replace(acts=followed), images, labels)
-
-    mask = table.mask.copy()
-    highest = table.candidates.index(CANDIDATES[0])
-    mask[table.searchable, 1] = np.arange(len(table.candidates)) == highest
+    problem = tied.tie(table, costs.cost_table(table, "mean_bits"), score)
     found = greedy.search(
-        tied_score,
+        problem.score,
         table,
-        costs.cost_table(table, "mean_bits"),
-        mask,
+        problem.cost,
+        problem.mask,
         BUDGETS,
         bench.heldout_batches(SEARCH_BATCH),
         start_bits=CANDIDATES[0],
     ).found
-    scores = {}
-    for one in found:
-        acts = np.where(table.searchable, np.asarray(one.bits.weights), np.asarray(one.bits.acts))
-        bits = one.bits._replace(acts=jax.numpy.asarray(acts))
-        scores[f"greedy {one.budget:g}"] = accuracy(variables, bits, "test")
-    return scores
+    return {
+        f"greedy {one.budget:g}": accuracy(variables, problem.follow(one.bits), "test")
+        for one in found
+    }
 
 
 def accuracies(rows: list[dict], roulette: str, name: str) -> list[float]:

@@ -69,11 +69,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.search.patience = 8
     # of ilp:
     config.search.objective = "hawq"  # hawq, paper
-    config.search.tied = True  # weights and input of a layer get the same bits
-    config.search.solutions = 8  # the best ones by objective, compared on held-out images
+    config.search.solutions = 8  # the best ones by objective; search.finalists compares them
     config.search.trace_probes = 16
     config.search.trace_images = 1024
     # of both:
+    config.search.tied = False  # weights and input of a layer get the same bits
     config.search.finalists = True  # keep uniform bits where they do better on held-out images
     config.search.recalibration_images = 7168
     return finish(config, arg)

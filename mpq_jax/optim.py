@@ -203,7 +203,8 @@ def alrs(
     itself. `optax.tree_utils.tree_get(state, "learning_rate")` reads lambda_b for logs.
 
     Args:
-        inner: what turns gradients into directions; None: Adam (as published).
+        inner: what turns gradients into directions, without rate and sign, such as
+            `scale_by_adam` or `optax.trace` (not `optax.adam`); None: Adam (as published).
         highest: bits of the highest precision.
         reading: of the formula, a key of `ALRS_READINGS`.
         clip: bound of every gradient element within m.

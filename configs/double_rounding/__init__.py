@@ -26,6 +26,7 @@ def use(config: ConfigDict, *, candidates: tuple[int, ...]) -> ConfigDict:
     config.bits.first_last = "float"
     config.bits.depthwise_min_bits = 0
     config.search.strategy = "ilp"
+    config.search.tied = True  # as they are trained
     config.search.budget = "mean_bits"
     config.search.levels = candidates[1:-1]
     config.search.budgets = ()
@@ -37,4 +38,5 @@ def published_imagenet(config: ConfigDict) -> ConfigDict:
     """Sets the published length of the runs on ImageNet."""
     config.epochs = 90
     config.batch_size = 256
+    config.plain.learning_rate = 0.1  # of the float start, for this batch
     return config

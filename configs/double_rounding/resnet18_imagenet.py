@@ -2,7 +2,8 @@
 
 Published: 70.74 / 70.71 / 70.43 / 66.35 % top-1 at 8 / 6 / 4 / 2 bits (float 69.76 %), distilled
 70.87 / 70.79 / 70.53 / 66.84 %, without ALRS 70.05 / 69.80 / 69.32 / 65.83 %. With
-`--config.bits.candidates='(4, 3, 2)'` 69.73 / 69.20 / 66.30 %, and mixed at a mean of 3 bits,
+`--config.bits.candidates='(4, 3, 2)' --config.search.levels='(3,)'`
+69.73 / 69.20 / 66.30 %, and mixed at a mean of 3 bits,
 without retraining, 68.85 %. 90 epochs, batch 256. Not reproduced here yet. Needs TFDS's
 imagenet2012 as array_record files.
 """

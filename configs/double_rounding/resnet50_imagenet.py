@@ -2,7 +2,8 @@
 
 Published: 76.51 / 76.28 / 75.74 / 72.31 % top-1 at 8 / 6 / 4 / 2 bits (float 76.13 %), distilled
 76.98 / 76.86 / 76.52 / 73.78 %, without ALRS 76.18 / 76.08 / 75.64 / 70.28 %. With
-`--config.bits.candidates='(4, 3, 2)'` 75.81 / 75.24 / 71.62 %, and mixed at a mean of 3 bits,
+`--config.bits.candidates='(4, 3, 2)' --config.search.levels='(3,)'`
+75.81 / 75.24 / 71.62 %, and mixed at a mean of 3 bits,
 without retraining, 75.06 %. 90 epochs, batch 256. Not reproduced here yet. Needs TFDS's
 imagenet2012 as array_record files.
 """

@@ -18,20 +18,26 @@ DATASETS = "digits, arrays:FILE.npz or tfds:NAME"
 KIB = 2**10
 
 
-def dataset_options(named: str, data_dir: str, image_size: int | None, split: str) -> dict:
-    """Returns the arguments of `data.load` for what was named on the command line."""
+def dataset_options(arguments: argparse.Namespace, trained_on: dict) -> dict:
+    """Returns the arguments of `data.load` for what was named on the command line.
+
+    Args:
+        arguments: of the command line.
+        trained_on: what the artifact says of its data, the default of the rest.
+    """
+    named = arguments.dataset
     name, _, rest = named.partition(":")
     options = {
         "digits": {},
         "arrays": {"path": rest},
         "tfds": {
             "dataset": rest,
-            "data_dir": data_dir,
-            "image_size": image_size,
-            "test_split": split,
+            "data_dir": arguments.data_dir,
+            "image_size": arguments.image_size or trained_on.get("image_size"),
+            "test_split": arguments.split or trained_on.get("test_split", "test"),
         },
     }
-    if name not in options or (name != "digits" and not rest):
+    if name not in options or bool(rest) != (name != "digits"):
         raise ValueError(f"--dataset is {named!r}; wanted {DATASETS}")
     return {"name": name} | options[name]
 
@@ -117,11 +123,8 @@ def show_accuracy(
 
 def inspect(arguments: argparse.Namespace, console: rich.console.Console) -> None:
     """Runs the command."""
-    options = {}
     if arguments.dataset:
-        options = dataset_options(
-            arguments.dataset, arguments.data_dir, arguments.image_size, arguments.split
-        )
+        dataset_options(arguments, {})  # refuses nonsense at once
     artifact = integers.load(arguments.file)
     table = artifact.table
     configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in artifact.precisions}
@@ -130,7 +133,8 @@ def inspect(arguments: argparse.Namespace, console: rich.console.Console) -> Non
         table.check(config)
         configs[pathlib.Path(file).stem] = config
     show_contents(artifact, console)
-    if options:
+    if arguments.dataset:
+        options = dataset_options(arguments, artifact.config.get("data", {}))
         dataset = data.load(
             batch_size=arguments.batch_size, seed=0, heldout_fraction=0.0, **options
         )
@@ -145,8 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("file", help="written by mpq_jax.export.integers.save")
     command.add_argument("--dataset", default="", help=f"evaluate on it: {DATASETS}")
     command.add_argument("--data_dir", default="", help="where TFDS's dataset is prepared")
-    command.add_argument("--split", default="test", help="TFDS name of the split to test on")
-    command.add_argument("--image_size", type=int, help="of datasets whose images differ in size")
+    command.add_argument("--split", help="TFDS name of the test split; default: as in training")
+    command.add_argument("--image_size", type=int, help="in pixels; default: as in training")
     command.add_argument("--batch_size", type=int, default=256)
     command.add_argument("--bits", nargs="*", default=[], help="bit files to evaluate as well")
     command.set_defaults(run=inspect)

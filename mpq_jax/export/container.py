@@ -1,5 +1,10 @@
-"""Artifact files: named tensors and a JSON header in one safetensors file, whole or refused."""
+"""Artifact files: named tensors and a JSON header in one safetensors file, whole or refused.
 
+The header's JSON is deflated (`zlib`) and written in base64: small networks are not much larger
+than it.
+"""
+
+import base64
 import json
 import pathlib
 import zlib
@@ -27,7 +32,8 @@ def write(
         kind: of artifact, such as "mpq_jax.integers".
         version: of that kind's format.
     """
-    text = json.dumps(content, separators=(",", ":"))
+    packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), level=9)
+    text = base64.b64encode(packed).decode()
     metadata = {
         "format": kind,
         "version": str(version),
@@ -64,7 +70,7 @@ def read(
     text = metadata.get("content", "")
     if str(checksum(tensors, text)) != metadata.get("crc32"):
         raise ValueError(f"{path} is damaged: its checksum is wrong; copy or write it again")
-    return tensors, json.loads(text)
+    return tensors, json.loads(zlib.decompress(base64.b64decode(text)))
 
 
 def checksum(tensors: dict[str, np.ndarray], content: str) -> int:

@@ -66,6 +66,6 @@ def _check_shapes(found: PyTree, wanted: PyTree) -> None:
     if shapes != wanted_shapes:
         other = sorted(dict(shapes.items() ^ wanted_shapes.items()))[:SHOWN_DIFFERENCES]
         raise ValueError(
-            f"it is of another model than config.model, or of other bits: these differ: "
-            f"{', '.join(other)}"
+            "it is of another model than config.model, or of other bits or norm_rows: these "
+            f"differ: {', '.join(other)}"
         )

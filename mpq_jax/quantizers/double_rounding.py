@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 from jaxtyping import ArrayLike as AnyArray
 
@@ -83,7 +84,7 @@ def _halvings(bits, highest: int) -> Int[Array, ""]:
 def _check(highest: int, bits: Any = None) -> None:
     if not HIGHEST[0] <= highest <= HIGHEST[1]:
         raise ValueError(f"highest is {highest}; wanted {HIGHEST[0]} to {HIGHEST[1]} bits")
-    if isinstance(bits, int) and not HIGHEST[0] <= bits <= highest:
+    if isinstance(bits, int | np.integer) and not HIGHEST[0] <= bits <= highest:
         raise ValueError(f"bits is {bits}; wanted {HIGHEST[0]} to {highest}, the highest")
 
 

@@ -31,7 +31,8 @@ class TrainState(NamedTuple):
         opt_state: of all optimisers.
         probabilities: float32 [layers, choices], what a layer that leaves the base precision
             draws its bits from.
-        traces: float32 [layers], the Hessian traces they were made from.
+        traces: float32 [layers], the Hessian traces they were made from ...
+        trace_errors: ... and their standard errors.
     """
 
     step: Int[Array, ""]
@@ -39,6 +40,7 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     probabilities: Float[Array, "layers choices"]
     traces: Float[Array, " layers"]
+    trace_errors: Float[Array, " layers"]
 
 
 def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -> Method:
@@ -51,7 +53,9 @@ def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -
     learner = make_learner(model, table, options, run, highest=max(levels))
 
     @jax.jit
-    def build(variables: PyTree, images: Float[Array, "batch ..."], traces) -> TrainState:
+    def build(
+        variables: PyTree, images: Float[Array, "batch ..."], traces: sensitivity.Trace
+    ) -> TrainState:
         if isinstance(variables, supernet.Variables):
             made = jax.tree.map(jnp.array, supernet.with_rows_of(table, variables))
         else:
@@ -61,9 +65,10 @@ def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -
             made,
             learner.init_optimizer(made.learned),
             bit_configs.roulette_probabilities(
-                table.candidates, traces, rule=options.roulette, mask=common
+                table.candidates, traces.mean, rule=options.roulette, mask=common
             ),
-            traces,
+            traces.mean,
+            traces.standard_error,
         )
 
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
@@ -94,11 +99,14 @@ def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -
         moved = state._replace(step=state.step + 1, variables=variables, opt_state=opt_state)
         return moved, metrics
 
+    def on_epoch(state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
+        return state, {} if epoch else _sensitivities(table, state)
+
     return Method(
         table=table,
         init=init,
         train_step=train_step,
-        on_epoch=lambda state, epoch: (state, {}),
+        on_epoch=on_epoch,
         eval_bits={f"w{bits}a{bits}": config for bits, config in levels.items()},
         variables=lambda state: state.variables,
         predict=functools.partial(multi.predict, model, table, options),
@@ -148,10 +156,25 @@ def leave_base(
     )
 
 
+def _sensitivities(table: LayerTable, state: TrainState) -> dict[str, float]:
+    """Returns each layer's trace, its standard error and the mean bits of its roulette, by name."""
+    bits = np.array(table.candidates)
+    columns = {
+        "trace": np.asarray(state.traces),
+        "trace_error": np.asarray(state.trace_errors),
+        "roulette_bits": np.asarray(state.probabilities) @ bits,
+    }
+    return {
+        f"{kind}/{name}": float(value)
+        for kind, values in columns.items()
+        for name, value in zip(table.names, values, strict=True)
+    }
+
+
 def hessian_traces(
     model, table: LayerTable, options: MixedOptions, variables, images, labels
-) -> Float[Array, " layers"]:
-    """Returns the Hessian trace of every layer of the float model.
+) -> sensitivity.Trace:
+    """Estimates the Hessian trace of every layer of the float model.
 
     Of a multi-precision network, the float model is its kernels, not quantised, with the norms of
     the highest precision.
@@ -165,7 +188,7 @@ def hessian_traces(
     ]
     return sensitivity.layer_traces(
         model, table, variables, batches, jax.random.key(0), probes=options.trace_probes
-    ).mean
+    )
 
 
 MIXED_FAMILY = MethodFamily(
