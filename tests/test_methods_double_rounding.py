@@ -646,11 +646,14 @@ def test_common_choices():
         Rule("conv2", weights=(8, 4), acts=6),
         *DEEP_RULES,
     ]
-    with pytest.raises(ValueError, match="weights and input of conv1, conv2 have no bits in comm"):
+    with pytest.raises(ValueError, match="weights and input of conv1 have no bits in common"):
         mixed.common_choices(trace_layers(Deep(), SHAPE, rules=rules))
     table = trace_layers(Deep(), SHAPE, rules=[rules[0], *DEEP_RULES])
     bits = np.array(table.candidates)
     assert bits[mixed.common_choices(table)[1]].tolist() == [8, 2]
+    table = trace_layers(Deep(), SHAPE, rules=[rules[2], *DEEP_RULES])  # its weights alone choose
+    bits = np.array(table.candidates)
+    assert bits[mixed.common_choices(table)[table.names.index("conv2")]].tolist() == [8, 4]
 
 
 DRAWS = 4000
@@ -703,8 +706,9 @@ def draws_of(options, run, steps, monkeypatch):
     probabilities = jnp.asarray(PROBABILITIES, jnp.float32)
     for step in steps:
         for seed in range(40):
+            traces = jnp.asarray(TRACES, jnp.float32)
             state = mixed.TrainState(
-                jnp.int32(step), {}, {}, probabilities, jnp.asarray(TRACES, jnp.float32)
+                jnp.int32(step), {}, {}, probabilities, traces, jnp.zeros_like(traces)
             )
             state, _ = method.train_step(state, batch, jax.random.key(seed))
             assert state.step == step + 1
@@ -832,8 +836,9 @@ def test_traces_are_those_of_the_float_kernels_with_the_norms_of_the_highest_bit
             MODEL, made(MIXED).table, MIXED, float_model(row), batch["image"], batch["label"]
         )
 
-    np.testing.assert_array_equal(state.traces, traces(0))
-    assert np.all(state.traces != traces(2))
+    np.testing.assert_array_equal(state.traces, traces(0).mean)
+    np.testing.assert_array_equal(state.trace_errors, traces(0).standard_error)
+    assert np.all(state.traces != traces(2).mean)
 
 
 def test_probabilities_follow_from_the_traces_as_published(mixed_start):
@@ -887,7 +892,7 @@ def test_start_from_a_float_model(variables, batch):
     traces = mixed.hessian_traces(
         MODEL, made(MIXED).table, MIXED, variables, batch["image"], batch["label"]
     )
-    np.testing.assert_array_equal(state.traces, traces)
+    np.testing.assert_array_equal(state.traces, traces.mean)
     for tree, source in (
         (state.variables.learned.params, variables["params"]),
         (state.variables.batch_stats, variables["batch_stats"]),
@@ -911,3 +916,14 @@ def test_a_supernet_needs_a_choice():
     table = trace_layers(MODEL, SHAPE, rules=bit_rules((4,), first_last=FIRST_LAST_FLOAT))
     with pytest.raises(ValueError, match="no layer of the table has a choice of bits"):
         double_rounding.MIXED_FAMILY.make(MODEL, table, MIXED, RUN)
+
+
+def test_the_first_epoch_logs_what_the_roulette_was_made_from(mixed_start):
+    method, state, _ = mixed_start
+    same, events = method.on_epoch(state, 0)
+    assert same is state and method.on_epoch(state, 1) == (state, {})
+    bits = np.asarray(state.probabilities) @ np.array(TABLE.candidates)
+    for index, name in enumerate(TABLE.names):
+        assert events[f"trace/{name}"] == float(state.traces[index])
+        assert events[f"trace_error/{name}"] == float(state.trace_errors[index])
+        np.testing.assert_allclose(events[f"roulette_bits/{name}"], bits[index], rtol=1e-6)
