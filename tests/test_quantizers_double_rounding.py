@@ -1,6 +1,7 @@
 """References are written from the two roundings with Python integers and fractions."""
 
 import fractions
+import functools
 import itertools
 
 import jax
@@ -25,6 +26,7 @@ def second_rounding(code, halvings, bits):
     return min(max(nearest, -(2 ** (bits - 1))), 2 ** (bits - 1) - 1)
 
 
+@functools.cache
 def switched(highest, bits):
     """What every stored integer becomes."""
     halvings = highest - bits
@@ -34,6 +36,12 @@ def switched(highest, bits):
 @jax.jit
 def lsq_codes(w, step, bits):
     return lsq.codes(w, step, bits, signed=True)
+
+
+# Three programs, as training, export and a switch at run time are; compiled once per highest.
+stored_codes = jax.jit(double_rounding.codes, static_argnames="highest")
+switched_codes = jax.jit(double_rounding.switch, static_argnames="highest")
+trained_values = jax.jit(double_rounding.fake_quant, static_argnames="highest")
 
 
 @every_pair
@@ -49,11 +57,9 @@ def test_training_and_switch_agree_on_every_integer(highest, bits, step):
     """Of weights on every code and on every edge between two codes of the highest precision."""
     halves = np.arange(-(2**highest) - 3, 2**highest + 4, dtype=np.float32) / 2
     w = jnp.asarray(halves * step)
-    stored = jax.jit(lambda w, s: double_rounding.codes(w, s, highest=highest))(w, step)
-    lower = jax.jit(lambda c, b: double_rounding.switch(c, b, highest=highest))(stored, bits)
-    value = jax.jit(lambda w, s, b: double_rounding.fake_quant(w, s, b, highest=highest))(
-        w, step, bits
-    )
+    stored = stored_codes(w, step, highest=highest)
+    lower = switched_codes(stored, jnp.int32(bits), highest=highest)
+    value = trained_values(w, step, jnp.int32(bits), highest=highest)
     assert set(integers(highest)) == set(np.asarray(stored).tolist())
     width = step * np.float32(2 ** (highest - bits))
     np.testing.assert_array_equal(value, np.asarray(lower).astype(np.float32) * width, strict=True)
