@@ -1,0 +1,220 @@
+"""CSQ: weights as sums of gated bit planes; continuous sparsification makes both levels binary.
+
+With f(x) = sigmoid(temperature x), planes b = 0 (least significant) to n - 1 and a logit for every
+bit and for every plane,
+
+    W = s sum_b f(mask_b) 2^b / (2^n - 1) (f(positive_b) - f(negative_b))
+
+As the temperature grows the gates become zeros and ones by themselves: neither rounding nor a
+straight-through estimator is needed. How many planes stay on is the layer's precision, sign not
+counted. Planes are on the leading axis, and nothing of their size is kept for the backward pass
+but the logits themselves.
+
+References:
+    Xiao et al., CSQ: Growing Mixed-Precision Quantization Scheme with Bi-level Continuous
+    Sparsification, DAC 2023, https://arxiv.org/abs/2212.02770.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import ArrayLike as AnyArray
+
+PLANES = (1, 16)  # smallest and largest number of planes
+SHARPNESS = 2.0  # logit of a bit at the function-preserving start, and minus that of no bit
+MASK_LOGIT = 2.0  # logit of every plane's gate at that start: f = 0.88, far from the threshold
+SMALLEST_SCALE = 1e-8  # of an all-zero tensor, so that its planes can learn
+
+
+class BitPlanes(NamedTuple):
+    """A weight tensor as bit planes, the least significant first.
+
+    Attributes:
+        positive: float32 [planes, *shape], logits of the bits that add.
+        negative: float32 [planes, *shape], logits of the bits that subtract.
+        mask: float32 [planes], logits of the planes' gates.
+        scale: float32, the largest weight that all planes together can name (s).
+    """
+
+    positive: Float[Array, " planes *shape"]
+    negative: Float[Array, " planes *shape"]
+    mask: Float[Array, " planes"]
+    scale: Float[Array, ""]
+
+
+@jax.custom_jvp
+def gate(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns sigmoid(x), with the derivative f(x) f(-x).
+
+    The usual f(x) (1 - f(x)) is zero in float32 from x = 17 on, but not below x = -17: gates that
+    are on would freeze, and gates that are off would not.
+    """
+    return jax.nn.sigmoid(x)
+
+
+gate.defjvps(lambda tangent, value, x: tangent * jax.nn.sigmoid(x) * jax.nn.sigmoid(-x))
+
+
+def from_float(w: Float[Array, "*shape"], *, planes: int = 8, literal: bool = False) -> BitPlanes:
+    """Returns bit planes of a weight tensor, quantised to `planes` bits and a sign.
+
+    By default `weights(result, 1.0)` equals the quantised tensor to float rounding, and no logit is
+    near a threshold, so that training can start from a trained model. As the temperature rises, all
+    weights of the tensor grow by one common factor, up to
+    1 / ((f(k) - f(-k)) f(m)) = 1.49; a norm after the layer takes it out.
+
+    Args:
+        w: weights.
+        planes: number of bit planes (n), 1 to 16.
+        literal: start from bit values 0 and 1 as logits and gates at 0, as in the published code.
+            Then weights are 0.1164 times those of `w` at temperature 1.0089.
+    """
+    if not PLANES[0] <= planes <= PLANES[1]:
+        raise ValueError(f"planes is {planes}; wanted {PLANES[0]} to {PLANES[1]}")
+    largest = jnp.max(jnp.abs(w))
+    unit = jnp.where(largest > 0, largest, 1.0)
+    code = jnp.round(jnp.abs(w) * ((2**planes - 1) / unit)).astype(jnp.int32)
+    place = jnp.arange(planes, dtype=jnp.int32).reshape(-1, *(1,) * w.ndim)
+    bit = (jnp.right_shift(code[None], place) & 1).astype(w.dtype)
+    sign = jnp.sign(w)[None]
+    positive, negative = bit * jnp.maximum(sign, 0), bit * jnp.maximum(-sign, 0)
+    scale = jnp.maximum(largest, SMALLEST_SCALE)
+    if literal:
+        return BitPlanes(positive, negative, jnp.zeros((planes,), w.dtype), scale)
+    on = gate(jnp.float32(SHARPNESS)) - gate(jnp.float32(-SHARPNESS))
+    preserved = scale / (on * gate(jnp.float32(MASK_LOGIT))).astype(w.dtype)
+    return BitPlanes(
+        SHARPNESS * (2 * positive - 1),
+        SHARPNESS * (2 * negative - 1),
+        jnp.full((planes,), MASK_LOGIT, w.dtype),
+        preserved,
+    )
+
+
+def significances(planes: int) -> Float[Array, " planes"]:
+    """Returns what a bit of each plane is worth, 2^b / (2^n - 1) (c_b): their sum is one."""
+    return jnp.ldexp(jnp.ones((planes,), jnp.float32), jnp.arange(planes, dtype=jnp.int32)) / (
+        2**planes - 1
+    )
+
+
+def plane_gates(
+    mask: Float[Array, " planes"],
+    temperature: Float[AnyArray, ""],
+    *,
+    contiguous: bool = False,
+) -> Float[Array, " planes"]:
+    """Returns how far every plane is on, 0 to 1.
+
+    Args:
+        mask: logits of the planes.
+        temperature: sharpness of the gates (beta).
+        contiguous: a plane is on only as far as all more significant ones are, so that k planes
+            make one whole signed integer of k + 1 bits.
+    """
+    gates = gate(jnp.asarray(temperature, mask.dtype) * mask)
+    return jnp.cumprod(gates[::-1])[::-1] if contiguous else gates
+
+
+def combine(
+    planes: BitPlanes, gates: Float[Array, " planes"], temperature: Float[AnyArray, ""]
+) -> Float[Array, "*shape"]:
+    """Returns the weights for given gates of the planes; the bits are soft.
+
+    Only the arguments are kept for the backward pass; everything else is computed anew.
+    """
+    beta = jnp.asarray(temperature, planes.positive.dtype)
+    return _combine(planes.positive, planes.negative, gates, planes.scale, beta)
+
+
+def _along(per_plane: Array, planes: Array) -> Array:
+    """Returns one number per plane in a shape that meets the planes."""
+    return per_plane.reshape(-1, *(1,) * (planes.ndim - 1))
+
+
+@jax.custom_vjp
+def _combine(positive, negative, gates, scale, beta):
+    worth = gates * significances(len(gates)).astype(gates.dtype)
+    digits = jax.nn.sigmoid(beta * positive) - jax.nn.sigmoid(beta * negative)
+    # A sum, not a product of matrices: it fuses with the digits, which then never exist as a whole.
+    return scale * jnp.sum(_along(worth, digits) * digits, axis=0)
+
+
+def _combine_forward(*inputs):
+    return _combine(*inputs), inputs
+
+
+def _combine_backward(inputs, gradient):
+    positive, negative, gates, scale, beta = inputs
+    factors = significances(len(gates)).astype(gates.dtype)
+    digits = jax.nn.sigmoid(beta * positive) - jax.nn.sigmoid(beta * negative)
+    by_plane = factors * jnp.sum(gradient[None] * digits, axis=tuple(range(1, digits.ndim)))
+    slope = _along(scale * beta * gates * factors, positive) * gradient[None]
+
+    def of_bits(logits):
+        return slope * jax.nn.sigmoid(beta * logits) * jax.nn.sigmoid(-beta * logits)
+
+    of_scale = jnp.sum(gates * by_plane)
+    return of_bits(positive), -of_bits(negative), scale * by_plane, of_scale, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def weights(
+    bit_planes: BitPlanes, temperature: Float[AnyArray, ""], *, contiguous: bool = False
+) -> Float[Array, "*shape"]:
+    """Returns the soft weights at a temperature; differentiable in all logits and the scale.
+
+    Args:
+        bit_planes: the tensor's planes.
+        temperature: sharpness of all gates (beta), traced; 1 to 200 in the paper.
+        contiguous: see `plane_gates`.
+
+    References:
+        CSQ, https://arxiv.org/abs/2212.02770, the bi-level formulation.
+    """
+    gates = plane_gates(bit_planes.mask, temperature, contiguous=contiguous)
+    return combine(bit_planes, gates, temperature)
+
+
+def active_planes(bit_planes: BitPlanes, *, contiguous: bool = False) -> Bool[Array, " planes"]:
+    """Returns which planes are on: those whose logit is at least zero.
+
+    This is the one place that says so: counting, hardening and export follow it.
+    """
+    on = bit_planes.mask >= 0
+    return jnp.cumprod(on[::-1].astype(jnp.int32))[::-1] == 1 if contiguous else on
+
+
+def codes(
+    bit_planes: BitPlanes, *, contiguous: bool = False
+) -> tuple[Int[Array, "*shape"], Float[Array, ""]]:
+    """Returns the integers that the planes become, and the width of one (the step size).
+
+    A bit is one where its logit is above zero. Integers are divided by the significance of the
+    lowest active plane, which goes into the step size.
+
+    Returns:
+        int32 codes, all zero if no plane is active; and step size s 2^b0 / (2^n - 1).
+    """
+    planes = len(bit_planes.mask)
+    active = active_planes(bit_planes, contiguous=contiguous)
+    lowest = jnp.argmax(active).astype(jnp.int32)  # 0 if there is none
+    place = jnp.arange(planes, dtype=jnp.int32)
+    worth = jnp.where(active, jnp.left_shift(1, jnp.maximum(place - lowest, 0)), 0)
+    digits = (bit_planes.positive > 0).astype(jnp.int32) - (bit_planes.negative > 0).astype(
+        jnp.int32
+    )
+    integers = jnp.sum(_along(worth, digits) * digits, axis=0)
+    scale = bit_planes.scale
+    step = scale * jnp.ldexp(jnp.ones((), scale.dtype), lowest) / (2**planes - 1)
+    return integers, step
+
+
+def hard_weights(bit_planes: BitPlanes, *, contiguous: bool = False) -> Float[Array, "*shape"]:
+    """Returns the weights with every gate decided: exactly integers times step of `codes`."""
+    integers, step = codes(bit_planes, contiguous=contiguous)
+    return integers.astype(step.dtype) * step

@@ -1,0 +1,261 @@
+"""References are the closed forms, written anew in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpq_jax.quantizers import csq
+from mpq_jax.quantizers.csq import BitPlanes
+
+SHAPE = (3, 2, 4)
+
+
+def sigmoid(x):
+    return 0.5 * (1 + np.tanh(np.asarray(x, np.float64) / 2))
+
+
+def drawn(planes, seed=0, spread=1.0):
+    """Bit planes with random logits, no two alike."""
+    generator = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(spread * generator.normal(size=shape), jnp.float32)
+
+    return BitPlanes(draw(planes, *SHAPE), draw(planes, *SHAPE), draw(planes), jnp.float32(0.37))
+
+
+def parts(bit_planes, beta, contiguous=False):
+    """Returns (gates [n], digits [n, ...], significances [n]) in float64."""
+    n = len(bit_planes.mask)
+    gates = sigmoid(beta * np.asarray(bit_planes.mask, np.float64))
+    if contiguous:
+        gates = np.array([np.prod(gates[b:]) for b in range(n)])
+    digits = sigmoid(beta * np.asarray(bit_planes.positive, np.float64)) - sigmoid(
+        beta * np.asarray(bit_planes.negative, np.float64)
+    )
+    return gates, digits, 2.0 ** np.arange(n) / (2**n - 1)
+
+
+def reference(bit_planes, beta, contiguous=False):
+    gates, digits, worth = parts(bit_planes, beta, contiguous)
+    return float(bit_planes.scale) * np.einsum("b,b,b...->...", gates, worth, digits)
+
+
+def quantised(w, planes):
+    """Rounds magnitudes to whole parts of the largest one."""
+    w = np.asarray(w, np.float64)
+    largest = np.abs(w).max()
+    return np.round(np.abs(w) * (2**planes - 1) / largest) * np.sign(w), largest / (2**planes - 1)
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("beta", [1.0, 7.5, 200.0])
+@pytest.mark.parametrize("planes", [1, 3, 8])
+def test_weights_are_the_sum_of_gated_planes(planes, beta, contiguous):
+    bit_planes = drawn(planes)
+    found = jax.jit(lambda p, t: csq.weights(p, t, contiguous=contiguous))(bit_planes, beta)
+    np.testing.assert_allclose(found, reference(bit_planes, beta, contiguous), atol=2e-7)
+
+
+@pytest.mark.parametrize("planes", range(1, 9))
+def test_every_integer_comes_back(planes):
+    """Soft at temperature 1 to float rounding, hard exactly."""
+    integers = np.arange(-(2**planes - 1), 2**planes)
+    w = jnp.asarray(integers * 0.25, jnp.float32)
+    bit_planes = csq.from_float(w, planes=planes)
+    np.testing.assert_allclose(csq.weights(bit_planes, 1.0), w, atol=3e-7 * 0.25 * 2**planes)
+    codes, step = csq.codes(bit_planes)
+    np.testing.assert_array_equal(codes, integers)
+    factor = (sigmoid(csq.SHARPNESS) - sigmoid(-csq.SHARPNESS)) * sigmoid(csq.MASK_LOGIT)
+    np.testing.assert_allclose(step, 0.25 / factor, rtol=1e-6)
+    assert csq.active_planes(bit_planes).all()
+
+
+def test_a_float_tensor_is_quantised_to_the_nearest_code():
+    w = jax.random.normal(jax.random.key(0), (5, 5, 8))
+    codes, unit = quantised(w, 6)
+    bit_planes = csq.from_float(w, planes=6)
+    np.testing.assert_array_equal(csq.codes(bit_planes)[0], codes)
+    np.testing.assert_allclose(csq.weights(bit_planes, 1.0), codes * unit, atol=1e-6)
+
+
+def test_the_literal_start_is_the_published_one():
+    w = jax.random.normal(jax.random.key(1), (6, 7))
+    codes, unit = quantised(w, 8)
+    bit_planes = csq.from_float(w, planes=8, literal=True)
+    for logits, sign in ((bit_planes.positive, 1), (bit_planes.negative, -1)):
+        bits = np.array([(np.maximum(sign * codes, 0).astype(int) >> b) & 1 for b in range(8)])
+        np.testing.assert_array_equal(logits, bits)
+    np.testing.assert_array_equal(bit_planes.mask, np.zeros(8))
+    assert bit_planes.scale == jnp.max(jnp.abs(w))
+    ratio = (sigmoid(1.0089) - 0.5) * 0.5
+    assert abs(ratio - 0.1164) < 1e-4
+    np.testing.assert_allclose(csq.weights(bit_planes, 1.0089), ratio * codes * unit, atol=1e-6)
+
+
+@pytest.mark.parametrize("literal", [False, True])
+def test_an_all_zero_tensor_stays_zero_and_can_learn(literal):
+    bit_planes = csq.from_float(jnp.zeros((3, 4)), literal=literal)
+    np.testing.assert_array_equal(csq.weights(bit_planes, 1.0), np.zeros((3, 4)))
+    np.testing.assert_array_equal(csq.hard_weights(bit_planes), np.zeros((3, 4)))
+    gradient = jax.grad(lambda p: jnp.sum(csq.weights(p, 1.0)))(bit_planes)
+    assert all(np.isfinite(leaf).all() for leaf in gradient) and (gradient.positive > 0).all()
+
+
+@pytest.mark.parametrize("planes", [0, 17])
+def test_a_number_of_planes_that_makes_no_sense_is_refused(planes):
+    with pytest.raises(ValueError, match=f"planes is {planes}; wanted 1 to 16"):
+        csq.from_float(jnp.ones((2,)), planes=planes)
+
+
+@pytest.mark.parametrize("beta", [1.0, 12.0])
+def test_gradients_are_the_closed_forms(beta):
+    bit_planes = drawn(5, spread=0.5)
+    upstream = np.random.default_rng(1).normal(size=SHAPE)
+
+    def loss(bit_planes):
+        return jnp.sum(jnp.asarray(upstream, jnp.float32) * csq.weights(bit_planes, beta))
+
+    found = jax.jit(jax.grad(loss))(bit_planes)
+    gates, digits, worth = parts(bit_planes, beta)
+    s = float(bit_planes.scale)
+
+    def slope(logits):
+        logits = np.asarray(logits, np.float64)
+        return beta * sigmoid(beta * logits) * sigmoid(-beta * logits)
+
+    of_bits = s * (worth * gates)[:, None, None, None] * upstream
+    by_plane = (upstream * digits).reshape(len(digits), -1).sum(axis=1)
+    expected = BitPlanes(
+        of_bits * slope(bit_planes.positive),
+        -of_bits * slope(bit_planes.negative),
+        s * worth * slope(bit_planes.mask) * by_plane,
+        np.sum(gates * worth * by_plane),
+    )
+    for name, one, other in zip(BitPlanes._fields, found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def naive(bit_planes, beta, contiguous):
+    """The same function, left to automatic differentiation."""
+    gates = jax.nn.sigmoid(beta * bit_planes.mask)
+    if contiguous:
+        gates = jnp.stack([jnp.prod(gates[b:]) for b in range(len(gates))])
+    digits = jax.nn.sigmoid(beta * bit_planes.positive) - jax.nn.sigmoid(beta * bit_planes.negative)
+    worth = jnp.asarray(2.0 ** np.arange(len(gates)) / (2 ** len(gates) - 1), jnp.float32)
+    return bit_planes.scale * jnp.tensordot(gates * worth, digits, axes=1)
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_gradients_equal_automatic_differentiation(contiguous):
+    bit_planes, beta = drawn(6, spread=0.5), jnp.float32(3.0)
+
+    def gradient(weights):
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(5 * weights(p)))))(bit_planes)
+
+    lean = gradient(lambda p: csq.weights(p, beta, contiguous=contiguous))
+    plain = gradient(lambda p: naive(p, beta, contiguous))
+    for name, one, other in zip(BitPlanes._fields, lean, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-7, err_msg=name)
+
+
+def kept_for_backward(weights, bit_planes):
+    """Returns the bytes of what the backward pass is handed."""
+    pull = jax.eval_shape(lambda p: jax.vjp(lambda q: weights(q), p)[1], bit_planes)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+
+
+@pytest.mark.parametrize("planes", [2, 4, 8])
+def test_nothing_but_the_inputs_is_kept_for_the_backward_pass(planes):
+    bit_planes = csq.from_float(jnp.ones((3, 3, 16, 32)), planes=planes)
+    inputs = sum(leaf.nbytes for leaf in bit_planes)
+    lean = kept_for_backward(lambda p: csq.weights(p, jnp.float32(2.0)), bit_planes)
+    assert inputs <= lean <= inputs + 1000  # and a few numbers per plane
+    assert kept_for_backward(lambda p: naive(p, jnp.float32(2.0), False), bit_planes) > 1.4 * inputs
+
+
+def test_gates_that_are_on_can_learn_as_well_as_gates_that_are_off():
+    x = jnp.array([-60.0, -20.0, -5.0, 5.0, 20.0, 60.0])
+    slopes = np.asarray(jax.vmap(jax.grad(csq.gate))(x))
+    np.testing.assert_array_equal(slopes, slopes[::-1])
+    assert (slopes > 0).all() and np.isfinite(slopes).all()
+    assert jax.grad(jax.nn.sigmoid)(jnp.float32(20.0)) == 0  # what this is about
+    huge = jax.vmap(jax.grad(csq.gate))(jnp.array([-1e30, 1e30]))
+    np.testing.assert_array_equal(huge, [0, 0])
+
+
+def test_bits_at_a_high_temperature_learn_symmetrically():
+    for sign in (1, -1):
+        planes = BitPlanes(
+            jnp.full((1, 1), sign * 0.2), jnp.full((1, 1), -5.0), jnp.ones((1,)), jnp.float32(1.0)
+        )
+        gradient = jax.grad(lambda p: jnp.sum(csq.weights(p, 200.0)))(planes)
+        assert gradient.positive[0, 0] > 0
+
+
+def test_soft_weights_become_the_hard_ones():
+    generator = np.random.default_rng(3)
+    for seed in range(5):
+        bit_planes = drawn(6, seed)
+        away = jax.tree.map(
+            lambda x: jnp.where(jnp.abs(x) < 0.1, 0.1 * jnp.where(x < 0, -1, 1), x), bit_planes
+        )
+        away = away._replace(scale=jnp.float32(generator.uniform(0.1, 2)))
+        hard = csq.hard_weights(away)
+        np.testing.assert_allclose(csq.weights(away, 200.0), hard, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("on", "levels"),
+    [((7,), 3), ((7, 6), 7), ((2, 1, 0), 15), ((7, 4), 9), ((7, 5, 3), 27), ((), 1)],
+)
+def test_number_of_levels_of_a_mask(on, levels):
+    generator = np.random.default_rng(0)
+    mask = jnp.array([1.0 if b in on else -1.0 for b in range(8)])
+    logits = jnp.asarray(generator.choice([-1.0, 1.0], (2, 8, 20_000)), jnp.float32)
+    bit_planes = BitPlanes(logits[0], logits[1], mask, jnp.float32(0.7))
+    codes, step = csq.codes(bit_planes)
+    assert len(np.unique(codes)) == levels
+    np.testing.assert_array_equal(csq.active_planes(bit_planes), mask > 0)
+    hard = csq.hard_weights(bit_planes)
+    np.testing.assert_array_equal(hard, np.asarray(codes).astype(np.float32) * step, strict=True)
+    worth = [2.0**b / 255 for b in on]
+    digits = (np.asarray(logits[0]) > 0).astype(float) - (np.asarray(logits[1]) > 0)
+    expected = 0.7 * sum((w * digits[b] for b, w in zip(on, worth, strict=True)), np.zeros(20_000))
+    np.testing.assert_allclose(hard, expected, atol=1e-6)
+    if on:
+        np.testing.assert_allclose(step, 0.7 * 2.0 ** min(on) / 255, rtol=1e-6)
+
+
+def test_contiguous_masks_only_trim_low_planes():
+    mask = jnp.array([1.0, 1.0, -1.0, 1.0, 1.0])  # plane 2 is off, so 0 and 1 are, too
+    bit_planes = drawn(5)._replace(mask=mask)
+    np.testing.assert_array_equal(
+        csq.active_planes(bit_planes, contiguous=True), [False, False, False, True, True]
+    )
+    gates = csq.plane_gates(mask, 100.0, contiguous=True)
+    np.testing.assert_allclose(gates, [0, 0, 0, 1, 1], atol=1e-6)
+    codes, step = csq.codes(bit_planes, contiguous=True)
+    assert np.abs(codes).max() <= 3
+    np.testing.assert_allclose(step, 0.37 * 8 / 31, rtol=1e-6)
+
+
+def test_a_gate_on_the_threshold_is_on_and_a_bit_on_it_is_not():
+    """The literal start has all gates at zero: it counts as all planes, and names what bits say."""
+    w = jax.random.normal(jax.random.key(2), (50,))
+    bit_planes = csq.from_float(w, literal=True)
+    assert csq.active_planes(bit_planes).all()
+    np.testing.assert_array_equal(csq.codes(bit_planes)[0], quantised(w, 8)[0])
+
+
+def test_the_temperature_is_traced():
+    traces = []
+
+    @jax.jit
+    def weights(bit_planes, beta):
+        traces.append(1)
+        return csq.weights(bit_planes, beta)
+
+    values = [np.asarray(weights(drawn(4), np.float32(beta))) for beta in (1, 5, 200)]
+    assert traces == [1] and not np.allclose(values[0], values[2])
