@@ -50,7 +50,6 @@ COST_UNITS = {
 STRATEGIES = ("greedy", "ilp")
 console = train.console
 Config = train.Config
-Tester = Callable[[BitConfig, str], evaluation.Score]
 
 
 def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> Any:
@@ -310,11 +309,8 @@ def float_row(config: Config, setup: train.Setup) -> list[report.Row]:
     return [report.Row("float", "float", accuracy, None)]
 
 
-def make_tester(
-    setup: train.Setup, config: Config, variables
-) -> tuple[Callable[[BitConfig], Any], Tester]:
-    """Returns `ready(bits)`, the supernet with norms re-estimated, and `test(bits, split)`."""
-    evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
+def make_ready(setup: train.Setup, config: Config, variables) -> Callable[[BitConfig], Any]:
+    """Returns `ready(bits)`: the supernet with its norms re-estimated for a configuration."""
     images = recalibration_images(setup, config)
 
     def ready(bits: BitConfig) -> Any:
@@ -322,17 +318,14 @@ def make_tester(
             setup.model, setup.table, variables, bits, images, quantizer=quantizer_of(setup)
         )
 
-    def test(bits: BitConfig, split: str) -> evaluation.Score:
-        return evaluate(ready(bits), bits, train.eval_batches(setup, split))
-
-    return ready, test
+    return ready
 
 
 def choose_finalists(
     found: list[list[BitConfig]],
     budgets: list[float],
     uniform: dict[str, BitConfig],
-    test: Tester,
+    heldout_loss: Callable[[BitConfig], float],
     cost_of: Callable[[BitConfig], float],
 ) -> list[BitConfig]:
     """Returns for each budget the best of what the search found and the largest uniform bits.
@@ -344,7 +337,7 @@ def choose_finalists(
     for candidates, budget in zip(found, budgets, strict=True):
         affordable = [bits for bits in uniform.values() if cost_of(bits) <= budget]
         finalists = candidates + ([max(affordable, key=cost_of)] if affordable else [])
-        chosen.append(min(finalists, key=lambda bits: test(bits, "heldout").loss))
+        chosen.append(min(finalists, key=heldout_loss))
     return chosen
 
 
@@ -422,7 +415,12 @@ def main(argv: list[str]) -> None:
         moves = f" in {len(path)} moves" if path else ""
         console.print(f"searched {len(budgets)} budgets{moves}, {seconds:.1f} s")
 
-        ready, test = make_tester(setup, config, variables)
+        ready = make_ready(setup, config, variables)
+        evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
+
+        def score(variables: Any, bits: BitConfig, split: str) -> evaluation.Score:
+            return evaluate(variables, bits, train.eval_batches(setup, split))
+
         uniform = {
             f"uniform {bits}/{bits}": setup.table.uniform(bits, bits)
             for bits in setup.table.bank_bits
@@ -435,16 +433,23 @@ def main(argv: list[str]) -> None:
                 for name, bits in uniform.items()
                 if all(one.of(bits) <= limit for one, limit in limits)
             }
-            finals = choose_finalists(candidates, list(budgets.values()), allowed, test, bill.of)
+            finals = choose_finalists(
+                candidates,
+                list(budgets.values()),
+                allowed,
+                lambda bits: score(ready(bits), bits, "heldout").loss,
+                bill.of,
+            )
         found = dict(zip(budgets, finals, strict=True))
         configs = uniform | found
         for name, bits in configs.items():
             group = "searched" if name in found else "uniform"
-            accuracy = test(bits, "test").accuracy
+            prepared = ready(bits)
+            accuracy = score(prepared, bits, "test").accuracy
             rows.append(report.Row(name, group, accuracy, bill.of(bits)))
-    for name, bits in found.items():
-        file = workdir / "search" / f"integers_{file_name(name)}.safetensors"
-        train.write_integers(setup, config, file, ready(bits))
+            if name in found:
+                file = workdir / "search" / f"integers_{file_name(name)}.safetensors"
+                train.write_integers(setup, config, file, prepared)
     if jax.process_index() == 0:
         write_results(setup, config, workdir / "search", rows, found, path, bill)
     print_results(setup, bill, rows, configs)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import linen
-from mpq_jax.bits import BitConfig
+from mpq_jax.bits import BitConfig, largest
 
 DEFAULT_CANDIDATES = (6, 5, 4, 3, 2)  # RFQuant's published search space (w2-6 a2-6)
 MOST_BITS, FLOAT_BITS = 16, 32  # of codes; and what a float tensor may be billed at
@@ -270,9 +270,7 @@ class LayerTable:
     @property
     def largest(self) -> BitConfig:
         """The configuration with the most bits in every layer."""
-        weights = [layer.weight_candidates[0] for layer in self.layers]
-        acts = [layer.act_candidates[0] for layer in self.layers]
-        return BitConfig(jnp.array(weights, jnp.int32), jnp.array(acts, jnp.int32))
+        return largest(self.candidates, self.mask)
 
     def check(self, bits: BitConfig) -> None:
         """Raises ValueError, naming layers, where one configuration is not allowed by the table."""

@@ -283,6 +283,30 @@ def apply(
     return Output(logits, batch_stats, linen.named(records, OUT), records)
 
 
+def predict(
+    model: nn.Module,
+    table: LayerTable,
+    variables: Any,
+    bits: BitConfig | None,
+    images: Any,
+    *,
+    quantizer: Quantizer,
+) -> Float[Array, "batch classes"]:
+    """Returns the logits of one configuration in evaluation mode; `bits` may not be None."""
+    if bits is None:
+        raise ValueError("a supernet needs to be told its bits")
+    selected = select(table, variables, bits, quantizer=quantizer)
+    return apply(model, table, selected, images, train=False, quantizer=quantizer).logits
+
+
+def with_positive_steps(learned: Learned) -> Learned:
+    """Returns what an update left, with step sizes that no learning rate can have made negative."""
+    return learned._replace(
+        weight_steps=jnp.maximum(learned.weight_steps, lsq.MIN_STEP_SIZE),
+        act_steps=jnp.maximum(learned.act_steps, lsq.MIN_STEP_SIZE),
+    )
+
+
 def scatter_batch_stats(
     table: LayerTable, banked: PyTree, bits: BitConfig, plain: PyTree
 ) -> PyTree:

@@ -823,7 +823,7 @@ def test_impossible_searches_are_refused_before_any_long_work(rounded, monkeypat
 
     monkeypatch.setattr(train, "start", lambda argv: (config, rounded.mixed))
     monkeypatch.setattr(search, "layer_traces", too_long)
-    monkeypatch.setattr(search, "make_tester", too_long)
+    monkeypatch.setattr(search, "make_ready", too_long)
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         search.main([])
 

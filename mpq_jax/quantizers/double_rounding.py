@@ -92,7 +92,12 @@ def _lower_codes(reduce, w, step_size, bits, highest):
     """Returns the codes of `bits` bits and the width of one (s_h 2^D)."""
     halvings = _halvings(bits, highest)
     stored = lsq.codes(w, step_size, highest, signed=True)
-    return reduce(stored, halvings, bits), step_size * jnp.ldexp(jnp.ones((), w.dtype), halvings)
+    return reduce(stored, halvings, bits), _width(step_size, halvings)
+
+
+def _width(step_size: Float[Array, ""], halvings: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns s_h 2^D, the width of a lower precision's code; a power of two makes it exact."""
+    return step_size * jnp.ldexp(jnp.ones((), step_size.dtype), halvings)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -163,7 +168,7 @@ def _weight_codes(reduce, w, step_size, bits, *, highest):
 
 def _of_highest(w, width, bits, highest: int) -> Array:
     """Returns s_h of a precision's own width of a code, s_h 2^D."""
-    return jnp.asarray(width, w.dtype) * jnp.ldexp(jnp.ones((), w.dtype), -_halvings(bits, highest))
+    return _width(jnp.asarray(width, w.dtype), -_halvings(bits, highest))
 
 
 def _unshared_fake_quant(w, step_size, bits, *, highest, grad_scale) -> Any:
@@ -176,8 +181,7 @@ def _unshared_codes(w, step_size, bits, *, highest):
 
 
 def _stored_codes(w, step_size, bits, *, highest):
-    halvings = _halvings(bits, highest)
-    width = jnp.asarray(step_size) * jnp.ldexp(jnp.ones((), jnp.float32), halvings)
+    width = _width(jnp.asarray(step_size), _halvings(bits, highest))
     return switch(w.astype(jnp.int32), bits, highest=highest), width
 
 

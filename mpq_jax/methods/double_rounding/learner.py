@@ -15,7 +15,6 @@ from mpq_jax import linen, losses, optim, supernet
 from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods.double_rounding.options import PLAIN_RATE, Options
 from mpq_jax.methods.record import Run
-from mpq_jax.quantizers import lsq
 
 PyTree = Any
 
@@ -153,27 +152,13 @@ def _move(optimizer, rates, variables: supernet.Variables, opt_state, gradient, 
         learning_rate=rate.weights,
         scale_rate=rate.scales,
     )
-    learned = jax.tree.map(jnp.add, variables.learned, updates)
-    learned = learned._replace(
-        weight_steps=jnp.maximum(learned.weight_steps, lsq.MIN_STEP_SIZE),
-        act_steps=jnp.maximum(learned.act_steps, lsq.MIN_STEP_SIZE),
-    )
+    learned = supernet.with_positive_steps(jax.tree.map(jnp.add, variables.learned, updates))
     moved = variables._replace(learned=learned, batch_stats=gradient.batch_stats)
-    scales: Any = optax.tree_utils.tree_get(opt_state, "scales")
-    found = [leaf for leaf in jax.tree.leaves(scales, is_leaf=_is_alrs) if _is_alrs(leaf)]
     scalars = {
-        name: value
-        for state in found
-        for name, value in (
-            ("scale_rate", state.learning_rate),
-            ("scale_gradient", state.mean_gradient),
-        )
+        "scale_rate": optax.tree_utils.tree_get(opt_state, "learning_rate"),
+        "scale_gradient": optax.tree_utils.tree_get(opt_state, "mean_gradient"),
     }
     return moved, opt_state, scalars
-
-
-def _is_alrs(leaf: Any) -> bool:
-    return isinstance(leaf, optim.AlrsState)
 
 
 def make_optimizer(

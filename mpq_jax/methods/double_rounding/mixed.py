@@ -92,8 +92,7 @@ def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -
         bits_key, key = jax.random.split(key)
         configs = dict(zip(levels, draw(state, bits_key), strict=True))
         example = learner.prepare(batch, key)
-        steps = {"sequential": multi.sequential_updates, "joint": multi.joint_update}
-        variables, opt_state, metrics = steps[options.update](
+        variables, opt_state, metrics = multi.updated(
             learner, options, state.variables, state.opt_state, example, configs, state.step
         )
         moved = state._replace(step=state.step + 1, variables=variables, opt_state=opt_state)
@@ -109,7 +108,7 @@ def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -
         on_epoch=on_epoch,
         eval_bits={f"w{bits}a{bits}": config for bits, config in levels.items()},
         variables=lambda state: state.variables,
-        predict=functools.partial(multi.predict, model, table, options),
+        predict=functools.partial(supernet.predict, model, table, quantizer=options.quantizer),
         quantizer=options.quantizer,
         read=functools.partial(supernet_or_float_variables, table),
     )

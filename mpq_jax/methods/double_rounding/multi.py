@@ -45,7 +45,6 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
     table = table.with_norm_rows(options.norm_rows)
     levels = levels_of(table)
     learner = make_learner(model, table, options, run, highest=max(levels))
-    steps = {"sequential": sequential_updates, "joint": joint_update}
 
     @jax.jit
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
@@ -56,7 +55,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
         example = learner.prepare(batch, key)
-        variables, opt_state, metrics = steps[options.update](
+        variables, opt_state, metrics = updated(
             learner, options, state.variables, state.opt_state, example, levels, state.step
         )
         return TrainState(state.step + 1, variables, opt_state), metrics
@@ -68,10 +67,16 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         on_epoch=lambda state, epoch: (state, {}),
         eval_bits={f"w{bits}a{bits}": config for bits, config in levels.items()},
         variables=lambda state: state.variables,
-        predict=functools.partial(predict, model, table, options),
+        predict=functools.partial(supernet.predict, model, table, quantizer=options.quantizer),
         quantizer=options.quantizer,
         read=float_variables,
     )
+
+
+def updated(learner: Learner, options: Options, *arguments):
+    """Takes a step in the way that the options name; arguments as of `sequential_updates`."""
+    ways = {"sequential": sequential_updates, "joint": joint_update}
+    return ways[options.update](learner, options, *arguments)
 
 
 def sequential_updates(
@@ -148,16 +153,6 @@ def _added(total: Gradient, one: Gradient) -> Gradient:
 
 def _named(scalars: dict[str, Array], base: int) -> dict[str, Array]:
     return {f"{name}_w{base}": value for name, value in scalars.items()}
-
-
-def predict(model, table: LayerTable, options: Options, variables, bits: BitConfig | None, images):
-    """Returns the logits of one configuration in evaluation mode."""
-    if bits is None:
-        raise ValueError("a network of several precisions needs to be told its bits")
-    selected = supernet.select(table, variables, bits, quantizer=options.quantizer)
-    return supernet.apply(
-        model, table, selected, images, train=False, quantizer=options.quantizer
-    ).logits
 
 
 FAMILY = MethodFamily(options=Options, make=make)

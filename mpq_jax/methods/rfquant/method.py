@@ -112,12 +112,6 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         mask = freeze_most_unstable(state.variables.learned, state.mask, jnp.int32(count))
         return state._replace(mask=mask), {"frozen_layers": float(count), "freeze_ratio": ratio}
 
-    def predict(variables: supernet.Variables, bits: BitConfig | None, images):
-        if bits is None:
-            raise ValueError("a supernet needs to be told its bits")
-        selected = supernet.select(table, variables, bits)
-        return supernet.apply(model, table, selected, images, train=False).logits
-
     return Method(
         table=table,
         init=jax.jit(init),
@@ -125,7 +119,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         on_epoch=on_epoch,
         eval_bits=_eval_bits(table),
         variables=lambda state: state.variables if state.average is None else state.average,
-        predict=predict,
+        predict=functools.partial(supernet.predict, model, table, quantizer=lsq.QUANTIZER),
         quantizer=lsq.QUANTIZER,
         read=float_variables,
     )
@@ -322,11 +316,7 @@ def _finish(table, options: Options, optimizer, state: TrainState, carry: Carry,
     used = supernet.used_rows(table, gradient.params, every)
     learned = state.variables.learned
     updates, opt_state = optimizer.update(gradient, state.opt_state, learned, used=used)
-    learned = jax.tree.map(jnp.add, learned, updates)
-    learned = learned._replace(
-        weight_steps=jnp.maximum(learned.weight_steps, lsq.MIN_STEP_SIZE),
-        act_steps=jnp.maximum(learned.act_steps, lsq.MIN_STEP_SIZE),
-    )
+    learned = supernet.with_positive_steps(jax.tree.map(jnp.add, learned, updates))
     variables = state.variables._replace(learned=learned, batch_stats=carry.batch_stats)
     average = state.average
     if average is not None:
