@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.progress
 import rich.table
@@ -54,6 +53,12 @@ Config = train.Config
 
 def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> Any:
     """Returns the supernet in the newest checkpoint of the workdir."""
+    if setup.method.quantizer is None:
+        why = "found its bits itself" if setup.method.found else "has no bits"
+        raise ValueError(
+            f"{config.method!r} {why}: there is nothing to search; pass the workdir and config of "
+            "a supernet"
+        )
     directory = workdir / "checkpoints"
     if not directory.exists():
         raise ValueError(f"{workdir} holds no training run; run train.py with the same flags first")
@@ -67,11 +72,6 @@ def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> 
     if restored is None:
         raise ValueError(f"{directory} is empty; run train.py with the same flags first")
     variables = setup.method.variables(restored[1])
-    if not isinstance(variables, supernet.Variables):
-        raise ValueError(
-            f"{workdir} was trained by {config.method!r}, which has no bits to search; pass the "
-            "workdir and config of a supernet"
-        )
     if restored[0] < setup.run.steps:
         console.print(f"note: the run is at step {restored[0]} of {setup.run.steps}")
     return variables
@@ -158,19 +158,6 @@ def heldout_batches(setup: train.Setup, config: Config) -> Iterator[tuple[Any, A
             batch = {"image": images[chosen], "label": labels[chosen]}
             batch = sharding.global_batch(batch, setup.mesh)
             yield setup.normalize(batch["image"]), batch["label"]
-
-
-def recalibration_images(setup: train.Setup, config: Config) -> jax.Array:
-    """Returns training images, augmented as in training: [batches, batch, ...]."""
-    count = max(1, config.search.recalibration_images // config.batch_size)
-    batches, key = setup.dataset.train_batches(0), jax.random.key(config.seed)
-    prepared = [
-        setup.run.prepare(
-            sharding.global_batch(next(batches), setup.mesh), jax.random.fold_in(key, i)
-        )
-        for i in range(count)
-    ]
-    return jnp.stack(prepared)
 
 
 def run_greedy(
@@ -309,9 +296,10 @@ def float_row(config: Config, setup: train.Setup) -> list[report.Row]:
     return [report.Row("float", "float", accuracy, None)]
 
 
-def make_ready(setup: train.Setup, config: Config, variables) -> Callable[[BitConfig], Any]:
+def make_ready(setup: train.Setup, variables) -> Callable[[BitConfig], Any]:
     """Returns `ready(bits)`: the supernet with its norms re-estimated for a configuration."""
-    images = recalibration_images(setup, config)
+    assert setup.run.images is not None  # train.build gives it
+    images = setup.run.images()
 
     def ready(bits: BitConfig) -> Any:
         return recalibrate(
@@ -415,7 +403,7 @@ def main(argv: list[str]) -> None:
         moves = f" in {len(path)} moves" if path else ""
         console.print(f"searched {len(budgets)} budgets{moves}, {seconds:.1f} s")
 
-        ready = make_ready(setup, config, variables)
+        ready = make_ready(setup, variables)
         evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
 
         def score(variables: Any, bits: BitConfig, split: str) -> evaluation.Score:
@@ -449,7 +437,9 @@ def main(argv: list[str]) -> None:
             rows.append(report.Row(name, group, accuracy, bill.of(bits)))
             if name in found:
                 file = workdir / "search" / f"integers_{file_name(name)}.safetensors"
-                train.write_integers(setup, config, file, prepared)
+                train.write_integers(
+                    setup, config, file, setup.table, prepared, setup.method.quantizer
+                )
     if jax.process_index() == 0:
         write_results(setup, config, workdir / "search", rows, found, path, bill)
     print_results(setup, bill, rows, configs)

@@ -24,12 +24,14 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from mpq_jax import checkpoints, data, evaluation, linen, recording, sharding
+from mpq_jax import bits as bit_configs
+from mpq_jax import checkpoints, costs, data, evaluation, linen, recording, report, sharding
 from mpq_jax.export import integers
 from mpq_jax.layer_table import FIRST_LAST, LayerTable, Rule, bit_rules, trace_layers
 from mpq_jax.methods import METHODS, Method
-from mpq_jax.methods.record import Run
+from mpq_jax.methods.record import Found, Run
 from mpq_jax.models import make_model
+from mpq_jax.quantizers.record import Quantizer
 
 # Config keys that do not change what is trained: a run may go on with other values of them.
 FREE_KEYS = ("search", "log_every", "save_every", "keep_last", "keep_best", "device_count")
@@ -153,9 +155,23 @@ def build(config: Config) -> Setup:
         )
         return normalize(images)
 
-    run = Run(config.epochs, dataset.steps_per_epoch, prepare)
+    def images() -> jax.Array:
+        return recalibration_images(config, dataset, mesh, prepare)
+
+    run = Run(config.epochs, dataset.steps_per_epoch, prepare, images)
     method = family.make(model, table, options, run)
     return Setup(dataset, mesh, model, method.table, method, run, normalize)
+
+
+def recalibration_images(config: Config, dataset: data.Dataset, mesh, prepare) -> jax.Array:
+    """Returns training images, augmented as in training: [batches, batch, ...]."""
+    count = max(1, config.search.recalibration_images // config.batch_size)
+    batches, key = dataset.train_batches(0), jax.random.key(config.seed)
+    prepared = [
+        prepare(sharding.global_batch(next(batches), mesh), jax.random.fold_in(key, i))
+        for i in range(count)
+    ]
+    return jnp.stack(prepared)
 
 
 def abstract_state(setup: Setup) -> Any:
@@ -270,23 +286,28 @@ def note_run(config: Config, workdir: pathlib.Path) -> None:
 
 
 def write_integers(
-    setup: Setup, config: Config, path: pathlib.Path, variables: Any
-) -> integers.Sizes | None:
-    """Writes a network as integers, if they are all that its precisions need."""
-    if not integers.can_store(setup.method.quantizer):
-        return None
+    setup: Setup,
+    config: Config,
+    path: pathlib.Path,
+    table: LayerTable,
+    variables: Any,
+    quantizer: Quantizer | None,
+) -> None:
+    """Writes a network as integers and says so, if they are all that its precisions need."""
+    if not integers.can_store(quantizer):
+        return
     variables = sharding.to_host(variables)
     if jax.process_index() != 0:
-        return None
+        return
     kept = json.loads(config.to_json())  # without the places of files on this machine
     kept.pop("init_from")
     stored = {name: config.data.tfds[name] for name in ("dataset", "test_split", "image_size")}
     kept["data"] = {"name": config.data.name} | (stored if config.data.name == "tfds" else {})
     for name in {"search", *METHODS} - {config.method}:
         kept.pop(name, None)
-    return integers.save(
+    sizes = integers.save(
         path,
-        setup.table,
+        table,
         variables,
         model=integers.ModelSpec(
             config.model.name, setup.dataset.num_classes, config.model.options.to_dict()
@@ -295,6 +316,50 @@ def write_integers(
         std=tuple(float(value) for value in setup.dataset.std),
         config=kept,
     )
+    precisions = f"it runs at {' '.join(map(str, table.precisions))} bits"
+    if not table.searchable.any():
+        precisions = "every layer has its own bits"
+    console.print(
+        f"{path}: {sizes.file / 2**10:.1f} KiB, of which integers {sizes.codes / 2**10:.1f} and "
+        f"floats {sizes.floats / 2**10:.1f}; {precisions}"
+    )
+
+
+def write_found(setup: Setup, config: Config, workdir: pathlib.Path, found: Found) -> None:
+    """Writes the bits that training found, their plots, and the network as integers."""
+    directory = workdir / "scheme"
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, bits in found.bits.items():
+            file = directory / f"bits_{name}.json"
+            file.write_text(bit_configs.to_json(bits, setup.table.names))
+        report.write_scheme(setup.table, found.bits, found.layouts, directory / "scheme.csv")
+        report.plot_scheme(setup.table, found.bits, path=directory / "scheme.png")
+        entries = recording.read_metrics(workdir)
+        report.plot_growth(setup.table.names, entries, path=directory / "growth.png")
+    path = workdir / "integers.safetensors"
+    write_integers(setup, config, path, found.table, found.variables, found.quantizer)
+
+
+def print_found(setup: Setup, found: Found) -> None:
+    """Prints the bits of every layer, and what the network takes by each way of counting."""
+    shown = rich.table.Table("layer", "weights", "planes in use", *found.bits)
+    for index, layer in enumerate(setup.table.layers):
+        counted = [str(int(bits.weights[index])) for bits in found.bits.values()]
+        layout = found.layouts.get(layer.name, "float" if layer.float_weights else "")
+        shown.add_row(layer.name, f"{layer.params:,}", layout, *counted)
+    console.print(shown)
+    floats = 4 * sum(layer.params for layer in setup.table.layers)
+    for name, bits in found.bits.items():
+        by_layer, by_param = (
+            float(costs.mean_bits(setup.table, bits, by=by)) for by in ("layer", "param")
+        )
+        size = float(costs.model_bytes(setup.table, bits))
+        console.print(
+            f"{name}: mean {by_layer:.2f} by layer, {by_param:.2f} by parameter; all kernels take "
+            f"{size / 2**10:.1f} KiB, {floats / size:.1f} times less than in float",
+            highlight=False,
+        )
 
 
 def print_layers(table: LayerTable) -> None:
@@ -338,6 +403,23 @@ def evaluate_all(setup: Setup, evaluate, state) -> dict[str, float]:
     return scores | {"heldout/mean": float(np.mean(list(scores.values())))}
 
 
+def finish(setup: Setup, config: Config, workdir: pathlib.Path, state: Any) -> None:
+    """Writes what a finished run hands over."""
+    method, variables = setup.method, setup.method.variables(state)
+    if method.found is None:
+        path = workdir / "integers.safetensors"
+        write_integers(setup, config, path, setup.table, variables, method.quantizer)
+        return
+    found = method.found(variables)
+    write_found(setup, config, workdir, found)
+    print_found(setup, found)
+    evaluate = evaluation.make_evaluate(method.predict, setup.normalize)
+    for name, bits in method.eval_bits.items():
+        score = evaluate(variables, bits, eval_batches(setup, "test"))
+        console.print(f"test accuracy, {name}: {score.accuracy:.2%}", highlight=False)
+    console.print(f"the scheme and its plots are in {workdir / 'scheme'}")
+
+
 def eval_batches(setup: Setup, split: str) -> Iterator[dict[str, jax.Array]]:
     """Yields a split's batches as global arrays."""
     for batch in setup.dataset.eval_batches(split):
@@ -379,15 +461,7 @@ def main(argv: list[str]) -> None:
         state = train_loop(setup, config, workdir, manager, state, first_step)
         manager.close()
         if int(state.step) == setup.run.steps:
-            path = workdir / "integers.safetensors"
-            sizes = write_integers(setup, config, path, setup.method.variables(state))
-            if sizes:
-                precisions = " ".join(map(str, setup.table.precisions))
-                console.print(
-                    f"{path}: {sizes.file / 2**10:.1f} KiB, of which integers "
-                    f"{sizes.codes / 2**10:.1f} and floats {sizes.floats / 2**10:.1f}; it runs at "
-                    f"{precisions} bits"
-                )
+            finish(setup, config, workdir, state)
     print_compilations(counter)
 
 
@@ -442,8 +516,9 @@ def train_loop(setup: Setup, config: Config, workdir, manager, state, first_step
                 progress.update(bar, completed=done, description=text)
             if epoch_ends:
                 scores = evaluate_all(setup, evaluate, state)
-                if writer and scores:
-                    writer.write(done, scores)
+                summary = method.summary(state)
+                if writer and (scores or summary):
+                    writer.write(done, scores | summary)
                 shown = ", ".join(
                     f"{k.removeprefix('heldout/')} {v:.2%}" for k, v in scores.items()
                 )

@@ -32,7 +32,9 @@ class Bench:
             data_dir=data_dir,
         )
         self.model = make_model("resnet8", num_classes=10, width=8, stem_stride=2)
-        self.run = Run(epochs, self.dataset.steps_per_epoch, self.prepare)
+        self.run = Run(
+            epochs, self.dataset.steps_per_epoch, self.prepare, images=self.recalibration_images
+        )
 
     def table(self, candidates, **rules):
         return trace_layers(
@@ -45,6 +47,11 @@ class Bench:
     def prepare(self, batch, key):
         images = data.augment(key, batch["image"], padding=2, flip_probability=0.5)
         return self.normalize(images)
+
+    def recalibration_images(self, count: int = RECALIBRATION_BATCHES):
+        """Returns training images, augmented as in training: [batches, batch, ...]."""
+        batches = self.dataset.train_batches(0)
+        return jnp.stack([self.prepare(next(batches), jax.random.key(i)) for i in range(count)])
 
     def train(self, method, variables, on_step=lambda step, state, metrics: None):
         """Returns the trained variables and the metrics of the last step."""
@@ -85,8 +92,7 @@ class Bench:
     def recalibrated(self, method, count: int = RECALIBRATION_BATCHES):
         """Returns `accuracy(variables, bits, split)` after recalibration on training images."""
         accuracy = self.evaluator(method)
-        batches = self.dataset.train_batches(0)
-        images = jnp.stack([self.prepare(next(batches), jax.random.key(i)) for i in range(count)])
+        images = self.recalibration_images(count)
 
         def after(variables, bits, split):
             ready = recalibrate(

@@ -23,7 +23,7 @@ class BitConfig(NamedTuple):
     """Bits of every layer of a `LayerTable`, in its order.
 
     Attributes:
-        weights: int32 [layers], bits of the kernel.
+        weights: int32 [layers], bits of the kernel; 0: it is all zeros.
         acts: int32 [layers], bits of the layer's input. For an input that stays float, the bits
             it is billed at.
     """
@@ -251,7 +251,10 @@ def from_json(text: str, names: Sequence[str]) -> BitConfig:
 
 def _column(layers: dict, names: Sequence[str], kind: str) -> Int[Array, " layers"]:
     values = [layers[name].get(kind) if isinstance(layers[name], dict) else None for name in names]
+    least = 0 if kind == "weights" else 1  # a kernel of zeros takes no bits
     for name, value in zip(names, values, strict=True):
-        if type(value) is not int or not 1 <= value <= 32:
-            raise ValueError(f"{kind} of layer {name!r} is {value!r}; wanted an integer, 1 to 32")
+        if type(value) is not int or not least <= value <= 32:
+            raise ValueError(
+                f"{kind} of layer {name!r} is {value!r}; wanted an integer, {least} to 32"
+            )
     return jnp.asarray(values, jnp.int32)

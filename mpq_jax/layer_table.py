@@ -62,7 +62,8 @@ FIRST_LAST_FLOAT = (
     _FLOAT._replace(kind="conv", position="first"),
     _FLOAT._replace(kind="dense", position="last"),
 )
-FIRST_LAST = {"8bit": FIRST_LAST_8BIT, "float": FIRST_LAST_FLOAT}
+FIRST_LAST_SAME = (Rule(kind="conv", position="first", acts=8, float_acts=True),)
+FIRST_LAST = {"8bit": FIRST_LAST_8BIT, "float": FIRST_LAST_FLOAT, "same": FIRST_LAST_SAME}
 
 
 def bit_rules(
@@ -79,7 +80,7 @@ def bit_rules(
         depthwise_min_bits: drops the candidates below it for depthwise convolutions (RFQuant
             drops 2 bits, that is, takes 3); None treats them like any convolution.
         first_last: rules of the first convolution and the last dense layer; `FIRST_LAST` names
-            some: 8 bits (RFQuant), or float (Double Rounding).
+            some: 8 bits (RFQuant), float (Double Rounding), or the same as all (CSQ).
         first: rules that come before all of these.
     """
     chosen = _descending(tuple(candidates))

@@ -44,6 +44,20 @@ def recalibrate(
         quantizer: of kernels and inputs.
     """
     selected = supernet.select(table, variables, bits, quantizer=quantizer)
+    plain = norm_statistics(model, table, selected, images, quantizer=quantizer)
+    stats = supernet.scatter_batch_stats(table, variables.batch_stats, bits, plain)
+    return variables._replace(batch_stats=stats)
+
+
+def norm_statistics(
+    model: nn.Module,
+    table: LayerTable,
+    selected: supernet.Selected,
+    images: Float[Array, "batches batch ..."],
+    *,
+    quantizer: Quantizer,
+) -> PyTree:
+    """Returns the statistics of all norms of one subnet on some images; see `recalibrate`."""
 
     def moments(batch) -> dict[str, Array]:
         return _norm_moments(model, table, selected, batch, quantizer=quantizer)
@@ -54,9 +68,7 @@ def recalibrate(
         means, variances = norm_moments[:, 0], norm_moments[:, 1]
         merged[f"{name}/mean"] = jnp.mean(means, axis=0)
         merged[f"{name}/var"] = jnp.mean(variances, axis=0) + jnp.var(means, axis=0)
-    plain = linen.unflatten(merged)
-    stats = supernet.scatter_batch_stats(table, variables.batch_stats, bits, plain)
-    return variables._replace(batch_stats=stats)
+    return linen.unflatten(merged)
 
 
 def _norm_moments(model, table, selected, images, *, quantizer) -> dict[str, Array]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import tensorboardX
 
+METRICS = "metrics.jsonl"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -17,8 +18,8 @@ class MetricWriter:
     def __init__(self, directory: pathlib.Path, *, first_step: int):
         """Opens the files; entries of `first_step` or later, of an interrupted run, are dropped."""
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        kept = [entry for entry in _entries(path) if entry["step"] < first_step]
+        path = directory / METRICS
+        kept = [entry for entry in read_metrics(directory) if entry["step"] < first_step]
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         temporary.replace(path)
@@ -40,9 +41,9 @@ class MetricWriter:
         self._board.close()
 
 
-def _entries(path: pathlib.Path) -> list[dict]:
-    """Reads JSON lines; a last line that was cut off by a kill is left out."""
-    entries = []
+def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
+    """Reads what was written into a directory; a last line that a kill cut off is left out."""
+    path, entries = directory / METRICS, []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entries.append(json.loads(line))

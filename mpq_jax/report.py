@@ -1,6 +1,8 @@
-"""Plots of a search: accuracy against cost, and the bits of every layer."""
+"""Plots and tables: accuracy against cost, the bits of every layer, how a scheme grew."""
 
+import csv
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ class Row(NamedTuple):
     cost: float | None
 
 
+COLOURS = ("#2e6f95", "#edae49", "#d1495b")
 STYLES: dict[str, dict[str, Any]] = {
     "searched": {"color": "#d1495b", "marker": "o", "label": "searched"},
     "uniform": {"color": "#2e6f95", "marker": "s", "label": "uniform bits"},
@@ -113,4 +116,92 @@ def plot_bits(table: LayerTable, configs: dict[str, BitConfig], *, path: pathlib
     all_axes[-1].set_xticks(positions, table.names, rotation=60, ha="right", fontsize=7)
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def write_scheme(
+    table: LayerTable, configs: dict[str, BitConfig], layouts: dict[str, str], path: pathlib.Path
+) -> None:
+    """Writes a found scheme as CSV: one line per layer, one column per way of counting bits.
+
+    Args:
+        table: the layers.
+        configs: the weight bits of every layer by way of counting.
+        layouts: which bits the integers of a layer are made of, by path.
+        path: file to write.
+    """
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "weights", "layout", *configs, "acts"])
+        for index, layer in enumerate(table.layers):
+            counted = [int(bits.weights[index]) for bits in configs.values()]
+            acts = int(next(iter(configs.values())).acts[index])
+            layout = layouts.get(layer.name, "")
+            writer.writerow([layer.name, layer.params, layout, *counted, acts])
+
+
+def plot_scheme(table: LayerTable, configs: dict[str, BitConfig], *, path: pathlib.Path) -> None:
+    """Draws the weight bits of every layer, side by side by way of counting; float layers hatched.
+
+    Args:
+        table: the layers.
+        configs: the bits by way of counting.
+        path: file to write.
+    """
+    figure = Figure(figsize=(max(6.0, 0.38 * len(table) + 1.5), 3.6), layout="constrained")
+    axes = figure.subplots()
+    positions, width = np.arange(len(table)), 0.8 / len(configs)
+    quantised = [not layer.float_weights for layer in table.layers]
+    highest = 1
+    for place, (name, bits) in enumerate(configs.items()):
+        weights = np.where(quantised, np.asarray(bits.weights), 0)
+        highest = max(highest, weights.max())
+        offset = (place - (len(configs) - 1) / 2) * width
+        axes.bar(positions + offset, weights, width, color=COLOURS[place], label=name)
+    for index in np.flatnonzero(~np.array(quantised)):
+        axes.bar(index, highest, 0.8, fill=False, hatch="///", edgecolor="#bbbbbb")
+    axes.set_ylabel("bits of the weights")
+    axes.set_yticks(range(highest + 1))
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_xticks(positions, table.names, rotation=60, ha="right", fontsize=7)
+    figure.legend(loc="outside upper right", ncols=len(configs), fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_growth(
+    names: Sequence[str], entries: list[dict[str, float]], *, path: pathlib.Path
+) -> None:
+    """Draws how a scheme grew: the planes of every layer, their means, and how decided gates are.
+
+    Args:
+        names: the layers in order; those without planes are left out.
+        entries: logged metrics, as `recording.read_metrics` returns them.
+        path: file to write.
+    """
+    summaries = [entry for entry in entries if "mean_planes_by_layer" in entry]
+    grown = [name for name in names if summaries and f"planes/{name}" in summaries[0]]
+    planes = np.array([[entry[f"planes/{name}"] for entry in summaries] for name in grown])
+    epochs = np.arange(1, len(summaries) + 1)
+    figure = Figure(figsize=(7, 4.5 + 0.16 * len(grown)), layout="constrained")
+    heights = (2 + 0.16 * len(grown), 1.4, 1.4)
+    layers, means, gates = figure.subplots(3, 1, sharex=True, height_ratios=heights)
+    if summaries:
+        extent = (0.5, len(summaries) + 0.5, len(grown) - 0.5, -0.5)
+        image = layers.imshow(
+            planes, aspect="auto", interpolation="nearest", extent=extent, vmin=0, cmap="viridis"
+        )
+        figure.colorbar(image, ax=layers, label="planes")
+    layers.set_yticks(range(len(grown)), grown, fontsize=7)
+    for by, colour in zip(("layer", "param"), COLOURS, strict=False):
+        values = [entry[f"mean_planes_by_{by}"] for entry in summaries]
+        means.plot(epochs, values, color=colour, marker=".", label=f"mean by {by}")
+    means.set_ylabel("planes")
+    for kind, colour in zip(("masks", "bits"), COLOURS, strict=False):
+        values = [100 * entry[f"undecided_{kind}"] for entry in summaries]
+        gates.plot(epochs, values, color=colour, marker=".", label=f"undecided {kind}")
+    gates.set_ylabel("% of gates")
+    gates.set_xlabel("epoch")
+    for axes in (means, gates):
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)

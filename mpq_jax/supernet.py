@@ -299,11 +299,11 @@ def predict(
     return apply(model, table, selected, images, train=False, quantizer=quantizer).logits
 
 
-def with_positive_steps(learned: Learned) -> Learned:
+def with_positive_steps(learned: Learned, *, least: float = lsq.MIN_STEP_SIZE) -> Learned:
     """Returns what an update left, with step sizes that no learning rate can have made negative."""
     return learned._replace(
-        weight_steps=jnp.maximum(learned.weight_steps, lsq.MIN_STEP_SIZE),
-        act_steps=jnp.maximum(learned.act_steps, lsq.MIN_STEP_SIZE),
+        weight_steps=jnp.maximum(learned.weight_steps, least),
+        act_steps=jnp.maximum(learned.act_steps, least),
     )
 
 

@@ -189,7 +189,7 @@ def with_layer(entry):
         (with_layer({"weights": 4.0, "acts": 4}), "is 4.0; wanted an integer"),
         (with_layer({"weights": True, "acts": 4}), "is True; wanted an integer"),
         (with_layer({"weights": 4, "acts": 0}), "acts of layer 'head' is 0; wanted"),
-        (with_layer({"weights": 33, "acts": 4}), "is 33; wanted an integer, 1 to 32"),
+        (with_layer({"weights": 33, "acts": 4}), "is 33; wanted an integer, 0 to 32"),
     ],
 )
 def test_reading_something_else_is_refused(text, message):

@@ -13,6 +13,7 @@ from mpq_jax.models import MODELS, make_model
 from mpq_jax.models.mobilenet_v2 import InvertedResidual, Stage, scale_channels
 from mpq_jax.models.resnet import BasicBlock, BottleneckBlock
 from mpq_jax.models.resnet_cifar import Block, ResNetCifar
+from mpq_jax.models.vgg import VGG
 
 
 @functools.cache
@@ -152,6 +153,8 @@ def test_channels_are_multiples_of_eight_and_lose_at_most_a_tenth():
         ("resnet34", 1000, 224, 21_797_672),  # these three: torchvision
         ("resnet50", 1000, 224, 25_557_032),
         ("mobilenet_v2", 1000, 224, 3_504_872),
+        # kuangliu/pytorch-cifar, whose convolutions have 5,504 biases that a norm cancels
+        ("vgg19_bn", 10, 32, 20_040_522 - 5_504),
     ],
 )
 def test_published_numbers_of_parameters(name, classes, size, parameters):
@@ -169,6 +172,8 @@ def test_published_numbers_of_parameters(name, classes, size, parameters):
         ("resnet18", 224),
         ("resnet50", 64),
         ("mobilenet_v2", 64),
+        ("vgg19_bn", 32),
+        ("vgg19_bn", 70),
     ],
 )
 def test_output_is_one_row_of_logits_per_image(name, size, train):
@@ -194,11 +199,12 @@ def test_names_of_all_models():
         "resnet34",
         "resnet50",
         "resnet8",
+        "vgg19_bn",
     ]
 
 
 def test_unknown_model_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"'resnet9'; known .*'resnet50', 'resnet8'\]"):
+    with pytest.raises(ValueError, match=r"'resnet9'; known .*'resnet8', 'vgg19_bn'\]"):
         make_model("resnet9", num_classes=10)
 
 
@@ -402,3 +408,54 @@ def test_training_uses_the_batch_and_moves_statistics_by_a_tenth(small):
     np.testing.assert_allclose(
         moments["var"], 0.9 + 0.1 * values.var(0), rtol=1e-4
     )  # E[x^2]-E[x]^2
+
+
+VGG19 = (64, 64, 128, 128, 256, 256, 256, 256) + 8 * (512,)  # configuration E, pooling left out
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_parameters_of_vgg19(classes):
+    """Adds up configuration E of Table 1 of the VGG paper, each convolution with a norm."""
+    pairs = list(zip((3, *VGG19[:-1]), VGG19, strict=True))
+    convolutions, norms = sum(9 * before * out for before, out in pairs), 2 * sum(VGG19)
+    given = shapes(make_model("vgg19_bn", num_classes=classes))["params"]
+    assert count(given) == convolutions + norms + 512 * classes + classes
+    assert convolutions == 20_018_880  # 1,728 + 36,864 + 73,728 + ... + 4 x 2,359,296 by hand
+    kernels = [given[layer]["kernel"] for layer in given if "conv" in layer]
+    assert sum(kernel.size for kernel in kernels) == convolutions
+
+
+def test_layers_of_vgg19():
+    table = trace_layers(make_model("vgg19_bn", num_classes=10), (32, 32, 3))
+    *convolutions, head = table.layers
+    assert len(convolutions) == 16 and (head.name, head.kind, head.norm) == ("head", "dense", None)
+    assert table.names[:3] == ("stage0_conv0", "stage0_conv1", "stage1_conv0")
+    sizes = np.repeat([32, 16, 8, 4, 2], [2, 2, 4, 4, 4])  # of the image, in pixels
+    for layer, channels, size in zip(convolutions, VGG19, sizes, strict=True):
+        assert layer.kind == "conv" and layer.kernel_shape[-1] == channels
+        assert layer.norm == layer.name.replace("conv", "norm")
+        assert layer.macs == layer.params * size**2
+
+
+def test_small_vgg_is_convolution_norm_relu_and_pooling():
+    model = VGG(3, stage_sizes=(1, 2), stage_channels=(4, 5))
+    x = np.random.default_rng(0).normal(size=(2, 9, 12, 3)).astype(np.float32)
+    variables = some_variables(shapes(model, x.shape[1:]))
+    p = variables["params"]
+    given, _ = linen.forward(model, variables, jnp.asarray(x), train=False)
+    for stage, size in enumerate((1, 2)):
+        for index in range(size):
+            y = convolve(x, p[f"stage{stage}_conv{index}"]["kernel"])
+            x = np.maximum(normalise(y, p[f"stage{stage}_norm{index}"]), 0)
+        even = x[:, : x.shape[1] // 2 * 2]
+        x = even.reshape(2, even.shape[1] // 2, 2, even.shape[2] // 2, 2, -1).max(axis=(2, 4))
+    assert x.shape == (2, 2, 3, 5)
+    expected = x.mean(axis=(1, 2)) @ np.asarray(p["head"]["kernel"]) + np.asarray(p["head"]["bias"])
+    np.testing.assert_allclose(given, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("size", [(31, 32), (40, 8)])
+def test_images_that_vgg_cannot_halve_are_refused(size):
+    wanted = rf"{size[0]}x{size[1]} pixels; wanted at least 32x32, .* 5 stages"
+    with pytest.raises(ValueError, match=wanted):
+        shapes(make_model("vgg19_bn", num_classes=10), (*size, 3))

@@ -590,7 +590,7 @@ def test_configurations_never_recompile(searched):
 SEARCH_REFUSALS = {
     "too small": r"no configuration costs as little as \[1.0\]: the reachable range is \d+",
     "unit": "config.search.budget is 'watts'; known: .*'bitops', 'bytes', 'latency', 'mean_bits'",
-    "float": "was trained by 'plain', which has no bits to search; pass the workdir and config",
+    "float": "'plain' has no bits: there is nothing to search; pass the workdir and config",
     "other config": "holds a run of another config: .*config.method was 'plain', now 'rfquant'",
     "untrained": "untrained holds no training run; run train.py with the same flags first",
 }

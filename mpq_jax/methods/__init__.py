@@ -1,6 +1,6 @@
 """Training methods, each a record of pure functions; `METHODS` lists them."""
 
-from mpq_jax.methods import double_rounding, plain, rfquant
+from mpq_jax.methods import csq, double_rounding, plain, rfquant
 from mpq_jax.methods.record import Method, MethodFamily
 
 METHODS: dict[str, MethodFamily] = {
@@ -8,6 +8,8 @@ METHODS: dict[str, MethodFamily] = {
     "rfquant": rfquant.FAMILY,
     "double_rounding": double_rounding.FAMILY,
     "double_rounding_mixed": double_rounding.MIXED_FAMILY,
+    "csq": csq.FAMILY,
+    "csq_uniform": csq.UNIFORM_FAMILY,
 }
 
 __all__ = ["METHODS", "Method", "MethodFamily"]

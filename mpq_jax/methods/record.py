@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 from jaxtyping import Array, Key
 
+from mpq_jax import supernet
 from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import LayerTable
 from mpq_jax.quantizers.record import Quantizer
@@ -21,16 +22,37 @@ class Run(NamedTuple):
         epochs: passes over the training data.
         steps_per_epoch: batches of one pass.
         prepare: `(batch, key) -> float images`, augmentation and normalisation, traceable.
+        images: reads training images and prepares them, [batches, batch, ...], for methods that
+            estimate norm statistics anew; None: they are left as training has them.
     """
 
     epochs: int
     steps_per_epoch: int
     prepare: Callable[[Batch, Key[Array, ""]], Array]
+    images: Callable[[], Array] | None = None
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.epochs * self.steps_per_epoch
+
+
+class Found(NamedTuple):
+    """A network whose bits training found itself.
+
+    Attributes:
+        table: its layers, each with the bits that it got as its only candidates.
+        variables: an ordinary supernet with these bits.
+        quantizer: of kernels and inputs.
+        bits: how its bits may be counted, by name; "integers" are those of the table.
+        layouts: which bits the integers of a layer are made of, by path, for people to read.
+    """
+
+    table: LayerTable
+    variables: supernet.Variables
+    quantizer: Quantizer
+    bits: dict[str, BitConfig]
+    layouts: dict[str, str]
 
 
 class Method(NamedTuple):
@@ -46,24 +68,29 @@ class Method(NamedTuple):
         on_epoch: `(state, epoch) -> (state, events)`, called before the first step of each
             epoch; `events` are numbers worth logging, empty if nothing happened.
         eval_bits: names and configurations worth evaluating while training; None: the model
-            has no bits.
+            has no bits. Methods that find bits themselves have something of their own instead.
         variables: `state -> variables`, what evaluation, search and export act on: the float
-            model's `{"params", "batch_stats"}`, or `supernet.Variables`.
-        predict: `(variables, bits, normalised images) -> logits` in evaluation mode, traceable.
+            model's `{"params", "batch_stats"}`, `supernet.Variables`, or what `found` takes.
+        predict: `(variables, bits, normalised images) -> logits` in evaluation mode, traceable;
+            bits as in `eval_bits`.
         quantizer: of kernels and inputs; None: the model has no bits.
         read: `(checkpoint, float variables or their shapes) -> start variables`: what `init` takes
             out of the checkpoint of another run; raises ValueError if it does not fit.
+        summary: `state -> numbers` worth logging at the end of every epoch.
+        found: `variables -> Found`, of methods that find the bits while they train.
     """
 
     table: LayerTable
     init: Callable[..., PyTree]
     train_step: Callable[[PyTree, Batch, Key[Array, ""]], tuple[PyTree, dict[str, Array]]]
     on_epoch: Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]
-    eval_bits: dict[str, BitConfig | None]
+    eval_bits: dict[str, Any]
     variables: Callable[[PyTree], PyTree]
-    predict: Callable[[PyTree, BitConfig | None, Array], Array]
+    predict: Callable[[PyTree, Any, Array], Array]
     quantizer: Quantizer | None
     read: Callable[[dict[str, Any], PyTree], PyTree]
+    summary: Callable[[PyTree], dict[str, float]] = lambda state: {}
+    found: Callable[[PyTree], Found] | None = None
 
 
 class MakeMethod(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from mpq_jax.models import mobilenet_v2, resnet, resnet_cifar
+from mpq_jax.models import mobilenet_v2, resnet, resnet_cifar, vgg
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=1),
@@ -16,6 +16,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         resnet.ResNet, stage_sizes=(3, 4, 6, 3), block=resnet.BottleneckBlock
     ),
     "mobilenet_v2": mobilenet_v2.MobileNetV2,
+    "vgg19_bn": vgg.VGG,
 }
 
 

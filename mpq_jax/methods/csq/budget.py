@@ -1,0 +1,172 @@
+"""The budget of planes: the mean, the regulariser that steers it, and the schemes that meet it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from mpq_jax.quantizers import csq
+from mpq_jax.quantizers.csq import BitPlanes
+
+DECIDED = 4.0  # |temperature x logit| from which a gate counts as decided: f is 0.018 or 0.982
+MARGIN = 0.1  # least logit of a mask once the scheme is fixed: decided from temperature 40 on
+TOLERANCE = 0.05  # mean planes by which a scheme may miss its target without being changed
+
+
+class Budget(NamedTuple):
+    """How planes are counted, and how many there may be.
+
+    Attributes:
+        target: mean number of planes.
+        shares: part of each grown layer in the mean, by name; they sum to one.
+        contiguous: see `csq.plane_gates`.
+    """
+
+    target: float
+    shares: dict[str, float]
+    contiguous: bool
+
+
+def shares(sizes: dict[str, int], *, average: str) -> dict[str, float]:
+    """Returns the part of each layer in a mean by "layer" or by "param"; sizes are weights."""
+    counted = {name: size if average == "param" else 1 for name, size in sizes.items()}
+    return {name: size / sum(counted.values()) for name, size in counted.items()}
+
+
+def active(planes: dict[str, BitPlanes], *, contiguous: bool) -> dict[str, Array]:
+    """Returns which planes of each layer are on."""
+    return {name: csq.active_planes(one, contiguous=contiguous) for name, one in planes.items()}
+
+
+def mean_planes(
+    planes: dict[str, BitPlanes], parts: dict[str, float], *, contiguous: bool
+) -> Float[Array, ""]:
+    """Returns the mean number of active planes; `parts` as of `shares`."""
+    counts = {
+        name: jnp.sum(on, dtype=jnp.float32)
+        for name, on in active(planes, contiguous=contiguous).items()
+    }
+    return sum((parts[name] * count for name, count in counts.items()), jnp.float32(0))
+
+
+def regulariser(
+    planes: dict[str, BitPlanes], budget: Budget, temperature: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Returns the budget-aware regulariser, (mean - target) x sum of the gates.
+
+    Above the budget it closes gates, below it opens them. The mean counts gates that are decided
+    by their sign and has no gradient. Layers that are counted by size are also closed by size:
+    each gate weighs its layer's share times the number of layers, which is 1 in a mean by layer.
+
+    References:
+        CSQ, https://arxiv.org/abs/2212.02770, the budget-aware regularisation.
+    """
+    mean = mean_planes(planes, budget.shares, contiguous=budget.contiguous)
+    gates = {
+        name: jnp.sum(csq.plane_gates(one.mask, temperature, contiguous=budget.contiguous))
+        for name, one in planes.items()
+    }
+    opened = sum((budget.shares[name] * gate for name, gate in gates.items()), jnp.float32(0))
+    return jax.lax.stop_gradient(mean - budget.target) * len(planes) * opened
+
+
+def undecided(
+    planes: dict[str, BitPlanes], temperature: Float[Array, ""], *, contiguous: bool
+) -> dict[str, Array]:
+    """Returns the share of gates that are not decided, of the masks and of the bits in use."""
+
+    def is_open(logits):
+        return (jnp.abs(temperature * logits) < DECIDED).astype(jnp.float32)
+
+    on = active(planes, contiguous=contiguous)
+    masks = [is_open(one.mask) for one in planes.values()]
+    used, found = jnp.float32(0), jnp.float32(0)
+    for name, one in planes.items():
+        for logits in (one.positive, one.negative):
+            by_plane = jnp.sum(is_open(logits).reshape(len(logits), -1), axis=1)
+            found += jnp.sum(jnp.where(on[name], by_plane, 0))
+            used += jnp.sum(on[name], dtype=jnp.float32) * logits[0].size
+    return {
+        "undecided_masks": jnp.mean(jnp.concatenate(masks)),
+        "undecided_bits": found / jnp.maximum(used, 1),
+    }
+
+
+def reachable(
+    masks: dict[str, np.ndarray], parts: dict[str, float], temperature: float
+) -> tuple[float, float]:
+    """Returns the fewest and the most mean planes that undecided masks still leave open."""
+    low, high = 0.0, 0.0
+    for name, mask in masks.items():
+        is_open = np.abs(temperature * mask) < DECIDED
+        low += parts[name] * np.sum((mask >= 0) & ~is_open)
+        high += parts[name] * np.sum((mask >= 0) | is_open)
+    return low, high
+
+
+def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
+    """Returns the masks with the least changes after which their scheme meets the budget.
+
+    Of the schemes within `TOLERANCE` of the target, or as near as any can come, the one is taken
+    that switches planes whose logits are nearest to zero: an integer programme. Logits of switched
+    planes change sign; afterwards all are at least `MARGIN` from zero.
+
+    Args:
+        masks: logits of each layer's planes, the least significant first.
+        budget: what to meet.
+    """
+    names = list(masks)
+    logits = np.concatenate([masks[name] for name in names]).astype(np.float64)
+    worth = np.concatenate([np.full(len(masks[name]), budget.shares[name]) for name in names])
+    on = np.concatenate([_counted(masks[name], budget.contiguous) for name in names])
+    wanted = _nearest_scheme(np.where(on, -1.0, 1.0) * np.abs(logits), worth, names, masks, budget)
+    sign = np.where(wanted, 1.0, -1.0)
+    fixed = sign * np.maximum(np.abs(logits), MARGIN)
+    ends = np.cumsum([len(masks[name]) for name in names])[:-1]
+    return {
+        name: part.astype(np.float32)
+        for name, part in zip(names, np.split(fixed, ends), strict=True)
+    }
+
+
+def _counted(mask: np.ndarray, contiguous: bool) -> np.ndarray:
+    on = mask >= 0
+    return np.cumprod(on[::-1])[::-1].astype(bool) if contiguous else on
+
+
+def _nearest_scheme(cost, worth, names, masks, budget: Budget) -> np.ndarray:
+    """Returns which planes to have on: the nearest mean, then the least sum of `cost`.
+
+    The variables of the programme are the planes and the distance of the mean from the target.
+    """
+    count = len(worth)
+    distance = np.concatenate([np.zeros(count), [1.0]])
+    rows = [
+        LinearConstraint(np.append(worth, -1.0), -np.inf, budget.target),
+        LinearConstraint(np.append(worth, 1.0), budget.target, np.inf),
+    ]
+    if budget.contiguous:
+        rows.append(LinearConstraint(_order(names, masks), -np.inf, 0.0))
+    kinds = np.append(np.ones(count), 0.0)
+    bounds = Bounds(np.zeros(count + 1), np.append(np.ones(count), np.inf))  # pyright: ignore[reportArgumentType]
+    nearest = milp(distance, constraints=rows, integrality=kinds, bounds=bounds)
+    most = max(TOLERANCE, nearest.x[-1] * (1 + 1e-6))
+    bounds = Bounds(np.zeros(count + 1), np.append(np.ones(count), most))  # pyright: ignore[reportArgumentType]
+    best = milp(np.append(cost, 0.0), constraints=rows, integrality=kinds, bounds=bounds)
+    return best.x[:-1] > 0.5
+
+
+def _order(names, masks) -> np.ndarray:
+    """Returns rows that say: a plane is on only if the next more significant one is."""
+    rows, start = [], 0
+    width = sum(len(masks[name]) for name in names) + 1
+    for name in names:
+        for place in range(len(masks[name]) - 1):
+            row = np.zeros(width)
+            row[start + place], row[start + place + 1] = 1.0, -1.0
+            rows.append(row)
+        start += len(masks[name])
+    return np.array(rows)

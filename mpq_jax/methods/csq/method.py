@@ -1,0 +1,388 @@
+"""CSQ: the scheme grows and the bits become binary by themselves, in one training run."""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mpq_jax import linen, losses, optim, supernet
+from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods.csq import budget as budgets
+from mpq_jax.methods.csq import network as networks
+from mpq_jax.methods.csq import phases as times
+from mpq_jax.methods.csq.budget import Budget
+from mpq_jax.methods.csq.network import Gates, Learned, Network, Variables
+from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
+from mpq_jax.methods.csq.phases import Phases
+from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.starting import float_variables
+from mpq_jax.quantizers import csq
+
+PyTree = Any
+SOFT, HARD = "soft", "hard"  # what evaluation may ask for: bits as in training, or all decided
+LEAST_STEP = 1e-12  # of a code: clips at 32 bits are 2^32 of them wide
+WARN_AT = (10.0, 20.0)  # temperatures at which a budget that is out of reach is told of
+
+
+class TrainState(NamedTuple):
+    """Everything a run needs to go on.
+
+    Attributes:
+        step: training steps done.
+        learned: parameters, step sizes and bit planes.
+        batch_stats: norm statistics.
+        signed: bool [layers], whether the codes of a layer's input are signed.
+        opt_state: of all optimisers.
+        fixed: whether the scheme is fixed.
+        hard: whether the bits are.
+    """
+
+    step: Int[Array, ""]
+    learned: Learned
+    batch_stats: PyTree
+    signed: Bool[Array, " layers"]
+    opt_state: PyTree
+    fixed: Bool[Array, ""]
+    hard: Bool[Array, ""]
+
+
+class Plan(NamedTuple):
+    """How the pieces of a run are put together.
+
+    Attributes:
+        network: what is trained.
+        options: hyperparameters that both families share.
+        run: the length of the run.
+        phases: what happens when.
+        budget: how planes are counted and steered; None: the scheme is given.
+        budget_weight: of the regulariser.
+        mask_rate: learning rate of the masks.
+        mask_start: logit of the masks at the preserving start.
+    """
+
+    network: Network
+    options: SharedOptions
+    run: Run
+    phases: Phases
+    budget: Budget | None
+    budget_weight: float
+    mask_rate: float
+    mask_start: float
+
+    @property
+    def parts(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The shares of the layers in the mean by layer and in the mean by parameter."""
+        sizes = sizes_of(self.network.table)
+        return budgets.shares(sizes, average="layer"), budgets.shares(sizes, average="param")
+
+
+def sizes_of(table: LayerTable) -> dict[str, int]:
+    """Returns the number of weights of every layer with planes, by path."""
+    return {layer.name: layer.params for layer in table.layers if layer.searchable}
+
+
+def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
+    """Builds CSQ for a model, its layer table and the length of a run."""
+    grown = networks.with_planes(table, act_bits=options.act_bits, float_acts=options.float_acts)
+    most = max(layer.highest for layer in grown.layers if layer.searchable)
+    if options.target > most:
+        raise ValueError(f"target is {options.target}; there are only {most} planes a layer")
+    parts = budgets.shares(sizes_of(grown), average=options.average)
+    plan = Plan(
+        network=Network(model, grown, options.act_quantizer, options.contiguous),
+        options=options,
+        run=run,
+        phases=times.make_phases(
+            run, ticket=options.ticket, harden=options.harden, rewind=options.rewind
+        ),
+        budget=Budget(options.target, parts, options.contiguous),
+        budget_weight=options.budget_weight,
+        mask_rate=options.mask_learning_rate,
+        mask_start=options.mask_start,
+    )
+    return _method(plan)
+
+
+def make_uniform(model: nn.Module, table: LayerTable, options: UniformOptions, run: Run) -> Method:
+    """Builds the baseline: the same training, with a scheme that is uniform and given."""
+    grown = networks.with_planes(
+        table, act_bits=options.act_bits, float_acts=options.float_acts, planes=options.planes
+    )
+    plan = Plan(
+        network=Network(model, grown, options.act_quantizer, options.contiguous),
+        options=options,
+        run=run,
+        phases=times.make_phases(run, ticket=0.0, harden=options.harden),
+        budget=None,
+        budget_weight=0.0,
+        mask_rate=0.0,
+        mask_start=csq.MASK_LOGIT,
+    )
+    return _method(plan)
+
+
+def _method(plan: Plan) -> Method:
+    network = plan.network
+    optimizer = make_optimizer(plan)
+
+    @jax.jit
+    def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
+        del labels
+        learned, batch_stats, signed = networks.init(
+            network,
+            variables,
+            images,
+            literal=plan.options.start == "literal",
+            mask_start=plan.mask_start,
+        )
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            learned=learned,
+            batch_stats=batch_stats,
+            signed=signed,
+            opt_state=optimizer.init(learned),
+            fixed=jnp.array(plan.phases.ticket == 0),
+            hard=jnp.array(False),
+        )
+
+    @jax.jit
+    def hard_statistics(variables: Variables, images) -> PyTree:
+        return networks.hard_statistics(network, variables, images)
+
+    def variables_of(state: TrainState) -> Variables:
+        variables = Variables(
+            state.learned,
+            state.batch_stats,
+            state.batch_stats,
+            state.signed,
+            gates_of(plan, state),
+        )
+        if plan.run.images is None:
+            return variables
+        return variables._replace(hard_stats=hard_statistics(variables, plan.run.images()))
+
+    return Method(
+        table=network.table,
+        init=init,
+        train_step=jax.jit(functools.partial(_train_step, plan, optimizer), donate_argnums=0),
+        on_epoch=functools.partial(_on_epoch, plan),
+        eval_bits={SOFT: np.array(False), HARD: np.array(True)},
+        variables=variables_of,
+        predict=functools.partial(networks.predict, network),
+        quantizer=None,
+        read=float_variables,
+        summary=make_summary(plan),
+        found=functools.partial(networks.found, network),
+    )
+
+
+def gates_at(plan: Plan, state: TrainState, step: Int[Array, ""]) -> Gates:
+    """Returns how decided the gates are at a step."""
+    final = plan.options.temperature
+    return Gates(times.temperature_at(plan.phases, step, final=final), state.fixed, state.hard)
+
+
+def gates_of(plan: Plan, state: TrainState) -> Gates:
+    """Returns how decided the gates were when the state was last moved."""
+    return gates_at(plan, state, jnp.maximum(state.step - 1, 0))
+
+
+def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key[Array, ""]):
+    network, options = plan.network, plan.options
+    image_key, dropout_key = jax.random.split(key)
+    images = plan.run.prepare(batch, image_key)
+    gates = gates_at(plan, state, state.step)
+
+    def loss_of(learned: Learned):
+        selected = networks.select(
+            network, learned, state.batch_stats, state.signed, gates, scale_step_gradient=True
+        )
+        out = networks.apply(
+            network,
+            selected,
+            images,
+            train=True,
+            scale_step_gradient=options.acts == "lsq",
+            dropout_key=dropout_key,
+        )
+        task = losses.cross_entropy(out.logits, batch["label"], smoothing=options.label_smoothing)
+        steering = jnp.float32(0)
+        if plan.budget is not None:
+            planes = learned.by_layer
+            steering = budgets.regulariser(planes, plan.budget, gates.temperature)
+        growing = jnp.where(state.fixed, 0.0, plan.budget_weight)
+        return task + growing * steering, (task, out)
+
+    (_, (task, out)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.learned)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.learned)
+    moved = jax.tree.map(jnp.add, state.learned, _thawed(updates, state))
+    learned = _kept_positive(moved)
+    metrics = {
+        "loss": task,
+        "accuracy": losses.accuracy(out.logits, batch["label"]),
+        "temperature": gates.temperature,
+    }
+    new = state._replace(
+        step=state.step + 1, learned=learned, batch_stats=out.batch_stats, opt_state=opt_state
+    )
+    return new, metrics
+
+
+def _thawed(updates: Learned, state: TrainState) -> Learned:
+    """Returns the updates without those of what is fixed: masks, later bits."""
+
+    def of_layer(planes: csq.BitPlanes) -> csq.BitPlanes:
+        return planes._replace(
+            positive=jnp.where(state.hard, 0, planes.positive),
+            negative=jnp.where(state.hard, 0, planes.negative),
+            mask=jnp.where(state.fixed, 0, planes.mask),
+        )
+
+    planes = {name: of_layer(one) for name, one in updates.by_layer.items()}
+    return updates._replace(planes=linen.unflatten(planes))
+
+
+def _kept_positive(learned: Learned) -> Learned:
+    """Returns what was learned with positive scales and step sizes."""
+    planes = {
+        name: one._replace(scale=jnp.maximum(one.scale, csq.SMALLEST_SCALE))
+        for name, one in learned.by_layer.items()
+    }
+    around = supernet.with_positive_steps(learned.around, least=LEAST_STEP)
+    return Learned(around, linen.unflatten(planes))
+
+
+def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
+    """Fixes the scheme at the ticket, the bits at the hardening; tells of a hopeless budget."""
+    step, events = epoch * plan.phases.steps_per_epoch, {}
+    if plan.budget is not None and step == plan.phases.ticket:
+        state, events = _with_ticket(state, plan.budget)
+    elif plan.budget is not None and step < plan.phases.ticket:
+        events = _reach(plan, plan.budget, state, step)
+    if step == plan.phases.harden:
+        state = state._replace(hard=jnp.ones_like(state.hard))
+        events = events | {"hardened": 1.0}
+    return state, events
+
+
+def _with_ticket(state: TrainState, budget: Budget) -> tuple[TrainState, dict[str, float]]:
+    planes = state.learned.by_layer
+    masks = {name: np.asarray(one.mask) for name, one in planes.items()}
+    met = budgets.meet(masks, budget)
+    changed = sum(int(np.sum((met[name] >= 0) != (masks[name] >= 0))) for name in masks)
+    fixed = {
+        name: one._replace(mask=jax.device_put(met[name], one.mask.sharding))
+        for name, one in planes.items()
+    }
+    learned = state.learned._replace(planes=linen.unflatten(fixed))
+    state = state._replace(learned=learned, fixed=jnp.ones_like(state.fixed))
+    mean = budgets.mean_planes(fixed, budget.shares, contiguous=budget.contiguous)
+    if abs(float(mean) - budget.target) > 2 * budgets.TOLERANCE:
+        logging.warning(
+            "no scheme has a mean of %g planes; the nearest has %.2f", budget.target, float(mean)
+        )
+    return state, {"planes_switched_at_ticket": float(changed)}
+
+
+def _reach(plan: Plan, budget: Budget, state: TrainState, step: int) -> dict[str, float]:
+    """Says, before all gates are decided, if what is decided already misses the budget."""
+    final = plan.options.temperature
+    now, before = (
+        float(times.temperature_at(plan.phases, jnp.int32(at), final=final))
+        for at in (step, max(step - plan.phases.steps_per_epoch, 0))
+    )
+    if not any(before < at <= now for at in WARN_AT):
+        return {}
+    masks = {name: np.asarray(one.mask) for name, one in state.learned.by_layer.items()}
+    low, high = budgets.reachable(masks, budget.shares, now)
+    if low - budgets.TOLERANCE <= budget.target <= high + budgets.TOLERANCE:
+        return {}
+    logging.warning(
+        "the budget of %g planes is out of reach of training: at temperature %.3g the gates that "
+        "are still undecided leave a mean of %.2f to %.2f; the ticket will switch the rest by "
+        "force. Raise budget_weight (now %g), mask_learning_rate or epochs, or lower mask_start",
+        budget.target,
+        now,
+        low,
+        high,
+        plan.budget_weight,
+    )
+    return {"reachable_least": low, "reachable_most": high}
+
+
+def make_summary(plan: Plan) -> Callable[[TrainState], dict[str, float]]:
+    """Returns `state -> numbers`: the scheme, and how decided the gates are."""
+    by_layer, by_param = plan.parts
+    contiguous = plan.network.contiguous
+
+    @jax.jit
+    def numbers(learned: Learned, temperature: Float[Array, ""]) -> dict[str, Array]:
+        planes = learned.by_layer
+        counts = networks.plane_counts(plan.network, learned)
+        return {
+            "mean_planes_by_layer": budgets.mean_planes(planes, by_layer, contiguous=contiguous),
+            "mean_planes_by_param": budgets.mean_planes(planes, by_param, contiguous=contiguous),
+            **budgets.undecided(planes, temperature, contiguous=contiguous),
+            **{f"planes/{name}": count for name, count in counts.items()},
+        }
+
+    def summary(state: TrainState) -> dict[str, float]:
+        gates = gates_of(plan, state)
+        found = jax.device_get(numbers(state.learned, gates.temperature))
+        return {name: float(value) for name, value in found.items()}
+
+    return summary
+
+
+def make_optimizer(plan: Plan) -> optax.GradientTransformation:
+    """Returns one optimiser for each kind of parameter; only kernels are decayed."""
+    options = plan.options
+    shape = times.rate_shape(plan.phases, warmup=options.warmup, tuning=options.tuning_rate)
+
+    def at(peak: float):
+        return optax.scale_by_learning_rate(lambda step: peak * shape(step))
+
+    def sgd(peak: float) -> optax.GradientTransformation:
+        return optax.chain(optax.trace(options.momentum), at(peak))
+
+    def adam(peak: float) -> optax.GradientTransformation:
+        return optax.chain(optim.scale_by_adam(), at(peak))
+
+    of_planes = {"sgd": sgd, "adam": adam}[options.plane_optimizer]
+    of_acts = adam(options.step_learning_rate)
+    if options.acts != "lsq":
+        of_acts = sgd(options.learning_rate)  # learned clips move with the weights, as published
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "planes": of_planes(options.plane_learning_rate),
+        "masks": sgd(plan.mask_rate),
+        "scales": sgd(options.scale_learning_rate),
+        "acts": of_acts,
+        "steps": adam(options.step_learning_rate),
+        "kernels": optax.chain(
+            optax.add_decayed_weights(options.weight_decay), sgd(options.learning_rate)
+        ),
+        "others": sgd(options.learning_rate),
+    }
+    return optax.partition(groups, _labels)
+
+
+def _labels(learned: Learned) -> Any:
+    params = jax.tree.map(
+        lambda leaf: "kernels" if leaf.ndim > 1 else "others", learned.around.params
+    )
+    planes = {
+        name: csq.BitPlanes("planes", "planes", "masks", "scales")  # pyright: ignore[reportArgumentType]
+        for name in learned.by_layer
+    }
+    return Learned(supernet.Learned(params, "steps", "acts"), linen.unflatten(planes))
+
+
+FAMILY = MethodFamily(options=Options, make=make)
+UNIFORM_FAMILY = MethodFamily(options=UniformOptions, make=make_uniform)

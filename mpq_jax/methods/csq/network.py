@@ -1,0 +1,338 @@
+"""The network that CSQ trains: an ordinary model whose kernels are made of bit planes."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mpq_jax import linen, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import FLOAT_BITS, LayerTable
+from mpq_jax.methods.record import Found
+from mpq_jax.quantizers import batch_max, csq, double_rounding, lsq
+from mpq_jax.quantizers.csq import BitPlanes
+from mpq_jax.quantizers.record import ActQuantizer, Quantizer
+from mpq_jax.recalibration import norm_statistics
+
+PyTree = Any
+
+
+class Network(NamedTuple):
+    """What is fixed about the network; hashable.
+
+    Attributes:
+        model: the Linen model.
+        table: its layers; the candidates of a layer's weights are its numbers of planes, from all
+            to none, if its scheme grows.
+        acts: how inputs are quantised.
+        contiguous: see `csq.plane_gates`.
+    """
+
+    model: nn.Module
+    table: LayerTable
+    acts: ActQuantizer
+    contiguous: bool
+
+    @property
+    def around(self) -> LayerTable:
+        """The same layers, those with planes as float kernels: a supernet around the planes."""
+        layers = [
+            layer._replace(weight_candidates=(FLOAT_BITS,), float_weights=True)
+            if layer.searchable
+            else layer
+            for layer in self.table.layers
+        ]
+        return LayerTable(tuple(layers), norm_rows="shared")
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """Of the inputs, and of the kernels that rules fix to a number of bits."""
+        return Quantizer(lsq.QUANTIZER.weights, self.acts)
+
+
+class Gates(NamedTuple):
+    """How decided the gates are.
+
+    Attributes:
+        temperature: sharpness (beta).
+        fixed: whether masks are zeros and ones: the scheme is fixed.
+        hard: whether bits are as well.
+    """
+
+    temperature: Float[Array, ""]
+    fixed: Bool[Array, ""]
+    hard: Bool[Array, ""]
+
+
+class Learned(NamedTuple):
+    """What the optimiser moves.
+
+    Attributes:
+        around: everything but the kernels made of planes.
+        planes: bit planes of these kernels, nested by the paths of their layers.
+    """
+
+    around: supernet.Learned
+    planes: PyTree
+
+    @property
+    def by_layer(self) -> dict[str, BitPlanes]:
+        """The bit planes by the path of their layer."""
+        return linen.flatten(self.planes)
+
+
+class Variables(NamedTuple):
+    """The network as evaluation takes it.
+
+    Attributes:
+        learned: parameters, step sizes and bit planes.
+        batch_stats: norm statistics of training.
+        hard_stats: norm statistics of the network with every gate decided.
+        signed: bool [layers], whether the codes of a layer's input are signed.
+        gates: as they are in training.
+    """
+
+    learned: Learned
+    batch_stats: PyTree
+    hard_stats: PyTree
+    signed: Bool[Array, " layers"]
+    gates: Gates
+
+
+def with_planes(
+    table: LayerTable, *, act_bits: int, float_acts: bool, planes: int | None = None
+) -> LayerTable:
+    """Returns the layers with numbers of planes as candidates of the weights that have a choice.
+
+    Args:
+        table: the layers as rules made them; the largest candidate is the number of planes.
+        act_bits: of the inputs that no rule fixes.
+        float_acts: leaves these inputs float.
+        planes: number of planes of every layer with a choice, instead.
+    """
+    if not any(len(layer.weight_candidates) > 1 for layer in table.layers):
+        raise ValueError(
+            "the weights of no layer have a choice of bits, so no scheme can grow; give "
+            "config.bits.candidates at least two, the first is the number of planes"
+        )
+    layers = []
+    for layer in table.layers:
+        if len(layer.weight_candidates) > 1:
+            most = planes or layer.highest
+            layer = layer._replace(weight_candidates=tuple(range(most, -1, -1)))
+        if len(layer.act_candidates) > 1:
+            layer = layer._replace(
+                act_candidates=(act_bits,), float_acts=layer.float_acts or float_acts
+            )
+        layers.append(layer)
+    return LayerTable(tuple(layers), norm_rows="shared")
+
+
+def init(
+    network: Network,
+    variables: PyTree,
+    images: Float[Array, "batch ..."],
+    *,
+    literal: bool,
+    mask_start: float,
+) -> tuple[Learned, PyTree, Bool[Array, " layers"]]:
+    """Returns what is learned, norm statistics and signs, from the float model's variables."""
+    made = supernet.init(
+        network.model, network.around, variables, images, quantizer=network.quantizer
+    )
+    params = linen.flatten(made.learned.params)
+    planes = {
+        layer.name: csq.from_float(
+            params.pop(f"{layer.name}/kernel"),
+            planes=layer.highest,
+            literal=literal,
+            mask_logit=mask_start,
+        )
+        for layer in network.table.layers
+        if layer.searchable
+    }
+    around = made.learned._replace(params=linen.unflatten(params))
+    return Learned(around, linen.unflatten(planes)), made.batch_stats, made.signed
+
+
+def kernel(planes: BitPlanes, gates: Gates, *, contiguous: bool) -> Array:
+    """Returns a layer's weights, as far as its gates are decided; one program for all phases."""
+    soft = csq.plane_gates(planes.mask, gates.temperature, contiguous=contiguous)
+    on = csq.active_planes(planes, contiguous=contiguous).astype(soft.dtype)
+    made = csq.combine(planes, jnp.where(gates.fixed, on, soft), gates.temperature)
+    return jnp.where(gates.hard, csq.hard_weights(planes, contiguous=contiguous), made)
+
+
+def select(
+    network: Network,
+    learned: Learned,
+    batch_stats: PyTree,
+    signed: Bool[Array, " layers"],
+    gates: Gates,
+    *,
+    scale_step_gradient: bool = False,
+) -> supernet.Selected:
+    """Makes all kernels; what `supernet.apply` takes, with `network.around` as its table."""
+    params = linen.flatten(learned.around.params)
+    for name, planes in learned.by_layer.items():
+        params[f"{name}/kernel"] = kernel(planes, gates, contiguous=network.contiguous)
+    whole = learned.around._replace(params=linen.unflatten(params))
+    return supernet.select(
+        network.around,
+        supernet.Variables(whole, batch_stats, signed),
+        network.around.largest,
+        quantizer=network.quantizer,
+        scale_step_gradient=scale_step_gradient,
+    )
+
+
+def apply(
+    network: Network,
+    selected: supernet.Selected,
+    images: Float[Array, "batch ..."],
+    *,
+    train: bool,
+    scale_step_gradient: bool = False,
+    dropout_key: Key[Array, ""] | None = None,
+) -> supernet.Output:
+    """Calls the model with kernels and norms from `select`."""
+    return supernet.apply(
+        network.model,
+        network.around,
+        selected,
+        images,
+        train=train,
+        quantizer=network.quantizer,
+        scale_step_gradient=scale_step_gradient,
+        dropout_key=dropout_key,
+    )
+
+
+def decided(gates: Gates) -> Gates:
+    """Returns the gates with everything decided."""
+    return gates._replace(fixed=jnp.array(True), hard=jnp.array(True))
+
+
+def predict(
+    network: Network, variables: Variables, hard: Bool[Array, ""], images: Any
+) -> Float[Array, "batch classes"]:
+    """Returns logits in evaluation mode, with all gates decided (hard) or with soft bits.
+
+    Soft bits come with masks as training has them: soft while the scheme grows.
+    """
+    soft = variables.gates._replace(hard=jnp.array(False))
+    gates, stats = jax.tree.map(
+        lambda of_hard, of_soft: jnp.where(hard, of_hard, of_soft),
+        (decided(soft), variables.hard_stats),
+        (soft, variables.batch_stats),
+    )
+    selected = select(network, variables.learned, stats, variables.signed, gates)
+    return apply(network, selected, images, train=False).logits
+
+
+def hard_statistics(
+    network: Network, variables: Variables, images: Float[Array, "batches batch ..."]
+) -> PyTree:
+    """Returns the norm statistics of the network with every gate decided, on training images."""
+    selected = select(
+        network,
+        variables.learned,
+        variables.batch_stats,
+        variables.signed,
+        decided(variables.gates),
+    )
+    return norm_statistics(
+        network.model, network.around, selected, images, quantizer=network.quantizer
+    )
+
+
+def plane_counts(network: Network, learned: Learned) -> dict[str, Int[Array, ""]]:
+    """Returns the number of active planes of each layer, by path."""
+    return {
+        name: jnp.sum(csq.active_planes(planes, contiguous=network.contiguous), dtype=jnp.int32)
+        for name, planes in learned.by_layer.items()
+    }
+
+
+def layout(network: Network, planes: BitPlanes) -> str:
+    """Returns which planes are active, the most significant first: "11010000"."""
+    on = np.asarray(csq.active_planes(planes, contiguous=network.contiguous))
+    return "".join("01"[int(one)] for one in on[::-1])
+
+
+def code_bits(codes: Int[Array, "*shape"]) -> int:
+    """Returns the bits of the smallest signed integer that holds all codes; 0 if all are zero."""
+    largest = int(np.max(np.abs(np.asarray(codes)), initial=0))
+    return (2 * largest).bit_length() if largest else 0
+
+
+def found(network: Network, variables: Variables) -> Found:
+    """Returns the hardened network as an ordinary one with fixed bits.
+
+    Its kernels are multiples of their step sizes, so quantising them at the bits of their
+    integers, the sign included, changes nothing: `supernet`, costs, recalibration and the integer
+    artifact take it like any other. The configurations are "planes" (how many are active, as
+    published) and "integers" (what the codes need, the table's own).
+    """
+    table, learned = network.table, variables.learned
+    kernels = {
+        name: csq.codes(planes, contiguous=network.contiguous)
+        for name, planes in learned.by_layer.items()
+    }
+    counts = plane_counts(network, learned)
+    params = linen.flatten(learned.around.params)
+    layers, weight_steps = [], []
+    around = network.around
+    fixed_steps = supernet.chosen_weight_steps(
+        around, learned.around, jnp.asarray(around.largest.weights), quantizer=network.quantizer
+    )
+    for index, layer in enumerate(table.layers):
+        if layer.name not in kernels:
+            layers.append(layer)
+            weight_steps.append(fixed_steps[index])
+            continue
+        codes, step = kernels[layer.name]
+        params[f"{layer.name}/kernel"] = codes.astype(step.dtype) * step
+        layers.append(layer._replace(weight_candidates=(code_bits(codes),)))
+        weight_steps.append(step)
+    made = LayerTable(tuple(layers), norm_rows="shared")
+    act_steps = learned.around.act_steps[
+        jnp.arange(len(table)), supernet.choice_index(around, jnp.asarray(around.largest.acts))
+    ]
+
+    def for_all_bits(steps):  # whatever bits are asked for, there is one step size
+        return jnp.broadcast_to(steps[:, None], (len(table), len(made.candidates)))
+
+    exact = supernet.Variables(
+        supernet.Learned(
+            linen.unflatten(params), for_all_bits(jnp.stack(weight_steps)), for_all_bits(act_steps)
+        ),
+        variables.hard_stats,
+        variables.signed,
+    )
+    integers = made.largest
+    planes = [counts.get(layer.name, layer.highest) for layer in table.layers]
+    return Found(
+        table=made,
+        variables=exact,
+        quantizer=quantizer_of_found(network),
+        bits={
+            "integers": integers,
+            "planes": BitConfig(jnp.array(planes, jnp.int32), integers.acts),
+        },
+        layouts={name: layout(network, planes) for name, planes in learned.by_layer.items()},
+    )
+
+
+def quantizer_of_found(network: Network) -> Quantizer:
+    """Returns what quantises the found network: integers, and inputs as they were trained.
+
+    Learned clipping is a step size by the time that it is learned, so the usual quantiser serves
+    it as well; scales that each batch has anew need their own.
+    """
+    if network.acts is batch_max.ACTS:
+        return Quantizer(double_rounding.QUANTIZER.weights, network.acts)
+    return double_rounding.QUANTIZER

@@ -1,0 +1,161 @@
+"""Hyperparameters of CSQ, and of its baseline with a fixed scheme."""
+
+import dataclasses
+
+from mpq_jax.layer_table import FLOAT_BITS, MOST_BITS
+from mpq_jax.quantizers import batch_max, lsq, pact
+from mpq_jax.quantizers.record import ActQuantizer
+
+ACT_QUANTIZERS: dict[str, ActQuantizer] = {
+    "lsq": lsq.ACTS,
+    "pact": pact.ACTS,
+    "batch_max": batch_max.ACTS,
+}
+STARTS, AVERAGES, OPTIMIZERS = ("preserving", "literal"), ("layer", "param"), ("sgd", "adam")
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedOptions:
+    """What CSQ and its baseline have in common.
+
+    Attributes:
+        harden: when bits become zeros and ones for good, as a fraction of the run; from then on
+            only scales, norms, biases and what is no bit plane are tuned. 1: at the end alone.
+        temperature: sharpness of all gates at the end of a rise (T); it rises exponentially
+            from 1, step by step, and stays there.
+        contiguous: a plane is on only as far as all more significant ones are.
+        start: "preserving" starts from the given weights; "literal" takes bits 0 and 1 as logits,
+            as published, which shrinks the weights to 0.12 times theirs.
+        acts: how inputs of layers are quantised: "lsq" (learned step size), "pact" (learned
+            clipping) or "batch_max" (the largest input of the batch, as published for more than 3
+            bits; cannot be exported).
+        act_bits: of the inputs of all layers that no rule fixes; 32 leaves them float ("pact" then
+            clips without rounding).
+        learning_rate: of SGD with momentum for kernels that are no planes, norms and biases;
+            cosine to 0 over each phase, see `tuning_rate`.
+        plane_learning_rate: of the bits.
+        scale_learning_rate: of SGD for the scales of the planes.
+        step_learning_rate: of Adam for step sizes.
+        plane_optimizer: of the bits: "sgd" (as published) or "adam". Masks always take SGD: Adam
+            makes the steps of all masks alike, and with them the planes.
+        tuning_rate: factor of all rates after `harden`.
+        momentum: of SGD.
+        warmup: linear warm-up from zero, as a fraction of the first phase.
+        weight_decay: of kernels that are no bit planes; gates are never decayed.
+        label_smoothing: in the cross-entropy.
+    """
+
+    harden: float = 0.95
+    temperature: float = 200.0
+    contiguous: bool = False
+    start: str = "preserving"
+    acts: str = "lsq"
+    act_bits: int = FLOAT_BITS
+    learning_rate: float = 0.1
+    plane_learning_rate: float = 1.0
+    scale_learning_rate: float = 0.01
+    step_learning_rate: float = 1e-3
+    plane_optimizer: str = "sgd"
+    tuning_rate: float = 0.1
+    momentum: float = 0.9
+    warmup: float = 0.0
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        """Refuses values that mean nothing, naming what is allowed."""
+        choices = {
+            "start": STARTS,
+            "acts": tuple(ACT_QUANTIZERS),
+            "plane_optimizer": OPTIMIZERS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; wanted one of {allowed}")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
+        if not 0 < self.harden <= 1:
+            raise ValueError(f"harden is {self.harden}; wanted a fraction of the run, above 0")
+        if self.temperature <= 1:
+            raise ValueError(f"temperature is {self.temperature}; wanted a number above 1")
+        if not (2 <= self.act_bits <= MOST_BITS or self.act_bits == FLOAT_BITS):
+            raise ValueError(
+                f"act_bits is {self.act_bits}; wanted 2 to {MOST_BITS}, or {FLOAT_BITS} for float"
+            )
+
+    @property
+    def act_quantizer(self) -> ActQuantizer:
+        """The quantiser of the layers' inputs."""
+        return ACT_QUANTIZERS[self.acts]
+
+    @property
+    def float_acts(self) -> bool:
+        """Whether nothing at all happens to the inputs of layers."""
+        return self.act_bits == FLOAT_BITS and self.acts != "pact"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(SharedOptions):
+    """Hyperparameters of CSQ.
+
+    Attributes:
+        target: mean number of planes to reach, the sign not counted.
+        average: what the mean is over: "layer" counts every layer once (as published); "param" by
+            its number of weights, the size that one pays for.
+        budget_weight: of the budget-aware regulariser (lambda), with the error of the mean in bits.
+            The published code measures it as a fraction of the bits, so its 0.01 is 0.00125 here.
+        mask_learning_rate: of the masks.
+        mask_start: logit of all masks at the preserving start.
+        ticket: when the scheme is fixed, as a fraction of the run: masks become zeros and ones,
+            with the least changes that meet the budget.
+        rewind: between `ticket` and `harden` the temperature and the learning rates rise and fall
+            once more, as the paper does for ImageNet; otherwise the temperature stays high.
+    """
+
+    target: float = 3.0
+    average: str = "layer"
+    budget_weight: float = 0.01
+    mask_learning_rate: float = 1.0
+    mask_start: float = 2.0
+    ticket: float = 0.9
+    rewind: bool = False
+
+    def __post_init__(self):
+        """Refuses values that mean nothing, naming what is allowed."""
+        super().__post_init__()
+        if self.average not in AVERAGES:
+            raise ValueError(f"average is {self.average!r}; wanted one of {AVERAGES}")
+        if not 0 < self.ticket <= self.harden:
+            raise ValueError(
+                f"ticket is {self.ticket} and harden {self.harden}; wanted fractions of the run "
+                "above 0, the ticket not after the hardening"
+            )
+        if self.target < 0 or self.budget_weight < 0:
+            raise ValueError(
+                f"target is {self.target} and budget_weight {self.budget_weight}; wanted no "
+                "negative numbers"
+            )
+        if self.mask_start <= 0:
+            raise ValueError(f"mask_start is {self.mask_start}; wanted a positive logit")
+        if self.rewind and self.ticket >= self.harden:
+            raise ValueError(
+                f"rewind needs time between ticket, {self.ticket}, and harden, {self.harden}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformOptions(SharedOptions):
+    """Hyperparameters of the baseline: the same training with the same planes in every layer.
+
+    Attributes:
+        planes: of every layer, all on from the first step to the last; the sign not counted.
+    """
+
+    planes: int = 3
+
+    def __post_init__(self):
+        """Refuses values that mean nothing, naming what is allowed."""
+        super().__post_init__()
+        if not 1 <= self.planes < MOST_BITS:
+            raise ValueError(f"planes is {self.planes}; wanted 1 to {MOST_BITS - 1}")

@@ -1,0 +1,94 @@
+"""What happens when: the phases of a run, the temperature and the learning rates along them."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mpq_jax import optim
+from mpq_jax.methods.record import Run
+
+
+class Phases(NamedTuple):
+    """The phases of a run, in steps; each begins with an epoch.
+
+    Attributes:
+        ticket: step from which the scheme is fixed; masks learn before it.
+        harden: step from which the bits are fixed.
+        end: steps of the run.
+        steps_per_epoch: of the run.
+        rewind: whether the temperature rises anew from `ticket` to `harden`.
+    """
+
+    ticket: int
+    harden: int
+    end: int
+    steps_per_epoch: int
+    rewind: bool
+
+
+def make_phases(run: Run, *, ticket: float, harden: float, rewind: bool = False) -> Phases:
+    """Returns the phases of a run from fractions of it, rounded to whole epochs.
+
+    A ticket above 0 leaves at least one epoch to the masks.
+    """
+    first = max(round(ticket * run.epochs), 1) if ticket > 0 else 0
+    second = max(round(harden * run.epochs), first + rewind, 1)
+    per_epoch = run.steps_per_epoch
+    return Phases(first * per_epoch, second * per_epoch, run.steps, per_epoch, rewind)
+
+
+def temperature_at(phases: Phases, step: Int[Array, ""], *, final: float) -> Float[Array, ""]:
+    """Returns the temperature of the gates (beta): exponential from 1 to `final`, not beyond it.
+
+    It rises while the scheme grows; with `rewind`, once more while only bits are learned. Where the
+    scheme is fixed from the first step on, it rises until the bits are fixed.
+
+    References:
+        CSQ, https://arxiv.org/abs/2212.02770: beta = T^(t / end), here by step instead of epoch.
+    """
+    rises_until = phases.ticket or phases.harden
+    progress = _part(step, 0, rises_until)
+    if phases.rewind:
+        again = _part(step, phases.ticket, phases.harden)
+        progress = jnp.where(step < phases.ticket, progress, again)
+    return jnp.float32(final) ** progress
+
+
+def _part(step: Int[Array, ""], start: int, stop: int) -> Float[Array, ""]:
+    """Returns how much of the steps from start to stop is over, 0 to 1."""
+    return jnp.clip((step - start).astype(jnp.float32) / max(stop - start, 1), 0.0, 1.0)
+
+
+def rate_shape(phases: Phases, *, warmup: float, tuning: float):
+    """Returns `step -> factor` of all learning rates: a cosine from 1 to 0 over each phase.
+
+    Growing and, without rewinding, learning bits at the last temperature are one phase. Tuning
+    what is left after hardening is another, which starts at `tuning`.
+    """
+    first = phases.ticket if phases.rewind else phases.harden
+
+    def cosine(peak: float, steps: int, warmup: float = 0.0):
+        return optim.warmup_cosine(
+            peak=peak,
+            end=0.0,
+            start=0.0,
+            warmup=warmup,
+            steps=max(steps, 1),
+            steps_per_epoch=phases.steps_per_epoch,
+            change="step",
+        )
+
+    growing, learning = cosine(1.0, first, warmup), cosine(1.0, phases.harden - first)
+    tuned = cosine(tuning, phases.end - phases.harden)
+
+    def shape(step) -> Array:
+        step = jnp.asarray(step, jnp.int32)
+        later = jnp.where(
+            step < phases.harden,
+            learning(jnp.maximum(step - first, 0)),
+            tuned(jnp.maximum(step - phases.harden, 0)),
+        )
+        return jnp.where(step < first, growing(step), later)
+
+    return shape

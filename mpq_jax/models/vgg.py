@@ -1,0 +1,56 @@
+"""VGG networks with batch norm for small images (CIFAR type): 3x3 convolutions and max-pooling.
+
+References:
+    Simonyan & Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition,
+    ICLR 2015, https://arxiv.org/abs/1409.1556, Table 1. As is usual for CIFAR, every convolution
+    has a norm, and one dense layer takes the place of the three.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mpq_jax.models.resnet import KERNEL_INIT, NORM
+
+
+class VGG(nn.Module):
+    """VGG-19 (configuration E of Table 1) for images of 32 px or more.
+
+    Every stage ends in a 2x2 max-pooling, which drops the last row or column of an odd size. What
+    is left of the image at the end, 1x1 of 32x32, is averaged.
+
+    Attributes:
+        num_classes: size of the output.
+        stage_sizes: convolutions of each stage.
+        stage_channels: output channels of the convolutions of each stage.
+    """
+
+    num_classes: int
+    stage_sizes: Sequence[int] = (2, 2, 4, 4, 4)
+    stage_channels: Sequence[int] = (64, 128, 256, 512, 512)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
+        """Returns the logits of a batch of normalised images."""
+        _check_size(x.shape[1], x.shape[2], halvings=len(self.stage_sizes))
+        conv = functools.partial(nn.Conv, use_bias=False, padding=1, kernel_init=KERNEL_INIT)
+        norm = functools.partial(NORM, use_running_average=not train)
+        stages = zip(self.stage_sizes, self.stage_channels, strict=True)
+        for stage, (size, channels) in enumerate(stages):
+            for index in range(size):
+                x = conv(channels, (3, 3), name=f"stage{stage}_conv{index}")(x)
+                x = nn.relu(norm(name=f"stage{stage}_norm{index}")(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+def _check_size(height: int, width: int, *, halvings: int) -> None:
+    smallest = 2**halvings
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"the images are {height}x{width} pixels; wanted at least {smallest}x{smallest}, since "
+            f"each of the {halvings} stages halves them: enlarge them or take fewer stages"
+        )

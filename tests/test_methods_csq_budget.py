@@ -1,0 +1,468 @@
+"""Options, phases and the budget of CSQ; references are written anew in NumPy float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpq_jax import models
+from mpq_jax.layer_table import FIRST_LAST_SAME, bit_rules, trace_layers
+from mpq_jax.methods import METHODS, csq
+from mpq_jax.methods.csq import budget, method, network, phases
+from mpq_jax.methods.csq.budget import Budget
+from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
+from mpq_jax.methods.record import Run
+from mpq_jax.quantizers.csq import BitPlanes
+
+
+def sigmoid(x):
+    return 0.5 * (1 + np.tanh(np.asarray(x, np.float64) / 2))
+
+
+def with_masks(masks, shape=(2,)):
+    """Bit planes with given logits of the masks; the bits are drawn."""
+    generator = np.random.default_rng(0)
+
+    def draw(n):
+        return jnp.asarray(generator.normal(size=(n, *shape)), jnp.float32)
+
+    return {
+        name: BitPlanes(
+            draw(len(mask)), draw(len(mask)), jnp.asarray(mask, jnp.float32), jnp.float32(0.5)
+        )
+        for name, mask in masks.items()
+    }
+
+
+# Options.
+
+
+@pytest.mark.parametrize("kind", [Options, UniformOptions])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": "random"}, r"start is 'random'; wanted one of \('preserving', 'literal'\)"),
+        ({"acts": "minmax"}, "acts is 'minmax'; wanted one of .*'lsq', 'pact', 'batch_max'"),
+        ({"plane_optimizer": "adamw"}, r"plane_optimizer is 'adamw'; wanted one of \('sgd', 'adam"),
+        ({"warmup": -0.1}, "warmup is -0.1; wanted a number from 0 to 1"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5; wanted a number from 0 to 1"),
+        ({"harden": 1.5, "temperature": 9.0}, "harden is 1.5; wanted a fraction of the run"),
+        ({"temperature": 1.0}, "temperature is 1.0; wanted a number above 1"),
+        ({"act_bits": 1}, "act_bits is 1; wanted 2 to 16, or 32 for float"),
+        ({"act_bits": 17}, "act_bits is 17; wanted 2 to 16, or 32 for float"),
+    ],
+)
+def test_bad_options_are_refused(kind, change, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"average": "weight"}, r"average is 'weight'; wanted one of \('layer', 'param'\)"),
+        ({"ticket": 0.0}, "ticket is 0.0 and harden 0.9; wanted fractions .* above 0"),
+        ({"ticket": 0.95}, "ticket is 0.95 and harden 0.9; .* the ticket not after the hardening"),
+        ({"target": -1.0}, "target is -1.0 and budget_weight .*; wanted no negative numbers"),
+        ({"budget_weight": -0.5}, "budget_weight -0.5; wanted no negative numbers"),
+        ({"mask_start": 0.0}, "mask_start is 0.0; wanted a positive logit"),
+        ({"ticket": 0.9, "rewind": True}, "rewind needs time between ticket, 0.9, and harden, 0.9"),
+    ],
+)
+def test_bad_options_of_a_grown_scheme_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**{"ticket": 0.5, "harden": 0.9} | change)
+
+
+@pytest.mark.parametrize("planes", [0, 16])
+def test_a_uniform_scheme_needs_planes_that_integers_can_hold(planes):
+    with pytest.raises(ValueError, match=f"planes is {planes}; wanted 1 to 15"):
+        UniformOptions(planes=planes)
+    assert UniformOptions(planes=15).planes == 15  # with the sign the 16 bits of an integer
+
+
+def test_inputs_stay_float_at_32_bits_unless_they_are_clipped():
+    stays = {
+        (acts, bits): SharedOptions(acts=acts, act_bits=bits).float_acts
+        for acts in ("lsq", "pact", "batch_max")
+        for bits in (4, 32)
+    }
+    assert [key for key, value in stays.items() if value] == [("lsq", 32), ("batch_max", 32)]
+
+
+def test_both_methods_are_listed():
+    assert METHODS["csq"] is csq.FAMILY and csq.FAMILY.options is Options
+    assert METHODS["csq_uniform"] is csq.UNIFORM_FAMILY
+    assert csq.UNIFORM_FAMILY.options is UniformOptions
+
+
+# Phases.
+
+
+def a_run(epochs, steps_per_epoch=7):
+    return Run(epochs, steps_per_epoch, prepare=lambda batch, key: batch["image"])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ticket", "harden", "rewind", "wanted"),
+    [
+        (10, 0.3, 0.8, False, (3, 8)),
+        (10, 0.32, 0.78, True, (3, 8)),  # to the nearest epoch
+        (10, 0.5, 0.5, False, (5, 5)),
+        (10, 0.02, 0.8, False, (1, 8)),  # at least one epoch for the masks
+        (10, 0.61, 0.63, True, (6, 7)),  # and for bits that are to learn anew
+        (10, 0.0, 0.03, False, (0, 1)),  # and for the bits of a given scheme
+        (1, 0.5, 0.9, False, (1, 1)),
+        (600, 0.9917, 1.0, False, (595, 600)),
+    ],
+)
+def test_phases_begin_with_whole_epochs(epochs, ticket, harden, rewind, wanted):
+    found = phases.make_phases(a_run(epochs), ticket=ticket, harden=harden, rewind=rewind)
+    assert (found.ticket, found.harden) == tuple(7 * epoch for epoch in wanted)
+    assert (found.end, found.steps_per_epoch, found.rewind) == (7 * epochs, 7, rewind)
+
+
+@pytest.mark.parametrize(
+    ("ticket", "harden", "rewind"),
+    [(0.5, 0.95, True), (0.9, 0.95, True), (0.9, 1.0, True), (0.9, 0.95, False), (1, 1, False)],
+)
+def test_no_phase_begins_after_the_run(ticket, harden, rewind):
+    """Rounding to epochs moves no phase out of the run, however short it is."""
+    for epochs in range(2, 30):
+        found = phases.make_phases(a_run(epochs), ticket=ticket, harden=harden, rewind=rewind)
+        assert found.ticket + rewind <= found.harden <= found.end, epochs
+
+
+def temperatures(found, final, steps):
+    at = jax.jit(jax.vmap(lambda step: phases.temperature_at(found, step, final=final)))
+    return np.asarray(at(jnp.arange(steps, dtype=jnp.int32)))
+
+
+def test_the_temperature_rises_exponentially_to_the_ticket_and_stays():
+    found = phases.make_phases(a_run(10), ticket=0.6, harden=0.8)
+    values = temperatures(found, 200.0, 80)  # beyond the end of the run, too
+    steps = np.arange(80)
+    wanted = 200.0 ** np.minimum(steps / 42, 1)
+    np.testing.assert_allclose(values, wanted, rtol=1e-6)  # a power of float32
+    assert values[0] == 1 and (values[42:] == 200).all() and (values <= 200).all()
+    assert (np.diff(values[:43]) > 0).all()  # by step, not by epoch
+
+
+def test_rewinding_rises_once_more_from_the_ticket_to_the_hardening():
+    found = phases.make_phases(a_run(10), ticket=0.4, harden=0.9, rewind=True)
+    values = temperatures(found, 50.0, 75)
+    steps = np.arange(75)
+    part = np.where(steps < 28, steps / 28, np.minimum((steps - 28) / 35, 1))
+    np.testing.assert_allclose(values, 50.0**part, rtol=1e-6)  # a power of float32
+    assert values[0] == values[28] == 1
+    assert (values[63:] == 50).all() and (values <= 50).all()
+
+
+def test_under_a_given_scheme_the_temperature_rises_until_the_hardening():
+    found = phases.make_phases(a_run(5), ticket=0.0, harden=0.8)
+    values = temperatures(found, 200.0, 35)
+    wanted = 200.0 ** np.minimum(np.arange(35) / 28, 1)
+    np.testing.assert_allclose(values, wanted, rtol=1e-6)  # a power of float32
+    assert values[0] == 1 and (values[28:] == 200).all()
+
+
+def rates(found, *, warmup, tuning):
+    shape = jax.jit(jax.vmap(phases.rate_shape(found, warmup=warmup, tuning=tuning)))
+    return np.asarray(shape(jnp.arange(found.end, dtype=jnp.int32)))
+
+
+def cosine(steps, length):
+    return 0.5 * (1 + np.cos(np.pi * steps / length))
+
+
+def test_the_rate_falls_until_the_hardening_and_is_tuned_after_it():
+    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.8)
+    wanted = np.concatenate([cosine(np.arange(56), 56), 0.2 * cosine(np.arange(14), 14)])
+    np.testing.assert_allclose(rates(found, warmup=0.0, tuning=0.2), wanted, atol=1e-6)  # float32
+
+
+def test_rewinding_starts_the_rate_anew():
+    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.8, rewind=True)
+    parts = (cosine(np.arange(35), 35), cosine(np.arange(21), 21), 0.1 * cosine(np.arange(14), 14))
+    wanted = np.concatenate(parts)
+    np.testing.assert_allclose(rates(found, warmup=0.0, tuning=0.1), wanted, atol=1e-6)  # float32
+
+
+def test_the_warm_up_is_a_part_of_the_first_phase_alone():
+    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.8, rewind=True)
+    values = rates(found, warmup=0.2, tuning=0.1)
+    without = rates(found, warmup=0.0, tuning=0.1)
+    np.testing.assert_allclose(values[:7], np.arange(7) / 7, atol=1e-6)  # 7 of 35 steps
+    np.testing.assert_array_equal(values[7:], without[7:])
+
+
+@pytest.mark.parametrize("tuning", [0.0, 0.1])
+def test_a_run_without_tuning_has_one_cosine(tuning):
+    found = phases.make_phases(a_run(3), ticket=0.7, harden=1.0)
+    wanted = cosine(np.arange(21), 21)
+    np.testing.assert_allclose(rates(found, warmup=0.0, tuning=tuning), wanted, atol=1e-6)
+
+
+# The mean.
+
+
+def test_shares_of_layers():
+    sizes = {"a": 10, "b": 30}
+    assert budget.shares(sizes, average="layer") == {"a": 0.5, "b": 0.5}
+    assert budget.shares(sizes, average="param") == {"a": 0.25, "b": 0.75}
+
+
+def test_the_two_means_of_resnet20_by_hand():
+    """Stage 3 holds 202,752 of the 268,336 weights, in 6 of the 20 layers."""
+    model = models.make_model("resnet20", num_classes=10)
+    rules = bit_rules((8, 2), first_last=FIRST_LAST_SAME)
+    table = trace_layers(model, (32, 32, 3), rules=rules)
+    grown = network.with_planes(table, act_bits=32, float_acts=True)
+    sizes = method.sizes_of(grown)
+    assert sum(sizes.values()) == 268_336 and len(sizes) == 20
+    late = [name for name in sizes if name.startswith("stage2")]
+    assert sum(sizes[name] for name in late) == 202_752 and len(late) == 6
+    counts = {name: 1 if name in late else 6 for name in sizes}
+    planes = with_masks({name: [-1.0] * (8 - k) + [1.0] * k for name, k in counts.items()})
+    by_layer, by_param = (
+        float(budget.mean_planes(planes, budget.shares(sizes, average=kind), contiguous=False))
+        for kind in ("layer", "param")
+    )
+    assert by_layer == pytest.approx((6 * 1 + 14 * 6) / 20, rel=1e-6)
+    assert by_param == pytest.approx((202_752 * 1 + 65_584 * 6) / 268_336, rel=1e-6)
+    assert by_layer == pytest.approx(4.5) and by_param == pytest.approx(2.222, abs=1e-3)
+
+
+MASKS = {"a": [0.3, -0.2, 0.6, 0.0], "b": [-0.1, 0.4, -0.5, 0.7]}  # the least significant first
+SHARES = {"a": 0.25, "b": 0.75}
+
+
+def test_a_gate_on_the_threshold_is_counted():
+    planes = with_masks(MASKS)
+    assert float(budget.mean_planes(planes, SHARES, contiguous=False)) == 0.25 * 3 + 0.75 * 2
+    assert float(budget.mean_planes(planes, SHARES, contiguous=True)) == 0.25 * 2 + 0.75 * 1
+    on = budget.active(planes, contiguous=False)
+    assert np.asarray(on["a"]).tolist() == [True, False, True, True]
+
+
+# The regulariser.
+
+
+def gates_by_hand(mask, beta, contiguous):
+    gates = sigmoid(beta * np.asarray(mask))
+    return np.array([np.prod(gates[b:]) for b in range(len(gates))]) if contiguous else gates
+
+
+def slopes_by_hand(mask, beta, contiguous):
+    """Returns the derivative of the sum of the gates in every logit."""
+    gates = gates_by_hand(mask, beta, contiguous)
+    off = sigmoid(-beta * np.asarray(mask))
+    # d f / dx = f(x) f(-x); with contiguous planes the gates of all lower planes contain f(x).
+    return beta * off * (np.cumsum(gates) if contiguous else gates)
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("beta", [1.0, 6.0])
+@pytest.mark.parametrize("target", [0.5, 3.0])
+def test_the_regulariser_and_its_gradient_are_the_closed_forms(target, beta, contiguous):
+    planes = with_masks(MASKS)
+    given = Budget(target, SHARES, contiguous)
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda p: budget.regulariser(p, given, jnp.float32(beta)))
+    )(planes)
+    error = (0.25 * 2 + 0.75 * 1 if contiguous else 0.25 * 3 + 0.75 * 2) - target
+    opened = sum(
+        SHARES[n] * gates_by_hand(mask, beta, contiguous).sum() for n, mask in MASKS.items()
+    )
+    np.testing.assert_allclose(value, error * 2 * opened, rtol=1e-5)
+    for name, mask in MASKS.items():
+        wanted = error * 2 * SHARES[name] * slopes_by_hand(mask, beta, contiguous)
+        np.testing.assert_allclose(gradient[name].mask, wanted, rtol=1e-5, atol=1e-7)
+        for leaf in (gradient[name].positive, gradient[name].negative, gradient[name].scale):
+            np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
+
+
+def test_gates_close_above_the_budget_open_below_it_and_rest_on_it():
+    planes = with_masks({"a": [0.3, -0.2, 0.6], "b": [0.1, 0.4, -0.5]})
+    mean, parts = 2.0, {"a": 0.5, "b": 0.5}
+    for target, sign in ((1.0, 1), (mean, 0), (2.5, -1)):
+        given = Budget(target, parts, False)
+        gradient = jax.grad(lambda p, g=given: budget.regulariser(p, g, jnp.float32(2.0)))(planes)
+        for one in gradient.values():
+            assert (np.sign(one.mask) == sign).all()
+
+
+def test_a_mean_by_layer_weighs_all_gates_alike():
+    """Then the regulariser is the published one, (mean - target) x sum of the gates."""
+    masks = {name: [0.5, -0.5, 1.0] for name in "abcde"}
+    given = Budget(0.0, budget.shares(dict.fromkeys(masks, 7), average="layer"), False)
+    found = budget.regulariser(with_masks(masks), given, jnp.float32(1.0))
+    wanted = 2.0 * 5 * sigmoid([0.5, -0.5, 1.0]).sum()
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+# How decided the gates are.
+
+
+def test_undecided_shares_by_hand():
+    """Undecided: |temperature x logit| below 4; of the bits, those of active planes count."""
+    on, off = [[0.1, 9.0], [0.3, -0.41]], [[0.0, 0.0], [0.0, 0.0]]
+    planes = {
+        "a": BitPlanes(
+            jnp.asarray([off[0], on[0]]),
+            jnp.asarray([off[1], on[1]]),
+            jnp.asarray([-0.39, 0.41]),
+            jnp.float32(1.0),
+        ),
+        "b": BitPlanes(
+            jnp.full((1, 3), -0.2), jnp.full((1, 3), -7.0), jnp.asarray([0.1]), jnp.float32(1.0)
+        ),
+    }
+    found = budget.undecided(planes, jnp.float32(10.0), contiguous=False)
+    assert found["undecided_masks"] == pytest.approx(2 / 3)
+    assert found["undecided_bits"] == pytest.approx((1 + 1 + 3 + 0) / (2 + 2 + 3 + 3))
+    sharp = budget.undecided(planes, jnp.float32(200.0), contiguous=False)
+    assert sharp["undecided_masks"] == sharp["undecided_bits"] == 0
+
+
+def test_a_network_without_active_planes_has_no_undecided_bits():
+    planes = with_masks({"a": [-1.0, -2.0]})
+    assert budget.undecided(planes, jnp.float32(1.0), contiguous=False)["undecided_bits"] == 0
+
+
+def test_undecided_bits_of_planes_that_a_higher_one_switches_off_do_not_count():
+    planes = with_masks({"a": [5.0, -5.0, 5.0]}, shape=(50,))
+    beta = jnp.float32(3.0)
+    found = budget.undecided(planes, beta, contiguous=True)["undecided_bits"]
+    logits = np.stack([planes["a"].positive[2], planes["a"].negative[2]])
+    assert found == pytest.approx(np.mean(np.abs(3.0 * logits) < 4))
+
+
+def test_what_undecided_masks_leave_open_by_hand():
+    masks = {name: np.array(mask, np.float32) for name, mask in MASKS.items()}
+    # Open at temperature 10, below 0.4: all of a but the third plane, of b the first one.
+    low, high = budget.reachable(masks, SHARES, 10.0)
+    assert (low, high) == pytest.approx((0.25 * 1 + 0.75 * 2, 0.25 * 4 + 0.75 * 3))
+    assert budget.reachable(masks, SHARES, 1.0) == pytest.approx((0, 4))
+    low, high = budget.reachable({"a": masks["b"]}, {"a": 1.0}, 100.0)
+    assert low == high == 2
+
+
+# Meeting the budget.
+
+
+def counted(mask, contiguous):
+    on = np.asarray(mask) >= 0
+    return np.cumprod(on[::-1])[::-1].astype(bool) if contiguous else on
+
+
+def all_schemes(layers, planes, contiguous):
+    """Returns every scheme, bool [schemes, layers, planes]."""
+    flat = np.array(list(itertools.product([False, True], repeat=layers * planes)))
+    schemes = flat.reshape(-1, layers, planes)
+    if contiguous:  # a plane only with the next more significant one
+        schemes = schemes[np.all(schemes[..., :-1] <= schemes[..., 1:], axis=(1, 2))]
+    return schemes
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("average", ["layer", "param"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_budget_is_met_as_the_best_of_all_schemes_meets_it(seed, average, contiguous):
+    generator = np.random.default_rng(seed)
+    layers, planes = 3, 4
+    masks = {f"layer{i}": generator.normal(size=planes).astype(np.float32) for i in range(layers)}
+    sizes = {name: int(generator.integers(10, 1000)) for name in masks}
+    parts = budget.shares(sizes, average=average)
+    target = generator.uniform(0.2, 3.8)
+    met = budget.meet(masks, Budget(target, parts, contiguous))
+
+    schemes = all_schemes(layers, planes, contiguous)
+    before = np.stack([counted(masks[name], contiguous) for name in masks])
+    logits = np.abs(np.stack(list(masks.values()))).astype(np.float64)
+    miss = np.abs(schemes.sum(axis=2) @ np.array(list(parts.values())) - target)
+    allowed = miss <= max(budget.TOLERANCE, miss.min()) + 1e-9
+    change = np.sum((schemes != before) * logits, axis=(1, 2))
+    best = np.min(change[allowed])
+
+    found = np.stack([counted(met[name], contiguous) for name in masks])
+    place = np.flatnonzero(np.all(schemes == found, axis=(1, 2)))
+    assert len(place) == 1 and allowed[place[0]]
+    # To float rounding: two schemes may be as near as that.
+    assert change[place[0]] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", [1.9, 3.33])
+def test_the_budget_of_a_deep_network_is_met_with_the_least_change(target):
+    """By layer all planes weigh the same: the nearest are switched, and no more than needed."""
+    generator = np.random.default_rng(1)
+    masks = {f"layer{i:02}": generator.normal(size=8).astype(np.float32) for i in range(20)}
+    met = budget.meet(masks, Budget(target, dict.fromkeys(masks, 1 / 20), False))
+    before, after = (np.concatenate(list(logits.values())) for logits in (masks, met))
+    on = before >= 0
+    excess = on.sum() - 20 * target
+    switched = (after >= 0) != on
+    least = int(np.ceil(abs(excess) - 20 * budget.TOLERANCE))
+    candidates = np.sort(np.abs(before[on if excess > 0 else ~on]))
+    np.testing.assert_array_equal(np.sort(np.abs(before[switched])), candidates[:least])
+
+
+def test_signs_say_the_scheme_and_logits_keep_a_margin():
+    masks = {"a": np.array([0.02, -0.03, 1.5], np.float32), "b": np.array([0.5, -2, 3], np.float32)}
+    met = budget.meet(masks, Budget(1.5, {"a": 0.5, "b": 0.5}, False))
+    # One of four planes goes, the one nearest to zero.
+    margin = np.float32(budget.MARGIN)
+    np.testing.assert_array_equal(met["a"], np.array([-margin, -margin, 1.5], np.float32))
+    np.testing.assert_array_equal(met["b"], masks["b"])
+    assert all(mask.dtype == np.float32 for mask in met.values())
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("miss", [-0.9, 0.0, 0.9])
+def test_a_scheme_within_the_tolerance_stays(miss, contiguous):
+    masks = {
+        "a": np.array([-0.01, 0.4, 0.0], np.float32),
+        "b": np.array([-3.0, 0.1, 2], np.float32),
+    }
+    target = 2.0 + miss * budget.TOLERANCE
+    met = budget.meet(masks, Budget(target, {"a": 0.5, "b": 0.5}, contiguous))
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(met[name] >= 0, mask >= 0)
+        np.testing.assert_array_equal(np.abs(met[name]), np.maximum(np.abs(mask), np.float32(0.1)))
+
+
+@pytest.mark.parametrize("average", ["layer", "param"])
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize(("target", "on"), [(0.0, False), (3.0, True)])
+def test_nothing_and_everything_can_be_asked_for(target, on, contiguous, average):
+    generator = np.random.default_rng(0)
+    masks = {name: generator.normal(size=3).astype(np.float32) for name in "abc"}
+    parts = budget.shares({"a": 20, "b": 30, "c": 50}, average=average)
+    met = budget.meet(masks, Budget(target, parts, contiguous))
+    assert all(((mask >= 0) == on).all() for mask in met.values())
+
+
+def test_meeting_is_deterministic_even_among_equals():
+    masks = {name: np.full(8, 0.5, np.float32) for name in "abcd"}
+    given = Budget(3.0, dict.fromkeys(masks, 0.25), False)
+    first = budget.meet(masks, given)
+    for _ in range(3):
+        again = budget.meet(masks, given)
+        for name, mask in first.items():
+            np.testing.assert_array_equal(again[name], mask)
+    assert sum(int(np.sum(mask >= 0)) for mask in first.values()) == 12
+
+
+def test_layers_of_one_plane_can_be_contiguous():
+    masks = {"a": np.array([0.2], np.float32), "b": np.array([-0.3], np.float32)}
+    met = budget.meet(masks, Budget(1.0, {"a": 0.5, "b": 0.5}, True))
+    assert met["a"][0] > 0 and met["b"][0] > 0
+
+
+def test_layers_may_have_different_numbers_of_planes():
+    masks = {"a": np.array([0.2, 0.3], np.float32), "b": np.array([-1, 2, 0.1, 4], np.float32)}
+    met = budget.meet(masks, Budget(2.0, {"a": 0.5, "b": 0.5}, False))
+    np.testing.assert_array_equal(met["a"], masks["a"])
+    np.testing.assert_array_equal(met["b"], np.array([-1, 2, -0.1, 4], np.float32))
