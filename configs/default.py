@@ -4,6 +4,7 @@ Durations of the methods are fractions of the run, so changing `epochs` scales e
 """
 
 import dataclasses
+import math
 
 from ml_collections import ConfigDict, config_dict
 
@@ -40,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.bits = ConfigDict()
     config.bits.candidates = (6, 5, 4, 3, 2)
     config.bits.depthwise_min_bits = 3
-    config.bits.first_last = "8bit"  # 8bit, float: the first convolution and the last dense layer
+    config.bits.first_last = "8bit"  # 8bit, float, same: first convolution and last dense layer
     config.bits.rules = ()  # dicts of mpq_jax.layer_table.Rule, before the others
 
     for name, family in METHODS.items():
@@ -84,9 +85,10 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
 
     Args:
         config: the config.
-        arg: "" as it is; "float" trains the float model it starts from; "mixed" the mixed-precision
-            supernet that starts from the multi-precision network; "smoke" is a run of seconds
-            that only shows that everything works.
+        arg: "" as it is; "float" trains the float model it starts from; "mixed" (of Double
+            Rounding) the mixed-precision supernet that starts from the multi-precision network;
+            "uniform" (of CSQ) the baseline with as many planes in every layer as the target,
+            rounded up; "smoke" is a run of seconds that only shows that everything works.
     """
     if arg == "float":
         config.method = "plain"
@@ -94,10 +96,18 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
         if config.method != "double_rounding":
             raise ValueError(f"{config.method} has no mixed-precision variant of its own")
         config.method = "double_rounding_mixed"
+    elif arg == "uniform":
+        if config.method != "csq":
+            raise ValueError(f"{config.method} has no uniform baseline of its own")
+        config.method = "csq_uniform"
+        config.csq_uniform.planes = math.ceil(config.csq.target)
+        for name in set(config.csq_uniform) & set(config.csq):
+            config.csq_uniform[name] = config.csq[name]
     elif arg == "smoke":
         config.epochs = 1
         config.search.levels = config.search.levels[:1]
         config.search.recalibration_images = config.batch_size
     elif arg:
-        raise ValueError(f'the config argument is {arg!r}; wanted "", "float", "mixed" or "smoke"')
+        known = '"", "float", "mixed", "uniform" or "smoke"'
+        raise ValueError(f"the config argument is {arg!r}; wanted {known}")
     return config

@@ -57,10 +57,11 @@ def show_contents(artifact: integers.Artifact, console: rich.console.Console) ->
         )
     console.print(shown)
     sizes = artifact.sizes
-    console.print(
-        f"precisions {' '.join(map(str, artifact.precisions))}, norms kept by "
-        f"{' x '.join(artifact.table.norm_axes) or 'none (one for all)'}"
-    )
+    precisions = "every layer has its own bits"
+    if artifact.table.searchable.any():
+        precisions = f"precisions {' '.join(map(str, artifact.precisions))}"
+    kept_by = " x ".join(artifact.table.norm_axes) or "none (one for all)"
+    console.print(f"{precisions}, norms kept by {kept_by}")
     header = sizes.file - sizes.codes - sizes.floats
     console.print(
         f"file {sizes.file / KIB:.1f} KiB = integers {sizes.codes / KIB:.1f} + floats (step sizes, "
@@ -128,6 +129,8 @@ def inspect(arguments: argparse.Namespace, console: rich.console.Console) -> Non
     artifact = integers.load(arguments.file)
     table = artifact.table
     configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in artifact.precisions}
+    if not table.searchable.any():
+        configs = {"as stored": table.largest}
     for file in arguments.bits:
         config = bit_configs.from_json(pathlib.Path(file).read_text(), table.names)
         table.check(config)

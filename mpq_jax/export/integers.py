@@ -1,8 +1,9 @@
-"""The integer artifact of Double Rounding: one file that runs at every precision.
+"""The integer artifact: a network of Double Rounding or CSQ in one file.
 
 A safetensors file holds the integers of the highest precision, the step sizes, the norm rows of
 every precision and what stays float, and says in its header which layers they belong to. Loaded,
-it is a supernet whose kernels are integers: `at(bits)` switches it by integer arithmetic.
+it is a supernet whose kernels are integers: `at(bits)` switches it by integer arithmetic. Networks
+of CSQ have one precision for each layer.
 """
 
 import dataclasses
@@ -95,7 +96,7 @@ class Artifact:
         return self.table.precisions
 
     def at(
-        self, bits: SupportsIndex | BitConfig
+        self, bits: SupportsIndex | BitConfig | None = None
     ) -> Callable[[Array], Float[Array, "batch classes"]]:
         """Switches to a precision; returns `apply(normalised images) -> logits`, a pure function.
 
@@ -104,15 +105,18 @@ class Artifact:
         """
         return functools.partial(self.forward, self.switch(bits))
 
-    def switch(self, bits: SupportsIndex | BitConfig) -> supernet.Selected:
+    def switch(self, bits: SupportsIndex | BitConfig | None = None) -> supernet.Selected:
         """Derives the subnet of a precision from the stored integers.
 
         Args:
-            bits: of all layers with a choice, or a configuration.
+            bits: of all layers with a choice, or a configuration; None: the highest of every
+                layer, which is all there is where every layer has its own bits (CSQ).
 
         Raises:
             ValueError: the network has no such bits.
         """
+        if bits is None:
+            bits = self.table.largest
         if not isinstance(bits, BitConfig):
             bits = operator.index(bits)
             if bits not in self.precisions:
@@ -219,8 +223,8 @@ def save(
     """
     if not can_store(quantizer):
         raise ValueError(
-            "only Double Rounding with shared scales and rounding can be stored as integers: the "
-            "lower precisions of other quantisers need the float weights"
+            "only Double Rounding with shared scales and rounding, and what CSQ found, can be "
+            "stored as integers: lower precisions of other quantisers need the float weights"
         )
     integers = jax.device_get(jax.jit(to_integers, static_argnums=0)(table, variables))
     tensors = _tensors(table, integers)

@@ -221,10 +221,9 @@ def codes(
     lowest = jnp.argmax(active).astype(jnp.int32)  # 0 if there is none
     place = jnp.arange(planes, dtype=jnp.int32)
     worth = jnp.where(active, jnp.left_shift(1, jnp.maximum(place - lowest, 0)), 0)
-    integers = sum(  # written out, see `_combine`
-        w * ((p > 0).astype(jnp.int32) - (n > 0).astype(jnp.int32))
-        for w, p, n in zip(worth, bit_planes.positive, bit_planes.negative, strict=True)
-    )
+    integers = jnp.zeros(bit_planes.positive.shape[1:], jnp.int32)
+    for w, p, n in zip(worth, bit_planes.positive, bit_planes.negative, strict=True):
+        integers += w * ((p > 0).astype(jnp.int32) - (n > 0).astype(jnp.int32))  # see `_combine`
     scale = bit_planes.scale
     step = scale * jnp.ldexp(jnp.ones((), scale.dtype), lowest) / (2**planes - 1)
     return integers, step

@@ -25,7 +25,8 @@ from jaxtyping import ArrayLike as AnyArray
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.record import Quantizer, WeightQuantizer
 
-HIGHEST = (2, 16)  # smallest and largest `highest`
+HIGHEST = (2, 16)  # smallest and largest `highest`, but for kernels of nothing but zeros
+NO_BITS = 0  # `highest` of such a kernel: its one code is zero
 
 
 def codes(
@@ -36,7 +37,7 @@ def codes(
     Args:
         w: weights.
         step_size: width of one code at the highest precision (s_h), positive.
-        highest: bits of the highest precision, 2 to 16.
+        highest: bits of the highest precision, 2 to 16; 0: of a kernel of zeros.
     """
     _check(highest)
     return lsq.codes(w, step_size, highest, signed=True)
@@ -68,7 +69,7 @@ def _halve(wide, halvings, bits):
     rest, half = wide & below, jnp.left_shift(1, halvings) >> 1
     floor = jnp.right_shift(wide, halvings)
     up = (rest > half) | ((rest == half) & (floor & 1 == 1) & (halvings > 0))
-    top = jnp.left_shift(1, bits - 1)
+    top = jnp.left_shift(1, jnp.maximum(bits, 1) - 1)
     return jnp.clip(floor + up.astype(jnp.int32), -top, top - 1)
 
 
@@ -82,10 +83,11 @@ def _halvings(bits, highest: int) -> Int[Array, ""]:
 
 
 def _check(highest: int, bits: Any = None) -> None:
-    if not HIGHEST[0] <= highest <= HIGHEST[1]:
+    if highest != NO_BITS and not HIGHEST[0] <= highest <= HIGHEST[1]:
         raise ValueError(f"highest is {highest}; wanted {HIGHEST[0]} to {HIGHEST[1]} bits")
-    if isinstance(bits, int | np.integer) and not HIGHEST[0] <= bits <= highest:
-        raise ValueError(f"bits is {bits}; wanted {HIGHEST[0]} to {highest}, the highest")
+    least = min(HIGHEST[0], highest)
+    if isinstance(bits, int | np.integer) and not least <= bits <= highest:
+        raise ValueError(f"bits is {bits}; wanted {least} to {highest}, the highest")
 
 
 def _lower_codes(reduce, w, step_size, bits, highest):
@@ -147,7 +149,7 @@ def fake_quant(
         w: weights.
         step_size: width of one code at the highest precision (s_h), positive.
         bits: wanted bits, traced: changing them never recompiles; 2 to `highest`.
-        highest: bits of the highest precision, 2 to 16.
+        highest: bits of the highest precision, 2 to 16; 0: of a kernel of zeros.
         grad_scale: factor of the gradient in `step_size`; None leaves it as it is.
     """
     return _weight_fake_quant(_halve, w, step_size, bits, highest=highest, grad_scale=grad_scale)

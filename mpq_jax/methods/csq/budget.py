@@ -52,10 +52,21 @@ def mean_planes(
     return sum((parts[name] * count for name, count in counts.items()), jnp.float32(0))
 
 
+def tightened(budget: Budget, part: Float[Array, ""], *, most: int) -> Float[Array, ""]:
+    """Returns the mean number of planes wanted when a part, 0 to 1, of the tightening is over.
+
+    It falls from all planes to the target along a line.
+    """
+    return budget.target + (most - budget.target) * (1 - part)
+
+
 def regulariser(
-    planes: dict[str, BitPlanes], budget: Budget, temperature: Float[Array, ""]
+    planes: dict[str, BitPlanes],
+    budget: Budget,
+    wanted: Float[Array, ""],
+    temperature: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Returns the budget-aware regulariser, (mean - target) x sum of the gates.
+    """Returns the budget-aware regulariser, (mean - wanted mean) x sum of the gates.
 
     Above the budget it closes gates, below it opens them. The mean counts gates that are decided
     by their sign and has no gradient. Layers that are counted by size are also closed by size:
@@ -70,7 +81,7 @@ def regulariser(
         for name, one in planes.items()
     }
     opened = sum((budget.shares[name] * gate for name, gate in gates.items()), jnp.float32(0))
-    return jax.lax.stop_gradient(mean - budget.target) * len(planes) * opened
+    return jax.lax.stop_gradient(mean - wanted) * len(planes) * opened
 
 
 def undecided(

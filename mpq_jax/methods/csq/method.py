@@ -63,6 +63,7 @@ class Plan(NamedTuple):
         phases: what happens when.
         budget: how planes are counted and steered; None: the scheme is given.
         budget_weight: of the regulariser.
+        tighten: part of the growth during which its target falls from all planes.
         mask_rate: learning rate of the masks.
         mask_start: logit of the masks at the preserving start.
     """
@@ -73,6 +74,7 @@ class Plan(NamedTuple):
     phases: Phases
     budget: Budget | None
     budget_weight: float
+    tighten: float
     mask_rate: float
     mask_start: float
 
@@ -104,6 +106,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         ),
         budget=Budget(options.target, parts, options.contiguous),
         budget_weight=options.budget_weight,
+        tighten=options.tighten,
         mask_rate=options.mask_learning_rate,
         mask_start=options.mask_start,
     )
@@ -122,6 +125,7 @@ def make_uniform(model: nn.Module, table: LayerTable, options: UniformOptions, r
         phases=times.make_phases(run, ticket=0.0, harden=options.harden),
         budget=None,
         budget_weight=0.0,
+        tighten=0.0,
         mask_rate=0.0,
         mask_start=csq.MASK_LOGIT,
     )
@@ -215,8 +219,9 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
         task = losses.cross_entropy(out.logits, batch["label"], smoothing=options.label_smoothing)
         steering = jnp.float32(0)
         if plan.budget is not None:
-            planes = learned.by_layer
-            steering = budgets.regulariser(planes, plan.budget, gates.temperature)
+            steering = budgets.regulariser(
+                learned.by_layer, plan.budget, wanted_mean(plan, state.step), gates.temperature
+            )
         growing = jnp.where(state.fixed, 0.0, plan.budget_weight)
         return task + growing * steering, (task, out)
 
@@ -233,6 +238,15 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
         step=state.step + 1, learned=learned, batch_stats=out.batch_stats, opt_state=opt_state
     )
     return new, metrics
+
+
+def wanted_mean(plan: Plan, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns the mean number of planes that the regulariser steers to at a step."""
+    assert plan.budget is not None
+    most = max(layer.highest for layer in plan.network.table.layers if layer.searchable)
+    until = plan.tighten * plan.phases.ticket
+    part = jnp.minimum(step.astype(jnp.float32) / until, 1.0) if until else jnp.float32(1)
+    return budgets.tightened(plan.budget, part, most=most)
 
 
 def _thawed(updates: Learned, state: TrainState) -> Learned:

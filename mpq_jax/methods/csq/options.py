@@ -45,14 +45,14 @@ class SharedOptions:
         label_smoothing: in the cross-entropy.
     """
 
-    harden: float = 0.95
+    harden: float = 0.9
     temperature: float = 200.0
     contiguous: bool = False
     start: str = "preserving"
     acts: str = "lsq"
     act_bits: int = FLOAT_BITS
     learning_rate: float = 0.1
-    plane_learning_rate: float = 1.0
+    plane_learning_rate: float = 3.0
     scale_learning_rate: float = 0.01
     step_learning_rate: float = 1e-3
     plane_optimizer: str = "sgd"
@@ -105,21 +105,25 @@ class Options(SharedOptions):
             its number of weights, the size that one pays for.
         budget_weight: of the budget-aware regulariser (lambda), with the error of the mean in bits.
             The published code measures it as a fraction of the bits, so its 0.01 is 0.00125 here.
+        tighten: part of the time until the ticket during which the budget falls from all planes to
+            the target, along a line, so that planes leave one by one. 0: at once, as published.
         mask_learning_rate: of the masks.
         mask_start: logit of all masks at the preserving start.
         ticket: when the scheme is fixed, as a fraction of the run: masks become zeros and ones,
             with the least changes that meet the budget.
-        rewind: between `ticket` and `harden` the temperature and the learning rates rise and fall
-            once more, as the paper does for ImageNet; otherwise the temperature stays high.
+        rewind: the temperature reaches its end at the ticket already, and between `ticket` and
+            `harden` temperature and learning rates rise and fall once more, as the paper does for
+            ImageNet; otherwise both go on until `harden`.
     """
 
     target: float = 3.0
     average: str = "layer"
-    budget_weight: float = 0.01
-    mask_learning_rate: float = 1.0
-    mask_start: float = 2.0
-    ticket: float = 0.9
-    rewind: bool = False
+    budget_weight: float = 0.03
+    tighten: float = 0.6
+    mask_learning_rate: float = 0.3
+    mask_start: float = 0.3
+    ticket: float = 0.4
+    rewind: bool = True
 
     def __post_init__(self):
         """Refuses values that mean nothing, naming what is allowed."""
@@ -131,11 +135,11 @@ class Options(SharedOptions):
                 f"ticket is {self.ticket} and harden {self.harden}; wanted fractions of the run "
                 "above 0, the ticket not after the hardening"
             )
-        if self.target < 0 or self.budget_weight < 0:
-            raise ValueError(
-                f"target is {self.target} and budget_weight {self.budget_weight}; wanted no "
-                "negative numbers"
-            )
+        for name in ("target", "budget_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted no negative number")
+        if not 0 <= self.tighten <= 1:
+            raise ValueError(f"tighten is {self.tighten}; wanted a number from 0 to 1")
         if self.mask_start <= 0:
             raise ValueError(f"mask_start is {self.mask_start}; wanted a positive logit")
         if self.rewind and self.ticket >= self.harden:

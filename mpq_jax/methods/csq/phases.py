@@ -41,14 +41,13 @@ def make_phases(run: Run, *, ticket: float, harden: float, rewind: bool = False)
 def temperature_at(phases: Phases, step: Int[Array, ""], *, final: float) -> Float[Array, ""]:
     """Returns the temperature of the gates (beta): exponential from 1 to `final`, not beyond it.
 
-    It rises while the scheme grows; with `rewind`, once more while only bits are learned. Where the
-    scheme is fixed from the first step on, it rises until the bits are fixed.
+    It rises until the bits are fixed; with `rewind`, once while the scheme grows and once more
+    while only bits are learned.
 
     References:
         CSQ, https://arxiv.org/abs/2212.02770: beta = T^(t / end), here by step instead of epoch.
     """
-    rises_until = phases.ticket or phases.harden
-    progress = _part(step, 0, rises_until)
+    progress = _part(step, 0, phases.ticket if phases.rewind else phases.harden)
     if phases.rewind:
         again = _part(step, phases.ticket, phases.harden)
         progress = jnp.where(step < phases.ticket, progress, again)

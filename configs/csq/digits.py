@@ -1,0 +1,10 @@
+"""CSQ on scikit-learn's digits: a first look, minutes on two CPU cores."""
+
+from configs import default, digits
+from configs.csq import use
+
+
+def get_config(arg: str = ""):
+    config = use(digits.get_config(), target=3.0)
+    config.epochs = 40
+    return default.finish(config, arg)

@@ -1,0 +1,13 @@
+"""CSQ on Fashion-MNIST with a network that two CPU cores can train.
+
+The data must be prepared once as array_record files (README, "Data"). docs/results.md has what
+benchmarks/csq.py measured with this network.
+"""
+
+from configs import default, fashion_mnist
+from configs.csq import use
+
+
+def get_config(arg: str = ""):
+    config = use(fashion_mnist.get_config(), target=3.0)
+    return default.finish(config, arg)
