@@ -29,8 +29,9 @@ FLOAT_INPUTS = Rule(pattern="block", acts=32, float_acts=True)
 VARIANTS = {
     f"CSQ {MIDDLE}, mean by parameter": {"average": "param"},
     f"CSQ {MIDDLE}, contiguous": {"contiguous": True},
-    f"CSQ {MIDDLE}, literal start": {"start": "literal"},
-    f"CSQ {MIDDLE}, at once": {"tighten": 0.0},
+    f"CSQ {MIDDLE}, literal start": {"start": "literal", "reach": 0.0},
+    f"CSQ {MIDDLE}, budget at once": {"tighten": 0.0},
+    f"CSQ {MIDDLE}, bits not rewound": {"rewind_bits": False},
     f"CSQ {MIDDLE}, one phase": {"rewind": False, "ticket": 0.5, "tighten": 0.8},
 }
 FLOAT, UNIFORM, LSQ = "float", "uniform", "LSQ"

@@ -4,7 +4,6 @@ Durations of the methods are fractions of the run, so changing `epochs` scales e
 """
 
 import dataclasses
-import math
 
 from ml_collections import ConfigDict, config_dict
 
@@ -100,9 +99,11 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
         if config.method != "csq":
             raise ValueError(f"{config.method} has no uniform baseline of its own")
         config.method = "csq_uniform"
-        config.csq_uniform.planes = math.ceil(config.csq.target)
+        # References, so that what the command line says of csq holds for the baseline as well.
         for name in set(config.csq_uniform) & set(config.csq):
-            config.csq_uniform[name] = config.csq[name]
+            config.csq_uniform[name] = config.csq.get_ref(name)
+        rounded_up = (config.csq.get_ref("target") * -1 // 1) * -1
+        config.csq_uniform.planes = rounded_up.to_int()
     elif arg == "smoke":
         config.epochs = 1
         config.search.levels = config.search.levels[:1]

@@ -41,7 +41,7 @@ class MetricWriter:
         self._board.close()
 
 
-def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
     """Reads what was written into a directory; a last line that a kill cut off is left out."""
     path, entries = directory / METRICS, []
     for line in path.read_text().splitlines() if path.exists() else []:

@@ -168,9 +168,7 @@ def plot_scheme(table: LayerTable, configs: dict[str, BitConfig], *, path: pathl
     figure.savefig(path, dpi=150)
 
 
-def plot_growth(
-    names: Sequence[str], entries: list[dict[str, float]], *, path: pathlib.Path
-) -> None:
+def plot_growth(names: Sequence[str], entries: list[dict[str, Any]], *, path: pathlib.Path) -> None:
     """Draws how a scheme grew: the planes of every layer, their means, and how decided gates are.
 
     Args:

@@ -70,12 +70,14 @@ class Case(NamedTuple):
         norm_rows: how norms are kept.
         affine: whether norms have a scale and a bias.
         every: layers whose kernels take every integer of their range.
+        found: bits of kernels beside the rules, as training finds them; 0 of a kernel of zeros.
     """
 
     rules: tuple[Rule, ...]
     norm_rows: str
     affine: bool = True
     every: tuple[str, ...] = ("wide", "point", "hidden")
+    found: dict[str, int] = {}
 
 
 ENDS_FLOAT = functools.partial(bit_rules, first_last=FIRST_LAST_FLOAT)
@@ -87,6 +89,12 @@ CASES = {
     "10 bits, pair": Case(ENDS_FLOAT(range(10, 1, -1)), "pair", every=("wide",)),
     "norms of statistics alone": Case(ENDS_FLOAT(range(8, 1, -1)), "weights", affine=False),
     "one precision": Case((Rule(weights=8, acts=8),), "weights"),
+    "own bits": Case(
+        (Rule(weights=8, acts=8),),
+        "shared",
+        every=("wide", "hidden"),
+        found={"wide": 9, "point": 0, "hidden": 3},
+    ),
 }
 
 
@@ -110,18 +118,25 @@ class Saved(NamedTuple):
     artifact: integers.Artifact
 
 
+def code_range(bits):
+    """The smallest and the largest signed integer of a number of bits."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if bits else (0, 0)
+
+
 def drawn_codes(generator, layer, *, every: bool):
     """Draws the codes of a kernel; every integer of the range occurs where it is asked."""
-    low, high = -(2 ** (layer.highest - 1)), 2 ** (layer.highest - 1)
-    codes = generator.integers(low, high, layer.params)
+    low, high = code_range(layer.highest)
+    codes = generator.integers(low, high + 1, layer.params)
     if every:
-        codes[: high - low] = np.arange(low, high)
+        codes[: high + 1 - low] = np.arange(low, high + 1)
     return generator.permutation(codes).reshape(layer.kernel_shape)
 
 
 def weights_of(generator, codes, step, highest):
     """Draws weights that round to the codes, some of them on ties or beyond the range."""
-    low, high = -(2 ** (highest - 1)), 2 ** (highest - 1) - 1
+    if highest == 0:
+        return np.zeros(codes.shape, np.float32)
+    low, high = code_range(highest)
     offsets = generator.uniform(-0.49, 0.49, codes.shape)
     ties = (codes % 2 == 0) & (generator.random(codes.shape) < 0.3)  # they go to the even code
     offsets = np.where(ties, generator.choice([-0.5, 0.5], codes.shape), offsets)
@@ -169,11 +184,20 @@ def draw_network(model, table, shape, *, every=(), seed=0):
     return supernet.Variables(learned, stats, signed), codes
 
 
+def with_found_bits(table, found):
+    layers = [
+        layer._replace(weight_candidates=(found[layer.name],)) if layer.name in found else layer
+        for layer in table.layers
+    ]
+    return LayerTable(tuple(layers), table.norm_rows)
+
+
 @pytest.fixture(scope="module", params=CASES)
 def saved(request, tmp_path_factory):
     case = CASES[request.param]
     model = Net(affine=case.affine)
     table = trace_layers(model, SHAPE, rules=case.rules).with_norm_rows(case.norm_rows)
+    table = with_found_bits(table, case.found)
     variables, codes = draw_network(model, table, SHAPE, every=case.every)
     path = tmp_path_factory.mktemp("saved") / "integers.safetensors"
     sizes = integers.save(path, table, variables, model=integers.ModelSpec(None, 3))
@@ -202,7 +226,7 @@ def test_codes_in_the_file_are_the_rounded_weights(saved):
             continue
         column = saved.table.candidates.index(layer.highest)
         step = np.float64(saved.variables.learned.weight_steps[index, column])
-        low, high = -(2 ** (layer.highest - 1)), 2 ** (layer.highest - 1) - 1
+        low, high = code_range(layer.highest)
         w = np.asarray(params[f"{layer.name}/kernel"], np.float64)
         expected = np.clip(np.rint(w / step), low, high)
         name = f"codes/{layer.name}"
@@ -217,8 +241,8 @@ def test_every_integer_of_the_highest_precision_occurs(saved, request):
     case = CASES[request.node.callspec.params["saved"]]
     for layer in saved.table.layers:
         if layer.name in case.every:
-            half = 2 ** (layer.highest - 1)
-            assert set(saved.codes[layer.name].flat) == set(range(-half, half))
+            low, high = code_range(layer.highest)
+            assert set(saved.codes[layer.name].flat) == set(range(low, high + 1))
 
 
 def test_nothing_of_a_quantised_kernel_is_kept_in_float(saved):
@@ -308,7 +332,7 @@ def test_switched_kernels_are_those_of_training_at_every_precision(saved):
 def check_kernel(saved, layer, index, bits, subnet):
     factor = 2 ** (layer.highest - bits)
     codes = np.rint(saved.codes[layer.name] / factor)  # exact quotients, halves to even
-    codes = np.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.float32)
+    codes = np.clip(codes, *code_range(bits)).astype(np.float32)
     column = saved.table.candidates.index(layer.highest)
     step = np.asarray(saved.variables.learned.weight_steps)[index, column]
     kernel = linen.flatten(subnet.params)[f"{layer.name}/kernel"]
@@ -343,6 +367,36 @@ def test_logits_are_those_of_the_trained_network(saved):
         seen.append(np.asarray(logits))
     if len(table.precisions) > 1:
         assert not np.allclose(seen[0], seen[1], rtol=0.01)
+
+
+def test_without_bits_every_layer_has_its_highest(saved):
+    layers = saved.table.layers
+    highest = BitConfig(
+        jnp.array([layer.weight_candidates[0] for layer in layers], jnp.int32),
+        jnp.array([layer.act_candidates[0] for layer in layers], jnp.int32),
+    )
+    for other in (highest, max(saved.artifact.precisions)):
+        given, expected = saved.artifact.switch(), saved.artifact.switch(other)
+        jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), given, expected)
+        logits = saved.artifact.at(other)(IMAGES)
+        np.testing.assert_array_equal(saved.artifact.at()(IMAGES), logits)
+
+
+@pytest.mark.parametrize("saved", ["own bits"], indirect=True)
+def test_layers_may_have_bits_of_their_own(saved, tmp_path):
+    """Codes of 9 bits take two bytes; those of no bits are zeros."""
+    _, header, data = parse(saved.path)
+    stored = {name: header[f"codes/{name}"]["dtype"] for name in saved.codes}
+    assert stored == {"stem": "I8", "wide": "I16", "point": "I8", "hidden": "I8", "head": "I8"}
+    assert not np.frombuffer(data["codes/point"], np.int8).any()
+    assert not np.asarray(saved.artifact.switch().params["point"]["kernel"]).any()
+    bits = saved.table.largest
+    assert bits.weights.tolist() == [8, 9, 0, 3, 8]
+    with pytest.raises(ValueError, match=r"weights of 'point' are 8; allowed: \(0,\)"):
+        saved.artifact.at(bits._replace(weights=bits.weights.at[2].set(8)))
+    ones = np.ones(saved.codes["point"].shape, np.int8)
+    changed = rewritten(saved.path, tmp_path / "ones", **{"codes/point": ones})
+    refused(changed, "has codes of 'point' beyond 0 bits", saved.model)
 
 
 def test_bits_and_files_never_recompile(saved, tmp_path):

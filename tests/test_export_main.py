@@ -14,7 +14,7 @@ from mpq_jax import bits as bit_configs
 from mpq_jax import data, supernet
 from mpq_jax.export import integers
 from mpq_jax.export.__main__ import main
-from mpq_jax.layer_table import FIRST_LAST_FLOAT, LayerTable, bit_rules, trace_layers
+from mpq_jax.layer_table import FIRST_LAST_FLOAT, LayerTable, Rule, bit_rules, trace_layers
 from mpq_jax.models import make_model
 from mpq_jax.quantizers import double_rounding
 
@@ -22,12 +22,16 @@ MODEL = make_model("resnet8", num_classes=10, width=4)
 SHAPE = (8, 8, 1)
 RULES = bit_rules((8, 4), first_last=FIRST_LAST_FLOAT)
 TABLE = trace_layers(MODEL, SHAPE, rules=RULES).with_norm_rows("weights")
+ONE = trace_layers(MODEL, SHAPE, rules=(Rule(weights=8, acts=8),))
 SPEC = integers.ModelSpec("resnet8", 10, {"width": 4})
+# As training may find them; the layers in between have 4 bits, and a kernel of zeros has none.
+FOUND = {"stem_conv": 8, "stage0_block0/conv2": 9, "stage1_block0/conv1": 0, "head": 8}
 
 
 class Saved(NamedTuple):
     """An untrained network and its file."""
 
+    table: LayerTable
     variables: supernet.Variables
     path: str
     sizes: integers.Sizes
@@ -56,7 +60,18 @@ def saved(digits, tmp_path_factory):
     sizes = integers.save(
         path, TABLE, variables, model=SPEC, mean=digits.mean, std=digits.std, config=config
     )
-    return Saved(variables, path, sizes, digits)
+    return Saved(TABLE, variables, path, sizes, digits)
+
+
+@pytest.fixture(scope="module")
+def found(digits, tmp_path_factory):
+    """A network in which every layer has its own bits."""
+    layers = [layer._replace(weight_candidates=(FOUND.get(layer.name, 4),)) for layer in ONE.layers]
+    table = LayerTable(tuple(layers), "shared")
+    variables = network(digits, MODEL, table, SHAPE)
+    path = tmp_path_factory.mktemp("found") / "digits.safetensors"
+    sizes = integers.save(path, table, variables, model=SPEC, mean=digits.mean, std=digits.std)
+    return Saved(table, variables, path, sizes, digits)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +119,8 @@ def accuracy_of(saved, configs):
 
     @jax.jit
     def classes(bits, images):
-        selected = supernet.select(TABLE, saved.variables, bits, quantizer=quantizer)
-        out = supernet.apply(MODEL, TABLE, selected, images, train=False, quantizer=quantizer)
+        selected = supernet.select(saved.table, saved.variables, bits, quantizer=quantizer)
+        out = supernet.apply(MODEL, saved.table, selected, images, train=False, quantizer=quantizer)
         return jnp.argmax(out.logits, axis=-1)
 
     split = data.whole_split(saved.dataset, "test")
@@ -130,6 +145,26 @@ def test_accuracy_is_that_of_the_fake_quantised_network(saved, mixed, tmp_path, 
     assert shown["found"][0] == f"{np.average(weights[chosen], weights=sizes[chosen]):.2f}"
     assert shown["found"][1] == f"{np.sum(sizes * weights) / 8 / 1024:.1f}"
     assert all(np.isfinite(float(cells[3])) for cells in shown.values())
+
+
+def test_a_network_whose_layers_have_their_own_bits_has_one_row(found, tmp_path, capsys):
+    largest = found.table.largest
+    file = tmp_path / "again.json"
+    file.write_text(bit_configs.to_json(largest, found.table.names))
+    main(["inspect", str(found.path), "--dataset", "digits", "--bits", str(file)])
+    printed = capsys.readouterr().out
+    assert "every layer has its own bits, norms kept by none (one for all)" in printed
+    rows = rows_of(printed)
+    assert list(rows) == [*found.table.names, "as stored", "again"]
+    own = {name: rows[name][3] for name in found.table.names}
+    assert own == {name: str(FOUND.get(name, 4)) for name in found.table.names}
+    assert {rows[name][4] for name in found.table.names} == {"8"}
+    mean_bits, size, accuracy, loss = rows["as stored"]
+    assert rows["again"] == rows["as stored"] and mean_bits == "-"
+    kernels = [(int(own[layer.name]), layer.params) for layer in found.table.layers]
+    assert size == f"{sum(bits * params for bits, params in kernels) / 8 / 1024:.1f}"
+    assert accuracy == accuracy_of(found, [("as stored", largest)])["as stored"]
+    assert np.isfinite(float(loss))
 
 
 def other_file(directory, table: LayerTable, model, spec, variables, **options):

@@ -13,6 +13,7 @@ from mpq_jax.layer_table import (
     FIRST_LAST,
     FIRST_LAST_8BIT,
     FIRST_LAST_FLOAT,
+    FIRST_LAST_SAME,
     Rule,
     bit_rules,
     trace_layers,
@@ -562,10 +563,28 @@ def test_float_ends(table):
 
 
 def test_ends_by_name():
-    assert FIRST_LAST == {"8bit": FIRST_LAST_8BIT, "float": FIRST_LAST_FLOAT}
+    assert FIRST_LAST == {
+        "8bit": FIRST_LAST_8BIT,
+        "float": FIRST_LAST_FLOAT,
+        "same": FIRST_LAST_SAME,
+    }
     assert bit_rules((4, 2)) == bit_rules((4, 2), first_last=FIRST_LAST["8bit"])
     own = bit_rules((4, 2), first_last=())
     assert bits_of(*own)["stem"] == bits_of(*own)["head"] == ((4, 2), (4, 2))
+
+
+def test_ends_like_all_layers_but_for_the_input_images(table):
+    rules = bit_rules((6, 4, 2), depthwise_min_bits=3, first_last=FIRST_LAST["same"])
+    same = trace_layers(Separable(), (16, 16, 3), rules=rules)
+    stem, head = same.layers[0], same.layers[-1]
+    assert (stem.weight_candidates, stem.act_candidates) == ((6, 4, 2), (8,))
+    assert (head.weight_candidates, head.act_candidates) == ((6, 4, 2), (6, 4, 2))
+    assert column(same, "float_acts") == [True] + [False] * 5
+    assert column(same, "float_weights") == [False] * 6
+    assert same.searchable.all()
+    assert same.layers[1:-1] == table.layers[1:-1]
+    np.testing.assert_array_equal(same.uniform(2, 4).weights, [2, 4, 2, 2, 2, 2])
+    np.testing.assert_array_equal(same.uniform(2, 4).acts, [8, 4, 4, 4, 4, 4])
 
 
 def test_float_ends_of_a_net_without_convolutions():
@@ -629,7 +648,9 @@ def test_mean_bits_are_those_of_the_layers_with_a_choice(ends):
     rules = bit_rules((6, 4, 2), first_last=FIRST_LAST[ends])
     table = trace_layers(Separable(), (16, 16, 3), rules=rules)
     config = table.uniform(4, 2)._replace(weights=table.uniform(4, 2).weights.at[1].set(6))
-    assert costs.mean_bits(table, config, by="layer") == (6 + 4 + 4 + 4) / 4
-    sizes = [layer.params for layer in table.layers[1:-1]]
-    wanted = np.average([6, 4, 4, 4], weights=sizes)
+    chosen, bits = table.layers[1:-1], [6, 4, 4, 4]
+    if ends == "same":
+        chosen, bits = table.layers, [4, 6, 4, 4, 4, 4]
+    assert costs.mean_bits(table, config, by="layer") == np.float32(np.mean(bits))
+    wanted = np.average(bits, weights=[layer.params for layer in chosen])
     np.testing.assert_allclose(costs.mean_bits(table, config, by="param"), wanted, rtol=1e-6)

@@ -49,6 +49,7 @@ def with_masks(masks, shape=(2,)):
         ({"warmup": -0.1}, "warmup is -0.1; wanted a number from 0 to 1"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5; wanted a number from 0 to 1"),
         ({"harden": 1.5, "temperature": 9.0}, "harden is 1.5; wanted a fraction of the run"),
+        ({"reach": -1.0}, "reach is -1.0; wanted root mean squares, or 0"),
         ({"temperature": 1.0}, "temperature is 1.0; wanted a number above 1"),
         ({"act_bits": 1}, "act_bits is 1; wanted 2 to 16, or 32 for float"),
         ({"act_bits": 17}, "act_bits is 17; wanted 2 to 16, or 32 for float"),
@@ -65,8 +66,9 @@ def test_bad_options_are_refused(kind, change, message):
         ({"average": "weight"}, r"average is 'weight'; wanted one of \('layer', 'param'\)"),
         ({"ticket": 0.0}, "ticket is 0.0 and harden 0.9; wanted fractions .* above 0"),
         ({"ticket": 0.95}, "ticket is 0.95 and harden 0.9; .* the ticket not after the hardening"),
-        ({"target": -1.0}, "target is -1.0 and budget_weight .*; wanted no negative numbers"),
-        ({"budget_weight": -0.5}, "budget_weight -0.5; wanted no negative numbers"),
+        ({"target": -1.0}, "target is -1.0; wanted no negative number"),
+        ({"budget_weight": -0.5}, "budget_weight is -0.5; wanted no negative number"),
+        ({"tighten": 1.1}, "tighten is 1.1; wanted a number from 0 to 1"),
         ({"mask_start": 0.0}, "mask_start is 0.0; wanted a positive logit"),
         ({"ticket": 0.9, "rewind": True}, "rewind needs time between ticket, 0.9, and harden, 0.9"),
     ],
@@ -126,7 +128,7 @@ def test_phases_begin_with_whole_epochs(epochs, ticket, harden, rewind, wanted):
 
 @pytest.mark.parametrize(
     ("ticket", "harden", "rewind"),
-    [(0.5, 0.95, True), (0.9, 0.95, True), (0.9, 1.0, True), (0.9, 0.95, False), (1, 1, False)],
+    [(0.5, 0.95, True), (0.9, 0.95, True), (0.9, 1.0, True), (0.9, 0.95, False), (1.0, 1.0, False)],
 )
 def test_no_phase_begins_after_the_run(ticket, harden, rewind):
     """Rounding to epochs moves no phase out of the run, however short it is."""
@@ -140,17 +142,18 @@ def temperatures(found, final, steps):
     return np.asarray(at(jnp.arange(steps, dtype=jnp.int32)))
 
 
-def test_the_temperature_rises_exponentially_to_the_ticket_and_stays():
-    found = phases.make_phases(a_run(10), ticket=0.6, harden=0.8)
+def test_the_temperature_rises_exponentially_to_the_hardening_and_stays():
+    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.6)
     values = temperatures(found, 200.0, 80)  # beyond the end of the run, too
-    steps = np.arange(80)
-    wanted = 200.0 ** np.minimum(steps / 42, 1)
+    wanted = 200.0 ** np.minimum(np.arange(80) / 42, 1)
     np.testing.assert_allclose(values, wanted, rtol=1e-6)  # a power of float32
     assert values[0] == 1 and (values[42:] == 200).all() and (values <= 200).all()
     assert (np.diff(values[:43]) > 0).all()  # by step, not by epoch
+    given = phases.make_phases(a_run(10), ticket=0.0, harden=0.6)  # the scheme is
+    np.testing.assert_array_equal(temperatures(given, 200.0, 80), values)
 
 
-def test_rewinding_rises_once_more_from_the_ticket_to_the_hardening():
+def test_rewinding_rises_once_to_the_ticket_and_once_more_to_the_hardening():
     found = phases.make_phases(a_run(10), ticket=0.4, harden=0.9, rewind=True)
     values = temperatures(found, 50.0, 75)
     steps = np.arange(75)
@@ -158,14 +161,6 @@ def test_rewinding_rises_once_more_from_the_ticket_to_the_hardening():
     np.testing.assert_allclose(values, 50.0**part, rtol=1e-6)  # a power of float32
     assert values[0] == values[28] == 1
     assert (values[63:] == 50).all() and (values <= 50).all()
-
-
-def test_under_a_given_scheme_the_temperature_rises_until_the_hardening():
-    found = phases.make_phases(a_run(5), ticket=0.0, harden=0.8)
-    values = temperatures(found, 200.0, 35)
-    wanted = 200.0 ** np.minimum(np.arange(35) / 28, 1)
-    np.testing.assert_allclose(values, wanted, rtol=1e-6)  # a power of float32
-    assert values[0] == 1 and (values[28:] == 200).all()
 
 
 def rates(found, *, warmup, tuning):
@@ -263,20 +258,21 @@ def slopes_by_hand(mask, beta, contiguous):
     return beta * off * (np.cumsum(gates) if contiguous else gates)
 
 
+def regulariser(planes, given, beta):
+    return budget.regulariser(planes, given, jnp.float32(given.target), jnp.float32(beta))
+
+
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("beta", [1.0, 6.0])
 @pytest.mark.parametrize("target", [0.5, 3.0])
 def test_the_regulariser_and_its_gradient_are_the_closed_forms(target, beta, contiguous):
     planes = with_masks(MASKS)
     given = Budget(target, SHARES, contiguous)
-    value, gradient = jax.jit(
-        jax.value_and_grad(lambda p: budget.regulariser(p, given, jnp.float32(beta)))
-    )(planes)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: regulariser(p, given, beta)))(planes)
     error = (0.25 * 2 + 0.75 * 1 if contiguous else 0.25 * 3 + 0.75 * 2) - target
-    opened = sum(
-        SHARES[n] * gates_by_hand(mask, beta, contiguous).sum() for n, mask in MASKS.items()
-    )
-    np.testing.assert_allclose(value, error * 2 * opened, rtol=1e-5)
+    sums = {name: gates_by_hand(mask, beta, contiguous).sum() for name, mask in MASKS.items()}
+    opened = 2 * sum(SHARES[name] * total for name, total in sums.items())
+    np.testing.assert_allclose(value, error * opened, rtol=1e-5)
     for name, mask in MASKS.items():
         wanted = error * 2 * SHARES[name] * slopes_by_hand(mask, beta, contiguous)
         np.testing.assert_allclose(gradient[name].mask, wanted, rtol=1e-5, atol=1e-7)
@@ -284,23 +280,29 @@ def test_the_regulariser_and_its_gradient_are_the_closed_forms(target, beta, con
             np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
 
 
-def test_gates_close_above_the_budget_open_below_it_and_rest_on_it():
+def test_gates_close_above_the_wanted_mean_open_below_it_and_rest_on_it():
     planes = with_masks({"a": [0.3, -0.2, 0.6], "b": [0.1, 0.4, -0.5]})
-    mean, parts = 2.0, {"a": 0.5, "b": 0.5}
-    for target, sign in ((1.0, 1), (mean, 0), (2.5, -1)):
-        given = Budget(target, parts, False)
-        gradient = jax.grad(lambda p, g=given: budget.regulariser(p, g, jnp.float32(2.0)))(planes)
+    given, mean = Budget(1.0, {"a": 0.5, "b": 0.5}, False), 2.0
+    for wanted, sign in ((1.0, 1), (mean, 0), (2.5, -1)):
+        gradient = jax.grad(
+            lambda p, w=wanted: budget.regulariser(p, given, jnp.float32(w), jnp.float32(2.0))
+        )(planes)
         for one in gradient.values():
             assert (np.sign(one.mask) == sign).all()
+
+
+def test_the_budget_tightens_along_a_line_from_all_planes_to_the_target():
+    given = Budget(2.0, SHARES, False)
+    found = [budget.tightened(given, jnp.float32(part), most=8.0) for part in (0, 0.25, 0.5, 1)]
+    assert found == [8.0, 6.5, 5.0, 2.0]
 
 
 def test_a_mean_by_layer_weighs_all_gates_alike():
     """Then the regulariser is the published one, (mean - target) x sum of the gates."""
     masks = {name: [0.5, -0.5, 1.0] for name in "abcde"}
     given = Budget(0.0, budget.shares(dict.fromkeys(masks, 7), average="layer"), False)
-    found = budget.regulariser(with_masks(masks), given, jnp.float32(1.0))
     wanted = 2.0 * 5 * sigmoid([0.5, -0.5, 1.0]).sum()
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_allclose(regulariser(with_masks(masks), given, 1.0), wanted, rtol=1e-6)
 
 
 # How decided the gates are.

@@ -110,5 +110,6 @@ def test_epochs_bring_no_events(trained):
 
 
 def test_all_methods_are_listed():
-    assert sorted(METHODS) == ["double_rounding", "double_rounding_mixed", "plain", "rfquant"]
+    names = ["csq", "csq_uniform", "double_rounding", "double_rounding_mixed", "plain", "rfquant"]
+    assert sorted(METHODS) == names
     assert METHODS["plain"].options is plain.Options

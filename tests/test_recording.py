@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mpq_jax.recording import CompileCounter, MetricWriter
+from mpq_jax.recording import METRICS, CompileCounter, MetricWriter, read_metrics
 
 
 def lines(directory):
@@ -54,6 +54,29 @@ def test_a_last_line_cut_off_by_a_kill_does_no_harm(tmp_path, cut, resumed_at):
     write(tmp_path, resumed_at, [6, 7])
     complete = [1] if cut == 1 and resumed_at == 5 else []  # only the end of the line was lost
     assert [entry["step"] for entry in entries(tmp_path)] == [0, *complete, 6, 7]
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    write(tmp_path, 0, [0, 3])
+    assert read_metrics(tmp_path) == [{"step": 0, "loss": 0.0}, {"step": 3, "loss": 0.75}]
+
+
+@pytest.mark.parametrize("place", ["", "nowhere"])
+def test_where_nothing_was_written_nothing_is_read(tmp_path, place):
+    assert read_metrics(tmp_path / place) == []
+    (tmp_path / METRICS).touch()
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 1000], ids=["newline", "brace", "half", "all"])
+def test_reading_leaves_out_a_line_that_is_being_written(tmp_path, cut):
+    write(tmp_path, 0, [0, 1])
+    path = tmp_path / METRICS
+    first, last = path.read_text().splitlines(keepends=True)
+    path.write_text(first + last[:-cut])
+    complete = [0, 1] if cut == 1 else [0]
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == complete
+    assert path.read_text() == first + last[:-cut]
 
 
 def read_events(file: pathlib.Path):

@@ -1,14 +1,18 @@
+import csv
 import re
 import struct
 import subprocess
 import sys
 
 import flax.linen as nn
+import jax.numpy as jnp
 import matplotlib
+import numpy as np
 import pytest
 
 from mpq_jax import report
-from mpq_jax.layer_table import trace_layers
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
 from mpq_jax.report import Row
 
 
@@ -31,14 +35,53 @@ ROWS = [
 CONFIGS = {"first budget": TABLE.uniform(4, 3), "second budget": TABLE.uniform(2, 6)}
 
 
+def scheme(*weights, acts=8):
+    return BitConfig(jnp.array(weights, jnp.int32), jnp.full(len(weights), acts, jnp.int32))
+
+
+# Of a scheme that grew: the first layer has 8 bits, the last is float, the rest have planes.
+FLOAT_END = trace_layers(Net(), (4, 4, 1), rules=(FIRST_LAST_FLOAT[1], *bit_rules()))
+SCHEME = {"integers": scheme(8, 5, 2, 0, 7, 3, 32), "planes": scheme(8, 3, 1, 0, 2, 2, 32)}
+GROWN = TABLE.names[1:-1]
+PLANES = np.array([[8, 6, 3], [8, 8, 2], [8, 1, 0], [8, 7, 5], [8, 4, 4]])  # [layers, epochs]
+
+
+def grown_entries(epochs=3):
+    """What a run logs: each epoch a step's losses, then its summary; events in between."""
+    entries = []
+    for epoch in range(epochs):
+        planes = {
+            f"planes/{name}": float(count)
+            for name, count in zip(GROWN, PLANES[:, epoch], strict=True)
+        }
+        entries += [
+            {"step": 10 * epoch + 1, "reachable_least": 2.0},
+            {"step": 10 * epoch + 10, "loss": 0.5},
+            {
+                "step": 10 * epoch + 10,
+                "heldout/hard": 0.75,
+                "mean_planes_by_layer": float(PLANES[:, epoch].mean()),
+                "mean_planes_by_param": 7.0 - epoch,
+                "undecided_masks": 0.5 / (epoch + 1),
+                "undecided_bits": 0.25 / (epoch + 1),
+            }
+            | planes,
+        ]
+    return entries
+
+
 def draw(kind, path):
     if kind == "frontier":
         report.plot_frontier(ROWS, cost_label="GBitOPs per image", path=path)
-    else:
+    elif kind == "bits":
         report.plot_bits(TABLE, CONFIGS, path=path)
+    elif kind == "scheme":
+        report.plot_scheme(FLOAT_END, SCHEME, path=path)
+    else:
+        report.plot_growth(TABLE.names, grown_entries(), path=path)
 
 
-@pytest.mark.parametrize("kind", ["frontier", "bits"])
+@pytest.mark.parametrize("kind", ["frontier", "bits", "scheme", "growth"])
 def test_plots_are_images_of_a_sane_size(tmp_path, kind):
     path = tmp_path / "plot.png"
     draw(kind, path)
@@ -72,6 +115,94 @@ def test_the_frontier_names_every_result_and_its_axes(tmp_path):
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[1:3], ROWS[3:4]])
 def test_the_frontier_does_with_part_of_the_results(tmp_path, rows):
     report.plot_frontier(rows, cost_label="bytes", path=tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_scheme_is_written_line_by_line(tmp_path):
+    path = tmp_path / "scheme.csv"
+    layouts = {"convolution1": "1101", "convolution3": "0000"}
+    report.write_scheme(FLOAT_END, SCHEME, layouts, path)
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["layer", "weights", "layout", "integers", "planes", "acts"],
+        ["convolution0", "4", "", "8", "8", "8"],
+        ["convolution1", "16", "1101", "5", "3", "8"],
+        ["convolution2", "16", "", "2", "1", "8"],
+        ["convolution3", "16", "0000", "0", "0", "8"],
+        ["convolution4", "16", "", "7", "2", "8"],
+        ["convolution5", "16", "", "3", "2", "8"],
+        ["classifier", "12", "", "32", "32", "8"],
+    ]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, which are not written."""
+    drawn = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, *args, **how: drawn.append(figure))
+    return drawn
+
+
+def test_the_plot_of_a_scheme_names_every_layer_and_way_of_counting(tmp_path):
+    found = texts("scheme", tmp_path)
+    assert set(FLOAT_END.names) <= set(found)
+    assert {"integers", "planes", "bits of the weights"} <= set(found)
+
+
+def test_the_plot_of_a_scheme_has_a_bar_for_each_number_of_bits(figures, tmp_path):
+    draw("scheme", tmp_path / "plot.png")
+    (axes,) = figures[0].axes
+    solid = [bar for bar in axes.patches if bar.get_hatch() is None]
+    (hatched,) = [bar for bar in axes.patches if bar.get_hatch()]
+    heights = np.reshape([bar.get_height() for bar in solid], (2, len(FLOAT_END)))
+    for counted, bits in zip(heights, SCHEME.values(), strict=True):
+        np.testing.assert_array_equal(counted[:-1], bits.weights[:-1])
+    assert heights[:, -1].tolist() == [0, 0]  # float
+    centre = hatched.get_x() + hatched.get_width() / 2
+    assert round(centre) == len(FLOAT_END) - 1 and hatched.get_height() == 8
+    assert axes.get_yticks().tolist() == list(range(9))  # up to 8, not 32
+
+
+def test_a_scheme_without_any_plane_is_drawn(tmp_path):
+    nothing = scheme(0, 0, 0, 0, 0, 0, 32)
+    report.plot_scheme(FLOAT_END, {"planes": nothing}, path=tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_plot_of_growth_names_the_layers_with_planes(tmp_path):
+    found = texts("growth", tmp_path)
+    assert set(found) & set(TABLE.names) == set(GROWN)
+    assert {"planes", "mean by layer", "mean by param", "% of gates", "epoch"} <= set(found)
+    assert {"undecided masks", "undecided bits"} <= set(found)
+
+
+def curves(axes):
+    """Returns the y values of every line by its label; the x values must be the epochs."""
+    lines = axes.get_lines()
+    for line in lines:
+        assert line.get_xdata().tolist() == list(range(1, len(line.get_xdata()) + 1))
+    return {line.get_label(): np.asarray(line.get_ydata()) for line in lines}
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_plot_of_growth_shows_planes_means_and_gates_of_every_epoch(figures, tmp_path, epochs):
+    report.plot_growth(TABLE.names, grown_entries(epochs), path=tmp_path / "plot.png")
+    layers, means, gates = figures[0].axes[:3]
+    (image,) = layers.images
+    np.testing.assert_array_equal(image.get_array(), PLANES[:, :epochs])
+    assert list(image.get_extent()) == [0.5, epochs + 0.5, len(GROWN) - 0.5, -0.5]
+    by = curves(means)
+    np.testing.assert_allclose(by["mean by layer"], PLANES[:, :epochs].mean(axis=0))
+    np.testing.assert_allclose(by["mean by param"], [7.0, 6.0, 5.0][:epochs])
+    shares = curves(gates)
+    np.testing.assert_allclose(shares["undecided masks"], [50, 25, 50 / 3][:epochs])
+    np.testing.assert_allclose(shares["undecided bits"], [25, 12.5, 25 / 3][:epochs])
+
+
+@pytest.mark.parametrize("entries", [grown_entries(1), grown_entries(1)[:2], []])
+def test_growth_of_one_epoch_or_of_none_is_drawn(tmp_path, entries):
+    report.plot_growth(TABLE.names, entries, path=tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 

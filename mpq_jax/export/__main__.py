@@ -79,7 +79,7 @@ def check_dataset(artifact: integers.Artifact, dataset: data.Dataset) -> None:
     found = {"channels": dataset.image_shape[-1], "classes": dataset.num_classes}
     wanted = {"channels": len(artifact.mean or ())}
     if found["channels"] == wanted["channels"]:
-        logits = jax.eval_shape(artifact.at(artifact.precisions[0]), images)
+        logits = jax.eval_shape(artifact.at(), images)
         wanted["classes"] = logits.shape[-1]
     for name, count in wanted.items():
         if found[name] != count:

@@ -15,10 +15,12 @@ References:
     Sparsification, DAC 2023, https://arxiv.org/abs/2212.02770.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from jaxtyping import ArrayLike as AnyArray
 
@@ -26,6 +28,9 @@ PLANES = (1, 16)  # smallest and largest number of planes
 SHARPNESS = 2.0  # logit of a bit at the function-preserving start, and minus that of no bit
 MASK_LOGIT = 2.0  # logit of every plane's gate at that start: f = 0.88
 SMALLEST_SCALE = 1e-8  # of an all-zero tensor, so that its planes can learn
+SCALES = tuple(part / 32 for part in range(6, 33))  # tried by `on_scheme`, times the largest weight
+MOST_MIXED = 8  # active planes up to which `on_scheme` goes through all 3^planes sums
+SCALE_SAMPLE = 65_536  # weights of a tensor that its scale is chosen by
 
 
 class BitPlanes(NamedTuple):
@@ -63,6 +68,7 @@ def from_float(
     planes: int = 8,
     literal: bool = False,
     mask_logit: float = MASK_LOGIT,
+    reach: float | None = None,
 ) -> BitPlanes:
     """Returns bit planes of a weight tensor, quantised to `planes` bits and a sign.
 
@@ -77,12 +83,16 @@ def from_float(
         literal: start from bit values 0 and 1 as logits and gates at 0, as in the published code.
             Then weights are 0.1164 times those of `w` at temperature 1.0089.
         mask_logit: positive logit of every plane's gate (m) at the function-preserving start.
+        reach: weights beyond so many root mean squares are clipped, which leaves the planes to the
+            others; None: the largest weight sets the scale, as published.
     """
     if not PLANES[0] <= planes <= PLANES[1]:
         raise ValueError(f"planes is {planes}; wanted {PLANES[0]} to {PLANES[1]}")
     largest = jnp.max(jnp.abs(w))
+    if reach is not None:
+        largest = jnp.minimum(largest, reach * jnp.sqrt(jnp.mean(jnp.square(w))))
     unit = jnp.where(largest > 0, largest, 1.0)
-    code = jnp.round(jnp.abs(w) * ((2**planes - 1) / unit)).astype(jnp.int32)
+    code = jnp.round(jnp.minimum(jnp.abs(w) / unit, 1.0) * (2**planes - 1)).astype(jnp.int32)
     place = jnp.arange(planes, dtype=jnp.int32).reshape(-1, *(1,) * w.ndim)
     bit = (jnp.right_shift(code[None], place) & 1).astype(w.dtype)
     sign = jnp.sign(w)[None]
@@ -98,6 +108,57 @@ def from_float(
         jnp.full((planes,), mask_logit, w.dtype),
         preserved,
     )
+
+
+def on_scheme(w: np.ndarray, mask: np.ndarray) -> BitPlanes:
+    """Returns planes that name a weight tensor as well as the active planes of a scheme can.
+
+    Every weight becomes the nearest sum of active planes, each of which may add, subtract or rest
+    (beyond `MOST_MIXED` planes: all of a sum's planes with one sign); the scale is the best of
+    `SCALES` by the squared error. With masks that are zeros and ones, weights at temperature 1
+    are these sums to float rounding; see `from_float` for what follows.
+    On the host, in NumPy.
+
+    Args:
+        w: float32, any shape.
+        mask: float32 [planes], logits of the masks; they are kept.
+    """
+    active = np.flatnonzero(mask >= 0)  # as in `active_planes`
+    digits, values = _sums(active)
+    flat, top = np.abs(w).ravel(), max(values[-1], 1)
+    sample = flat[:: max(1, flat.size // SCALE_SAMPLE)]
+    steps = [max(flat.max() / top * part, SMALLEST_SCALE) for part in SCALES]
+    errors = [np.square(sample - values[_nearest(values, sample / s)] * s).sum() for s in steps]
+    step = steps[int(np.argmin(errors))]
+    chosen = digits[_nearest(values, flat / step)] * np.sign(w).ravel()[:, None].astype(np.int8)
+    planes = np.zeros((len(mask), *w.shape), np.int8)
+    planes[active] = chosen.T.reshape(len(active), *w.shape)
+    on = float(gate(jnp.float32(SHARPNESS)) - gate(jnp.float32(-SHARPNESS)))
+    return BitPlanes(
+        jnp.asarray(np.where(planes > 0, SHARPNESS, -SHARPNESS), jnp.float32),
+        jnp.asarray(np.where(planes < 0, SHARPNESS, -SHARPNESS), jnp.float32),
+        jnp.asarray(mask, jnp.float32),
+        jnp.float32(step * (2 ** len(mask) - 1) / on),
+    )
+
+
+def _sums(active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all sums from zero up that planes can name, ascending, and their digits.
+
+    Of several ways to name a sum, the one with the fewest digits is taken.
+    """
+    digits = (0, 1, -1) if len(active) <= MOST_MIXED else (0, 1)
+    ways = np.array([*itertools.product(digits, repeat=len(active))], np.int8)
+    sums = ways @ (1 << active.astype(np.int64))
+    order = np.argsort(np.abs(ways).sum(axis=1), kind="stable")
+    order = order[sums[order] >= 0]
+    values, first = np.unique(sums[order], return_index=True)
+    return ways[order][first], values
+
+
+def _nearest(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Returns the index of the value nearest to each x; values ascend."""
+    return np.searchsorted((values[1:] + values[:-1]) / 2, x)
 
 
 def significances(planes: int) -> Float[Array, " planes"]:
@@ -225,7 +286,8 @@ def codes(
     for w, p, n in zip(worth, bit_planes.positive, bit_planes.negative, strict=True):
         integers += w * ((p > 0).astype(jnp.int32) - (n > 0).astype(jnp.int32))  # see `_combine`
     scale = bit_planes.scale
-    step = scale * jnp.ldexp(jnp.ones((), scale.dtype), lowest) / (2**planes - 1)
+    # As a product all programs agree on it: XLA makes one of a division in some and not in others.
+    step = scale * jnp.ldexp(jnp.ones((), scale.dtype), lowest) * (1 / (2**planes - 1))
     return integers, step
 
 

@@ -52,7 +52,7 @@ def mean_planes(
     return sum((parts[name] * count for name, count in counts.items()), jnp.float32(0))
 
 
-def tightened(budget: Budget, part: Float[Array, ""], *, most: int) -> Float[Array, ""]:
+def tightened(budget: Budget, part: Float[Array, ""], *, most: float) -> Float[Array, ""]:
     """Returns the mean number of planes wanted when a part, 0 to 1, of the tightening is over.
 
     It falls from all planes to the target along a line.
@@ -87,7 +87,10 @@ def regulariser(
 def undecided(
     planes: dict[str, BitPlanes], temperature: Float[Array, ""], *, contiguous: bool
 ) -> dict[str, Array]:
-    """Returns the share of gates that are not decided, of the masks and of the bits in use."""
+    """Returns the share of gates that are not decided, of the masks and of the bits in use.
+
+    By their logits: those that are zeros and ones by decree are not known here.
+    """
 
     def is_open(logits):
         return (jnp.abs(temperature * logits) < DECIDED).astype(jnp.float32)
@@ -107,15 +110,25 @@ def undecided(
 
 
 def reachable(
-    masks: dict[str, np.ndarray], parts: dict[str, float], temperature: float
+    masks: dict[str, np.ndarray],
+    parts: dict[str, float],
+    temperature: float,
+    *,
+    contiguous: bool = False,
 ) -> tuple[float, float]:
     """Returns the fewest and the most mean planes that undecided masks still leave open."""
     low, high = 0.0, 0.0
     for name, mask in masks.items():
         is_open = np.abs(temperature * mask) < DECIDED
-        low += parts[name] * np.sum((mask >= 0) & ~is_open)
-        high += parts[name] * np.sum((mask >= 0) | is_open)
+        least, most = (mask >= 0) & ~is_open, (mask >= 0) | is_open
+        low += parts[name] * float(np.sum(_counted(least, contiguous)))
+        high += parts[name] * float(np.sum(_counted(most, contiguous)))
     return low, high
+
+
+def scheme(mask: np.ndarray, *, contiguous: bool) -> np.ndarray:
+    """Returns which planes are on, as `csq.active_planes`, on the host."""
+    return _counted(mask >= 0, contiguous)
 
 
 def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
@@ -132,7 +145,7 @@ def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
     names = list(masks)
     logits = np.concatenate([masks[name] for name in names]).astype(np.float64)
     worth = np.concatenate([np.full(len(masks[name]), budget.shares[name]) for name in names])
-    on = np.concatenate([_counted(masks[name], budget.contiguous) for name in names])
+    on = np.concatenate([scheme(masks[name], contiguous=budget.contiguous) for name in names])
     wanted = _nearest_scheme(np.where(on, -1.0, 1.0) * np.abs(logits), worth, names, masks, budget)
     sign = np.where(wanted, 1.0, -1.0)
     fixed = sign * np.maximum(np.abs(logits), MARGIN)
@@ -143,8 +156,7 @@ def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
     }
 
 
-def _counted(mask: np.ndarray, contiguous: bool) -> np.ndarray:
-    on = mask >= 0
+def _counted(on: np.ndarray, contiguous: bool) -> np.ndarray:
     return np.cumprod(on[::-1])[::-1].astype(bool) if contiguous else on
 
 
@@ -180,4 +192,4 @@ def _order(names, masks) -> np.ndarray:
             row[start + place], row[start + place + 1] = 1.0, -1.0
             rows.append(row)
         start += len(masks[name])
-    return np.array(rows)
+    return np.array(rows).reshape(-1, width)

@@ -26,7 +26,8 @@ from mpq_jax.methods.starting import float_variables
 from mpq_jax.quantizers import csq
 
 PyTree = Any
-SOFT, HARD = "soft", "hard"  # what evaluation may ask for: bits as in training, or all decided
+SOFT, HARD = "soft", "hard"  # what evaluation may ask for: soft bits, or everything decided
+OPEN = 100.0  # logit of a gate that is open at any temperature: f is exactly one
 LEAST_STEP = 1e-12  # of a code: clips at 32 bits are 2^32 of them wide
 WARN_AT = (10.0, 20.0)  # temperatures at which a budget that is out of reach is told of
 
@@ -66,6 +67,7 @@ class Plan(NamedTuple):
         tighten: part of the growth during which its target falls from all planes.
         mask_rate: learning rate of the masks.
         mask_start: logit of the masks at the preserving start.
+        rewind_bits: whether bits start anew when the temperature does.
     """
 
     network: Network
@@ -77,6 +79,7 @@ class Plan(NamedTuple):
     tighten: float
     mask_rate: float
     mask_start: float
+    rewind_bits: bool
 
     @property
     def parts(self) -> tuple[dict[str, float], dict[str, float]]:
@@ -90,13 +93,21 @@ def sizes_of(table: LayerTable) -> dict[str, int]:
     return {layer.name: layer.params for layer in table.layers if layer.searchable}
 
 
+def most_planes(table: LayerTable, parts: dict[str, float]) -> float:
+    """Returns the mean number of planes when all are on."""
+    return sum(parts[layer.name] * layer.highest for layer in table.layers if layer.searchable)
+
+
 def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
     """Builds CSQ for a model, its layer table and the length of a run."""
     grown = networks.with_planes(table, act_bits=options.act_bits, float_acts=options.float_acts)
-    most = max(layer.highest for layer in grown.layers if layer.searchable)
-    if options.target > most:
-        raise ValueError(f"target is {options.target}; there are only {most} planes a layer")
     parts = budgets.shares(sizes_of(grown), average=options.average)
+    most = most_planes(grown, parts)
+    if options.target > most:
+        raise ValueError(
+            f"target is {options.target}; with all planes on, the mean by {options.average} is "
+            f"{most:g}"
+        )
     plan = Plan(
         network=Network(model, grown, options.act_quantizer, options.contiguous),
         options=options,
@@ -109,6 +120,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         tighten=options.tighten,
         mask_rate=options.mask_learning_rate,
         mask_start=options.mask_start,
+        rewind_bits=options.rewind_bits,
     )
     return _method(plan)
 
@@ -127,7 +139,8 @@ def make_uniform(model: nn.Module, table: LayerTable, options: UniformOptions, r
         budget_weight=0.0,
         tighten=0.0,
         mask_rate=0.0,
-        mask_start=csq.MASK_LOGIT,
+        mask_start=OPEN,
+        rewind_bits=False,
     )
     return _method(plan)
 
@@ -145,6 +158,7 @@ def _method(plan: Plan) -> Method:
             images,
             literal=plan.options.start == "literal",
             mask_start=plan.mask_start,
+            reach=plan.options.reach or None,
         )
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -161,6 +175,8 @@ def _method(plan: Plan) -> Method:
         return networks.hard_statistics(network, variables, images)
 
     def variables_of(state: TrainState) -> Variables:
+        if plan.budget is not None and state.step >= plan.phases.end and not state.fixed:
+            state, _ = _with_ticket(plan, state, plan.budget)  # of runs that end before it
         variables = Variables(
             state.learned,
             state.batch_stats,
@@ -177,7 +193,7 @@ def _method(plan: Plan) -> Method:
         init=init,
         train_step=jax.jit(functools.partial(_train_step, plan, optimizer), donate_argnums=0),
         on_epoch=functools.partial(_on_epoch, plan),
-        eval_bits={SOFT: np.array(False), HARD: np.array(True)},
+        eval_bits={SOFT: jnp.array(False), HARD: jnp.array(True)},
         variables=variables_of,
         predict=functools.partial(networks.predict, network),
         quantizer=None,
@@ -243,7 +259,7 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
 def wanted_mean(plan: Plan, step: Int[Array, ""]) -> Float[Array, ""]:
     """Returns the mean number of planes that the regulariser steers to at a step."""
     assert plan.budget is not None
-    most = max(layer.highest for layer in plan.network.table.layers if layer.searchable)
+    most = most_planes(plan.network.table, plan.budget.shares)
     until = plan.tighten * plan.phases.ticket
     part = jnp.minimum(step.astype(jnp.float32) / until, 1.0) if until else jnp.float32(1)
     return budgets.tightened(plan.budget, part, most=most)
@@ -277,7 +293,7 @@ def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, di
     """Fixes the scheme at the ticket, the bits at the hardening; tells of a hopeless budget."""
     step, events = epoch * plan.phases.steps_per_epoch, {}
     if plan.budget is not None and step == plan.phases.ticket:
-        state, events = _with_ticket(state, plan.budget)
+        state, events = _with_ticket(plan, state, plan.budget)
     elif plan.budget is not None and step < plan.phases.ticket:
         events = _reach(plan, plan.budget, state, step)
     if step == plan.phases.harden:
@@ -286,15 +302,19 @@ def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, di
     return state, events
 
 
-def _with_ticket(state: TrainState, budget: Budget) -> tuple[TrainState, dict[str, float]]:
+def _with_ticket(
+    plan: Plan, state: TrainState, budget: Budget
+) -> tuple[TrainState, dict[str, float]]:
     planes = state.learned.by_layer
     masks = {name: np.asarray(one.mask) for name, one in planes.items()}
     met = budgets.meet(masks, budget)
-    changed = sum(int(np.sum((met[name] >= 0) != (masks[name] >= 0))) for name in masks)
-    fixed = {
-        name: one._replace(mask=jax.device_put(met[name], one.mask.sharding))
-        for name, one in planes.items()
-    }
+    before, after = (
+        {name: budgets.scheme(mask, contiguous=budget.contiguous) for name, mask in both.items()}
+        for both in (masks, met)
+    )
+    changed = sum(int(np.sum(before[name] != after[name])) for name in masks)
+    made = {name: _fixed(plan, one, met[name]) for name, one in planes.items()}
+    fixed = jax.tree.map(_placed_like, planes, made)
     learned = state.learned._replace(planes=linen.unflatten(fixed))
     state = state._replace(learned=learned, fixed=jnp.ones_like(state.fixed))
     mean = budgets.mean_planes(fixed, budget.shares, contiguous=budget.contiguous)
@@ -303,6 +323,23 @@ def _with_ticket(state: TrainState, budget: Budget) -> tuple[TrainState, dict[st
             "no scheme has a mean of %g planes; the nearest has %.2f", budget.target, float(mean)
         )
     return state, {"planes_switched_at_ticket": float(changed)}
+
+
+def _placed_like(old: Array, new: Array) -> Array:
+    """Returns new values where the old ones were put, if they were: else jit compiles anew."""
+    return jax.device_put(new, old.sharding) if old.committed else jnp.asarray(new)
+
+
+def _fixed(plan: Plan, planes: csq.BitPlanes, mask: np.ndarray) -> csq.BitPlanes:
+    """Returns a layer's planes with the masks of its scheme, and with the bits that it starts from.
+
+    When the temperature starts anew, so do the bits: from the weights that all planes together
+    name, as the scheme can name them.
+    """
+    if not (plan.phases.rewind and plan.rewind_bits):
+        return planes._replace(mask=jnp.asarray(mask))
+    whole = csq.hard_weights(planes._replace(mask=jnp.ones_like(planes.mask)))
+    return csq.on_scheme(np.asarray(whole), mask)
 
 
 def _reach(plan: Plan, budget: Budget, state: TrainState, step: int) -> dict[str, float]:
@@ -315,7 +352,7 @@ def _reach(plan: Plan, budget: Budget, state: TrainState, step: int) -> dict[str
     if not any(before < at <= now for at in WARN_AT):
         return {}
     masks = {name: np.asarray(one.mask) for name, one in state.learned.by_layer.items()}
-    low, high = budgets.reachable(masks, budget.shares, now)
+    low, high = budgets.reachable(masks, budget.shares, now, contiguous=budget.contiguous)
     if low - budgets.TOLERANCE <= budget.target <= high + budgets.TOLERANCE:
         return {}
     logging.warning(
@@ -350,7 +387,8 @@ def make_summary(plan: Plan) -> Callable[[TrainState], dict[str, float]]:
     def summary(state: TrainState) -> dict[str, float]:
         gates = gates_of(plan, state)
         found = jax.device_get(numbers(state.learned, gates.temperature))
-        return {name: float(value) for name, value in found.items()}
+        decided = {"undecided_masks": bool(state.fixed), "undecided_bits": bool(state.hard)}
+        return {name: 0.0 if decided.get(name) else float(value) for name, value in found.items()}
 
     return summary
 

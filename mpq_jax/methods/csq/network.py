@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mpq_jax import linen, supernet
 from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import FLOAT_BITS, LayerTable
+from mpq_jax.layer_table import FLOAT_BITS, MOST_BITS, LayerTable
 from mpq_jax.methods.record import Found
 from mpq_jax.quantizers import batch_max, csq, double_rounding, lsq
 from mpq_jax.quantizers.csq import BitPlanes
@@ -122,6 +122,11 @@ def with_planes(
     for layer in table.layers:
         if len(layer.weight_candidates) > 1:
             most = planes or layer.highest
+            if most >= MOST_BITS:
+                raise ValueError(
+                    f"{layer.name!r} would have {most} planes; wanted at most {MOST_BITS - 1}, as "
+                    f"integers have up to {MOST_BITS} bits, the sign counted"
+                )
             layer = layer._replace(weight_candidates=tuple(range(most, -1, -1)))
         if len(layer.act_candidates) > 1:
             layer = layer._replace(
@@ -138,8 +143,18 @@ def init(
     *,
     literal: bool,
     mask_start: float,
+    reach: float | None,
 ) -> tuple[Learned, PyTree, Bool[Array, " layers"]]:
-    """Returns what is learned, norm statistics and signs, from the float model's variables."""
+    """Returns what is learned, norm statistics and signs, from the float model's variables.
+
+    Args:
+        network: what is trained.
+        variables: `{"params": ..., "batch_stats": ...}` of the float model.
+        images: normalised calibration images.
+        literal: how planes start, see `csq.from_float`, as for the other two.
+        mask_start: logit of all masks.
+        reach: in root mean squares; of the preserving start.
+    """
     made = supernet.init(
         network.model, network.around, variables, images, quantizer=network.quantizer
     )
@@ -150,6 +165,7 @@ def init(
             planes=layer.highest,
             literal=literal,
             mask_logit=mask_start,
+            reach=None if literal else reach,
         )
         for layer in network.table.layers
         if layer.searchable
@@ -264,7 +280,7 @@ def layout(network: Network, planes: BitPlanes) -> str:
 
 
 def code_bits(codes: Int[Array, "*shape"]) -> int:
-    """Returns the bits of the smallest signed integer that holds all codes; 0 if all are zero."""
+    """Returns the bits of a signed integer that holds all codes and their negatives; 0 of zeros."""
     largest = int(np.max(np.abs(np.asarray(codes)), initial=0))
     return (2 * largest).bit_length() if largest else 0
 
@@ -275,7 +291,8 @@ def found(network: Network, variables: Variables) -> Found:
     Its kernels are multiples of their step sizes, so quantising them at the bits of their
     integers, the sign included, changes nothing: `supernet`, costs, recalibration and the integer
     artifact take it like any other. The configurations are "planes" (how many are active, as
-    published) and "integers" (what the codes need, the table's own).
+    published; layers without planes keep their bits) and "integers" (what the codes need, the
+    sign counted: the table's own).
     """
     table, learned = network.table, variables.learned
     kernels = {

@@ -26,6 +26,8 @@ class SharedOptions:
         contiguous: a plane is on only as far as all more significant ones are.
         start: "preserving" starts from the given weights; "literal" takes bits 0 and 1 as logits,
             as published, which shrinks the weights to 0.12 times theirs.
+        reach: at the preserving start, weights beyond so many root mean squares of a layer are
+            clipped, so that the planes are for the others; 0: the largest weight sets the scale.
         acts: how inputs of layers are quantised: "lsq" (learned step size), "pact" (learned
             clipping) or "batch_max" (the largest input of the batch, as published for more than 3
             bits; cannot be exported).
@@ -34,7 +36,7 @@ class SharedOptions:
         learning_rate: of SGD with momentum for kernels that are no planes, norms and biases;
             cosine to 0 over each phase, see `tuning_rate`.
         plane_learning_rate: of the bits.
-        scale_learning_rate: of SGD for the scales of the planes.
+        scale_learning_rate: of SGD for the scales of the planes; before a norm they do not matter.
         step_learning_rate: of Adam for step sizes.
         plane_optimizer: of the bits: "sgd" (as published) or "adam". Masks always take SGD: Adam
             makes the steps of all masks alike, and with them the planes.
@@ -49,6 +51,7 @@ class SharedOptions:
     temperature: float = 200.0
     contiguous: bool = False
     start: str = "preserving"
+    reach: float = 2.5
     acts: str = "lsq"
     act_bits: int = FLOAT_BITS
     learning_rate: float = 0.1
@@ -77,6 +80,8 @@ class SharedOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
         if not 0 < self.harden <= 1:
             raise ValueError(f"harden is {self.harden}; wanted a fraction of the run, above 0")
+        if self.reach < 0:
+            raise ValueError(f"reach is {self.reach}; wanted root mean squares, or 0")
         if self.temperature <= 1:
             raise ValueError(f"temperature is {self.temperature}; wanted a number above 1")
         if not (2 <= self.act_bits <= MOST_BITS or self.act_bits == FLOAT_BITS):
@@ -107,6 +112,7 @@ class Options(SharedOptions):
             The published code measures it as a fraction of the bits, so its 0.01 is 0.00125 here.
         tighten: part of the time until the ticket during which the budget falls from all planes to
             the target, along a line, so that planes leave one by one. 0: at once, as published.
+            Near 1 it comes too late: most gates are decided when the temperature passes 10.
         mask_learning_rate: of the masks.
         mask_start: logit of all masks at the preserving start.
         ticket: when the scheme is fixed, as a fraction of the run: masks become zeros and ones,
@@ -114,6 +120,8 @@ class Options(SharedOptions):
         rewind: the temperature reaches its end at the ticket already, and between `ticket` and
             `harden` temperature and learning rates rise and fall once more, as the paper does for
             ImageNet; otherwise both go on until `harden`.
+        rewind_bits: with `rewind`, bits start anew, too: from the weights that all planes together
+            name, rounded to what the scheme can name; otherwise from the bits as they are.
     """
 
     target: float = 3.0
@@ -124,6 +132,7 @@ class Options(SharedOptions):
     mask_start: float = 0.3
     ticket: float = 0.4
     rewind: bool = True
+    rewind_bits: bool = True
 
     def __post_init__(self):
         """Refuses values that mean nothing, naming what is allowed."""

@@ -30,10 +30,12 @@ class Phases(NamedTuple):
 def make_phases(run: Run, *, ticket: float, harden: float, rewind: bool = False) -> Phases:
     """Returns the phases of a run from fractions of it, rounded to whole epochs.
 
-    A ticket above 0 leaves at least one epoch to the masks.
+    A ticket above 0 leaves at least one epoch to the masks, and rewinding one to the bits.
     """
-    first = max(round(ticket * run.epochs), 1) if ticket > 0 else 0
-    second = max(round(harden * run.epochs), first + rewind, 1)
+    first = 0
+    if ticket > 0:
+        first = max(min(round(ticket * run.epochs), run.epochs - rewind), 1)
+    second = min(max(round(harden * run.epochs), first + rewind, 1), run.epochs)
     per_epoch = run.steps_per_epoch
     return Phases(first * per_epoch, second * per_epoch, run.steps, per_epoch, rewind)
 
