@@ -1,5 +1,7 @@
 """References are the closed forms, written anew in NumPy float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -264,7 +266,7 @@ def test_the_temperature_is_traced():
 @pytest.mark.parametrize("reach", [1.0, 2.5])
 def test_weights_beyond_the_reach_are_clipped_and_the_rest_has_finer_steps(reach):
     w = jax.random.normal(jax.random.key(3), (50, 40))
-    bound = reach * np.std(np.asarray(w))
+    bound = reach * np.sqrt(np.mean(np.asarray(w) ** 2))
     made = csq.from_float(w, planes=3, reach=reach)
     expected = np.round(np.clip(np.asarray(w) / bound, -1, 1) * 7) * bound / 7
     np.testing.assert_allclose(csq.weights(made, 1.0), expected, atol=1e-5)
@@ -274,3 +276,52 @@ def test_weights_beyond_the_reach_are_clipped_and_the_rest_has_finer_steps(reach
 def test_a_reach_beyond_the_largest_weight_changes_nothing():
     w = jax.random.uniform(jax.random.key(4), (30,), minval=-1.0)
     jax.tree.map(np.testing.assert_array_equal, csq.from_float(w), csq.from_float(w, reach=3.0))
+
+
+SCHEMES = [
+    (0, 0, 1, 1),
+    (1, 1, 1, 1),
+    (0, 1, 0, 1),
+    (1, 0, 0, 0),
+    (0, 0, 0, 0),
+]  # lowest plane first
+
+
+def sums_of(scheme):
+    """All that planes, each of which adds, subtracts or rests, can name, in units of the lowest."""
+    worth = [2**place for place, on in enumerate(scheme) if on]
+    ways = itertools.product((-1, 0, 1), repeat=len(worth))
+    return np.array(sorted({sum(a * b for a, b in zip(way, worth, strict=True)) for way in ways}))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_on_a_scheme_every_weight_becomes_the_nearest_sum_of_its_planes(scheme):
+    w = np.asarray(jax.random.normal(jax.random.key(5), (60, 7)))
+    mask = np.where(scheme, 0.5, -0.5).astype(np.float32)
+    made = csq.on_scheme(w, mask)
+    np.testing.assert_array_equal(made.mask, mask)
+    named = np.asarray(csq.combine(made, jnp.asarray(scheme, jnp.float32), 1.0))
+    on = np.tanh(csq.SHARPNESS / 2)
+    levels = sums_of(scheme) * float(made.scale) * on / 15
+    nearest = np.abs(w[..., None] - levels).min(axis=-1)
+    np.testing.assert_allclose(np.abs(w - named), nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:4])
+def test_on_a_scheme_the_scale_is_about_the_best(scheme):
+    """No scale between those that are tried does better by more than a tenth."""
+    w = np.asarray(jax.random.normal(jax.random.key(6), (900,)))
+    made = csq.on_scheme(w, np.where(scheme, 1.0, -1.0).astype(np.float32))
+    step = float(made.scale) * np.tanh(csq.SHARPNESS / 2) / 15
+
+    def error(width):
+        return np.square(np.abs(w[:, None] - sums_of(scheme) * width).min(axis=1)).mean()
+
+    best = min(error(step * factor) for factor in np.linspace(0.3, 3, 200))
+    assert error(step) <= 1.1 * best
+
+
+def test_on_a_scheme_zeros_stay_zeros():
+    made = csq.on_scheme(np.zeros((3, 4), np.float32), np.ones(8, np.float32))
+    assert float(made.scale) > 0
+    np.testing.assert_array_equal(csq.hard_weights(made), np.zeros((3, 4)))

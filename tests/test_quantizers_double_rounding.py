@@ -171,7 +171,17 @@ def test_bits_are_traced_and_compile_once():
     assert levels == [2**bits for bits in range(2, 9)] and traces == [1]
 
 
-@pytest.mark.parametrize("highest", [1, 17, 0])
+def test_no_bits_are_those_of_a_kernel_of_zeros():
+    w, stored = jnp.zeros((3, 2)), jnp.zeros((3, 2), jnp.int8)
+    for made in (
+        double_rounding.codes(w, 0.3, highest=0),
+        double_rounding.switch(stored, 0, highest=0),
+        jax.jit(lambda bits: double_rounding.fake_quant(w, 0.3, bits, highest=0))(0),
+    ):
+        np.testing.assert_array_equal(made, np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("highest", [1, 17, -1])
 def test_a_highest_precision_that_makes_no_sense_is_refused(highest):
     w = jnp.zeros((2,))
     for refused in (

@@ -55,7 +55,7 @@ class SharedOptions:
     acts: str = "lsq"
     act_bits: int = FLOAT_BITS
     learning_rate: float = 0.1
-    plane_learning_rate: float = 3.0
+    plane_learning_rate: float = 10.0
     scale_learning_rate: float = 0.01
     step_learning_rate: float = 1e-3
     plane_optimizer: str = "sgd"
