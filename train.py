@@ -403,7 +403,7 @@ def evaluate_all(setup: Setup, evaluate, state) -> dict[str, float]:
     return scores | {"heldout/mean": float(np.mean(list(scores.values())))}
 
 
-def finish(setup: Setup, config: Config, workdir: pathlib.Path, state: Any) -> None:
+def finish(setup: Setup, config: Config, workdir: pathlib.Path, evaluate, state: Any) -> None:
     """Writes what a finished run hands over."""
     method, variables = setup.method, setup.method.variables(state)
     if method.found is None:
@@ -413,7 +413,6 @@ def finish(setup: Setup, config: Config, workdir: pathlib.Path, state: Any) -> N
     found = method.found(variables)
     write_found(setup, config, workdir, found)
     print_found(setup, found)
-    evaluate = evaluation.make_evaluate(method.predict, setup.normalize)
     for name, bits in method.eval_bits.items():
         score = evaluate(variables, bits, eval_batches(setup, "test"))
         console.print(f"test accuracy, {name}: {score.accuracy:.2%}", highlight=False)
@@ -458,17 +457,19 @@ def main(argv: list[str]) -> None:
         if restored:
             console.print(f"going on from step {first_step} in {workdir}")
         print_layers(setup.table)
-        state = train_loop(setup, config, workdir, manager, state, first_step)
+        evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
+        state = train_loop(setup, config, workdir, manager, evaluate, state, first_step)
         manager.close()
         if int(state.step) == setup.run.steps:
-            finish(setup, config, workdir, state)
+            finish(setup, config, workdir, evaluate, state)
     print_compilations(counter)
 
 
-def train_loop(setup: Setup, config: Config, workdir, manager, state, first_step: int) -> Any:
+def train_loop(
+    setup: Setup, config: Config, workdir, manager, evaluate, state, first_step: int
+) -> Any:
     """Runs the remaining steps with their periodic actions; returns the last state."""
     method, run = setup.method, setup.run
-    evaluate = evaluation.make_evaluate(method.predict, setup.normalize)
     next_step = first_step + 1
     writer = recording.MetricWriter(workdir, first_step=next_step) if not console.quiet else None
     batches = setup.dataset.train_batches(first_step)
