@@ -27,6 +27,7 @@ from mpq_jax.methods import METHODS
 TARGETS, MIDDLE = (2, 3, 4), 3
 FLOAT_INPUTS = Rule(pattern="block", acts=32, float_acts=True)
 VARIANTS = {
+    f"CSQ {TARGETS[0]}, layers may vanish": {"least_planes": 0},
     f"CSQ {MIDDLE}, mean by parameter": {"average": "param"},
     f"CSQ {MIDDLE}, contiguous": {"contiguous": True},
     f"CSQ {MIDDLE}, literal start": {"start": "literal", "reach": 0.0},

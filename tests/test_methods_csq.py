@@ -2,7 +2,12 @@
 
 import functools
 import itertools
+import os
+import pickle
 import re
+import socket
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -105,6 +110,7 @@ SHARED: dict[str, Any] = dict(
 OWN: dict[str, Any] = dict(
     target=2.0,
     average="layer",
+    least_planes=1,
     budget_weight=0.1,
     tighten=0.0,
     mask_learning_rate=1.0,
@@ -266,6 +272,19 @@ def test_a_target_that_the_layers_do_not_reach_together_is_refused():
     rules = (Rule("grown1", weights=(8, 2)), Rule("grown2", weights=(3, 2)), *RULES)
     with pytest.raises(ValueError, match="target is 6.0"):
         make(rules=rules, target=6.0)
+
+
+@pytest.mark.parametrize("average", ["layer", "param"])
+def test_least_planes_above_the_target_are_refused(average):
+    with pytest.raises(ValueError, match="least_planes is 3, and .*, but target is 2.9; raise"):
+        make(least_planes=3, target=2.9, average=average)
+    make(least_planes=3, target=2.96, average=average)  # the ticket may miss it by 0.05
+
+
+def test_least_planes_that_a_layer_does_not_have_are_refused():
+    rules = (Rule("grown1", weights=(8, 2)), Rule("grown2", weights=(3, 2)), *RULES)
+    with pytest.raises(ValueError, match="least_planes is 4; 'grown2' has 3 planes"):
+        make(rules=rules, least_planes=4, target=4.0)
 
 
 def test_more_planes_than_integers_can_hold_are_refused():
@@ -876,7 +895,7 @@ def test_a_budget_in_reach_is_not_told_of(masks, warnings):
 def test_planes_below_one_that_is_off_do_not_count_against_a_contiguous_budget(warnings):
     """grown1 has no plane, as its highest is off, and grown2 has four: two on average."""
     masks = {"grown1": [5.0, 5.0, 5.0, -5.0], "grown2": [5.0] * 4}
-    events = told_until_the_ticket(make(contiguous=True), masks)
+    events = told_until_the_ticket(make(contiguous=True, least_planes=0), masks)
     assert not warnings
     assert events == {4: {"planes_switched_at_ticket": 0.0}}
 
@@ -891,6 +910,22 @@ def test_the_ticket_meets_the_budget_and_keeps_everything_else(warnings):
     wanted = with_masks(before, nearest)._replace(fixed=np.array(True))
     jax.tree.map(np.testing.assert_array_equal, after, wanted)
     assert made_method.summary(after)["mean_planes_by_layer"] == 2.0
+
+
+@pytest.mark.parametrize("rewind_bits", [False, True])
+@pytest.mark.parametrize(("least", "counts"), [(0, [0, 4]), (1, [1, 3]), (2, [2, 2])])
+def test_the_ticket_leaves_every_layer_its_least_planes(least, counts, rewind_bits, warnings):
+    masks = {"grown1": [-0.4, -0.5, -0.3, -0.6], "grown2": [0.5, 0.4, 0.7, 0.6]}
+    state = with_masks(copied(start_of(make())), masks)
+    made_method = make(least_planes=least, rewind_bits=rewind_bits)
+    after, events = made_method.on_epoch(state, 4)
+    assert events == {"planes_switched_at_ticket": 2.0 * least} and not warnings
+    found = made_method.found(made_method.variables(after))
+    assert found.bits["planes"].weights.tolist() == [8, *counts, 32, 8]
+    assert (found.bits["integers"].weights[1] == 0) == (least == 0)
+    images = batch_of(2)["image"]
+    hard = jax.jit(made_method.predict)(made_method.variables(after), np.array(True), images)
+    np.testing.assert_array_equal(logits_of_found(found, images), hard)
 
 
 def test_bits_that_start_anew_name_all_planes_together_as_the_scheme_can():
@@ -1005,24 +1040,85 @@ def test_a_step_on_eight_devices_equals_one_on_one():
     assert max(summed) == wide < PLANES * grown  # and not those of their planes
 
 
+TWO_PROCESSES = """
+import pickle, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+from mpq_jax import sharding
+
+address, index, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+sharding.start_processes(address, 2, index)
+import test_methods_csq as tests
+
+half = tests.BATCH // 2
+found = tests.run_on(sharding.make_mesh(), slice(index * half, (index + 1) * half))
+with open(path, "wb") as file:
+    pickle.dump(found, file)
+"""
+
+
+def run_on(mesh, rows):
+    """Trains on a mesh, of which this process reads some rows of every batch.
+
+    Returns the losses, and all arrays of the last state, its summary and the found network.
+    """
+    made_method = make(rewind_bits=True)
+    state, losses = sharding.replicate(start_of(made_method), mesh), []
+    for step in range(RUN.steps):
+        epoch, place = divmod(step, STEPS_PER_EPOCH)
+        if place == 0:
+            state, _ = made_method.on_epoch(state, epoch)
+        own = {name: np.asarray(array)[rows] for name, array in batch_of(step).items()}
+        batch = sharding.global_batch(own, mesh)
+        state, metrics = made_method.train_step(state, batch, jax.random.key(step))
+        losses.append(float(metrics["loss"]))
+    found = made_method.found(made_method.variables(state))
+    handed_over = state, made_method.summary(state), found.variables, found.bits
+    return losses, jax.tree.leaves(snapshot(handed_over))
+
+
+def test_two_processes_train_and_find_what_one_does(tmp_path):
+    """Bit for bit: a sum over two devices is the same wherever they are."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    paths = [tmp_path / str(index) for index in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(index), str(path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for index, path in enumerate(paths)
+    ]
+    try:
+        wanted = run_on(sharding.make_mesh(2), slice(None))
+        for process, path in zip(processes, paths, strict=True):
+            _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors
+            found = pickle.loads(path.read_bytes())
+            jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    finally:
+        for process in processes:
+            process.kill()
+
+
 MLP_RUN = a_run(epochs=4, steps_per_epoch=5)
 RATES = {"params": 0.1, "positive": 1.0, "negative": 1.0, "mask": 1.0, "scale": 0.05}
 MLP_BASE: dict[str, Any] = dict(
-    model=MLP,
-    rules=MLP_RULES,
-    run=MLP_RUN,
     act_bits=32,
     learning_rate=RATES["params"],
     plane_learning_rate=RATES["positive"],
     mask_learning_rate=RATES["mask"],
     scale_learning_rate=RATES["scale"],
     label_smoothing=0.1,
-    budget_weight=0.2,
     target=1.5,
     ticket=0.5,
     harden=0.75,
     rewind=False,
-    mask_start=0.4,
 )
 PHASES = {"growing": (False, False), "fixed": (True, False), "hard": (True, True)}
 STILL = {"growing": (), "fixed": ("mask",), "hard": ("mask", "positive", "negative")}
@@ -1132,9 +1228,8 @@ def parts_of(learned):
 )
 def test_a_step_follows_the_gradient_of_the_whole_loss(changes, phase):
     """Momentum is empty at first, and Adam's first step is the rate times the gradient's sign."""
-    changes = MLP_BASE | changes
-    options = Options(**BASE | {name: value for name, value in changes.items() if name in BASE})
-    made_method = make(**changes)
+    options = Options(**BASE | MLP_BASE | changes)
+    made_method = made(csq.FAMILY, options, MLP_RUN, MLP, tuple(MLP_RULES))
     state = mlp_state(made_method, phase)
     before, steps = parts_of(state.learned), snapshot(state.learned.around.weight_steps)
     (_, task), gradient = naive_gradient(state.learned, options, phase)
@@ -1183,8 +1278,7 @@ class Bare(nn.Module):
     ids=["Mlp", "Bare"],
 )
 def test_any_linen_model_can_be_trained_and_found(model, rules, names):
-    changes = MLP_BASE | {"model": model, "rules": rules}
-    made_method = make(**changes, contiguous=False, average="layer", weight_decay=0.0)
+    made_method = make(MLP_RUN, model, rules, **MLP_BASE | {"weight_decay": 0.0})
     state = copied(start_of(made_method, model))
     assert set(state.learned.by_layer) == set(names)
     steps = list(train(made_method, state, run=MLP_RUN))

@@ -67,6 +67,7 @@ def test_bad_options_are_refused(kind, change, message):
         ({"ticket": 0.0}, "ticket is 0.0 and harden 0.9; wanted fractions .* above 0"),
         ({"ticket": 0.95}, "ticket is 0.95 and harden 0.9; .* the ticket not after the hardening"),
         ({"target": -1.0}, "target is -1.0; wanted no negative number"),
+        ({"least_planes": -1}, "least_planes is -1; wanted no negative number"),
         ({"budget_weight": -0.5}, "budget_weight is -0.5; wanted no negative number"),
         ({"tighten": 1.1}, "tighten is 1.1; wanted a number from 0 to 1"),
         ({"mask_start": 0.0}, "mask_start is 0.0; wanted a positive logit"),
@@ -267,7 +268,7 @@ def regulariser(planes, given, beta):
 @pytest.mark.parametrize("target", [0.5, 3.0])
 def test_the_regulariser_and_its_gradient_are_the_closed_forms(target, beta, contiguous):
     planes = with_masks(MASKS)
-    given = Budget(target, SHARES, contiguous)
+    given = Budget(target, SHARES, contiguous, least=0)
     value, gradient = jax.jit(jax.value_and_grad(lambda p: regulariser(p, given, beta)))(planes)
     error = (0.25 * 2 + 0.75 * 1 if contiguous else 0.25 * 3 + 0.75 * 2) - target
     sums = {name: gates_by_hand(mask, beta, contiguous).sum() for name, mask in MASKS.items()}
@@ -282,7 +283,7 @@ def test_the_regulariser_and_its_gradient_are_the_closed_forms(target, beta, con
 
 def test_gates_close_above_the_wanted_mean_open_below_it_and_rest_on_it():
     planes = with_masks({"a": [0.3, -0.2, 0.6], "b": [0.1, 0.4, -0.5]})
-    given, mean = Budget(1.0, {"a": 0.5, "b": 0.5}, False), 2.0
+    given, mean = Budget(1.0, {"a": 0.5, "b": 0.5}, False, least=0), 2.0
     for wanted, sign in ((1.0, 1), (mean, 0), (2.5, -1)):
         gradient = jax.grad(
             lambda p, w=wanted: budget.regulariser(p, given, jnp.float32(w), jnp.float32(2.0))
@@ -292,7 +293,7 @@ def test_gates_close_above_the_wanted_mean_open_below_it_and_rest_on_it():
 
 
 def test_the_budget_tightens_along_a_line_from_all_planes_to_the_target():
-    given = Budget(2.0, SHARES, False)
+    given = Budget(2.0, SHARES, False, least=0)
     found = [budget.tightened(given, jnp.float32(part), most=8.0) for part in (0, 0.25, 0.5, 1)]
     assert found == [8.0, 6.5, 5.0, 2.0]
 
@@ -300,7 +301,7 @@ def test_the_budget_tightens_along_a_line_from_all_planes_to_the_target():
 def test_a_mean_by_layer_weighs_all_gates_alike():
     """Then the regulariser is the published one, (mean - target) x sum of the gates."""
     masks = {name: [0.5, -0.5, 1.0] for name in "abcde"}
-    given = Budget(0.0, budget.shares(dict.fromkeys(masks, 7), average="layer"), False)
+    given = Budget(0.0, budget.shares(dict.fromkeys(masks, 7), average="layer"), False, least=0)
     wanted = 2.0 * 5 * sigmoid([0.5, -0.5, 1.0]).sum()
     np.testing.assert_allclose(regulariser(with_masks(masks), given, 1.0), wanted, rtol=1e-6)
 
@@ -369,19 +370,21 @@ def all_schemes(layers, planes, contiguous):
     return schemes
 
 
+@pytest.mark.parametrize("least", [0, 1, 2])
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("average", ["layer", "param"])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_budget_is_met_as_the_best_of_all_schemes_meets_it(seed, average, contiguous):
+def test_the_budget_is_met_as_the_best_of_all_schemes_meets_it(seed, average, contiguous, least):
     generator = np.random.default_rng(seed)
     layers, planes = 3, 4
     masks = {f"layer{i}": generator.normal(size=planes).astype(np.float32) for i in range(layers)}
     sizes = {name: int(generator.integers(10, 1000)) for name in masks}
     parts = budget.shares(sizes, average=average)
     target = generator.uniform(0.2, 3.8)
-    met = budget.meet(masks, Budget(target, parts, contiguous))
+    met = budget.meet(masks, Budget(target, parts, contiguous, least))
 
     schemes = all_schemes(layers, planes, contiguous)
+    schemes = schemes[np.all(schemes.sum(axis=2) >= least, axis=1)]
     before = np.stack([counted(masks[name], contiguous) for name in masks])
     logits = np.abs(np.stack(list(masks.values()))).astype(np.float64)
     miss = np.abs(schemes.sum(axis=2) @ np.array(list(parts.values())) - target)
@@ -396,12 +399,60 @@ def test_the_budget_is_met_as_the_best_of_all_schemes_meets_it(seed, average, co
     assert change[place[0]] == pytest.approx(best, abs=1e-6)
 
 
+def mean_of(masks, parts):
+    return sum(parts[name] * np.sum(mask >= 0) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize(
+    ("contiguous", "least", "on"),
+    [(False, 0, []), (True, 0, []), (False, 1, [1]), (True, 1, [2])],  # or the most significant
+)
+def test_a_large_layer_keeps_its_least_planes_however_far_they_are_off(contiguous, least, on):
+    masks = {name: np.array([0.2, 0.3, 0.4], np.float32) for name in "abcd"}
+    masks["large"] = np.array([-3.0, -2.0, -4.0], np.float32)
+    parts = budget.shares(dict.fromkeys("abcd", 10) | {"large": 40}, average="param")
+    met = budget.meet(masks, Budget(1.5, parts, contiguous, least))
+    assert np.flatnonzero(met["large"] >= 0).tolist() == on
+    assert min(np.sum(mask >= 0) for mask in met.values()) == least
+    assert mean_of(met, parts) == pytest.approx(1.5, abs=budget.TOLERANCE)
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_least_planes_that_are_there_anyway_change_nothing(contiguous):
+    """Not even among schemes that are equally near: half of the logits here are alike."""
+    needed = []
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        logits = {name: generator.normal(0.3, 1, size=8) for name in "abcdef"}
+        masks = {
+            name: np.round(drawn, 1 if seed % 2 else 7).astype(np.float32)
+            for name, drawn in logits.items()
+        }
+        given = Budget(generator.uniform(1.5, 4), dict.fromkeys(masks, 1 / 6), contiguous, least=0)
+        free, kept = (budget.meet(masks, given._replace(least=least)) for least in (0, 1))
+        needed.append(min(np.sum(mask >= 0) for mask in free.values()) < 1)
+        if not needed[-1]:
+            jax.tree.map(np.testing.assert_array_equal, kept, free)
+        assert min(np.sum(mask >= 0) for mask in kept.values()) >= 1
+    assert any(needed) and not all(needed)
+
+
+def test_a_budget_of_odd_sizes_is_met():
+    """The nearest mean of all is a subset sum, and with these sizes the solver fails at it."""
+    generator = np.random.default_rng(11)
+    sizes = {name: int(generator.integers(1, 99)) for name in "abcdefg"}
+    masks = {name: generator.normal(size=8).astype(np.float32) for name in sizes}
+    parts = budget.shares(sizes, average="param")
+    met = budget.meet(masks, Budget(4.57, parts, False, least=0))
+    assert abs(mean_of(met, parts) - 4.57) <= budget.TOLERANCE + 1e-6
+
+
 @pytest.mark.parametrize("target", [1.9, 3.33])
 def test_the_budget_of_a_deep_network_is_met_with_the_least_change(target):
     """By layer all planes weigh the same: the nearest are switched, and no more than needed."""
     generator = np.random.default_rng(1)
     masks = {f"layer{i:02}": generator.normal(size=8).astype(np.float32) for i in range(20)}
-    met = budget.meet(masks, Budget(target, dict.fromkeys(masks, 1 / 20), False))
+    met = budget.meet(masks, Budget(target, dict.fromkeys(masks, 1 / 20), False, least=0))
     before, after = (np.concatenate(list(logits.values())) for logits in (masks, met))
     on = before >= 0
     excess = on.sum() - 20 * target
@@ -413,7 +464,7 @@ def test_the_budget_of_a_deep_network_is_met_with_the_least_change(target):
 
 def test_signs_say_the_scheme_and_logits_keep_a_margin():
     masks = {"a": np.array([0.02, -0.03, 1.5], np.float32), "b": np.array([0.5, -2, 3], np.float32)}
-    met = budget.meet(masks, Budget(1.5, {"a": 0.5, "b": 0.5}, False))
+    met = budget.meet(masks, Budget(1.5, {"a": 0.5, "b": 0.5}, False, least=0))
     # One of four planes goes, the one nearest to zero.
     margin = np.float32(budget.MARGIN)
     np.testing.assert_array_equal(met["a"], np.array([-margin, -margin, 1.5], np.float32))
@@ -429,7 +480,7 @@ def test_a_scheme_within_the_tolerance_stays(miss, contiguous):
         "b": np.array([-3.0, 0.1, 2], np.float32),
     }
     target = 2.0 + miss * budget.TOLERANCE
-    met = budget.meet(masks, Budget(target, {"a": 0.5, "b": 0.5}, contiguous))
+    met = budget.meet(masks, Budget(target, {"a": 0.5, "b": 0.5}, contiguous, least=0))
     for name, mask in masks.items():
         np.testing.assert_array_equal(met[name] >= 0, mask >= 0)
         np.testing.assert_array_equal(np.abs(met[name]), np.maximum(np.abs(mask), np.float32(0.1)))
@@ -442,13 +493,13 @@ def test_nothing_and_everything_can_be_asked_for(target, on, contiguous, average
     generator = np.random.default_rng(0)
     masks = {name: generator.normal(size=3).astype(np.float32) for name in "abc"}
     parts = budget.shares({"a": 20, "b": 30, "c": 50}, average=average)
-    met = budget.meet(masks, Budget(target, parts, contiguous))
+    met = budget.meet(masks, Budget(target, parts, contiguous, least=0))
     assert all(((mask >= 0) == on).all() for mask in met.values())
 
 
 def test_meeting_is_deterministic_even_among_equals():
     masks = {name: np.full(8, 0.5, np.float32) for name in "abcd"}
-    given = Budget(3.0, dict.fromkeys(masks, 0.25), False)
+    given = Budget(3.0, dict.fromkeys(masks, 0.25), False, least=0)
     first = budget.meet(masks, given)
     for _ in range(3):
         again = budget.meet(masks, given)
@@ -459,12 +510,12 @@ def test_meeting_is_deterministic_even_among_equals():
 
 def test_layers_of_one_plane_can_be_contiguous():
     masks = {"a": np.array([0.2], np.float32), "b": np.array([-0.3], np.float32)}
-    met = budget.meet(masks, Budget(1.0, {"a": 0.5, "b": 0.5}, True))
+    met = budget.meet(masks, Budget(1.0, {"a": 0.5, "b": 0.5}, True, least=0))
     assert met["a"][0] > 0 and met["b"][0] > 0
 
 
 def test_layers_may_have_different_numbers_of_planes():
     masks = {"a": np.array([0.2, 0.3], np.float32), "b": np.array([-1, 2, 0.1, 4], np.float32)}
-    met = budget.meet(masks, Budget(2.0, {"a": 0.5, "b": 0.5}, False))
+    met = budget.meet(masks, Budget(2.0, {"a": 0.5, "b": 0.5}, False, least=0))
     np.testing.assert_array_equal(met["a"], masks["a"])
     np.testing.assert_array_equal(met["b"], np.array([-1, 2, -0.1, 4], np.float32))

@@ -243,6 +243,14 @@ def test_contiguous_masks_only_trim_low_planes():
     np.testing.assert_allclose(step, 0.37 * 8 / 31, rtol=1e-6)
 
 
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_planes_are_on_from_zero_up(array):
+    """On the host and on devices alike."""
+    mask = array([5.0, -1e-30, 0.0, -0.0, 3.0], np.float32)
+    assert csq.planes_on(mask).tolist() == [True, False, True, True, True]
+    assert csq.planes_on(mask, contiguous=True).tolist() == [False, False, True, True, True]
+
+
 def test_a_gate_on_the_threshold_is_on_and_a_bit_on_it_is_not():
     """The literal start has all gates at zero: it counts as all planes, and names what bits say."""
     w = jax.random.normal(jax.random.key(2), (50,))

@@ -94,20 +94,14 @@ def from_float(
     unit = jnp.where(largest > 0, largest, 1.0)
     code = jnp.round(jnp.minimum(jnp.abs(w) / unit, 1.0) * (2**planes - 1)).astype(jnp.int32)
     place = jnp.arange(planes, dtype=jnp.int32).reshape(-1, *(1,) * w.ndim)
-    bit = (jnp.right_shift(code[None], place) & 1).astype(w.dtype)
-    sign = jnp.sign(w)[None]
-    positive, negative = bit * jnp.maximum(sign, 0), bit * jnp.maximum(-sign, 0)
+    digits = (jnp.right_shift(code[None], place) & 1).astype(w.dtype) * jnp.sign(w)[None]
     scale = jnp.maximum(largest, SMALLEST_SCALE)
     if literal:
+        positive, negative = ((digits == sign).astype(w.dtype) for sign in (1, -1))
         return BitPlanes(positive, negative, jnp.zeros((planes,), w.dtype), scale)
-    on = gate(jnp.float32(SHARPNESS)) - gate(jnp.float32(-SHARPNESS))
-    preserved = scale / (on * gate(jnp.float32(mask_logit))).astype(w.dtype)
-    return BitPlanes(
-        SHARPNESS * (2 * positive - 1),
-        SHARPNESS * (2 * negative - 1),
-        jnp.full((planes,), mask_logit, w.dtype),
-        preserved,
-    )
+    positive, negative, one = _soft_bits(digits)
+    mask = jnp.full((planes,), mask_logit, w.dtype)
+    return BitPlanes(positive, negative, mask, scale / (one * gate(mask[0])))
 
 
 def on_scheme(w: np.ndarray, mask: np.ndarray) -> BitPlanes:
@@ -121,9 +115,10 @@ def on_scheme(w: np.ndarray, mask: np.ndarray) -> BitPlanes:
 
     Args:
         w: float32, any shape.
-        mask: float32 [planes], logits of the masks; they are kept.
+        mask: float32 [planes], logits of the masks; they are kept, and their signs alone say which
+            planes are active, also where these are contiguous.
     """
-    active = np.flatnonzero(mask >= 0)  # as in `active_planes`
+    active = np.flatnonzero(planes_on(mask))
     digits, values = _sums(active)
     flat, top = np.abs(w).ravel(), max(values[-1], 1)
     sample = flat[:: max(1, flat.size // SCALE_SAMPLE)]
@@ -131,15 +126,18 @@ def on_scheme(w: np.ndarray, mask: np.ndarray) -> BitPlanes:
     errors = [np.square(sample - values[_nearest(values, sample / s)] * s).sum() for s in steps]
     step = steps[int(np.argmin(errors))]
     chosen = digits[_nearest(values, flat / step)] * np.sign(w).ravel()[:, None].astype(np.int8)
-    planes = np.zeros((len(mask), *w.shape), np.int8)
+    planes = np.zeros((len(mask), *w.shape), np.float32)
     planes[active] = chosen.T.reshape(len(active), *w.shape)
-    on = float(gate(jnp.float32(SHARPNESS)) - gate(jnp.float32(-SHARPNESS)))
-    return BitPlanes(
-        jnp.asarray(np.where(planes > 0, SHARPNESS, -SHARPNESS), jnp.float32),
-        jnp.asarray(np.where(planes < 0, SHARPNESS, -SHARPNESS), jnp.float32),
-        jnp.asarray(mask, jnp.float32),
-        jnp.float32(step * (2 ** len(mask) - 1) / on),
-    )
+    positive, negative, one = _soft_bits(planes)
+    scale = jnp.float32(step * (2 ** len(mask) - 1) / float(one))
+    return BitPlanes(positive, negative, jnp.asarray(mask, jnp.float32), scale)
+
+
+def _soft_bits(digits: Float[Array | np.ndarray, " planes *shape"]) -> tuple[Array, Array, Array]:
+    """Returns logits of digits -1, 0 and 1, and what a digit of one is by them at temperature 1."""
+    sharp = jnp.asarray(SHARPNESS, digits.dtype)
+    one = gate(sharp) - gate(-sharp)
+    return jnp.where(digits > 0, sharp, -sharp), jnp.where(digits < 0, sharp, -sharp), one
 
 
 def _sums(active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -257,13 +255,24 @@ def weights(
     return combine(bit_planes, gates, temperature)
 
 
-def active_planes(bit_planes: BitPlanes, *, contiguous: bool = False) -> Bool[Array, " planes"]:
+def planes_on(
+    mask: Float[AnyArray, " planes"], *, contiguous: bool = False
+) -> Bool[Array, " planes"]:
     """Returns which planes are on: those whose logit is at least zero.
 
     This is the one place that says so: counting, hardening and export follow it.
+
+    Args:
+        mask: logits of the planes.
+        contiguous: a plane is on only if all more significant ones are.
     """
-    on = bit_planes.mask >= 0
+    on = jnp.asarray(mask) >= 0
     return jnp.cumprod(on[::-1].astype(jnp.int32))[::-1] == 1 if contiguous else on
+
+
+def active_planes(bit_planes: BitPlanes, *, contiguous: bool = False) -> Bool[Array, " planes"]:
+    """Returns which planes of a tensor are on; see `planes_on`."""
+    return planes_on(bit_planes.mask, contiguous=contiguous)
 
 
 def codes(

@@ -23,11 +23,13 @@ class Budget(NamedTuple):
         target: mean number of planes.
         shares: part of each grown layer in the mean, by name; they sum to one.
         contiguous: see `csq.plane_gates`.
+        least: planes that the ticket leaves every layer with at least.
     """
 
     target: float
     shares: dict[str, float]
     contiguous: bool
+    least: int
 
 
 def shares(sizes: dict[str, int], *, average: str) -> dict[str, float]:
@@ -120,23 +122,26 @@ def reachable(
     low, high = 0.0, 0.0
     for name, mask in masks.items():
         is_open = np.abs(temperature * mask) < DECIDED
-        least, most = (mask >= 0) & ~is_open, (mask >= 0) | is_open
-        low += parts[name] * float(np.sum(_counted(least, contiguous)))
-        high += parts[name] * float(np.sum(_counted(most, contiguous)))
+        closed, opened = (
+            scheme(np.where(is_open, logit, mask), contiguous=contiguous) for logit in (-1, 1)
+        )
+        low += parts[name] * float(np.sum(closed))
+        high += parts[name] * float(np.sum(opened))
     return low, high
 
 
 def scheme(mask: np.ndarray, *, contiguous: bool) -> np.ndarray:
-    """Returns which planes are on, as `csq.active_planes`, on the host."""
-    return _counted(mask >= 0, contiguous)
+    """Returns which planes are on, as `csq.planes_on`, on the host."""
+    return np.asarray(csq.planes_on(mask, contiguous=contiguous))
 
 
 def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
     """Returns the masks with the least changes after which their scheme meets the budget.
 
-    Of the schemes within `TOLERANCE` of the target, or as near as any can come, the one is taken
-    that switches planes whose logits are nearest to zero: an integer programme. Logits of switched
-    planes change sign; afterwards all are at least `MARGIN` from zero.
+    Of the schemes that leave every layer enough planes and are within `TOLERANCE` of the target,
+    or as near as any can come, the one is taken that switches planes whose logits are nearest to
+    zero: an integer programme. Logits of switched planes change sign; afterwards all are at least
+    `MARGIN` from zero.
 
     Args:
         masks: logits of each layer's planes, the least significant first.
@@ -144,52 +149,66 @@ def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
     """
     names = list(masks)
     logits = np.concatenate([masks[name] for name in names]).astype(np.float64)
-    worth = np.concatenate([np.full(len(masks[name]), budget.shares[name]) for name in names])
+    layers = np.repeat(np.arange(len(names)), [len(masks[name]) for name in names])
+    worth = np.array([budget.shares[name] for name in names])[layers]
     on = np.concatenate([scheme(masks[name], contiguous=budget.contiguous) for name in names])
-    wanted = _nearest_scheme(np.where(on, -1.0, 1.0) * np.abs(logits), worth, names, masks, budget)
+    cost = np.where(on, -1.0, 1.0) * np.abs(logits)
+    # Constrained only if need be: of equal schemes a further constraint may lead to another one.
+    wanted = _nearest_scheme(cost, worth, layers, budget._replace(least=0))
+    if np.bincount(layers, weights=wanted).min() < budget.least:
+        wanted = _nearest_scheme(cost, worth, layers, budget)
     sign = np.where(wanted, 1.0, -1.0)
     fixed = sign * np.maximum(np.abs(logits), MARGIN)
-    ends = np.cumsum([len(masks[name]) for name in names])[:-1]
+    ends = np.cumsum(np.bincount(layers))[:-1]
     return {
         name: part.astype(np.float32)
         for name, part in zip(names, np.split(fixed, ends), strict=True)
     }
 
 
-def _counted(on: np.ndarray, contiguous: bool) -> np.ndarray:
-    return np.cumprod(on[::-1])[::-1].astype(bool) if contiguous else on
+def _nearest_scheme(cost, worth, layers, budget: Budget) -> np.ndarray:
+    """Returns which planes to have on: a mean near the target, then the least sum of `cost`.
 
+    The variables of the programme are the planes and the distance of the mean from the target. The
+    nearest mean of all is asked for only if none is within `TOLERANCE`: as a subset sum of the
+    layers' sizes it can keep the solver busy for hours, or make it fail.
 
-def _nearest_scheme(cost, worth, names, masks, budget: Budget) -> np.ndarray:
-    """Returns which planes to have on: the nearest mean, then the least sum of `cost`.
-
-    The variables of the programme are the planes and the distance of the mean from the target.
+    Args:
+        cost: of having a plane on.
+        worth: part of each plane in the mean.
+        layers: which layer each plane is of, ascending.
+        budget: what to meet.
     """
     count = len(worth)
-    distance = np.concatenate([np.zeros(count), [1.0]])
     rows = [
         LinearConstraint(np.append(worth, -1.0), -np.inf, budget.target),
         LinearConstraint(np.append(worth, 1.0), budget.target, np.inf),
     ]
     if budget.contiguous:
-        rows.append(LinearConstraint(_order(names, masks), -np.inf, 0.0))
+        rows.append(LinearConstraint(_order(layers), -np.inf, 0.0))
+    if budget.least:
+        rows.append(LinearConstraint(_counts(layers), budget.least, np.inf))
     kinds = np.append(np.ones(count), 0.0)
-    bounds = Bounds(np.zeros(count + 1), np.append(np.ones(count), np.inf))  # pyright: ignore[reportArgumentType]
-    nearest = milp(distance, constraints=rows, integrality=kinds, bounds=bounds)
-    most = max(TOLERANCE, nearest.x[-1] * (1 + 1e-6))
-    bounds = Bounds(np.zeros(count + 1), np.append(np.ones(count), most))  # pyright: ignore[reportArgumentType]
-    best = milp(np.append(cost, 0.0), constraints=rows, integrality=kinds, bounds=bounds)
-    return best.x[:-1] > 0.5
+
+    def solve(objective, most: float):
+        bounds = Bounds(np.zeros(count + 1), np.append(np.ones(count), most))  # pyright: ignore[reportArgumentType]
+        return milp(objective, constraints=rows, integrality=kinds, bounds=bounds).x
+
+    best = solve(np.append(cost, 0.0), TOLERANCE)
+    if best is None:
+        nearest = solve(np.append(np.zeros(count), 1.0), np.inf)[-1]
+        best = solve(np.append(cost, 0.0), nearest * (1 + 1e-6))
+    return best[:-1] > 0.5
 
 
-def _order(names, masks) -> np.ndarray:
+def _order(layers: np.ndarray) -> np.ndarray:
     """Returns rows that say: a plane is on only if the next more significant one is."""
-    rows, start = [], 0
-    width = sum(len(masks[name]) for name in names) + 1
-    for name in names:
-        for place in range(len(masks[name]) - 1):
-            row = np.zeros(width)
-            row[start + place], row[start + place + 1] = 1.0, -1.0
-            rows.append(row)
-        start += len(masks[name])
-    return np.array(rows).reshape(-1, width)
+    count = len(layers)
+    rows = np.eye(count, count + 1) - np.eye(count, count + 1, k=1)
+    return rows[:-1][layers[:-1] == layers[1:]]
+
+
+def _counts(layers: np.ndarray) -> np.ndarray:
+    """Returns rows that count the planes of every layer."""
+    rows = layers == np.arange(layers[-1] + 1)[:, None]
+    return np.pad(rows.astype(np.float64), ((0, 0), (0, 1)))

@@ -12,7 +12,7 @@ import optax
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax import linen, losses, optim, supernet
+from mpq_jax import costs, linen, losses, optim, supernet
 from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods.csq import budget as budgets
 from mpq_jax.methods.csq import network as networks
@@ -54,6 +54,18 @@ class TrainState(NamedTuple):
     hard: Bool[Array, ""]
 
 
+class Growth(NamedTuple):
+    """What makes a scheme grow.
+
+    Attributes:
+        options: hyperparameters.
+        budget: how planes are counted, and how many there may be.
+    """
+
+    options: Options
+    budget: Budget
+
+
 class Plan(NamedTuple):
     """How the pieces of a run are put together.
 
@@ -62,30 +74,14 @@ class Plan(NamedTuple):
         options: hyperparameters that both families share.
         run: the length of the run.
         phases: what happens when.
-        budget: how planes are counted and steered; None: the scheme is given.
-        budget_weight: of the regulariser.
-        tighten: part of the growth during which its target falls from all planes.
-        mask_rate: learning rate of the masks.
-        mask_start: logit of the masks at the preserving start.
-        rewind_bits: whether bits start anew when the temperature does.
+        growth: what makes the scheme grow; None: it is given.
     """
 
     network: Network
     options: SharedOptions
     run: Run
     phases: Phases
-    budget: Budget | None
-    budget_weight: float
-    tighten: float
-    mask_rate: float
-    mask_start: float
-    rewind_bits: bool
-
-    @property
-    def parts(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The shares of the layers in the mean by layer and in the mean by parameter."""
-        sizes = sizes_of(self.network.table)
-        return budgets.shares(sizes, average="layer"), budgets.shares(sizes, average="param")
+    growth: Growth | None
 
 
 def sizes_of(table: LayerTable) -> dict[str, int]:
@@ -101,13 +97,6 @@ def most_planes(table: LayerTable, parts: dict[str, float]) -> float:
 def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
     """Builds CSQ for a model, its layer table and the length of a run."""
     grown = networks.with_planes(table, act_bits=options.act_bits, float_acts=options.float_acts)
-    parts = budgets.shares(sizes_of(grown), average=options.average)
-    most = most_planes(grown, parts)
-    if options.target > most:
-        raise ValueError(
-            f"target is {options.target}; with all planes on, the mean by {options.average} is "
-            f"{most:g}"
-        )
     plan = Plan(
         network=Network(model, grown, options.act_quantizer, options.contiguous),
         options=options,
@@ -115,14 +104,30 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         phases=times.make_phases(
             run, ticket=options.ticket, harden=options.harden, rewind=options.rewind
         ),
-        budget=Budget(options.target, parts, options.contiguous),
-        budget_weight=options.budget_weight,
-        tighten=options.tighten,
-        mask_rate=options.mask_learning_rate,
-        mask_start=options.mask_start,
-        rewind_bits=options.rewind_bits,
+        growth=Growth(options, make_budget(grown, options)),
     )
     return _method(plan)
+
+
+def make_budget(table: LayerTable, options: Options) -> Budget:
+    """Returns the budget of layers with planes; raises ValueError if no scheme can meet it."""
+    parts = budgets.shares(sizes_of(table), average=options.average)
+    most = most_planes(table, parts)
+    if options.target > most:
+        raise ValueError(
+            f"target is {options.target}; with all planes on, the mean by {options.average} is "
+            f"{most:g}"
+        )
+    least = options.least_planes
+    if least > options.target + budgets.TOLERANCE:
+        raise ValueError(
+            f"least_planes is {least}, and so is the mean at least, but target is "
+            f"{options.target}; raise target or lower least_planes (0: layers may vanish)"
+        )
+    for layer in table.layers:
+        if layer.searchable and layer.highest < least:
+            raise ValueError(f"least_planes is {least}; {layer.name!r} has {layer.highest} planes")
+    return Budget(options.target, parts, options.contiguous, least)
 
 
 def make_uniform(model: nn.Module, table: LayerTable, options: UniformOptions, run: Run) -> Method:
@@ -135,12 +140,7 @@ def make_uniform(model: nn.Module, table: LayerTable, options: UniformOptions, r
         options=options,
         run=run,
         phases=times.make_phases(run, ticket=0.0, harden=options.harden),
-        budget=None,
-        budget_weight=0.0,
-        tighten=0.0,
-        mask_rate=0.0,
-        mask_start=OPEN,
-        rewind_bits=False,
+        growth=None,
     )
     return _method(plan)
 
@@ -157,7 +157,7 @@ def _method(plan: Plan) -> Method:
             variables,
             images,
             literal=plan.options.start == "literal",
-            mask_start=plan.mask_start,
+            mask_start=OPEN if plan.growth is None else plan.growth.options.mask_start,
             reach=plan.options.reach or None,
         )
         return TrainState(
@@ -175,8 +175,8 @@ def _method(plan: Plan) -> Method:
         return networks.hard_statistics(network, variables, images)
 
     def variables_of(state: TrainState) -> Variables:
-        if plan.budget is not None and state.step >= plan.phases.end and not state.fixed:
-            state, _ = _with_ticket(plan, state, plan.budget)  # of runs that end before it
+        if plan.growth is not None and state.step >= plan.phases.end and not state.fixed:
+            state, _ = _with_ticket(plan.growth, state)  # of runs that end before it
         variables = Variables(
             state.learned,
             state.batch_stats,
@@ -215,7 +215,7 @@ def gates_of(plan: Plan, state: TrainState) -> Gates:
 
 
 def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key[Array, ""]):
-    network, options = plan.network, plan.options
+    network, options, growth = plan.network, plan.options, plan.growth
     image_key, dropout_key = jax.random.split(key)
     images = plan.run.prepare(batch, image_key)
     gates = gates_at(plan, state, state.step)
@@ -233,13 +233,12 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
             dropout_key=dropout_key,
         )
         task = losses.cross_entropy(out.logits, batch["label"], smoothing=options.label_smoothing)
-        steering = jnp.float32(0)
-        if plan.budget is not None:
-            steering = budgets.regulariser(
-                learned.by_layer, plan.budget, wanted_mean(plan, state.step), gates.temperature
-            )
-        growing = jnp.where(state.fixed, 0.0, plan.budget_weight)
-        return task + growing * steering, (task, out)
+        if growth is None:
+            return task, (task, out)
+        wanted = wanted_mean(plan, growth, state.step)
+        steering = budgets.regulariser(learned.by_layer, growth.budget, wanted, gates.temperature)
+        weight = jnp.where(state.fixed, 0.0, growth.options.budget_weight)
+        return task + weight * steering, (task, out)
 
     (_, (task, out)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.learned)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.learned)
@@ -256,13 +255,12 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
     return new, metrics
 
 
-def wanted_mean(plan: Plan, step: Int[Array, ""]) -> Float[Array, ""]:
+def wanted_mean(plan: Plan, growth: Growth, step: Int[Array, ""]) -> Float[Array, ""]:
     """Returns the mean number of planes that the regulariser steers to at a step."""
-    assert plan.budget is not None
-    most = most_planes(plan.network.table, plan.budget.shares)
-    until = plan.tighten * plan.phases.ticket
+    most = most_planes(plan.network.table, growth.budget.shares)
+    until = growth.options.tighten * plan.phases.ticket
     part = jnp.minimum(step.astype(jnp.float32) / until, 1.0) if until else jnp.float32(1)
-    return budgets.tightened(plan.budget, part, most=most)
+    return budgets.tightened(growth.budget, part, most=most)
 
 
 def _thawed(updates: Learned, state: TrainState) -> Learned:
@@ -292,20 +290,18 @@ def _kept_positive(learned: Learned) -> Learned:
 def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
     """Fixes the scheme at the ticket, the bits at the hardening; tells of a hopeless budget."""
     step, events = epoch * plan.phases.steps_per_epoch, {}
-    if plan.budget is not None and step == plan.phases.ticket:
-        state, events = _with_ticket(plan, state, plan.budget)
-    elif plan.budget is not None and step < plan.phases.ticket:
-        events = _reach(plan, plan.budget, state, step)
+    if plan.growth is not None and step == plan.phases.ticket:
+        state, events = _with_ticket(plan.growth, state)
+    elif plan.growth is not None and step < plan.phases.ticket:
+        events = _reach(plan, plan.growth, state, step)
     if step == plan.phases.harden:
         state = state._replace(hard=jnp.ones_like(state.hard))
         events = events | {"hardened": 1.0}
     return state, events
 
 
-def _with_ticket(
-    plan: Plan, state: TrainState, budget: Budget
-) -> tuple[TrainState, dict[str, float]]:
-    planes = state.learned.by_layer
+def _with_ticket(growth: Growth, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+    budget, planes = growth.budget, state.learned.by_layer
     masks = {name: np.asarray(one.mask) for name, one in planes.items()}
     met = budgets.meet(masks, budget)
     before, after = (
@@ -313,7 +309,7 @@ def _with_ticket(
         for both in (masks, met)
     )
     changed = sum(int(np.sum(before[name] != after[name])) for name in masks)
-    made = {name: _fixed(plan, one, met[name]) for name, one in planes.items()}
+    made = {name: _fixed(growth.options, one, met[name]) for name, one in planes.items()}
     fixed = jax.tree.map(_placed_like, planes, made)
     learned = state.learned._replace(planes=linen.unflatten(fixed))
     state = state._replace(learned=learned, fixed=jnp.ones_like(state.fixed))
@@ -330,21 +326,21 @@ def _placed_like(old: Array, new: Array) -> Array:
     return jax.device_put(new, old.sharding) if old.committed else jnp.asarray(new)
 
 
-def _fixed(plan: Plan, planes: csq.BitPlanes, mask: np.ndarray) -> csq.BitPlanes:
+def _fixed(options: Options, planes: csq.BitPlanes, mask: np.ndarray) -> csq.BitPlanes:
     """Returns a layer's planes with the masks of its scheme, and with the bits that it starts from.
 
     When the temperature starts anew, so do the bits: from the weights that all planes together
     name, as the scheme can name them.
     """
-    if not (plan.phases.rewind and plan.rewind_bits):
+    if not (options.rewind and options.rewind_bits):
         return planes._replace(mask=jnp.asarray(mask))
     whole = csq.hard_weights(planes._replace(mask=jnp.ones_like(planes.mask)))
     return csq.on_scheme(np.asarray(whole), mask)
 
 
-def _reach(plan: Plan, budget: Budget, state: TrainState, step: int) -> dict[str, float]:
+def _reach(plan: Plan, growth: Growth, state: TrainState, step: int) -> dict[str, float]:
     """Says, before all gates are decided, if what is decided already misses the budget."""
-    final = plan.options.temperature
+    budget, final = growth.budget, plan.options.temperature
     now, before = (
         float(times.temperature_at(plan.phases, jnp.int32(at), final=final))
         for at in (step, max(step - plan.phases.steps_per_epoch, 0))
@@ -363,24 +359,23 @@ def _reach(plan: Plan, budget: Budget, state: TrainState, step: int) -> dict[str
         now,
         low,
         high,
-        plan.budget_weight,
+        growth.options.budget_weight,
     )
     return {"reachable_least": low, "reachable_most": high}
 
 
 def make_summary(plan: Plan) -> Callable[[TrainState], dict[str, float]]:
     """Returns `state -> numbers`: the scheme, and how decided the gates are."""
-    by_layer, by_param = plan.parts
-    contiguous = plan.network.contiguous
+    network, table = plan.network, plan.network.table
 
     @jax.jit
     def numbers(learned: Learned, temperature: Float[Array, ""]) -> dict[str, Array]:
-        planes = learned.by_layer
-        counts = networks.plane_counts(plan.network, learned)
+        planes = networks.plane_bits(network, learned)
+        counts = {name: planes.weights[table.names.index(name)] for name in learned.by_layer}
         return {
-            "mean_planes_by_layer": budgets.mean_planes(planes, by_layer, contiguous=contiguous),
-            "mean_planes_by_param": budgets.mean_planes(planes, by_param, contiguous=contiguous),
-            **budgets.undecided(planes, temperature, contiguous=contiguous),
+            "mean_planes_by_layer": costs.mean_bits(table, planes, by="layer"),
+            "mean_planes_by_param": costs.mean_bits(table, planes, by="param"),
+            **budgets.undecided(learned.by_layer, temperature, contiguous=network.contiguous),
             **{f"planes/{name}": count for name, count in counts.items()},
         }
 
@@ -413,7 +408,7 @@ def make_optimizer(plan: Plan) -> optax.GradientTransformation:
         of_acts = sgd(options.learning_rate)  # learned clips move with the weights, as published
     groups: dict[Hashable, optax.GradientTransformation] = {
         "planes": of_planes(options.plane_learning_rate),
-        "masks": sgd(plan.mask_rate),
+        "masks": sgd(0.0 if plan.growth is None else plan.growth.options.mask_learning_rate),
         "scales": sgd(options.scale_learning_rate),
         "acts": of_acts,
         "steps": adam(options.step_learning_rate),

@@ -265,12 +265,14 @@ def hard_statistics(
     )
 
 
-def plane_counts(network: Network, learned: Learned) -> dict[str, Int[Array, ""]]:
-    """Returns the number of active planes of each layer, by path."""
-    return {
+def plane_bits(network: Network, learned: Learned) -> BitConfig:
+    """Returns the active planes of each layer; of a layer that is not made of planes, its bits."""
+    counts = {
         name: jnp.sum(csq.active_planes(planes, contiguous=network.contiguous), dtype=jnp.int32)
         for name, planes in learned.by_layer.items()
     }
+    weights = [counts.get(layer.name, layer.highest) for layer in network.table.layers]
+    return BitConfig(jnp.array(weights, jnp.int32), network.table.largest.acts)
 
 
 def layout(network: Network, planes: BitPlanes) -> str:
@@ -299,7 +301,6 @@ def found(network: Network, variables: Variables) -> Found:
         name: csq.codes(planes, contiguous=network.contiguous)
         for name, planes in learned.by_layer.items()
     }
-    counts = plane_counts(network, learned)
     params = linen.flatten(learned.around.params)
     layers, weight_steps = [], []
     around = network.around
@@ -330,16 +331,11 @@ def found(network: Network, variables: Variables) -> Found:
         variables.hard_stats,
         variables.signed,
     )
-    integers = made.largest
-    planes = [counts.get(layer.name, layer.highest) for layer in table.layers]
     return Found(
         table=made,
         variables=exact,
         quantizer=quantizer_of_found(network),
-        bits={
-            "integers": integers,
-            "planes": BitConfig(jnp.array(planes, jnp.int32), integers.acts),
-        },
+        bits={"integers": made.largest, "planes": plane_bits(network, learned)},
         layouts={name: layout(network, planes) for name, planes in learned.by_layer.items()},
     )
 

@@ -108,6 +108,8 @@ class Options(SharedOptions):
         target: mean number of planes to reach, the sign not counted.
         average: what the mean is over: "layer" counts every layer once (as published); "param" by
             its number of weights, the size that one pays for.
+        least_planes: planes that the ticket leaves every layer with at least; 0: layers may vanish,
+            as published.
         budget_weight: of the budget-aware regulariser (lambda), with the error of the mean in bits.
             The published code measures it as a fraction of the bits, so its 0.01 is 0.00125 here.
         tighten: part of the time until the ticket during which the budget falls from all planes to
@@ -126,6 +128,7 @@ class Options(SharedOptions):
 
     target: float = 3.0
     average: str = "layer"
+    least_planes: int = 1
     budget_weight: float = 0.03
     tighten: float = 0.6
     mask_learning_rate: float = 0.3
@@ -144,7 +147,7 @@ class Options(SharedOptions):
                 f"ticket is {self.ticket} and harden {self.harden}; wanted fractions of the run "
                 "above 0, the ticket not after the hardening"
             )
-        for name in ("target", "budget_weight"):
+        for name in ("target", "least_planes", "budget_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted no negative number")
         if not 0 <= self.tighten <= 1:
