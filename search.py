@@ -1,15 +1,21 @@
 """Searches bits in a trained supernet: `python search.py --config=FILE --workdir=DIR`.
 
 Reads the supernet that train.py left in the workdir, finds bits for every budget by inference on
-held-out training images (a greedy descent) or by an integer programme, re-estimates norm statistics
-for what it found, and tests it beside uniform bits and the float model. Results are in DIR/search.
+held-out training images, re-estimates norm statistics for what it found, and tests it beside
+uniform bits and the float model. Results are in DIR/search; report.html shows them all. Scores are
+kept as they are made: a search that is started again goes on.
 """
 
+import contextlib
 import csv
+import datetime
 import functools
+import importlib.metadata
 import pathlib
+import shlex
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +24,7 @@ import numpy as np
 import rich.progress
 import rich.table
 from absl import app
+from jax.experimental import multihost_utils
 
 import train
 from mpq_jax import bits as bit_configs
@@ -26,33 +33,79 @@ from mpq_jax import (
     costs,
     data,
     evaluation,
+    page,
     recording,
     report,
     sensitivity,
     sharding,
     supernet,
+    ties,
 )
 from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods import METHODS
 from mpq_jax.quantizers.record import Quantizer
 from mpq_jax.recalibration import recalibrate
 from mpq_jax.search import evaluate as search_evaluate
-from mpq_jax.search import greedy, ilp, tied
+from mpq_jax.search import ilp, objectives, pareto, prefixes, tolerance
+from mpq_jax.search.history import History
+from mpq_jax.search.space import Budget, Found, Limit, Score, Space, Step
+from mpq_jax.search.strategies import STRATEGIES
 
 # Units of each budget kind, the largest first; the first that the cost of a model reaches is used.
 COST_UNITS = {
     "bitops": ((1e9, "GBitOPs"), (1e6, "MBitOPs")),
     "bytes": ((2**20, "MiB"), (2**10, "KiB")),
+    "act_bytes": ((2**20, "MiB of activations"), (2**10, "KiB of activations")),
     "mean_bits": ((1, "mean bits"),),
     "latency": ((1, "s"), (1e-3, "ms"), (1e-6, "us")),
 }
-STRATEGIES = ("greedy", "ilp")
+MEASURED = "measured"  # objective of the integer programme that comes from scores
+OPTIONS = {  # what each strategy takes from config.search
+    "greedy": ("start_bits", "patience"),
+    "exchange": ("rounds", "proposals", "tenure"),
+    "evolution": ("population", "generations", "window"),
+    "random": ("samples", "window"),
+    "ilp": ("solutions",),
+    "hybrid": ("solutions", "rounds", "proposals", "tenure"),
+}
 console = train.console
 Config = train.Config
 
 
-def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> Any:
-    """Returns the supernet in the newest checkpoint of the workdir."""
+@contextlib.contextmanager
+def timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    """Adds to the seconds of a phase."""
+    started = time.perf_counter()
+    yield
+    timings[name] = timings.get(name, 0.0) + time.perf_counter() - started
+
+
+def check_words(config: Config) -> None:
+    """Refuses what the search does not know, before anything is built."""
+    search = config.search
+    for name, known in (
+        ("budget", sorted(COST_UNITS)),
+        ("strategy", tuple(STRATEGIES)),
+        ("objective", (MEASURED, *sorted(objectives.OBJECTIVES))),
+        ("metric", tuple(search_evaluate.METRICS)),
+        ("norms", search_evaluate.NORMS),
+    ):
+        if search[name] not in known:
+            raise ValueError(f"config.search.{name} is {search[name]!r}; known: {known}")
+    if search.tolerance < 0 or search.frontier < 0:
+        raise ValueError(
+            f"config.search.tolerance is {search.tolerance} and frontier {search.frontier}; wanted "
+            "points of accuracy and a number of budgets, or 0"
+        )
+    if search.objective == "paper" and search.strategy == "ilp" and search.tolerance:
+        raise ValueError("config.search.tolerance needs another objective than 'paper'")
+
+
+def read_supernet(
+    setup: train.Setup, config: Config, workdir: pathlib.Path
+) -> tuple[int, supernet.Variables]:
+    """Returns the step of the newest checkpoint of the workdir, and its supernet."""
     if setup.method.quantizer is None:
         why = "found its bits itself" if setup.method.found else "has no bits"
         raise ValueError(
@@ -74,7 +127,7 @@ def read_supernet(setup: train.Setup, config: Config, workdir: pathlib.Path) -> 
     variables = setup.method.variables(restored[1])
     if restored[0] < setup.run.steps:
         console.print(f"note: the run is at step {restored[0]} of {setup.run.steps}")
-    return variables
+    return restored[0], variables
 
 
 class Bill(NamedTuple):
@@ -110,14 +163,32 @@ def make_bill(setup: train.Setup, config: Config, kind: str) -> Bill:
     return Bill(kind, cost, unit, label, functools.partial(costs.total, table, cost))
 
 
-def further_limits(setup: train.Setup, config: Config) -> list[tuple[Bill, float]]:
+def make_bills(setup: train.Setup, config: Config) -> dict[str, Bill]:
+    """Returns how each kind of budget is counted, as far as that is known or asked for."""
+    asked = {config.search.budget, *(kind for kind, most in config.search.limits.items() if most)}
+    return {
+        kind: make_bill(setup, config, kind)
+        for kind in COST_UNITS
+        if kind != "latency" or config.search.latency or kind in asked
+    }
+
+
+def make_limits(config: Config, bills: dict[str, Bill]) -> tuple[Limit, ...]:
     """Returns what is limited besides the budget, and to how much."""
-    limits = config.search.limits.items()
-    return [(make_bill(setup, config, kind), limit) for kind, limit in limits if limit]
+    return tuple(
+        Limit(f"limit on {kind}", bills[kind].cost, most)
+        for kind, most in config.search.limits.items()
+        if most
+    )
+
+
+def within(table: LayerTable, limits: tuple[Limit, ...], bits: BitConfig) -> bool:
+    """Returns whether a configuration keeps all further limits."""
+    return all(costs.total(table, limit.cost, bits) <= limit.limit for limit in limits)
 
 
 def budget_list(setup: train.Setup, config: Config, bill: Bill) -> dict[str, float]:
-    """Returns the budgets by name."""
+    """Returns what each budget allows, by its name."""
     unknown = sorted(set(config.search.levels) - set(setup.table.bank_bits))
     if unknown:
         raise ValueError(
@@ -134,13 +205,59 @@ def budget_list(setup: train.Setup, config: Config, bill: Bill) -> dict[str, flo
             f"config.search.levels names the {', '.join(unmeasured)}, whose {bill.kind} is not "
             "known for all layers; measure these bits or drop the level"
         )
-    return levels | {
-        f"{budget / bill.unit:.4g} {bill.label}": float(budget) for budget in config.search.budgets
-    }
+    numbers = [float(budget) for budget in config.search.budgets]
+    if config.search.frontier:
+        low, high = reach(setup, bill)
+        numbers += np.geomspace(low, high, config.search.frontier + 2)[1:-1].tolist()
+    found = levels | {f"{number / bill.unit:.4g} {bill.label}": number for number in numbers}
+    if not found:
+        raise ValueError(
+            "there is no budget to search for; give config.search.levels, budgets or frontier"
+        )
+    return found
 
 
-def heldout_batches(setup: train.Setup, config: Config) -> Iterator[tuple[Any, Any]]:
-    """Yields batches of normalised held-out images without end, shuffled anew in every round."""
+def reach(setup: train.Setup, bill: Bill) -> tuple[float, float]:
+    """Returns the smallest and the largest cost of any configuration."""
+    pairs = costs.allowed_pairs(setup.table) & np.isfinite(bill.cost)
+    return ilp.reachable(setup.table, Limit(bill.kind, bill.cost, np.inf), pairs)
+
+
+def make_budgets(
+    config: Config, bill: Bill, limits: tuple[Limit, ...], amounts: dict[str, float]
+) -> list[Budget]:
+    """Returns budgets with all that limits them."""
+    # The printed objective always wants fewer bits: there, the budget is to be used up to a step.
+    at_most_left = np.inf
+    if config.search.strategy == "ilp" and config.search.objective == "paper":
+        at_most_left = largest_step(bill.cost)
+    return [
+        Budget(name, (Limit(bill.kind, bill.cost, amount, amount - at_most_left), *limits))
+        for name, amount in amounts.items()
+    ]
+
+
+def make_scorer(setup: train.Setup, config: Config, variables) -> Score:
+    """Returns the score of configurations on held-out images that a key draws."""
+    images = make_images(setup, config)
+    recalibrated = config.search.norms == "recalibrated"
+    assert setup.run.images is not None  # train.build gives it
+    score = prefixes.make_fast_score(
+        setup.model,
+        setup.table,
+        variables,
+        setup.dataset.image_shape,
+        metric=config.search.metric,
+        norms=config.search.norms,
+        calibration=setup.run.images() if recalibrated else None,
+        quantizer=quantizer_of(setup),
+        memory=config.search.memory_mib * 2**20,
+    )
+    return lambda configs, key: score(configs, *images(key))
+
+
+def make_images(setup: train.Setup, config: Config) -> Callable[[Any], tuple[Any, Any]]:
+    """Returns `images(key)`: a batch of normalised held-out images, and labels."""
     heldout = data.whole_split(setup.dataset, "heldout")
     images, labels = heldout["image"], heldout["label"]
     local = min(config.search.batch_size // jax.process_count(), len(images))
@@ -150,100 +267,86 @@ def heldout_batches(setup: train.Setup, config: Config) -> Iterator[tuple[Any, A
             f"config.search.batch_size is {config.search.batch_size} and this process has "
             f"{len(images)} held-out images; {setup.mesh.size} devices need one of each at least"
         )
-    generator = np.random.default_rng(config.seed)
-    while True:
-        order = generator.permutation(len(images))
-        for start in range(0, len(order) - local + 1, local):
-            chosen = order[start : start + local]
-            batch = {"image": images[chosen], "label": labels[chosen]}
-            batch = sharding.global_batch(batch, setup.mesh)
-            yield setup.normalize(batch["image"]), batch["label"]
+
+    @functools.lru_cache(maxsize=1)  # most searches score everything with one key
+    def drawn(words: tuple[int, ...]) -> tuple[Any, Any]:
+        generator = np.random.default_rng([*words, jax.process_index()])
+        chosen = generator.choice(len(images), local, replace=False)
+        batch = {"image": images[chosen], "label": labels[chosen]}
+        batch = sharding.global_batch(batch, setup.mesh)
+        return setup.normalize(batch["image"]), batch["label"]
+
+    return lambda key: drawn(tuple(np.asarray(jax.random.key_data(key)).tolist()))
 
 
-def run_greedy(
-    setup: train.Setup, config: Config, variables, bill: Bill, budgets: dict[str, float]
-) -> tuple[list[list[BitConfig]], list[greedy.Step]]:
-    """Descends greedily, showing how the cost falls; returns one configuration per budget."""
+def open_history(setup: train.Setup, config: Config, workdir: pathlib.Path, variables) -> History:
+    """Opens the file of scores of this supernet, these images and this metric."""
+    fingerprint = 0
+    for leaf in jax.tree.leaves(variables):
+        fingerprint = zlib.crc32(np.asarray(leaf).tobytes(), fingerprint)
+    names = ("metric", "norms", "batch_size", "recalibration_images")
+    of = {name: config.search[name] for name in names} | {
+        "supernet": fingerprint,
+        "seed": config.seed,
+        "processes": jax.process_count(),
+    }
+    name = f"scores_{zlib.crc32(repr(sorted(of.items())).encode()):08x}.jsonl"
+    writes = jax.process_index() == 0
+    history = History(workdir / "search" / name, of, write=writes)
+    multihost_utils.sync_global_devices("scores are read")
+    if history.known:
+        console.print(f"going on with {history.known} scores in {history.path}")
+    return history
+
+
+def make_find(
+    setup: train.Setup, config: Config, variables, bill: Bill, score: Score, path: list[Step]
+) -> Callable[[list[Budget]], list[Found]]:
+    """Returns `find(budgets)`: the configured strategy, which shows what it is doing."""
+    table, key = setup.table, jax.random.key(config.seed)
+    options: dict[str, Any] = {
+        name: config.search[name] for name in OPTIONS[config.search.strategy]
+    }
+    hessian = config.search.strategy == "ilp" and config.search.objective != MEASURED
+
+    def find(budgets: list[Budget]) -> list[Found]:
+        ilp.check(Space(table, table.candidates, table.mask), budgets)  # before traces are made
+        if hessian and "objective" not in options:
+            options["objective"] = hessian_objective(setup, config, variables)
+        progress = rich.progress.Progress(
+            "{task.description}", rich.progress.TimeElapsedColumn(), console=console, transient=True
+        )
+        with progress:
+            bar = progress.add_task("searching", total=None)
+
+            def watch(step: Step) -> None:
+                path.append(step)
+                cost = f"{step.cost / bill.unit:.4g} {bill.label}"
+                progress.update(bar, description=f"{step.phase}: {step.change}: {cost}")
+
+            strategy = STRATEGIES[config.search.strategy]
+            return strategy(
+                score, table, table.candidates, table.mask, budgets, key, watch=watch, **options
+            )
+
+    return find
+
+
+def hessian_objective(setup: train.Setup, config: Config, variables) -> np.ndarray:
+    """Returns the objective that config.search.objective makes of Hessian traces."""
     table = setup.table
-    if any(config.search.limits.values()):
-        raise ValueError("config.search.limits is for config.search.strategy=ilp; greedy has none")
-    score = search_evaluate.make_score(
-        setup.model,
-        table,
-        variables,
-        metric=config.search.metric,
-        quantizer=quantizer_of(setup),
-    )
-    problem = tied.Tied(bill.cost, table.mask, score, lambda bits: bits)
-    if config.search.tied:
-        problem = tied.tie(table, bill.cost, score)
-    greedy.check_budgets(table, problem.cost, problem.mask, list(budgets.values()))
-    progress = rich.progress.Progress(
-        "{task.description}", rich.progress.TimeElapsedColumn(), console=console, transient=True
-    )
-    with progress:
-        bar = progress.add_task("searching", total=None)
-
-        def show(step: greedy.Step) -> None:
-            cost = f"{step.cost / bill.unit:.4g} {bill.label}"
-            text = f"{step.phase} of {step.layer} -> {step.bits}: {cost}"
-            progress.update(bar, description=text)
-
-        result = greedy.search(
-            problem.score,
-            table,
-            problem.cost,
-            problem.mask,
-            list(budgets.values()),
-            heldout_batches(setup, config),
-            start_bits=config.search.start_bits,
-            patience=config.search.patience,
-            on_step=show,
-        )
-    return [[problem.follow(one.bits)] for one in result.found], result.path
-
-
-def run_ilp(
-    setup: train.Setup, config: Config, variables, bill: Bill, budgets: dict[str, float]
-) -> tuple[list[list[BitConfig]], list[greedy.Step]]:
-    """Solves an integer programme per budget; returns its best configurations, the best first."""
-    table = setup.table
-    if config.search.objective not in ilp.OBJECTIVES:
+    free = [len(layer.act_candidates) > 1 for layer in table.layers]
+    if (np.array(free) & (table.leaders[:, 0] != table.leaders[:, 1])).any():
         raise ValueError(
-            f"config.search.objective is {config.search.objective!r}; known: "
-            f"{sorted(ilp.OBJECTIVES)}"
+            f"config.search.objective is {config.search.objective!r}, which knows only weights and "
+            "would give every input its fewest bits; set config.search.tied, or fix the inputs by "
+            f"config.bits.rules, or take {MEASURED!r}"
         )
-    if not config.search.tied and any(len(layer.act_candidates) > 1 for layer in table.layers):
-        raise ValueError(
-            "config.search.tied is False, but the objectives of config.search.strategy=ilp know "
-            "only weights and would give every input its fewest bits; tie them, or fix the inputs "
-            "by config.bits.rules"
-        )
-    further = [
-        ilp.Budget(f"limit on {one.kind}", one.cost, limit)
-        for one, limit in further_limits(setup, config)
-    ]
-    allowed = ilp.tied(table) if config.search.tied else np.isfinite(bill.cost)
-    # The printed objective always wants fewer bits: there, the budget is to be used up to a step.
-    at_most_left = np.inf
-    if config.search.objective == "paper":
-        at_most_left = largest_step(np.where(allowed, bill.cost, np.inf))
-    limits = [
-        [ilp.Budget(bill.kind, bill.cost, budget, budget - at_most_left), *further]
-        for budget in budgets.values()
-    ]
-    for limit in limits:  # refuses what cannot be met before the traces take their time
-        ilp.solve(table, np.zeros(bill.cost.shape), limit, allowed=allowed)
     traces = layer_traces(setup, config, variables)
     errors = sensitivity.weight_errors(table, variables.learned, quantizer=quantizer_of(setup))
-    objective = ilp.OBJECTIVES[config.search.objective](
+    return objectives.OBJECTIVES[config.search.objective](
         table, traces / np.array([layer.params for layer in table.layers]), errors
     )
-    found = [
-        ilp.solve(table, objective, limit, allowed=allowed, count=config.search.solutions)
-        for limit in limits
-    ]
-    return [[one.bits for one in solutions] for solutions in found], []
 
 
 def largest_step(cost: np.ndarray) -> float:
@@ -284,16 +387,15 @@ def quantizer_of(setup: train.Setup) -> Quantizer:
     return setup.method.quantizer
 
 
-def float_row(config: Config, setup: train.Setup) -> list[report.Row]:
-    """Tests the float model that the supernet started from, if the config names it."""
+def test_float(config: Config, setup: train.Setup) -> float | None:
+    """Returns the test accuracy of the float model that the supernet started from, if known."""
     family = METHODS["plain"]
     plain = family.make(setup.model, setup.table, family.options(**config.plain), setup.run)
     if not config.init_from or setup.method.read is not plain.read:
-        return []
+        return None
     variables = train.starting_variables(setup, plain, config.init_from)
     evaluate = evaluation.make_evaluate(plain.predict, setup.normalize)
-    accuracy = evaluate(variables, None, train.eval_batches(setup, "test")).accuracy
-    return [report.Row("float", "float", accuracy, None)]
+    return evaluate(variables, None, train.eval_batches(setup, "test")).accuracy
 
 
 def make_ready(setup: train.Setup, variables) -> Callable[[BitConfig], Any]:
@@ -309,24 +411,122 @@ def make_ready(setup: train.Setup, variables) -> Callable[[BitConfig], Any]:
     return ready
 
 
+def make_measure(
+    setup: train.Setup, ready: Callable[[BitConfig], Any]
+) -> Callable[[BitConfig, str], evaluation.Score]:
+    """Returns `measure(bits, split)`: accuracy and loss as the configuration will be used."""
+    evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
+    done: dict[tuple[bytes, str], evaluation.Score] = {}
+
+    def measure(bits: BitConfig, split: str) -> evaluation.Score:
+        choice = np.stack([np.asarray(bits.weights), np.asarray(bits.acts)]).tobytes(), split
+        if choice not in done:
+            done[choice] = evaluate(ready(bits), bits, train.eval_batches(setup, split))
+        return done[choice]
+
+    return measure
+
+
 def choose_finalists(
-    found: list[list[BitConfig]],
-    budgets: list[float],
-    uniform: dict[str, BitConfig],
+    found: dict[str, BitConfig],
+    amounts: dict[str, float],
+    uniform: list[BitConfig],
     heldout_loss: Callable[[BitConfig], float],
     cost_of: Callable[[BitConfig], float],
-) -> list[BitConfig]:
-    """Returns for each budget the best of what the search found and the largest uniform bits.
+) -> dict[str, BitConfig]:
+    """Returns for each budget the better of what was found and the largest uniform bits within it.
 
-    The search judges by one batch and batch statistics, or by a model of the loss; the finalists
+    The search judges by one batch and its statistics, or by a model of the loss; the finalists
     are compared as they will be used, by their loss on all held-out images after recalibration.
     """
-    chosen = []
-    for candidates, budget in zip(found, budgets, strict=True):
-        affordable = [bits for bits in uniform.values() if cost_of(bits) <= budget]
-        finalists = candidates + ([max(affordable, key=cost_of)] if affordable else [])
-        chosen.append(min(finalists, key=heldout_loss))
+    chosen = {}
+    for name, bits in found.items():
+        affordable = [one for one in uniform if cost_of(one) <= amounts[name]]
+        finalists = [bits] + ([max(affordable, key=cost_of)] if affordable else [])
+        chosen[name] = min(finalists, key=heldout_loss)
     return chosen
+
+
+def within_tolerance(
+    setup: train.Setup,
+    config: Config,
+    bill: Bill,
+    limits: tuple[Limit, ...],
+    find: Callable[[list[Budget]], list[Found]],
+    measure: Callable[[BitConfig, str], evaluation.Score],
+) -> dict[str, BitConfig]:
+    """Returns the cheapest configuration that loses no more points than tolerated, by its name."""
+    table, points = setup.table, config.search.tolerance
+    low, high = reach(setup, bill)
+    if limits:  # the smallest cost that can be had together with them
+        any_cost = Limit(bill.kind, bill.cost, np.inf)
+        low = ilp.solve(table, bill.cost, (any_cost, *limits))[0].objective
+
+    def accuracy_of(bits: BitConfig) -> float:
+        return measure(bits, "heldout").accuracy
+
+    def find_all(amounts) -> list[BitConfig]:
+        named = {f"tolerance {amount!r}": amount for amount in amounts}
+        return [one.bits for one in find(make_budgets(config, bill, limits, named))]
+
+    wanted = accuracy_of(table.largest) - points / 100
+    best, tried = tolerance.cheapest_within(
+        find_all, bill.of, accuracy_of, low=low, high=high, wanted=wanted
+    )
+    if best is None:
+        most = max(one.accuracy for one in tried)
+        console.print(
+            f"no configuration that was found loses at most {points:g} points on held-out images: "
+            f"the best one has {most:.2%}, and the largest bits less {points:g} points {wanted:.2%}"
+        )
+        return {}
+    return {f"within {points:g} points": best.bits}
+
+
+def make_candidates(
+    bills: dict[str, Bill],
+    groups: dict[str, dict[str, BitConfig]],
+    measure: Callable[[BitConfig, str], evaluation.Score],
+) -> list[page.Candidate]:
+    """Tests configurations, given by group and name."""
+    return [
+        page.Candidate(
+            name=name,
+            group=group,
+            bits=bits,
+            accuracy=measure(bits, "test").accuracy,
+            heldout=measure(bits, "heldout").accuracy,
+            costs={kind: bill.of(bits) for kind, bill in bills.items()},
+        )
+        for group, configs in groups.items()
+        for name, bits in configs.items()
+    ]
+
+
+def hypervolume_of(candidates: list[page.Candidate], bill: Bill, largest: BitConfig) -> float:
+    """Returns how much of cost and error the searched configurations leave, as a part of all."""
+    searched = [one for one in candidates if one.group == "searched"]
+    most = bill.of(largest)
+    parts = [one.costs[bill.kind] / most for one in searched]
+    return pareto.hypervolume(parts, [1 - one.accuracy for one in searched], reference=(1.0, 1.0))
+
+
+def provenance(config: Config, step: int) -> dict[str, str]:
+    """Returns where the results come from."""
+    device = jax.devices()[0]
+    return {
+        "mpq_jax": importlib.metadata.version("mpq_jax"),
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+        "checkpoint": f"step {step} of {config.method}",
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def dataset_name(config: Config) -> str:
+    """Returns what the images are called."""
+    return config.data.tfds.dataset if config.data.name == "tfds" else config.data.name
 
 
 def file_name(budget: str) -> str:
@@ -335,115 +535,145 @@ def file_name(budget: str) -> str:
 
 
 def write_results(
-    setup: train.Setup,
-    config: Config,
-    directory: pathlib.Path,
-    rows: list[report.Row],
-    found: dict[str, BitConfig],
-    path: list[greedy.Step],
-    bill: Bill,
+    directory: pathlib.Path, content: page.Content, path: list[Step], found: dict[str, BitConfig]
 ) -> None:
-    """Writes JSON per budget, the tables as CSV, and the plots."""
+    """Writes bits as JSON by budget, tables as CSV, plots, and the report."""
+    table, (unit, label) = content.table, content.unit
     directory.mkdir(parents=True, exist_ok=True)
     for name, bits in found.items():
         file = directory / f"bits_{file_name(name)}.json"
-        file.write_text(bit_configs.to_json(bits, setup.table.names))
+        file.write_text(bit_configs.to_json(bits, table.names))
+    kinds = list(content.candidates[0].costs)
     with (directory / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["name", "group", "test_accuracy", config.search.budget])
-        writer.writerows(rows)
+        writer.writerow(["name", "group", "test_accuracy", "heldout_accuracy", *kinds])
+        if content.float_accuracy is not None:
+            writer.writerow(["float", "float", content.float_accuracy])
+        for one in content.candidates:
+            costs_of = [one.costs[kind] for kind in kinds]
+            writer.writerow([one.name, one.group, one.accuracy, one.heldout, *costs_of])
     with (directory / "path.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(greedy.Step._fields)
+        writer.writerow(Step._fields)
         writer.writerows(path)
-    scaled = [row._replace(cost=row.cost and row.cost / bill.unit) for row in rows]
-    report.plot_frontier(scaled, cost_label=f"cost ({bill.label})", path=directory / "frontier.png")
-    report.plot_bits(setup.table, found, path=directory / "bits.png")
+    rows = [
+        report.Row(one.name, one.group, one.accuracy, one.costs[content.budget] / unit)
+        for one in content.candidates
+    ]
+    if content.float_accuracy is not None:
+        rows.append(report.Row("float", "float", content.float_accuracy, None))
+    for ending in ("png", "svg"):
+        report.plot_frontier(
+            rows, cost_label=f"cost ({label})", path=directory / f"frontier.{ending}"
+        )
+        report.plot_bits(table, found, path=directory / f"bits.{ending}")
+    page.write_page(content, directory / "report.html")
 
 
-def print_results(
-    setup: train.Setup, bill: Bill, rows: list[report.Row], configs: dict[str, BitConfig]
-) -> None:
+def print_results(content: page.Content) -> None:
     """Prints the table of results, the most expensive configuration first."""
-    shown = rich.table.Table("configuration", "mean w bits", bill.label, "test accuracy")
-    for row in sorted(rows, key=lambda row: -(row.cost or np.inf)):
-        if row.cost is None:
-            shown.add_row(row.name, "32", "-", f"{row.accuracy:.2%}")
-            continue
-        mean = float(costs.mean_bits(setup.table, configs[row.name], by="param"))
-        style = "bold" if row.group == "searched" else None
-        cost = f"{row.cost / bill.unit:.4g}"
-        shown.add_row(row.name, f"{mean:.2f}", cost, f"{row.accuracy:.2%}", style=style)
+    unit, label = content.unit
+    shown = rich.table.Table("configuration", "mean w bits", label, "test accuracy")
+    if content.float_accuracy is not None:
+        shown.add_row("float", "32", "-", f"{content.float_accuracy:.2%}")
+    for one in sorted(content.candidates, key=lambda one: -one.costs[content.budget]):
+        mean = float(costs.mean_bits(content.table, one.bits, by="param"))
+        style = "bold" if one.group == "searched" else None
+        cost = f"{one.costs[content.budget] / unit:.4g}"
+        shown.add_row(one.name, f"{mean:.2f}", cost, f"{one.accuracy:.2%}", style=style)
     console.print(shown)
 
 
 def main(argv: list[str]) -> None:
     """Searches, evaluates, writes and prints."""
     config, workdir = train.start(argv)
+    path: list[Step] = []
+    timings: dict[str, float] = {}
     with recording.CompileCounter() as counter:
         try:
-            for name, known in (("budget", sorted(COST_UNITS)), ("strategy", STRATEGIES)):
-                if config.search[name] not in known:
-                    raise ValueError(
-                        f"config.search.{name} is {config.search[name]!r}; known: {known}"
-                    )
+            check_words(config)
             setup = train.build(config)
+            if config.search.tied:
+                setup = setup._replace(table=ties.tie_acts_to_weights(setup.table))
+            space = Space(setup.table, setup.table.candidates, setup.table.mask)
             if setup.dataset.sizes["heldout"] == 0:
                 raise ValueError("config.data.heldout_fraction is 0: nothing to search on")
-            variables = read_supernet(setup, config, workdir)
-            bill = make_bill(setup, config, config.search.budget)
-            budgets = budget_list(setup, config, bill)
-            rows = float_row(config, setup)
-            started = time.perf_counter()
-            run = {"greedy": run_greedy, "ilp": run_ilp}[config.search.strategy]
-            candidates, path = run(setup, config, variables, bill, budgets)
+            step, variables = read_supernet(setup, config, workdir)
+            bills = make_bills(setup, config)
+            bill, limits = bills[config.search.budget], make_limits(config, bills)
+            amounts = budget_list(setup, config, bill)
+            budgets = make_budgets(config, bill, limits, amounts)
+            ilp.check(space, budgets)
+            history = open_history(setup, config, workdir, variables)
+            score = history.remember(make_scorer(setup, config, variables))
+            find = make_find(setup, config, variables, bill, score, path)
+            with timed(timings, "search"):
+                results = find(budgets)
         except (ValueError, TypeError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
-        seconds = time.perf_counter() - started
-        moves = f" in {len(path)} moves" if path else ""
-        console.print(f"searched {len(budgets)} budgets{moves}, {seconds:.1f} s")
+        console.print(
+            f"searched {len(budgets)} budgets in {len(path)} steps, {timings['search']:.1f} s; "
+            f"{history.scored} configurations scored"
+        )
 
         ready = make_ready(setup, variables)
-        evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
-
-        def score(variables: Any, bits: BitConfig, split: str) -> evaluation.Score:
-            return evaluate(variables, bits, train.eval_batches(setup, split))
-
+        measure = make_measure(setup, ready)
+        found = {one.budget: one.bits for one in results}
         uniform = {
             f"uniform {bits}/{bits}": setup.table.uniform(bits, bits)
             for bits in setup.table.bank_bits
         }
-        finals = [ones[0] for ones in candidates]
-        if config.search.finalists:
-            limits = further_limits(setup, config)
-            allowed = {
-                name: bits
-                for name, bits in uniform.items()
-                if all(one.of(bits) <= limit for one, limit in limits)
-            }
-            finals = choose_finalists(
-                candidates,
-                list(budgets.values()),
-                allowed,
-                lambda bits: score(ready(bits), bits, "heldout").loss,
-                bill.of,
-            )
-        found = dict(zip(budgets, finals, strict=True))
-        configs = uniform | found
-        for name, bits in configs.items():
-            group = "searched" if name in found else "uniform"
-            prepared = ready(bits)
-            accuracy = score(prepared, bits, "test").accuracy
-            rows.append(report.Row(name, group, accuracy, bill.of(bits)))
-            if name in found:
-                file = workdir / "search" / f"integers_{file_name(name)}.safetensors"
-                train.write_integers(
-                    setup, config, file, setup.table, prepared, setup.method.quantizer
+        with timed(timings, "evaluation"):
+            if config.search.finalists:
+                keep = [bits for bits in uniform.values() if within(setup.table, limits, bits)]
+                found = choose_finalists(
+                    found, amounts, keep, lambda bits: measure(bits, "heldout").loss, bill.of
                 )
+            asked = {
+                name: f"at most {amount / bill.unit:.4g} {bill.label}"
+                for name, amount in amounts.items()
+            }
+            if config.search.tolerance:
+                tolerated = within_tolerance(setup, config, bill, limits, find, measure)
+                found |= tolerated
+                points = f"{config.search.tolerance:g} points"
+                lost = f"at most {points} less than the largest bits on held-out images"
+                asked |= dict.fromkeys(tolerated, lost)
+            groups = {"uniform": uniform, "searched": found}
+            candidates = make_candidates(bills, groups, measure)
+            float_accuracy = test_float(config, setup)
+        for name, bits in found.items():
+            file = workdir / "search" / f"integers_{file_name(name)}.safetensors"
+            train.write_integers(
+                setup, config, file, setup.table, ready(bits), setup.method.quantizer
+            )
+        rises = None
+        if config.search.sensitivity:
+            with timed(timings, "sensitivity"):
+                rises = objectives.measured_rises(score, space, jax.random.key(config.seed))
+    scored = [(bill.of(bits), value) for bits, value in history.configs]
+    content = page.Content(
+        title=f"{config.model.name} on {dataset_name(config)}",
+        table=setup.table,
+        budget=bill.kind,
+        cost=bill.cost,
+        unit=(bill.unit, bill.label),
+        candidates=candidates,
+        float_accuracy=float_accuracy,
+        chosen=asked,
+        limits=amounts,
+        sensitivity=rises,
+        metric=config.search.metric,
+        scored=np.array(scored, np.float64).reshape(-1, 2),
+        hypervolume=hypervolume_of(candidates, bill, setup.table.largest),
+        config=str(config),
+        timings=timings,
+        provenance=provenance(config, step),
+    )
     if jax.process_index() == 0:
-        write_results(setup, config, workdir / "search", rows, found, path, bill)
-    print_results(setup, bill, rows, configs)
-    console.print(f"bits, tables and plots are in {workdir / 'search'}")
+        write_results(workdir / "search", content, path, found)
+    print_results(content)
+    console.print(f"bits, tables, plots and report.html are in {workdir / 'search'}")
     train.print_compilations(counter)
 
 

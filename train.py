@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from mpq_jax import bits as bit_configs
-from mpq_jax import checkpoints, costs, data, evaluation, linen, recording, report, sharding
+from mpq_jax import checkpoints, costs, data, evaluation, linen, recording, report, sharding, ties
 from mpq_jax.export import integers
 from mpq_jax.layer_table import FIRST_LAST, LayerTable, Rule, bit_rules, trace_layers
 from mpq_jax.methods import METHODS, Method
@@ -142,6 +142,9 @@ def build(config: Config) -> Setup:
         )
     model = make_model(config.model.name, num_classes=dataset.num_classes, **config.model.options)
     table = trace_layers(model, dataset.image_shape, rules=rules)
+    table = ties.tie_matching(table, config.bits.groups)
+    if config.bits.shared_inputs:
+        table = ties.tie_shared_inputs(table)
 
     def normalize(images):
         return data.normalize(images, mean=dataset.mean, std=dataset.std)

@@ -16,11 +16,13 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.fashion import Bench, append, cell, read
 from configs.csq import fashion_mnist
 from mpq_jax import costs, evaluation, report
+from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import Rule
 from mpq_jax.methods import METHODS
 
@@ -166,8 +168,15 @@ def main():
     print_accuracies(rows)
     for row in rows:
         if row["seed"] == 0 and row["variant"] in {f"CSQ {target}" for target in TARGETS}:
-            path = out / f"growth_{row['variant'].split()[1]}.png"
+            target = row["variant"].split()[1]
+            path = out / f"growth_{target}.png"
             report.plot_growth(list(row["layouts"]), row["history"], path=path)
+            table = Bench(arguments.data_dir, 0, 1).table((8,), first=(FLOAT_INPUTS,))
+            counted = {
+                kind: BitConfig(jnp.asarray(bits, jnp.int32), table.largest.acts)
+                for kind, bits in row["bits"].items()
+            }
+            report.plot_scheme(table, counted, path=out / f"scheme_{target}.png")
 
 
 if __name__ == "__main__":

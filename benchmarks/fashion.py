@@ -13,6 +13,7 @@ from mpq_jax.methods import METHODS
 from mpq_jax.methods.record import Run
 from mpq_jax.models import make_model
 from mpq_jax.recalibration import recalibrate
+from mpq_jax.search import evaluate as search_evaluate
 
 # Held out: two thirds of the training images, so that many runs fit a two-core machine.
 HELDOUT, BATCH, CALIBRATION_BATCHES, RECALIBRATION_BATCHES = 2 / 3, 128, 8, 56
@@ -110,6 +111,12 @@ class Bench:
         while True:
             chosen = generator.choice(len(images), size, replace=False)
             yield self.normalize(images[chosen]), jnp.asarray(labels[chosen])
+
+    def on_heldout(self, score, size: int):
+        """Returns `score(configs, key)`: on so many held-out images, which the key draws."""
+        heldout = data.whole_split(self.dataset, "heldout")
+        images, labels = self.normalize(heldout["image"]), jnp.asarray(heldout["label"])
+        return search_evaluate.on_drawn_images(score, images, labels, size=size)
 
 
 def read(out: pathlib.Path) -> list[dict]:

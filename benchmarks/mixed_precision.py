@@ -21,12 +21,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.double_rounding import CANDIDATES
 from benchmarks.fashion import Bench, append, cell, read
-from mpq_jax import costs, sensitivity, supernet
+from mpq_jax import costs, sensitivity, supernet, ties
 from mpq_jax.layer_table import FIRST_LAST_FLOAT
 from mpq_jax.methods import METHODS
 from mpq_jax.methods.double_rounding import MixedOptions, Options
 from mpq_jax.search import evaluate as search_evaluate
-from mpq_jax.search import greedy, ilp, tied
+from mpq_jax.search import greedy, ilp
+from mpq_jax.search.objectives import OBJECTIVES
+from mpq_jax.search.space import Budget, Limit
 
 ROULETTES = ("published", "uniform")
 BUDGETS = (7.0, 6.0, 5.0, 4.0, 3.0)  # mean bits
@@ -56,12 +58,12 @@ def train(bench: Bench, table, start, roulette: str) -> dict:
     scores = {name: accuracy(variables, bits, "test") for name, bits in uniform.items()}
     # Random configurations of equal bits for weights and input: what the supernet is for.
     generator = np.random.default_rng(0)
-    allowed = ilp.tied(method.table)
+    allowed = costs.allowed_pairs(ties.tie_acts_to_weights(method.table))
     random = [_drawn(generator, method.table, allowed) for _ in range(RANDOM)]
     scores[f"mean of {RANDOM} random"] = float(
         np.mean([accuracy(variables, bits, "test") for bits in random])
     )
-    objectives = tuple(ilp.OBJECTIVES) if roulette == ROULETTES[0] else ("hawq",)
+    objectives = tuple(OBJECTIVES) if roulette == ROULETTES[0] else ("hawq",)
     scores |= by_ilp(bench, method, variables, accuracy, objectives)
     if roulette == ROULETTES[0]:
         scores |= by_greedy(bench, method, variables, accuracy)
@@ -76,7 +78,7 @@ def _drawn(generator, table, allowed):
 
 
 def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, float]:
-    table = method.table
+    table = ties.tie_acts_to_weights(method.table)
     score = search_evaluate.make_score(
         bench.model, table, variables, metric="loss", quantizer=method.quantizer
     )
@@ -98,9 +100,8 @@ def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, f
             least = budget if name == "paper" else -np.inf  # an equality, as printed
             solutions = ilp.solve(
                 table,
-                ilp.OBJECTIVES[name](table, average, errors),
-                [ilp.Budget("mean_bits", cost, budget, least)],
-                allowed=ilp.tied(table),
+                OBJECTIVES[name](table, average, errors),
+                [Limit("mean_bits", cost, budget, least)],
                 count=SOLUTIONS,
             )
             scores[f"ilp {name} {budget:g}"] = accuracy(variables, solutions[0].bits, "test")
@@ -117,24 +118,21 @@ def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, f
 
 
 def by_greedy(bench: Bench, method, variables, accuracy) -> dict[str, float]:
-    table = method.table
+    table = ties.tie_acts_to_weights(method.table)
     score = search_evaluate.make_score(
         bench.model, table, variables, metric="error", quantizer=method.quantizer
     )
-    problem = tied.tie(table, costs.cost_table(table, "mean_bits"), score)
+    cost = costs.cost_table(table, "mean_bits")
     found = greedy.search(
-        problem.score,
+        bench.on_heldout(score, SEARCH_BATCH),
         table,
-        problem.cost,
-        problem.mask,
-        BUDGETS,
-        bench.heldout_batches(SEARCH_BATCH),
+        table.candidates,
+        table.mask,
+        [Budget(f"{mean:g}", (Limit("mean_bits", cost, mean),)) for mean in BUDGETS],
+        jax.random.key(bench.seed),
         start_bits=CANDIDATES[0],
-    ).found
-    return {
-        f"greedy {one.budget:g}": accuracy(variables, problem.follow(one.bits), "test")
-        for one in found
-    }
+    )
+    return {f"greedy {one.budget}": accuracy(variables, one.bits, "test") for one in found}
 
 
 def accuracies(rows: list[dict], roulette: str, name: str) -> list[float]:

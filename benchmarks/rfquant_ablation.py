@@ -12,12 +12,15 @@ import argparse
 import pathlib
 import time
 
+import jax
+
 from benchmarks.fashion import Bench, append, cell, read
 from mpq_jax import bits as bit_configs
 from mpq_jax import costs
 from mpq_jax.methods import rfquant
 from mpq_jax.search import evaluate as search_evaluate
 from mpq_jax.search import greedy
+from mpq_jax.search.space import Budget, Limit
 
 OFF = {"freeze_ratio_start": 0.0, "freeze_ratio_end": 0.0, "idm_weight": 0.0}
 VARIANTS = {
@@ -51,12 +54,21 @@ def train_supernet(bench: Bench, float_variables, changes) -> dict:
 
 def search(bench: Bench, table, variables) -> dict:
     """Returns the configurations that the published search finds."""
-    budgets = [float(costs.bitops(table, table.uniform(b, b))) for b in BUDGETS.values()]
     score = search_evaluate.make_score(bench.model, table, variables, metric="error")
     cost = costs.cost_table(table, "bitops")
-    batches = bench.heldout_batches(SEARCH_BATCH)
-    found = greedy.search(score, table, cost, table.mask, budgets, batches).found
-    return {name: one.bits for name, one in zip(BUDGETS, found, strict=True)}
+    budgets = [
+        Budget(name, (Limit("bitops", cost, float(costs.bitops(table, table.uniform(b, b)))),))
+        for name, b in BUDGETS.items()
+    ]
+    found = greedy.search(
+        bench.on_heldout(score, SEARCH_BATCH),
+        table,
+        table.candidates,
+        table.mask,
+        budgets,
+        jax.random.key(bench.seed),
+    )
+    return {one.budget: one.bits for one in found}
 
 
 def main():

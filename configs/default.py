@@ -42,6 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.bits.depthwise_min_bits = 3
     config.bits.first_last = "8bit"  # 8bit, float, same: first convolution and last dense layer
     config.bits.rules = ()  # dicts of mpq_jax.layer_table.Rule, before the others
+    config.bits.groups = ()  # regular expressions: layers of a group get the same bits
+    config.bits.shared_inputs = False  # layers that read the same array get the same input bits
 
     for name, family in METHODS.items():
         config[name] = ConfigDict(dataclasses.asdict(family.options()))
@@ -54,28 +56,42 @@ def get_config(arg: str = "") -> ConfigDict:
     config.device_count = 0  # 0: all
 
     config.search = ConfigDict()
-    config.search.strategy = "greedy"  # greedy, ilp
-    config.search.budget = "bitops"  # bitops, bytes, mean_bits, latency
+    # greedy (as published), exchange, evolution, random, ilp, hybrid (ilp, then exchanges):
+    config.search.strategy = "hybrid"
+    config.search.budget = "bitops"  # bitops, bytes, act_bytes, mean_bits, latency
     config.search.levels = (4, 3)  # budgets: the cost of these uniform bits ...
-    config.search.budgets = ()  # ... and these numbers: bit operations per image, bytes, bits, s
-    config.search.latency = ""  # JSON file of seconds by layer and bits, see docs
-    config.search.limits = ConfigDict()  # further limits, all at once; 0: none (ilp only)
-    for kind in ("bitops", "bytes", "mean_bits", "latency"):
+    config.search.budgets = ()  # ... these numbers: bit operations per image, bytes, bits, s ...
+    config.search.frontier = 0  # ... and so many more between the smallest and the largest cost
+    config.search.tolerance = 0.0  # points that may be lost: finds the cheapest bits; 0: off
+    config.search.latency = ""  # JSON file of seconds by layer and bits, see mpq_jax/latency.py
+    config.search.limits = ConfigDict()  # further limits on every budget, all at once; 0: none
+    for kind in ("bitops", "bytes", "act_bytes", "mean_bits", "latency"):
         config.search.limits[kind] = 0.0
-    # of greedy:
-    config.search.metric = "error"  # error (as published), loss
-    config.search.batch_size = 256  # held-out images per move
-    config.search.start_bits = 5
-    config.search.patience = 8
-    # of ilp:
-    config.search.objective = "hawq"  # hawq, paper
-    config.search.solutions = 8  # the best ones by objective; search.finalists compares them
-    config.search.trace_probes = 16
-    config.search.trace_images = 1024
-    # of both:
+    config.search.metric = "loss"  # error (as published), loss, kl (from the largest bits)
+    config.search.norms = "batch"  # batch (as published), recalibrated (slow), stored
+    config.search.batch_size = 1024  # held-out images that a configuration is scored on
+    config.search.memory_mib = 2048  # of activations that configurations share
     config.search.tied = False  # weights and input of a layer get the same bits
+    config.search.sensitivity = True  # measure what each layer minds, for the report
     config.search.finalists = True  # keep uniform bits where they do better on held-out images
     config.search.recalibration_images = 7168
+    # of greedy:
+    config.search.start_bits = 5
+    config.search.patience = 8
+    # of ilp and hybrid:
+    config.search.objective = "measured"  # measured, hawq, paper (of ilp; by Hessian traces)
+    config.search.solutions = 8  # the best ones by objective, of which the best scored is taken
+    config.search.trace_probes = 16
+    config.search.trace_images = 1024
+    # of exchange and hybrid:
+    config.search.rounds = 4
+    config.search.proposals = 8
+    config.search.tenure = 4
+    # of evolution and random:
+    config.search.population = 50
+    config.search.generations = 20
+    config.search.samples = 1000
+    config.search.window = 0.05  # part of a budget that may be left unused
     return finish(config, arg)
 
 
@@ -107,6 +123,7 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
     elif arg == "smoke":
         config.epochs = 1
         config.search.levels = config.search.levels[:1]
+        config.search.tolerance = 0.0
         config.search.recalibration_images = config.batch_size
     elif arg:
         known = '"", "float", "mixed", "uniform" or "smoke"'

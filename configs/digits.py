@@ -30,8 +30,7 @@ def get_config(arg: str = ""):
 
     config.search.levels = (4, 3)
     config.search.budgets = (5e6,)  # between uniform 2 and 3 bits
-    config.search.metric = "loss"  # 128 images tell configurations apart by loss, not by error
-    config.search.batch_size = 128
-    config.search.start_bits = 6
+    config.search.tolerance = 0.5
+    config.search.batch_size = 256
     config.search.recalibration_images = 1152
     return default.finish(config, arg)

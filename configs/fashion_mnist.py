@@ -30,5 +30,4 @@ def get_config(arg: str = ""):
     config.rfquant.step_learning_rate = 1e-3  # few updates: steps must move faster than published
     config.rfquant.ema_decay = 0.998
 
-    config.search.batch_size = 1024
     return default.finish(config, arg)

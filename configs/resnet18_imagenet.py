@@ -39,6 +39,8 @@ def get_config(arg: str = ""):
 
     config.search.levels = ()
     config.search.budgets = (33.9e9, 31.6e9, 22.8e9)
+    config.search.strategy = "greedy"
+    config.search.metric = "error"
     config.search.batch_size = 256
     config.search.finalists = False
     config.log_every = 100

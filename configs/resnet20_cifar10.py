@@ -26,5 +26,4 @@ def get_config(arg: str = ""):
     config.rfquant.step_learning_rate = 1e-4  # a sixth of ImageNet's updates
     config.rfquant.ema_decay = 0.999
 
-    config.search.batch_size = 1024
     return default.finish(config, arg)

@@ -40,6 +40,16 @@ def model_bytes(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
     return jnp.sum(_params(table) * _as_float(bits.weights)) / BITS_PER_BYTE
 
 
+def act_bytes(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
+    """Returns the bytes of activations that the layers read per image, at their bits.
+
+    An array that several layers read counts for each of them: it is what moves, not what is held
+    at once. A float input counts at the bits its rule names.
+    """
+    read = jnp.array([layer.inputs for layer in table.layers], jnp.float32)
+    return jnp.sum(read * _as_float(bits.acts)) / BITS_PER_BYTE
+
+
 def mean_bits(
     table: LayerTable, bits: BitConfig, *, by: Literal["layer", "param"]
 ) -> Float[Array, ""]:
@@ -75,13 +85,19 @@ def _as_float(bits: Int[AnyArray, " layers"]) -> Float[Array, " layers"]:
 COSTS: dict[str, Callable[[LayerTable, BitConfig], Array]] = {
     "bitops": bitops,
     "bytes": model_bytes,
+    "act_bytes": act_bytes,
     "mean_bits": functools.partial(mean_bits, by="layer"),
 }
 
 
 def allowed_pairs(table: LayerTable) -> np.ndarray:
-    """Returns the pairs of bits that the rules allow: bool [layers, weight, activation choices]."""
-    return table.mask[:, 0, :, None] & table.mask[:, 1, None, :]
+    """Returns the pairs of bits that rules allow: bool [layers, weight, activation choices].
+
+    Where a layer's weights and input are tied, these are the pairs of equal bits.
+    """
+    pairs = table.mask[:, 0, :, None] & table.mask[:, 1, None, :]
+    tied = table.leaders[:, 0] == table.leaders[:, 1]
+    return pairs & (np.eye(len(table.candidates), dtype=bool) | ~tied[:, None, None])
 
 
 def cost_table(table: LayerTable, kind: str) -> np.ndarray:
@@ -92,23 +108,27 @@ def cost_table(table: LayerTable, kind: str) -> np.ndarray:
 
     Args:
         table: the layers.
-        kind: "bitops" (bit operations per image), "bytes" (of the kernels) or "mean_bits" (weight
-            bits by layer, over the layers that have a choice; the others count 0).
+        kind: "bitops" (bit operations per image), "bytes" (of the kernels), "act_bytes" (of the
+            inputs that layers read, per image) or "mean_bits" (weight bits by layer, over the
+            layers that have a choice; the others count 0).
     """
     if kind not in COSTS:
         raise ValueError(f"the budget kind is {kind!r}; known kinds are {sorted(COSTS)}")
     choices = np.array(table.candidates, np.float64)
-    acts = np.ones_like(choices)
+    weights, acts = choices, np.ones_like(choices)
     if kind == "bitops":
         per_bit = np.array([layer.macs for layer in table.layers], np.float64)
         acts = choices
+    elif kind == "act_bytes":
+        per_bit = np.array([layer.inputs for layer in table.layers], np.float64) / BITS_PER_BYTE
+        weights, acts = acts, choices
     elif kind == "bytes":
         per_bit = np.array([layer.params for layer in table.layers], np.float64) / BITS_PER_BYTE
     else:
         if not table.searchable.any():
             raise ValueError("no layer of the table has a choice of bits: there is no mean of them")
         per_bit = table.searchable / table.searchable.sum()
-    cost = per_bit[:, None, None] * choices[:, None] * acts
+    cost = per_bit[:, None, None] * weights[:, None] * acts
     return np.where(allowed_pairs(table), cost, np.inf)
 
 

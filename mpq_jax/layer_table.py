@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -113,6 +114,7 @@ class Layer(NamedTuple):
         signed: whether the input's codes are signed; None: to be found by calibration.
         float_weights: the kernel stays float and is only billed at its bits.
         reads_with: index of the first layer that reads the same array as this one; None: itself.
+        inputs: values per image that the layer reads.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Layer(NamedTuple):
     signed: bool | None
     float_weights: bool = False
     reads_with: int | None = None
+    inputs: int = 0
 
     @property
     def searchable(self) -> bool:
@@ -147,10 +150,13 @@ class LayerTable:
         layers: the layers.
         norm_rows: how often the norm after each layer with a choice is kept, a key of
             `NORM_ROWS`: for each pair of its (weight bits, activation bits), ...
+        ties: groups of entries that always have equal bits, see `ties`; 2 * layer stands for its
+            weights, 2 * layer + 1 for its input.
     """
 
     layers: tuple[Layer, ...]
     norm_rows: str = "pair"
+    ties: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -190,16 +196,37 @@ class LayerTable:
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
-        """What the rules allow: bool [layers, 2 (weights, activations), choices]."""
-        return np.array(
+        """What rules and ties allow: bool [layers, 2 (weights, activations), choices]."""
+        allowed = np.array(
             [
-                [
-                    [bits in allowed for bits in self.candidates]
-                    for allowed in (layer.weight_candidates, layer.act_candidates)
-                ]
-                for layer in self.layers
+                [bits in self.candidates_of(entry) for bits in self.candidates]
+                for entry in range(2 * len(self))
             ]
         )
+        for group in self.ties:
+            allowed[list(group)] = allowed[list(group)].all(axis=0)
+        return allowed.reshape(len(self), 2, -1)
+
+    @functools.cached_property
+    def leaders(self) -> np.ndarray:
+        """The entry that each one follows, itself if it is not tied: int [layers, 2]."""
+        leaders = np.arange(2 * len(self))
+        for group in self.ties:
+            leaders[list(group)] = group[0]
+        return leaders.reshape(len(self), 2)
+
+    def candidates_of(self, entry: int) -> tuple[int, ...]:
+        """Returns the bits that rules allow an entry: 2 * layer for weights, + 1 for the input."""
+        layer = self.layers[entry // 2]
+        return layer.act_candidates if entry % 2 else layer.weight_candidates
+
+    def follow(self, bits: BitConfig) -> BitConfig:
+        """Returns configurations, [..., layers], with tied entries as the first of their group."""
+        if not self.ties:
+            return bits
+        both = jnp.stack([jnp.asarray(bits.weights), jnp.asarray(bits.acts)], axis=-1)
+        flat = both.reshape(*both.shape[:-2], -1)[..., self.leaders]
+        return BitConfig(flat[..., 0], flat[..., 1])
 
     @property
     def searchable(self) -> np.ndarray:
@@ -261,12 +288,13 @@ class LayerTable:
         for wanted, kind in ((weights, "weights"), (acts, "acts")):
             if self.bank_bits and wanted not in self.bank_bits:
                 raise ValueError(f"{kind} is {wanted}; the candidates are {self.bank_bits}")
-        return BitConfig(
+        chosen = BitConfig(
             jnp.array(
                 [_nearest(layer.weight_candidates, weights) for layer in self.layers], jnp.int32
             ),
             jnp.array([_nearest(layer.act_candidates, acts) for layer in self.layers], jnp.int32),
         )
+        return self.follow(chosen)
 
     @property
     def largest(self) -> BitConfig:
@@ -286,6 +314,14 @@ class LayerTable:
                 allowed = layer.weight_candidates if kind == "weights" else layer.act_candidates
                 if value not in allowed:
                     raise ValueError(f"{kind} of {layer.name!r} are {value}; allowed: {allowed}")
+        both = np.stack([np.asarray(bits.weights), np.asarray(bits.acts)], axis=-1).ravel()
+        for group in self.ties:
+            if len({int(value) for value in both[list(group)]}) > 1:
+                tied = ", ".join(
+                    f"{('weights', 'acts')[entry % 2]} of {self.names[entry // 2]} ({both[entry]})"
+                    for entry in group
+                )
+                raise ValueError(f"tied bits differ: {tied}")
 
 
 def _union(layers: Iterable[Layer]) -> tuple[int, ...]:
@@ -337,6 +373,7 @@ class _Call(NamedTuple):
     kernel_shape: tuple[int, ...]
     macs: int
     reads_with: int
+    inputs: int
 
 
 def _record_calls(
@@ -357,11 +394,14 @@ def _record_calls(
         name = linen.path_name(module)
         if isinstance(module, nn.Conv | nn.Dense):
             x = linen.input_of(args, kwargs)
-            call = _describe(module, name, out.shape, batch=shape[0])
+            call = _describe(module, name, x.shape, out.shape)
             earlier = calls.get(name)
             together = earlier.reads_with if earlier else read_by.setdefault(id(x), len(calls))
-            macs = call.macs + (earlier.macs if earlier else 0)
-            calls[name] = call._replace(macs=macs, reads_with=together)
+            if earlier:
+                call = call._replace(
+                    macs=call.macs + earlier.macs, inputs=call.inputs + earlier.inputs
+                )
+            calls[name] = call._replace(reads_with=together)
             made_by[id(out)] = name
             alive.extend((x, out))
         elif isinstance(module, nn.BatchNorm):
@@ -384,14 +424,15 @@ def _record_calls(
 
 
 def _describe(
-    module: nn.Conv | nn.Dense, name: str, out_shape: tuple[int, ...], *, batch: int
+    module: nn.Conv | nn.Dense, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
 ) -> _Call:
     kernel_shape = tuple(module.variables["params"]["kernel"].shape)
-    positions = int(np.prod(out_shape[:-1])) // batch
+    positions = math.prod(out_shape[1:-1])
     kind = "dense" if isinstance(module, nn.Dense) else "conv"
     if isinstance(module, nn.Conv) and module.feature_group_count > 1 and kernel_shape[-2] == 1:
         kind = "depthwise"
-    return _Call(name, kind, kernel_shape, positions * int(np.prod(kernel_shape)), reads_with=-1)
+    macs, inputs = positions * math.prod(kernel_shape), math.prod(in_shape[1:])
+    return _Call(name, kind, kernel_shape, macs, reads_with=-1, inputs=inputs)
 
 
 def _multiplies_in_a_loop(program: Any, *, in_loop: bool = False) -> bool:
@@ -479,6 +520,7 @@ def _apply_rules(call: _Call, calls: list[_Call], norm: str | None, rules: Seque
         signed=first_word("signed"),
         float_weights=first_word("float_weights"),
         reads_with=call.reads_with,
+        inputs=call.inputs,
     )
 
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -33,6 +34,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "searched": {"color": "#d1495b", "marker": "o", "label": "searched"},
     "uniform": {"color": "#2e6f95", "marker": "s", "label": "uniform bits"},
 }
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes a figure in the format of the path's ending; equal figures give equal SVG."""
+    with matplotlib.rc_context({"svg.hashsalt": "mpq_jax"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def plot_frontier(rows: list[Row], *, cost_label: str, path: pathlib.Path) -> None:
@@ -84,7 +91,7 @@ def plot_frontier(rows: list[Row], *, cost_label: str, path: pathlib.Path) -> No
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_bits(table: LayerTable, configs: dict[str, BitConfig], *, path: pathlib.Path) -> None:
@@ -116,7 +123,7 @@ def plot_bits(table: LayerTable, configs: dict[str, BitConfig], *, path: pathlib
     all_axes[-1].set_xticks(positions, table.names, rotation=60, ha="right", fontsize=7)
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def write_scheme(
@@ -165,7 +172,7 @@ def plot_scheme(table: LayerTable, configs: dict[str, BitConfig], *, path: pathl
     axes.grid(axis="y", alpha=0.25)
     axes.set_xticks(positions, table.names, rotation=60, ha="right", fontsize=7)
     figure.legend(loc="outside upper right", ncols=len(configs), fontsize=8)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_growth(names: Sequence[str], entries: list[dict[str, Any]], *, path: pathlib.Path) -> None:
@@ -202,4 +209,4 @@ def plot_growth(names: Sequence[str], entries: list[dict[str, Any]], *, path: pa
     for axes in (means, gates):
         axes.grid(alpha=0.25)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)

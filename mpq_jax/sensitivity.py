@@ -73,23 +73,16 @@ def weight_errors(
         learned: kernels and step sizes of a supernet.
         quantizer: of the kernels.
     """
-    rows = []
+    quantised = supernet.quantise_kernels(table, learned, quantizer=quantizer)
+    errors = jnp.zeros((len(table), len(table.candidates)), jnp.float32)
     for index, (layer, w) in enumerate(
         zip(table.layers, supernet.kernels(table, learned.params), strict=True)
     ):
-        row = []
-        for bits in table.candidates:
-            if layer.float_weights or bits not in layer.weight_candidates:
-                row.append(jnp.zeros((), jnp.float32))
-                continue
-            uniform = jnp.full((len(table),), bits, jnp.int32)
-            step = supernet.chosen_weight_steps(table, learned, uniform, quantizer=quantizer)[index]
-            quantised = quantizer.weights.fake_quant(
-                w, step, jnp.int32(bits), highest=layer.highest, grad_scale=None
-            )
-            row.append(jnp.sum((quantised - w) ** 2))
-        rows.append(jnp.stack(row))
-    return jnp.stack(rows)
+        if not layer.float_weights:
+            places = np.array([table.candidates.index(bits) for bits in layer.weight_candidates])
+            squares = jnp.square(quantised[layer.name] - w[None])
+            errors = errors.at[index, places].set(jnp.sum(squares, axis=range(1, squares.ndim)))
+    return errors
 
 
 class Trace(NamedTuple):

@@ -7,6 +7,7 @@ picks the BatchNorm rows that the bits name; `apply` calls the model, quantising
 layers on the way through `flax.linen.intercept_methods`. The model itself is never changed.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -169,28 +170,83 @@ def select(
         scale_step_gradient: LSQ's gradient scale 1 / sqrt(weights * largest code) for the
             weights' step sizes.
     """
-    weight_bits, act_bits = jnp.asarray(bits.weights), jnp.asarray(bits.acts)
-    rows = jnp.arange(len(table))
-    learned = variables.learned
-    act_steps = learned.act_steps[rows, choice_index(table, act_bits)]
+    weight_bits, learned = jnp.asarray(bits.weights), variables.learned
     weight_steps = chosen_weight_steps(table, learned, weight_bits, quantizer=quantizer)
-    params = linen.flatten(_narrow(table, learned.params, bits))
-    for index, layer in enumerate(table.layers):
-        if layer.float_weights:
-            continue
-        w = params[f"{layer.name}/kernel"]
+
+    def quantised(index: int, w: Array) -> Array:
         scale = lsq_grad_scale(w.size, weight_bits[index]) if scale_step_gradient else None
-        params[f"{layer.name}/kernel"] = quantizer.weights.fake_quant(
+        return quantizer.weights.fake_quant(
             w,
             weight_steps[index],
             weight_bits[index],
-            highest=layer.highest,
+            highest=table.layers[index].highest,
             grad_scale=scale,
         )
+
+    return _selected(table, variables, bits, quantised)
+
+
+def quantise_kernels(
+    table: LayerTable, learned: Learned, *, quantizer: Quantizer
+) -> dict[str, Array]:
+    """Quantises every kernel at all of its candidates, for `select_quantised`.
+
+    Returns:
+        Kernels in the order of the layer's candidates, by its path; those that stay float are
+        left out.
+    """
+    made = {}
+    kept = kernels(table, learned.params)
+    for index, layer in enumerate(table.layers):
+        if layer.float_weights:
+            continue
+        choices = []
+        for bits in layer.weight_candidates:
+            uniform = jnp.full((len(table),), bits, jnp.int32)
+            step = chosen_weight_steps(table, learned, uniform, quantizer=quantizer)[index]
+            choices.append(
+                quantizer.weights.fake_quant(
+                    kept[index], step, jnp.int32(bits), highest=layer.highest, grad_scale=None
+                )
+            )
+        made[layer.name] = jnp.stack(choices)
+    return made
+
+
+def select_quantised(
+    table: LayerTable, variables: Variables, quantised: dict[str, Array], bits: BitConfig
+) -> Selected:
+    """Picks one subnet like `select`, from kernels that `quantise_kernels` made before.
+
+    For many subnets of the same supernet; it takes no derivatives in kernels and steps.
+    """
+    weight_bits = jnp.asarray(bits.weights)
+
+    def chosen(index: int, w: Array) -> Array:
+        del w
+        layer = table.layers[index]
+        place = weight_bits[index] == jnp.array(layer.weight_candidates, jnp.int32)
+        return quantised[layer.name][jnp.argmax(place)]
+
+    return _selected(table, variables, bits, chosen)
+
+
+def _selected(
+    table: LayerTable,
+    variables: Variables,
+    bits: BitConfig,
+    kernel_of: Callable[[int, Array], Array],
+) -> Selected:
+    act_bits, learned = jnp.asarray(bits.acts), variables.learned
+    params = linen.flatten(_narrow(table, learned.params, bits))
+    for index, layer in enumerate(table.layers):
+        if not layer.float_weights:
+            name = f"{layer.name}/kernel"
+            params[name] = kernel_of(index, params[name])
     return Selected(
         params=linen.unflatten(params),
         batch_stats=_narrow(table, variables.batch_stats, bits),
-        act_steps=act_steps,
+        act_steps=learned.act_steps[jnp.arange(len(table)), choice_index(table, act_bits)],
         act_bits=act_bits,
         signed=variables.signed,
     )

@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import json
 
@@ -10,6 +11,7 @@ import pytest
 from mpq_jax.bits import BitConfig, sample
 from mpq_jax.costs import (
     COSTS,
+    act_bytes,
     allowed_pairs,
     bitops,
     cost_table,
@@ -46,6 +48,7 @@ class Small(nn.Module):
 
 PARAMS = np.array([9 * 2 * 4, 9 * 4, 4 * 16, 16 * 3])
 MACS = PARAMS * np.array([36, 36, 36, 1])
+INPUTS = np.array([36 * 2, 36 * 4, 36 * 4, 16])
 RULES = bit_rules((6, 4, 2), depthwise_min_bits=3)
 THREE = [Rule("head", weights=(6, 5, 3), acts=(6, 3))]
 
@@ -95,6 +98,7 @@ def test_costs_equal_sums_over_layers(small, configs):
         weights, acts = np.asarray(config.weights), np.asarray(config.acts)
         assert float(bitops(small, config)) == np.sum(MACS * weights * acts)  # exact below 2^24
         assert float(model_bytes(small, config)) == np.sum(PARAMS * weights) / 8
+        assert float(act_bytes(small, config)) == np.sum(INPUTS * acts) / 8
         searched = weights[1:3]  # stem and head are fixed
         np.testing.assert_allclose(
             mean_bits(small, config, by="layer"), searched.mean(), rtol=1e-6
@@ -111,6 +115,7 @@ def test_costs_equal_sums_over_layers(small, configs):
     [
         bitops,
         model_bytes,
+        act_bytes,
         lambda table, bits: mean_bits(table, bits, by="layer"),
         lambda table, bits: mean_bits(table, bits, by="param"),
     ],
@@ -131,6 +136,36 @@ def test_mean_bits_by_something_else_is_refused(small):
     unchecked = inspect.unwrap(mean_bits)  # without the type checker of the tests
     with pytest.raises(ValueError, match='by is \'mac\'; wanted "layer" or "param"'):
         unchecked(small, small.uniform(4, 4), by="mac")
+
+
+def test_bytes_of_activations_by_hand(small, resnet18):
+    bits = BitConfig(jnp.array([8, 4, 2, 8]), jnp.array([8, 4, 2, 8]))
+    assert float(act_bytes(small, bits)) == 72 * 1 + 144 * 0.5 + 144 * 0.25 + 16 * 1
+    # conv1 and downsample of a stage read the same array, and both count.
+    layers = {layer.name: layer.inputs for layer in resnet18.layers}
+    assert resnet18.layers[0].inputs == 224 * 224 * 3
+    reads = [n for n, one in zip(layers, resnet18.layers, strict=True) if one.reads_with is not None]
+    assert any(layers[name] == 56 * 56 * 64 for name in reads)
+    assert list(layers.values())[-1] == 512
+    total = sum(layers.values()) - 224 * 224 * 3 - 512
+    assert float(act_bytes(resnet18, resnet18.uniform(2, 4))) == (
+        total / 2 + 224 * 224 * 3 + 512
+    )
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_cost_table_of_tied_layers_knows_equal_bits_only(kind):
+    rules = bit_rules((6, 4, 2), depthwise_min_bits=3, first=[Rule("mix", acts=(4, 2))])
+    table = trace_layers(Small(), (6, 6, 2), rules=rules)
+    tied = dataclasses.replace(table, ties=((2, 3),))
+    np.testing.assert_array_equal(allowed_pairs(tied)[1], np.diag([False, True, True, False]))
+    np.testing.assert_array_equal(allowed_pairs(tied)[0], allowed_pairs(table)[0])
+    both = tied.mask[2, 0][:, None] & tied.mask[2, 1]
+    np.testing.assert_array_equal(allowed_pairs(tied)[2], both)
+    cost = cost_table(tied, kind)
+    np.testing.assert_array_equal(np.isfinite(cost), allowed_pairs(tied))
+    kept = np.isfinite(cost)
+    np.testing.assert_array_equal(cost[kept], cost_table(table, kind)[kept])
 
 
 @pytest.mark.parametrize("kind", COSTS)
@@ -185,7 +220,7 @@ def test_without_any_choice_there_is_no_mean():
 
 def test_unknown_budget_is_refused_with_the_choices(small):
     with pytest.raises(
-        ValueError, match=r"'flops'; known kinds are \['bitops', 'bytes', 'mean_bits'\]"
+        ValueError, match=r"'flops'; known kinds are \['act_bytes', 'bitops', 'bytes', 'mean_bits'\]"
     ):
         cost_table(small, "flops")
 

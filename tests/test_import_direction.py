@@ -22,6 +22,7 @@ ORDER = {
     "mpq_jax.recording": 0,
     "mpq_jax.optim": 0,
     "mpq_jax.layer_table": 1,
+    "mpq_jax.ties": 2,
     "mpq_jax.costs": 2,
     "mpq_jax.supernet": 2,
     "mpq_jax.models": 2,
@@ -32,6 +33,7 @@ ORDER = {
     "mpq_jax.search": 5,
     "mpq_jax.export": 5,
     "mpq_jax.report": 6,
+    "mpq_jax.page": 6,
     "train": 7,
     "search": 7,
     "configs": 7,
@@ -39,6 +41,7 @@ ORDER = {
 SAME_PACKAGE = {"search": "train"}  # the second program uses the first one's pieces
 ONLY = {  # of the project's modules, these may import nothing else
     "mpq_jax.report": {"mpq_jax.bits", "mpq_jax.layer_table"},
+    "mpq_jax.page": {"mpq_jax.bits", "mpq_jax.layer_table"},
     "configs": {"mpq_jax.methods"},
     "mpq_jax.quantizers.record": set(),
 }

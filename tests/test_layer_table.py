@@ -1,3 +1,4 @@
+import dataclasses
 import time
 
 import flax.linen as nn
@@ -154,6 +155,7 @@ def test_layer_called_twice_is_one_layer_with_the_work_of_both():
     assert table.names == ("layers_0", "layers_1")
     assert column(table, "params") == [144, 144]
     assert column(table, "macs") == [8 * 8 * 144, (8 * 8 + 4 * 4) * 144]
+    assert column(table, "inputs") == [10 * 10 * 4, 8 * 8 * 4 + 4 * 4 * 4]
 
 
 def test_norm_is_the_one_that_reads_the_output():
@@ -654,3 +656,95 @@ def test_mean_bits_are_those_of_the_layers_with_a_choice(ends):
     assert costs.mean_bits(table, config, by="layer") == np.float32(np.mean(bits))
     wanted = np.average(bits, weights=[layer.params for layer in chosen])
     np.testing.assert_allclose(costs.mean_bits(table, config, by="param"), wanted, rtol=1e-6)
+
+
+# What layers read, and ties.
+
+
+class Folded(nn.Module):
+    """Calls layers on patches that were folded into the batch, and on one image without it."""
+
+    @nn.compact
+    def __call__(self, x):
+        patches = x.reshape(-1, 4, 4, x.shape[-1])
+        tokens = nn.Conv(5, (4, 4), strides=4, name="embed")(patches)
+        nn.Conv(2, (1, 1), name="single")(x[0])
+        return nn.Dense(7, name="mix")(tokens.reshape(-1, 5))
+
+
+@pytest.mark.parametrize("batch", [(), (1,)])
+def test_work_is_counted_per_image_however_it_is_laid_out(batch):
+    table = trace_layers(Folded(), (*batch, 8, 8, 3))
+    assert table.names == ("embed", "single", "mix")
+    assert column(table, "macs") == [4 * 16 * 3 * 5, 64 * 3 * 2, 4 * 5 * 7]
+    assert column(table, "inputs") == [8 * 8 * 3, 8 * 8 * 3, 4 * 5]
+
+
+def test_inputs_are_what_a_layer_reads_of_one_image():
+    table = trace_layers(Separable(), (3, 9, 9, 2))
+    assert dict(zip(table.names, column(table, "inputs"), strict=True)) == {
+        "stem": 9 * 9 * 2,
+        "body/spatial": 5 * 5 * 8,
+        "body/mix": 5 * 5 * 8,
+        "body/gate": 8,
+        "grouped": 5 * 5 * 12,
+        "head": 6,
+    }
+
+
+def tied_table():
+    """Weights of one with the input of another; both of a third; a fixed stem."""
+    rules = [
+        Rule("stem", weights=8, acts=8),
+        Rule("spatial", weights=(8, 4, 2), acts=(8, 4)),
+        Rule("mix", weights=(6, 4), acts=(4, 2)),
+        Rule("grouped", weights=(8, 4, 2), acts=(4, 2)),
+        Rule(weights=(8, 6), acts=(8, 6)),
+    ]
+    table = trace_layers(Separable(), (9, 9, 2), rules=rules)
+    assert table.ties == () and table.names[1:3] == ("body/spatial", "body/mix")
+    return dataclasses.replace(table, ties=((2, 5), (8, 9)))
+
+
+def test_tied_entries_have_the_bits_that_all_of_them_may_take():
+    table = tied_table()
+    bits = np.array(table.candidates)
+    free = dataclasses.replace(table, ties=())
+    np.testing.assert_array_equal(table.leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]])
+    np.testing.assert_array_equal(free.leaders.ravel(), np.arange(12))
+    common = {(1, 0): [4, 2], (2, 1): [4, 2], (4, 0): [4, 2], (4, 1): [4, 2]}
+    for index, kind in np.ndindex(6, 2):
+        allowed = (table.layers[index].weight_candidates, table.layers[index].act_candidates)[kind]
+        assert table.candidates_of(2 * index + kind) == allowed
+        assert bits[free.mask[index, kind]].tolist() == list(allowed)
+        wanted = common.get((index, kind), list(allowed))
+        assert bits[table.mask[index, kind]].tolist() == wanted
+    assert table != free and hash(table) != hash(free)
+    assert table.with_norm_rows("weights").ties == table.ties
+
+
+@pytest.mark.parametrize("weights", [8, 6, 4, 2])
+@pytest.mark.parametrize("acts", [8, 2])
+def test_uniform_and_largest_bits_honour_ties(weights, acts):
+    table = tied_table()
+    table.check(table.largest)
+    found = table.uniform(weights, acts)
+    table.check(found)
+    free = dataclasses.replace(table, ties=()).uniform(weights, acts)
+    followed = [{8: 4, 6: 4}.get(weights, weights)] * 2
+    np.testing.assert_array_equal(found.weights[jnp.array([1, 4])], followed)
+    np.testing.assert_array_equal(found.weights[jnp.array([0, 2, 3, 5])], free.weights[jnp.array([0, 2, 3, 5])])
+    np.testing.assert_array_equal(found.acts[jnp.array([0, 1, 3, 5])], free.acts[jnp.array([0, 1, 3, 5])])
+    np.testing.assert_array_equal(table.follow(found).acts, found.acts)
+
+
+def test_check_names_tied_bits_that_differ():
+    table = tied_table()
+    bits = table.largest
+    wrong = BitConfig(bits.weights.at[1].set(2), bits.acts)
+    dataclasses.replace(table, ties=()).check(wrong)
+    message = r"tied bits differ: weights of body/spatial \(2\), acts of body/mix \(4\)"
+    with pytest.raises(ValueError, match=message):
+        table.check(wrong)
+    free = dataclasses.replace(table, ties=())
+    assert free.follow(wrong) is wrong

@@ -99,6 +99,15 @@ def texts(kind, tmp_path):
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
 
 
+@pytest.mark.parametrize("kind", ["frontier", "bits", "scheme", "growth"])
+def test_the_ending_of_the_path_decides_and_equal_plots_are_equal_svgs(tmp_path, kind):
+    paths = [tmp_path / "one.svg", tmp_path / "other.svg"]
+    for path in paths:
+        draw(kind, path)
+    one, other = (path.read_bytes() for path in paths)
+    assert one == other and b"<svg" in one and b"<dc:date>" not in one
+
+
 def test_the_plot_of_bits_names_every_layer_and_configuration(tmp_path):
     found = texts("bits", tmp_path)
     assert set(TABLE.names) <= set(found)

@@ -1,4 +1,4 @@
-import inspect
+import dataclasses
 import itertools
 import math
 
@@ -8,8 +8,9 @@ import pytest
 
 from mpq_jax import costs
 from mpq_jax.layer_table import Layer, LayerTable
-from mpq_jax.search import ilp
-from mpq_jax.search.ilp import Budget
+from mpq_jax.search import ilp, objectives
+from mpq_jax.search.space import Limit
+from mpq_jax.ties import tie_acts_to_weights
 
 CHOICES = (6, 4, 3, 2)
 
@@ -40,7 +41,13 @@ TABLE = LayerTable(
 )
 RULES = costs.allowed_pairs(TABLE)
 SHAPE = RULES.shape
-SHARED = {"free": RULES, "tied": ilp.tied(TABLE)}
+
+
+def tied(table):
+    return costs.allowed_pairs(tie_acts_to_weights(table))
+
+
+SHARED = {"free": RULES, "tied": tied(TABLE)}
 
 
 def brute_force(objective, budgets, allowed=RULES, table=TABLE):
@@ -97,7 +104,7 @@ def test_solutions_are_those_of_brute_force(seed, number, pairs):
     objective = drawn(seed)
     tables = [drawn(100 + 10 * seed + index) for index in range(number)]
     budgets = [
-        Budget(f"cost {index}", cost, between(cost, 0.6, allowed))
+        Limit(f"cost {index}", cost, between(cost, 0.6, allowed))
         for index, cost in enumerate(tables)
     ]
     wanted = brute_force(objective, budgets, allowed)
@@ -115,8 +122,8 @@ def test_negative_entries_and_windows_agree_with_brute_force(seed, pairs):
     objective, other = random.normal(size=SHAPE), random.normal(size=SHAPE)
     low, high = {"free": (0.5, 0.6), "tied": (0.1, 0.9)}[pairs]
     budgets = [
-        Budget("mean_bits", costs.cost_table(TABLE, "mean_bits"), limit=3.0, at_least=3.0),
-        Budget("other", other, between(other, high), between(other, low)),
+        Limit("mean_bits", costs.cost_table(TABLE, "mean_bits"), limit=3.0, at_least=3.0),
+        Limit("other", other, between(other, high), between(other, low)),
     ]
     wanted = brute_force(objective, budgets, SHARED[pairs])
     found = ilp.solve(TABLE, objective, budgets, allowed=SHARED[pairs], count=len(wanted) + 1)
@@ -133,8 +140,8 @@ def test_scales_do_not_matter(seed, objective_scale, cost_scale):
     bitops = costs.cost_table(TABLE, "bitops") * 1e6
     latency = drawn(seed + 50, scale=cost_scale)
     budgets = [
-        Budget("bitops", bitops, between(bitops, 0.4)),
-        Budget("latency", latency, between(latency, 0.4)),
+        Limit("bitops", bitops, between(bitops, 0.4)),
+        Limit("latency", latency, between(latency, 0.4)),
     ]
     wanted = brute_force(objective, budgets)
     found = ilp.solve(TABLE, objective, budgets, count=10)
@@ -146,13 +153,13 @@ def test_layers_of_very_different_weight_all_count():
     """Sensitivities of layers differ by orders of magnitude; the least still gets its best bits."""
     objective = drawn(3) * 10.0 ** np.array([0, 4, -4, 0, -2])[:, None, None]
     bitops = costs.cost_table(TABLE, "bitops")
-    budgets = [Budget("bitops", bitops, between(bitops, 0.5))]
+    budgets = [Limit("bitops", bitops, between(bitops, 0.5))]
     check(ilp.solve(TABLE, objective, budgets, count=10), brute_force(objective, budgets), budgets)
 
 
 def test_costs_and_bits_of_a_solution_are_those_of_the_library():
     tables = {kind: costs.cost_table(TABLE, kind) for kind in ("bitops", "bytes", "mean_bits")}
-    budgets = [Budget(kind, cost, between(cost, 0.5)) for kind, cost in tables.items()]
+    budgets = [Limit(kind, cost, between(cost, 0.5)) for kind, cost in tables.items()]
     (found,) = ilp.solve(TABLE, drawn(7), budgets)
     for kind, cost in found.costs.items():
         np.testing.assert_allclose(cost, costs.COSTS[kind](TABLE, found.bits), rtol=1e-6)  # float32
@@ -161,7 +168,7 @@ def test_costs_and_bits_of_a_solution_are_those_of_the_library():
 def test_ties_are_listed_once_each():
     """Without preferences, every configuration within the budget comes exactly once."""
     cost = costs.cost_table(TABLE, "mean_bits")
-    budgets = [Budget("mean_bits", cost, 3.0, 3.0)]
+    budgets = [Limit("mean_bits", cost, 3.0, 3.0)]
     objective = np.where(RULES, 0.25, np.inf)
     wanted = brute_force(objective, budgets, SHARED["tied"])
     found = ilp.solve(TABLE, objective, budgets, allowed=SHARED["tied"], count=1000)
@@ -174,7 +181,7 @@ def test_ties_are_listed_once_each():
 def test_the_list_ends_at_a_share_of_the_best(sign):
     objective = np.where(RULES, sign * drawn(5), np.inf)
     cost = costs.cost_table(TABLE, "bytes")
-    budgets = [Budget("bytes", cost, between(cost, 0.5))]
+    budgets = [Limit("bytes", cost, between(cost, 0.5))]
     values = list(brute_force(objective, budgets).values())
     wanted = [value for value in values if value <= values[0] + 0.3 * abs(values[0])]
     assert 1 < len(wanted) < len(values)
@@ -198,9 +205,9 @@ def test_budgets_hold_to_their_tolerance_and_not_to_that_of_the_solver(excess, s
     for inside in (True, False):
         edge = total * (1 + (side if inside else -side) * excess)
         budget = (
-            Budget("cost", cost, edge / (1 + 1e-6))
+            Limit("cost", cost, edge / (1 + 1e-6))
             if side == 1
-            else Budget("cost", cost, 1e9, edge / (1 - 1e-6))
+            else Limit("cost", cost, 1e9, edge / (1 - 1e-6))
         )
         found = ilp.solve(TABLE, objective, [budget], count=3)
         assert (pairs_of(found[0]) == best) is inside
@@ -212,7 +219,7 @@ def test_infinity_and_false_both_forbid():
     objective[1, TABLE.candidates.index(4)] = np.inf
     cost[4, :, TABLE.candidates.index(3)] = np.inf
     allowed[3, TABLE.candidates.index(2)] = False
-    budgets = [Budget("cost", cost, 1e9)]
+    budgets = [Limit("cost", cost, 1e9)]
     wanted = brute_force(objective, budgets, allowed)
     found = ilp.solve(TABLE, objective, budgets, allowed=allowed, count=20)
     assert len(wanted) == 6 * 4 * 2 * 6
@@ -222,7 +229,7 @@ def test_infinity_and_false_both_forbid():
 def test_what_the_rules_forbid_stays_forbidden_whatever_is_in_the_tables():
     everything = np.ones(SHAPE, bool)
     objective = np.where(RULES, drawn(1), np.nan)
-    (found,) = ilp.solve(TABLE, objective, [Budget("any", drawn(2), 1e9)], allowed=everything)
+    (found,) = ilp.solve(TABLE, objective, [Limit("any", drawn(2), 1e9)], allowed=everything)
     TABLE.check(found.bits)
 
 
@@ -234,11 +241,11 @@ def test_fifty_layers_of_four_choices():
     ]
     table = LayerTable(tuple(layers))
     errors = random.lognormal(-10, 2, (50, 1)) * 4.0 ** -np.array(CHOICES)
-    objective = ilp.hawq_objective(table, random.lognormal(-3, 2, 50), errors)
+    objective = objectives.hawq(table, random.lognormal(-3, 2, 50), errors)
     tables = {kind: costs.cost_table(table, kind) for kind in ("bitops", "mean_bits")}
     limits = {kind: float(cost[:, 2, 2].sum()) for kind, cost in tables.items()}
-    budgets = [Budget(kind, tables[kind], limits[kind]) for kind in tables]
-    for allowed in (None, ilp.tied(table)):
+    budgets = [Limit(kind, tables[kind], limits[kind]) for kind in tables]
+    for allowed in (None, tied(table)):
         found = ilp.solve(table, objective, budgets, allowed=allowed, count=3)
         assert len({pairs_of(solution) for solution in found}) == 3
         assert found[0].objective <= found[1].objective <= found[2].objective
@@ -260,7 +267,7 @@ def test_large_hard_problems_are_solved_to_the_end(seed):
     bitops = costs.cost_table(table, "bitops")
     objective = np.where(np.isfinite(bitops), (macs[:, None] * gains)[:, :, None], np.inf)
     most = int(3.3 * macs.sum())
-    (found,) = ilp.solve(table, objective, [Budget("bitops", bitops, 4.0 * most)])
+    (found,) = ilp.solve(table, objective, [Limit("bitops", bitops, 4.0 * most)])
     slack = int(most * 1e-6)
     best = np.zeros(most + slack + 1)  # by the largest sum of MACs x weight bits
     for one, row in zip(macs, gains, strict=True):
@@ -283,7 +290,7 @@ BITOPS, BYTES, MEAN = (costs.cost_table(TABLE, kind) for kind in ("bitops", "byt
 
 def test_a_budget_out_of_reach_is_explained():
     low, high = between(BITOPS, 0), between(BITOPS, 1)
-    message = message_of([Budget("bitops", BITOPS, low * 0.99), Budget("bytes", BYTES, 1e9)])
+    message = message_of([Limit("bitops", BITOPS, low * 0.99), Limit("bytes", BYTES, 1e9)])
     assert "bitops cannot be met" in message and "bytes cannot" not in message
     assert f"bitops should be -inf to {low * 0.99:.6g}" in message
     assert f"the reachable range is {low:.6g} to {high:.6g}" in message
@@ -296,50 +303,50 @@ def test_the_range_is_that_of_what_is_allowed():
     allowed[1, TABLE.candidates.index(2)] = False
     low = between(BYTES, 0, allowed)
     assert low > between(BYTES, 0)
-    assert f"{low:.6g} to" in message_of([Budget("bytes", BYTES, 1.0)], allowed=allowed)
+    assert f"{low:.6g} to" in message_of([Limit("bytes", BYTES, 1.0)], allowed=allowed)
 
 
 def test_a_lower_bound_out_of_reach_is_explained():
-    message = message_of([Budget("mean_bits", MEAN, 8.0, 4.5)])
+    message = message_of([Limit("mean_bits", MEAN, 8.0, 4.5)])
     assert "mean_bits cannot be met; mean_bits should be 4.5 to 8" in message
     assert "reachable range is 2 to 4" in message
 
 
 def test_a_gap_within_the_range_is_no_cost():
     """Means of four layers are quarters: nothing is between 3.01 and 3.2."""
-    budgets = [Budget("mean_bits", MEAN, 3.2, 3.01), Budget("bitops", BITOPS, 1e9)]
+    budgets = [Limit("mean_bits", MEAN, 3.2, 3.01), Limit("bitops", BITOPS, 1e9)]
     assert "budgets: mean_bits cannot be met; " in message_of(budgets)
 
 
 def test_budgets_that_exclude_each_other_are_explained():
-    budgets = [Budget("mean_bits", MEAN, 4, 3.9), Budget("bytes", BYTES, between(BYTES, 0.2))]
+    budgets = [Limit("mean_bits", MEAN, 4, 3.9), Limit("bytes", BYTES, between(BYTES, 0.2))]
     assert "each can be met alone, but not all together" in message_of(budgets)
 
 
 def test_layers_with_nothing_allowed_are_named_with_the_reason():
     latency = np.where(np.arange(5)[:, None, None] == 2, np.inf, np.where(RULES, 1e-5, np.inf))
-    message = message_of([Budget("bytes", BYTES, 1e9), Budget("latency", latency, 1.0)])
+    message = message_of([Limit("bytes", BYTES, 1e9), Limit("latency", latency, 1.0)])
     assert "left for 'mixed': all that the rules allow is forbidden by latency" in message
     allowed = RULES & (np.arange(5) != 4)[:, None, None]
-    message = message_of([Budget("latency", latency, 1.0)], allowed=allowed)
+    message = message_of([Limit("latency", latency, 1.0)], allowed=allowed)
     assert "left for 'mixed', 'last': all that" in message and "by allowed, latency" in message
 
 
 @pytest.mark.parametrize(
     ("budgets", "message"),
     [
-        ([], r"budgets are \[\]; give one or more"),
-        ([Budget("a", BYTES, 1e9)] * 2, r"\['a', 'a'\]; .*each with a name of its own"),
-        ([Budget("objective", BYTES, 1e9)], "each with a name of its own"),
-        ([Budget("a", BYTES, math.nan)], "a should be -inf to nan; wanted two numbers in order"),
-        ([Budget("a", BYTES, 3.0, math.nan)], "a should be nan to 3.0"),
-        ([Budget("a", BYTES, 3.0, 4.0)], "a should be 4.0 to 3.0"),
-        ([Budget("a", BYTES, -math.inf)], "a should be -inf to -inf"),
-        ([Budget("a", BYTES, math.inf, math.inf)], "a should be inf to inf"),
-        ([Budget("a", BYTES[:4], 1e9)], r"a is float64 \(4, 4, 4\); wanted \(5, 4, 4\) \(layers"),
-        ([Budget("a", RULES, 1e9)], r"a is bool \(5, 4, 4\); wanted"),
-        ([Budget("a", np.where(BYTES == 150, np.nan, BYTES), 1e9)], "a is NaN .*, in 'first'; inf"),
-        ([Budget("a", np.where(RULES, -np.inf, 0), 1e9)], "-inf .* in 'stem', 'first', 'mixed'"),
+        ([], r"limits are \[\]; give one or more"),
+        ([Limit("a", BYTES, 1e9)] * 2, r"\['a', 'a'\]; .*each with a name of its own"),
+        ([Limit("objective", BYTES, 1e9)], "each with a name of its own"),
+        ([Limit("a", BYTES, math.nan)], "a should be -inf to nan; wanted two numbers in order"),
+        ([Limit("a", BYTES, 3.0, math.nan)], "a should be nan to 3.0"),
+        ([Limit("a", BYTES, 3.0, 4.0)], "a should be 4.0 to 3.0"),
+        ([Limit("a", BYTES, -math.inf)], "a should be -inf to -inf"),
+        ([Limit("a", BYTES, math.inf, math.inf)], "a should be inf to inf"),
+        ([Limit("a", BYTES[:4], 1e9)], r"a is float64 \(4, 4, 4\); wanted \(5, 4, 4\) \(layers"),
+        ([Limit("a", RULES, 1e9)], r"a is bool \(5, 4, 4\); wanted"),
+        ([Limit("a", np.where(BYTES == 150, np.nan, BYTES), 1e9)], "a is NaN .*, in 'first'; inf"),
+        ([Limit("a", np.where(RULES, -np.inf, 0), 1e9)], "-inf .* in 'stem', 'first', 'mixed'"),
     ],
 )
 def test_malformed_budgets_are_refused(budgets, message):
@@ -348,7 +355,7 @@ def test_malformed_budgets_are_refused(budgets, message):
 
 
 def test_malformed_tables_and_counts_are_refused():
-    budgets = [Budget("bytes", BYTES, 1e9)]
+    budgets = [Limit("bytes", BYTES, 1e9)]
     with pytest.raises(ValueError, match="objective is NaN .* in 'last'"):
         ilp.solve(TABLE, np.where(np.arange(5)[:, None, None] == 4, np.nan, BYTES), budgets)
     with pytest.raises(ValueError, match=r"objective is float64 \(5, 4\); wanted \(5, 4, 4\)"):
@@ -372,78 +379,44 @@ def test_a_failure_of_the_solver_is_passed_on(monkeypatch):
     monkeypatch.setattr(ilp, "milp", stop_early)
     latency = drawn(1)
     with pytest.raises(RuntimeError, match="not solved: Time limit reached"):
-        ilp.solve(TABLE, drawn(0), [Budget("latency", latency, between(latency, 0.5))])
+        ilp.solve(TABLE, drawn(0), [Limit("latency", latency, between(latency, 0.5))])
 
 
-# Pairs and objectives.
+# Ties between layers, and what is out of reach with them.
 
 
-def test_tied_layers_have_equal_bits_and_the_others_all_that_the_rules_allow():
-    pairs = [
-        {(TABLE.candidates[w], TABLE.candidates[a]) for w, a in np.argwhere(row)}
-        for row in ilp.tied(TABLE)
+@pytest.mark.parametrize("ties", [((2, 6),), ((2, 9), (3, 4), (6, 8)), ((2, 3, 5, 8, 9),)])
+@pytest.mark.parametrize("seed", range(2))
+def test_tied_entries_of_different_layers_agree_with_brute_force(seed, ties):
+    table = dataclasses.replace(TABLE, ties=ties)
+    objective, cost = drawn(seed), drawn(seed + 20)
+    allowed = costs.allowed_pairs(table)
+    budgets = [Limit("cost", cost, between(cost, 0.6, allowed))]
+    everything = brute_force(objective, budgets, RULES)
+    wanted = {
+        bits: value
+        for bits, value in everything.items()
+        if all(len({bits[entry // 2][entry % 2] for entry in group}) == 1 for group in ties)
+    }
+    found = ilp.solve(table, objective, budgets, count=10)
+    assert len(found) == min(10, len(wanted)) > 1
+    check(found, wanted, budgets)
+    for solution in found:
+        table.check(solution.bits)
+    totals = [
+        math.fsum(cost[i, CHOICE(w), CHOICE(a)] for i, (w, a) in enumerate(bits))
+        for bits in brute_force(objective, [])
+        if all(len({bits[entry // 2][entry % 2] for entry in group}) == 1 for group in ties)
     ]
-    equal = {(4, 4), (3, 3), (2, 2)}
-    assert pairs == [{(8, 8)}, equal, {(4, 4)}, {(4, 4), (3, 4), (2, 4)}, equal]
-    np.testing.assert_array_equal(RULES, costs.allowed_pairs(TABLE))  # nothing edited
+    assert ilp.reachable(table, budgets[0], allowed) == (min(totals), max(totals))
 
 
-def test_layers_that_cannot_be_tied_are_named():
-    table = LayerTable((layer("fine", (4, 2), (4, 2)), layer("apart", (6, 4), (3, 2))))
-    with pytest.raises(ValueError, match=r"'apart' have no bits in common: \(6, 4\) and \(3, 2\)"):
-        ilp.tied(table)
+CHOICE = TABLE.candidates.index
 
 
-TRACES = np.array([5.0, 0.5, -0.25, 2.0, 0.0])
-
-
-@pytest.mark.parametrize("name", ilp.OBJECTIVES)
-def test_objectives_are_their_sums(name):
-    errors = np.abs(np.random.default_rng(0).normal(size=(5, 4)))
-    wanted = np.full(SHAPE, np.inf)
-    for index, one in enumerate(TABLE.layers):
-        for w, a in itertools.product(one.weight_candidates, one.act_candidates):
-            row, column = TABLE.candidates.index(w), TABLE.candidates.index(a)
-            value = {
-                "hawq": max(TRACES[index], 0) * errors[index, row],
-                "paper": TRACES[index] * w,
-            }[name]
-            wanted[index, row, column] = value if one.name != "stem" else 0.0
-    objective = ilp.OBJECTIVES[name](TABLE, TRACES, errors)
-    assert objective.dtype == np.float64
-    np.testing.assert_array_equal(objective, wanted)
-
-
-def test_objectives_take_jax_arrays_and_ignore_what_the_rules_forbid():
-    errors = np.where(TABLE.mask[:, 0], 1.0, np.nan).astype(np.float32)
-    traces = jnp.asarray(TRACES, jnp.float32)
-    objective = ilp.hawq_objective(TABLE, traces, jnp.asarray(errors))
-    assert objective.dtype == np.float64
-    np.testing.assert_array_equal(np.isfinite(objective), RULES)
-
-
-@pytest.mark.parametrize("name", ilp.OBJECTIVES)
-def test_objectives_need_a_trace_for_every_layer(name):
-    unchecked = inspect.unwrap(ilp.OBJECTIVES[name])  # without the type checker of the tests
-    for traces in (TRACES[:1], TRACES[:4]):
-        with pytest.raises(ValueError, match="wanted one trace for each of the 5 layers"):
-            unchecked(TABLE, traces, np.ones((5, 4)))
-
-
-def test_traces_that_are_no_numbers_are_found_by_the_solver():
-    traces = np.where(np.arange(5) == 3, np.nan, TRACES)
-    objective = ilp.hawq_objective(TABLE, traces, np.ones((5, 4)))
-    with pytest.raises(ValueError, match="objective is NaN .* in 'narrow'"):
-        ilp.solve(TABLE, objective, [Budget("bytes", BYTES, 1e9)])
-
-
-def test_the_printed_objective_gives_sensitive_layers_fewer_bits():
-    """And HAWQ-V2's more, at the same mean: the reason for the default."""
-    layers = tuple(layer(name, (4, 3, 2), (4, 3, 2)) for name in ("dull", "sensitive"))
-    table, traces = LayerTable(layers), np.array([0.1, 10.0])
-    errors = np.broadcast_to(4.0 ** -np.array(table.candidates), (2, 3))
-    budgets = [Budget("mean_bits", costs.cost_table(table, "mean_bits"), 3.0, 3.0)]
-    for name, bits in (("hawq", [2, 4]), ("paper", [4, 2])):
-        objective = ilp.OBJECTIVES[name](table, traces, errors)
-        (found,) = ilp.solve(table, objective, budgets)
-        assert found.bits.weights.tolist() == bits
+def test_tables_that_leave_tied_layers_nothing_in_common_are_explained():
+    table = LayerTable((layer("a", (4, 2), (4,)), layer("b", (4, 2), (4,))), ties=((0, 2),))
+    latency = np.ones((2, 2, 2))
+    latency[0, 0] = latency[1, 1] = np.inf
+    with pytest.raises(ValueError, match="tied bits .* in common"):
+        ilp.solve(table, np.zeros((2, 2, 2)), [Limit("latency", latency, 9.0)])

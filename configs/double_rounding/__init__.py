@@ -26,6 +26,7 @@ def use(config: ConfigDict, *, candidates: tuple[int, ...]) -> ConfigDict:
     config.bits.first_last = "float"
     config.bits.depthwise_min_bits = 0
     config.search.strategy = "ilp"
+    config.search.objective = "hawq"
     config.search.tied = True  # as they are trained
     config.search.budget = "mean_bits"
     config.search.levels = candidates[1:-1]

@@ -232,6 +232,7 @@ def save(
         "model": model._asdict(),
         "norm_rows": table.norm_rows,
         "layers": [list(layer) for layer in table.layers],
+        "ties": table.ties,
         "mean": mean,
         "std": std,
         "config": config or {},
@@ -255,7 +256,11 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Art
     """
     path = pathlib.Path(path)
     tensors, content = container.read(path, kind=FORMAT, version=VERSION)
-    table = LayerTable(tuple(_layer(values) for values in content["layers"]), content["norm_rows"])
+    table = LayerTable(
+        tuple(_layer(values) for values in content["layers"]),
+        content["norm_rows"],
+        tuple(map(tuple, content.get("ties", ()))),
+    )
     made = _model(ModelSpec(**content["model"])) if model is None else model
     try:
         variables = _variables(table, tensors)

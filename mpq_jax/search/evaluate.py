@@ -1,11 +1,15 @@
 """Scores many bit configurations in one compiled call."""
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mpq_jax import supernet
@@ -13,9 +17,103 @@ from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import LayerTable
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.recalibration import norm_statistics
+from mpq_jax.search.space import Score
+from mpq_jax.sharding import DATA_AXIS
 
-Score = Callable[[BitConfig, Array, Array], Float[Array, " configs"]]
-METRICS = ("error", "loss")
+BatchScore = Callable[[BitConfig, Array, Array], Float[Array, " configs"]]
+NORMS = ("batch", "recalibrated", "stored")
+PER_CALL = 64  # configurations that one call of the compiled program has room for
+
+
+def top1_error(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
+    """Returns the part of the images that are taken for something else, 0 to 1."""
+    del teacher
+    return jnp.mean((jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32))
+
+
+def mean_loss(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
+    """Returns the mean cross-entropy in nats."""
+    del teacher
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def divergence(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
+    """Returns the mean KL divergence of the prediction from the teacher's, in nats."""
+    del labels
+    targets, log_predictions = jax.nn.softmax(teacher), jax.nn.log_softmax(logits)
+    return jnp.mean(optax.losses.kl_divergence(log_predictions, targets))
+
+
+METRICS = {"error": top1_error, "loss": mean_loss, "kl": divergence}
+
+
+class Subnets(NamedTuple):
+    """How the logits of a supernet's subnets are computed; hashable.
+
+    Attributes:
+        model: the Linen model.
+        table: its layers.
+        quantizer: of kernels and inputs.
+        norms: which statistics the norms use: "batch", those of the images that are scored, as
+            published; "recalibrated", those of training images; "stored", those of the supernet.
+    """
+
+    model: nn.Module
+    table: LayerTable
+    quantizer: Quantizer
+    norms: str
+
+    def select(self, variables: supernet.Variables, quantised, bits, calibration):
+        """Returns one subnet, from kernels that were quantised before."""
+        selected = supernet.select_quantised(self.table, variables, quantised, bits)
+        if self.norms == "recalibrated":
+            statistics = norm_statistics(
+                self.model, self.table, selected, calibration, quantizer=self.quantizer
+            )
+            selected = selected._replace(batch_stats=statistics)
+        return selected
+
+    def logits(self, selected: supernet.Selected, images: Array) -> Array:
+        """Returns the logits of a subnet."""
+        train = self.norms == "batch"
+        return supernet.apply(
+            self.model, self.table, selected, images, train=train, quantizer=self.quantizer
+        ).logits
+
+
+def check(metric: str, norms: str, calibration: Array | None) -> None:
+    """Raises ValueError for what no score can be made of."""
+    for name, value, known in (("metric", metric, tuple(METRICS)), ("norms", norms, NORMS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; known {name} are {known}")
+    if (norms == "recalibrated") != (calibration is not None):
+        raise ValueError(
+            f"norms is {norms!r} and calibration images are "
+            f"{'missing' if calibration is None else 'given'}; 'recalibrated' alone needs them"
+        )
+
+
+def on_drawn_images(score: BatchScore, images: Array, labels: Array, *, size: int) -> Score:
+    """Returns `score(configs, key)` as searches take it: on so many images that the key draws.
+
+    Args:
+        score: from `make_score` or `prefixes.make_fast_score`.
+        images: normalised, to draw from without replacement.
+        labels: theirs.
+        size: how many to draw.
+    """
+    if not 1 <= size <= len(images):
+        raise ValueError(f"size is {size}; there are {len(images)} images to draw from")
+
+    @functools.lru_cache(maxsize=1)  # most searches score everything with one key
+    def drawn(words: tuple[int, ...]) -> tuple[Array, Array]:
+        chosen = np.random.default_rng(words).choice(len(images), size, replace=False)
+        return images[chosen], labels[chosen]
+
+    return lambda configs, key: score(
+        configs, *drawn(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+    )
 
 
 def make_score(
@@ -24,38 +122,92 @@ def make_score(
     variables: supernet.Variables,
     *,
     metric: str = "error",
+    norms: str = "batch",
+    calibration: Float[Array, "batches batch ..."] | None = None,
     quantizer: Quantizer = lsq.QUANTIZER,
-) -> Score:
+    mesh: Mesh | None = None,
+) -> BatchScore:
     """Returns `score(configs, images, labels)`: one number per configuration, smaller is better.
 
-    The norms use the statistics of the batch, as published, and nothing is written back: scoring
-    has no side effects. The number of configurations and of images fixes the program; their
-    values never recompile it. With the images sharded over devices, so is the work.
+    Nothing is written back: scoring has no side effects. All kernels are quantised at all their
+    bits once, here. One program serves any number of configurations; only another shape of the
+    images compiles another. With the images split over devices so is the work; with images on all
+    devices of a mesh, the configurations may be split instead.
 
     Args:
         model: the Linen model.
         table: its layers.
         variables: the supernet.
-        metric: "error" (top-1, 0 to 1, as published) or "loss" (cross-entropy, less noisy on
-            few images).
+        metric: "error" (top-1, 0 to 1, as published), "loss" (cross-entropy, less noisy on
+            few images) or "kl" (divergence from the largest subnet; needs no labels).
+        norms: statistics of the norms: "batch" (of the images that are scored, as published),
+            "recalibrated" (on `calibration`, as a found configuration will be used) or "stored".
+        calibration: normalised training images for "recalibrated".
         quantizer: of kernels and inputs.
+        mesh: devices to split the configurations over; None: they are scored one after another.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric is {metric!r}; known metrics are {METRICS}")
+    check(metric, norms, calibration)
+    subnets, measure = Subnets(model, table, quantizer, norms), METRICS[metric]
+    quantised = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))(
+        table, variables.learned, quantizer=quantizer
+    )
 
-    def measure(logits: Array, labels: Int[Array, " batch"]) -> Float[Array, ""]:
-        if metric == "error":
-            return jnp.mean((jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32))
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    def map_configs(variables, quantised, calibration, configs, places, count, images, labels):
+        def logits_of(bits: BitConfig) -> Array:
+            selected = subnets.select(variables, quantised, bits, calibration)
+            return subnets.logits(selected, images)
 
-    @jax.jit
-    def score_configs(variables, configs, images, labels):
-        def score_one(bits):
-            selected = supernet.select(table, variables, bits, quantizer=quantizer)
-            out = supernet.apply(model, table, selected, images, train=True, quantizer=quantizer)
-            return measure(out.logits, labels)
+        teacher = logits_of(table.largest) if metric == "kl" else jnp.zeros(())
+
+        def score_one(place_and_bits):
+            place, bits = place_and_bits
+            return jax.lax.cond(
+                place < count,
+                lambda: measure(logits_of(bits), labels, teacher),
+                lambda: jnp.zeros(()),  # room that is left over takes no time
+            )
 
         # lax.map, not vmap: a batch of kernels would turn every convolution into a grouped one.
-        return jax.lax.map(score_one, configs)
+        return jax.lax.map(score_one, (places, configs))
 
-    return lambda configs, images, labels: score_configs(variables, configs, images, labels)
+    mapped = map_configs
+    if mesh is not None:
+        whole, split = PartitionSpec(), PartitionSpec(DATA_AXIS)
+        mapped = jax.shard_map(
+            map_configs,
+            mesh=mesh,
+            in_specs=(whole, whole, whole, split, split, whole, whole, whole),
+            out_specs=split,
+            check_vma=False,
+        )
+
+    @jax.jit
+    def score_configs(*inputs):
+        return mapped(*inputs)
+
+    devices = 1 if mesh is None else mesh.size
+    room = devices * -(-PER_CALL // devices)
+    dealt = np.arange(room).reshape(-1, devices).T.ravel()  # places, in the order of devices
+
+    def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
+        weights, acts = np.asarray(configs.weights), np.asarray(configs.acts)
+        found = np.zeros(len(weights), np.float32)
+        for first in range(0, len(weights), room):
+            count = min(room, len(weights) - first)
+            places = first + dealt % count  # room that is left over repeats the first ones
+            scores = score_configs(
+                variables,
+                quantised,
+                calibration,
+                BitConfig(jnp.asarray(weights[places]), jnp.asarray(acts[places])),
+                jnp.asarray(dealt, jnp.int32),
+                jnp.int32(count),
+                images,
+                labels,
+            )
+            in_order = np.zeros(room, np.float32)
+            in_order[dealt] = np.asarray(scores)
+            found[first : first + count] = in_order[:count]
+        return jnp.asarray(found)
+
+    return score

@@ -1,8 +1,8 @@
 """Chooses the bits of all layers at once: a 0/1 integer programme, solved exactly by HiGHS.
 
 A layer takes one pair (weight bits, activation bits); objective and costs are tables of what each
-layer adds at each pair, so any sum over layers can be minimised or bounded. Nothing is trained or
-evaluated here: `solve` lists the best solutions for a caller to measure.
+layer adds at each pair, so any sum over layers can be minimised or bounded. `solve` lists the best
+solutions without evaluating anything; `search` measures the objective, and the best solutions.
 
 References:
     Dong et al., HAWQ-V2, NeurIPS 2020, https://arxiv.org/abs/1911.03852 (the objective).
@@ -10,19 +10,20 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike as AnyArray
-from jaxtyping import Float
+from jaxtyping import Array, Key
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from mpq_jax.bits import BitConfig
 from mpq_jax.costs import allowed_pairs
 from mpq_jax.layer_table import LayerTable
-from mpq_jax.search.greedy import TOLERANCE
+from mpq_jax.search import objectives
+from mpq_jax.search import space as spaces
+from mpq_jax.search.space import Budget, Found, Limit, Score, Space, Step, Watch
 
 # HiGHS takes 1e-6 for zero, in gaps of the objective and in rows. The largest step of one layer is
 # scaled to these numbers, so that what it neglects is 1e-12 and 1e-9 of that step.
@@ -31,30 +32,13 @@ ROW_MARGIN = 1e-6  # rows are this much wider: HiGHS drops no solution, what is 
 INFEASIBLE = 2  # status of scipy.optimize.milp
 
 
-class Budget(NamedTuple):
-    """A bound on a sum over layers, kept to a relative `TOLERANCE`.
-
-    Attributes:
-        name: of the budget, such as "bitops"; unique in a call.
-        cost: float64 [layers, weight choices, activation choices] in the order of
-            `table.candidates`, as from `costs.cost_table`; infinity: not allowed.
-        limit: largest cost of a configuration.
-        at_least: smallest cost. The Double Rounding paper fixes the mean bits, that is, both.
-    """
-
-    name: str
-    cost: np.ndarray
-    limit: float
-    at_least: float = -math.inf
-
-
 class Solution(NamedTuple):
-    """A configuration within all budgets.
+    """A configuration within all limits.
 
     Attributes:
         bits: int32 [layers] for weights and for activations.
         objective: sum over layers of the objective's entries.
-        costs: name of the budget -> its cost.
+        costs: name of the limit -> its cost.
     """
 
     bits: BitConfig
@@ -62,16 +46,86 @@ class Solution(NamedTuple):
     costs: dict[str, float]
 
 
+def search(
+    score: Score,
+    table: LayerTable,
+    candidates: Sequence[int],
+    mask: np.ndarray,
+    budgets: Sequence[Budget],
+    key: Key[Array, ""],
+    *,
+    objective: np.ndarray | None = None,
+    solutions: int = 8,
+    watch: Watch = spaces.nobody,
+) -> list[Found]:
+    """Solves a programme per budget and returns the best scored of its best solutions.
+
+    Args:
+        score: see `space.Score`; all is scored with one key.
+        table: the layers.
+        candidates: bits of each choice, `table.candidates`.
+        mask: bool [layers, 2, choices], what may be chosen (normally `table.mask`).
+        budgets: what to keep within.
+        key: random key.
+        objective: float64 [layers, weight choices, activation choices] to minimise the sum of, such
+            as `objectives.hawq`; None: how much the score rises if one entry alone is lowered from
+            the largest configuration, measured here.
+        solutions: how many of the best are scored, by budget; 1: none is.
+        watch: called after every budget.
+
+    Returns:
+        One configuration per budget, in their order.
+
+    Raises:
+        ValueError: a budget cannot be met, or the inputs are malformed.
+    """
+    space = Space(table, candidates, mask)
+    check(space, budgets)
+    if objective is None:
+        rises = objectives.measured_rises(score, space, key)
+        objective = objectives.additive(space, rises)
+    found = {}
+    for budget in budgets:
+        best = solve(table, objective, budget.limits, allowed=pairs_of(space), count=solutions)
+        states = [space.state_of(one.bits) for one in best]
+        scores = np.full(1, np.nan)
+        if len(states) > 1:
+            scores = spaces.scored(score, space, states, key)
+        place = int(np.argmin(scores))
+        found[budget.name] = spaces.result(space, budget, states[place], scores[place])
+        cost = found[budget.name].costs[budget.limits[0].name]
+        watch(Step("programme", f"solution {place + 1} of {len(best)}", cost, float(scores[place])))
+    return spaces.in_order(budgets, found)
+
+
+def pairs_of(space: Space) -> np.ndarray:
+    """Returns the pairs of bits that a space allows: bool [layers, choices, choices]."""
+    return allowed_pairs(space.table) & space.mask[:, 0, :, None] & space.mask[:, 1, None, :]
+
+
+def check(space: Space, budgets: Sequence[Budget]) -> None:
+    """Raises ValueError for budgets out of reach, naming the range and what holds it there."""
+    names = [budget.name for budget in budgets]
+    if not budgets or len(set(names)) < len(names):
+        raise ValueError(f"the budgets are {names}; give one or more, each with a name of its own")
+    anything = np.zeros_like(budgets[0].limits[0].cost)
+    for budget in budgets:
+        try:
+            solve(space.table, anything, budget.limits, allowed=pairs_of(space))
+        except ValueError as error:
+            raise ValueError(f"{budget.name}: {error}") from error
+
+
 def solve(
     table: LayerTable,
     objective: np.ndarray,
-    budgets: Sequence[Budget],
+    limits: Sequence[Limit],
     *,
     allowed: np.ndarray | None = None,
     count: int = 1,
     within: float = math.inf,
 ) -> list[Solution]:
-    """Returns the configuration of the least objective within all budgets, and the next best.
+    """Returns the configuration of the least objective within all limits, and the next best.
 
     Solutions differ in some layer's bits; those of equal objective come in any order. Objectives
     are told apart down to 1e-12 of the largest difference that one layer makes.
@@ -80,45 +134,46 @@ def solve(
         table: the layers.
         objective: float64 [layers, weight choices, activation choices] to minimise the sum of;
             infinity: not allowed.
-        budgets: one or more.
-        allowed: bool of that shape, such as `tied(table)`, less what the rules forbid; None: all.
+        limits: one or more.
+        allowed: bool of that shape, besides what rules and ties of the table forbid; None: all.
         count: how many solutions are wanted; fewer are returned if there are no more.
         within: the list ends before an objective above `best + within * abs(best)`, where best is
             that of the first solution.
 
     Raises:
         ValueError: the inputs are malformed, a layer has no pair left, or no configuration is
-            within the budgets.
+            within the limits.
         RuntimeError: the solver failed.
     """
     if count < 1 or not within >= 0:
         raise ValueError(f"count is {count} and within is {within}; wanted >= 1 and >= 0")
-    _check_bounds(budgets)
-    tables = {"objective": objective} | {budget.name: budget.cost for budget in budgets}
+    _check_bounds(limits)
+    tables = {"objective": objective} | {limit.name: limit.cost for limit in limits}
     pairs = _permitted(table, tables, allowed)
     found: list[Solution] = []
-    for choice in _in_order(objective, budgets, pairs):
+    for choice in _in_order(table, objective, limits, pairs):
         value = _total(objective, choice)
         best = found[0].objective if found else value
         if within < math.inf and value > best + within * abs(best):
             break
-        costs = {budget.name: _total(budget.cost, choice) for budget in budgets}
+        costs = {limit.name: _total(limit.cost, choice) for limit in limits}
         found.append(Solution(_config(table, choice), value, costs))
         if len(found) == count:
             break
     if not found:
-        raise ValueError(_why_none(table, budgets, pairs))
+        raise ValueError(_why_none(table, limits, pairs))
     return sorted(found, key=lambda solution: solution.objective)
 
 
 def _in_order(
-    objective: np.ndarray, budgets: Sequence[Budget], pairs: np.ndarray
+    table: LayerTable, objective: np.ndarray, limits: Sequence[Limit], pairs: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """Yields every choice within the budgets, as places [layers] in a layer's flattened pairs."""
+    """Yields every choice within the limits, as places [layers] in a layer's flattened pairs."""
     layer, pair = np.nonzero(pairs.reshape(len(pairs), -1))
     one_each = layer == np.arange(len(pairs))[:, None]
     constraints = [LinearConstraint(one_each.astype(np.float64), 1, 1)]
-    constraints += [_row(budget, pairs) for budget in budgets]
+    constraints += [_row(limit, pairs) for limit in limits]
+    constraints += _ties(table, layer, pair)
     to_minimise = _scaled(objective, pairs, OBJECTIVE_SIZE)[0][pairs]
     while True:
         result = milp(
@@ -137,16 +192,32 @@ def _in_order(
         choice = values.argmax(1)
         taken = (pair == choice[layer]).astype(np.float64)
         constraints.append(LinearConstraint(taken, -np.inf, len(pairs) - 1))  # not all of it again
-        if all(_meets(budget, choice) for budget in budgets):
+        if all(_meets(limit, choice) for limit in limits):
             yield choice
 
 
-def _row(budget: Budget, pairs: np.ndarray) -> LinearConstraint:
-    row, least, unit = _scaled(budget.cost, pairs, ROW_SIZE)
+def _row(limit: Limit, pairs: np.ndarray) -> LinearConstraint:
+    row, least, unit = _scaled(limit.cost, pairs, ROW_SIZE)
     # A row sums up to 0 at least and `most` at most: clipping only tames numbers beyond.
     most = ROW_SIZE * len(pairs)
-    low, high = np.clip(np.array(_bounds(budget)) - least, -unit, (most + 1) * unit) / unit
+    low, high = np.clip(np.array(limit.bounds) - least, -unit, (most + 1) * unit) / unit
     return LinearConstraint(row[pairs], low - ROW_MARGIN, high + ROW_MARGIN)
+
+
+def _ties(table: LayerTable, layer: np.ndarray, pair: np.ndarray) -> list[LinearConstraint]:
+    """Returns rows that give tied entries of different layers the same choice."""
+    choices = np.stack(np.divmod(pair, len(table.candidates)))  # of weights, of the input
+    rows = []
+    for group in table.ties:
+        for entry in group[1:]:
+            if entry // 2 == group[0] // 2:
+                continue  # of one layer: its pairs are equal bits already
+            for choice in range(len(table.candidates)):
+                chosen, leading = (
+                    (layer == one // 2) & (choices[one % 2] == choice) for one in (entry, group[0])
+                )
+                rows.append(LinearConstraint(chosen.astype(float) - leading, 0, 0))
+    return rows
 
 
 def _scaled(cost: np.ndarray, pairs: np.ndarray, size: float) -> tuple[np.ndarray, float, float]:
@@ -157,15 +228,9 @@ def _scaled(cost: np.ndarray, pairs: np.ndarray, size: float) -> tuple[np.ndarra
     return above / unit, math.fsum(least.flat), unit
 
 
-def _bounds(budget: Budget) -> tuple[float, float]:
-    """Returns the smallest and the largest cost that count as within the budget."""
-    low, high = budget.at_least, budget.limit
-    return low - TOLERANCE * abs(low), high + TOLERANCE * abs(high)
-
-
-def _meets(budget: Budget, choice: np.ndarray) -> bool:
-    low, high = _bounds(budget)
-    return low <= _total(budget.cost, choice) <= high
+def _meets(limit: Limit, choice: np.ndarray) -> bool:
+    low, high = limit.bounds
+    return low <= _total(limit.cost, choice) <= high
 
 
 def _total(cost: np.ndarray, choice: np.ndarray) -> float:
@@ -177,11 +242,11 @@ def _config(table: LayerTable, choice: np.ndarray) -> BitConfig:
     return BitConfig(*jnp.asarray(table.candidates, jnp.int32)[np.stack(choices)])
 
 
-def _check_bounds(budgets: Sequence[Budget]) -> None:
-    names = [budget.name for budget in budgets]
-    if not budgets or len({"objective", *names}) <= len(names):
-        raise ValueError(f"the budgets are {names}; give one or more, each with a name of its own")
-    for name, _, high, low in budgets:
+def _check_bounds(limits: Sequence[Limit]) -> None:
+    names = [limit.name for limit in limits]
+    if not limits or len({"objective", *names}) <= len(names):
+        raise ValueError(f"the limits are {names}; give one or more, each with a name of its own")
+    for name, _, high, low in limits:
         if not (low <= high and low < math.inf and high > -math.inf):
             raise ValueError(f"{name} should be {low} to {high}; wanted two numbers in order")
 
@@ -225,111 +290,43 @@ def _named(table: LayerTable, which: np.ndarray) -> str:
     return ", ".join(repr(table.names[index]) for index in np.flatnonzero(which.any((1, 2))))
 
 
-def _why_none(table: LayerTable, budgets: Sequence[Budget], pairs: np.ndarray) -> str:
+def _why_none(table: LayerTable, limits: Sequence[Limit], pairs: np.ndarray) -> str:
     any_order = np.zeros(pairs.shape)
     hopeless = [
-        budget.name
-        for budget in budgets
-        if len(budgets) == 1 or next(_in_order(any_order, [budget], pairs), None) is None
+        limit.name
+        for limit in limits
+        if len(limits) == 1 or next(_in_order(table, any_order, [limit], pairs), None) is None
     ]
     verdict = "each can be met alone, but not all together"
     if hopeless:
         verdict = f"{', '.join(hopeless)} cannot be met"
-    ranges = "; ".join(_range(table, budget, pairs) for budget in budgets)
+    ranges = "; ".join(_range(table, limit, pairs) for limit in limits)
     return f"no configuration is within the budgets: {verdict}; {ranges}"
 
 
-def _range(table: LayerTable, budget: Budget, pairs: np.ndarray) -> str:
-    least = np.where(pairs, budget.cost, np.inf).min((1, 2))
-    most = np.where(pairs, budget.cost, -np.inf).max((1, 2))
+def _range(table: LayerTable, limit: Limit, pairs: np.ndarray) -> str:
+    low, high = reachable(table, limit, pairs)
+    least = np.where(pairs, limit.cost, np.inf).min((1, 2))
     held_by = ", ".join(f"{table.names[i]} ({least[i]:.4g})" for i in np.argsort(-least)[:3])
     return (
-        f"{budget.name} should be {budget.at_least:.6g} to {budget.limit:.6g} and the reachable "
-        f"range is {math.fsum(least):.6g} to {math.fsum(most):.6g}; at the low end the largest "
-        f"parts are {held_by}"
+        f"{limit.name} should be {limit.at_least:.6g} to {limit.limit:.6g} and the reachable "
+        f"range is {low:.6g} to {high:.6g}; at the low end the largest parts are {held_by}"
     )
 
 
-def tied(table: LayerTable) -> np.ndarray:
-    """Returns the pairs of equal weight and activation bits: bool [layers, choices, choices].
-
-    Methods that train equal bits have seen no others. A layer with only one candidate for its
-    weights or its activations, as float ones have, keeps all pairs that its rules allow.
-
-    Raises:
-        ValueError: a layer with a choice of both has no bits in common.
-    """
-    pairs = allowed_pairs(table)
-    equal = np.eye(len(table.candidates), dtype=bool)
-    for index, layer in enumerate(table.layers):
-        if min(len(layer.weight_candidates), len(layer.act_candidates)) > 1:
-            pairs[index] &= equal
-            if not pairs[index].any():
-                raise ValueError(
-                    f"weights and activations of {layer.name!r} have no bits in common: "
-                    f"{layer.weight_candidates} and {layer.act_candidates}; do not tie them"
-                )
-    return pairs
-
-
-def hawq_objective(
-    table: LayerTable,
-    traces: Float[AnyArray, " layers"],
-    weight_errors: Float[AnyArray, "layers choices"],
-) -> np.ndarray:
-    """Returns the average Hessian trace x the squared error of the weights, by layer and bits.
-
-    Half of its sum is the expected rise of the loss. A negative trace, which near a minimum is
-    noise of the estimate, counts as 0, so that errors are never rewarded.
+def reachable(table: LayerTable, limit: Limit, pairs: np.ndarray) -> tuple[float, float]:
+    """Returns the smallest and the largest cost of any configuration.
 
     Args:
         table: the layers.
-        traces: average trace of each layer's Hessian: trace / number of weights.
-        weight_errors: `||Q(W_l, b) - W_l||^2` at each of `table.candidates`; entries that the
-            rules forbid are not read.
-
-    Returns:
-        float64 [layers, weight choices, activation choices], the same at all activation bits; 0
-        in layers without a choice, infinity where the rules forbid.
-
-    References:
-        Dong et al., HAWQ-V2, https://arxiv.org/abs/1911.03852, Eq. 2.11.
+        limit: what counts the cost.
+        pairs: bool [layers, choices, choices], what may be chosen.
     """
-    errors = np.where(table.mask[:, 0], np.asarray(weight_errors, np.float64), 0)
-    return _objective(table, np.maximum(np.asarray(traces, np.float64), 0), errors)
-
-
-def paper_objective(
-    table: LayerTable,
-    traces: Float[AnyArray, " layers"],
-    weight_errors: Float[AnyArray, "layers choices"],
-) -> np.ndarray:
-    """Returns the average Hessian trace x weight bits, as the Double Rounding paper prints it.
-
-    Read literally, it punishes bits in sensitive layers, against the paper's text; hence it is not
-    the default, and fewer bits are always better unless there is a `Budget.at_least`. Traces (t_l /
-    n_l in the paper) are taken as they are and `weight_errors` is not read; otherwise this takes
-    and returns the same as `hawq_objective`.
-
-    References:
-        Double Rounding, https://arxiv.org/abs/2502.01565, the objective of its iterative ILP.
-    """
-    del weight_errors
-    bits = np.tile(np.array(table.candidates, np.float64), (len(table), 1))
-    return _objective(table, np.asarray(traces, np.float64), bits)
-
-
-def _objective(table: LayerTable, traces: np.ndarray, by_weights: np.ndarray) -> np.ndarray:
-    if traces.shape != (len(table),) or by_weights.shape != (len(table), len(table.candidates)):
-        raise ValueError(
-            f"traces have shape {traces.shape} and weight errors {by_weights.shape}; wanted one "
-            f"trace for each of the {len(table)} layers, and errors [layers, choices]"
-        )
-    chosen = np.where(table.searchable[:, None], traces[:, None] * by_weights, 0)
-    return np.where(allowed_pairs(table), chosen[:, :, None], np.inf)
-
-
-OBJECTIVES: dict[str, Callable[..., np.ndarray]] = {
-    "hawq": hawq_objective,
-    "paper": paper_objective,
-}
+    unbounded = limit._replace(limit=math.inf, at_least=-math.inf)
+    finite = pairs & np.isfinite(limit.cost)
+    ends = []
+    for sign in (1, -1):
+        objective = np.where(finite, sign * limit.cost, np.inf)
+        choice = next(_in_order(table, objective, [unbounded], finite))
+        ends.append(_total(limit.cost, choice))
+    return ends[0], ends[1]

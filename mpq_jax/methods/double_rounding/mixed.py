@@ -149,10 +149,11 @@ def leave_base(
     choice = jax.random.categorical(bits_key, jnp.log(probabilities), axis=-1)
     drawn = jnp.array(table.candidates, jnp.int32)[choice]
     free = table.mask.sum(axis=-1) > 1  # [layers, 2]: what has a choice; the rest keeps its bits
-    return BitConfig(
+    drawn_bits = BitConfig(
         jnp.where(leaves & free[:, 0], drawn, jnp.asarray(base.weights)),
         jnp.where(leaves & free[:, 1], drawn, jnp.asarray(base.acts)),
     )
+    return table.follow(drawn_bits)
 
 
 def _sensitivities(table: LayerTable, state: TrainState) -> dict[str, float]:

@@ -196,15 +196,17 @@ def _plan(table: LayerTable, options: Options, run: Run, state: TrainState, batc
     image_key, bits_key, dropout_key = jax.random.split(key, 3)
     draw = functools.partial(bit_configs.sample, candidates=table.candidates, mask=state.mask)
     keys = jax.random.split(bits_key, options.random_subnets)
-    configs = jax.vmap(draw)(keys)
+    configs = table.follow(jax.vmap(draw)(keys))
     two_bit = jnp.sum((configs.weights == terms.TWO_BITS).astype(jnp.float32), axis=0)
     return Plan(
         images=run.prepare(batch, image_key),
         labels=batch["label"],
         dropout_key=dropout_key,
-        max_bits=bit_configs.largest(table.candidates, state.mask),
+        max_bits=table.follow(bit_configs.largest(table.candidates, state.mask)),
         configs=configs,
-        lowest=jnp.asarray(bit_configs.smallest(table.candidates, state.mask).weights),
+        lowest=jnp.asarray(
+            table.follow(bit_configs.smallest(table.candidates, state.mask)).weights
+        ),
         qe_weight=quantisation_error_weight(state.step, options=options, steps=run.steps),
         two_bit_weights=(
             1 / jnp.maximum(two_bit, 1) if options.two_bit_count == "once" else jnp.ones(len(table))

@@ -1,0 +1,266 @@
+"""Times the search: seconds per scored configuration, a whole greedy descent, and how it scales.
+
+    python -m benchmarks.search [--parts=scores,descent,layers,configs,devices] [--rounds=5]
+
+"scores": one plain forward of the float model and of a subnet, then a set of configurations that
+differ in one layer (a greedy move) by a loop over a jitted forward, `vmap`, `lax.map`
+(`evaluate.make_score`) and shared beginnings (`prefixes.make_prefix_score`). All take turns in one
+process; printed are medians per configuration and the median of the ratios to the subnet's forward
+in the same round. "descent": the greedy search of the 4-bit level, from 5 bits, with and without
+shared beginnings on the same images. The others: time against layers, configurations and (virtual)
+devices. Weights are random: time does not depend on them, but the path of a descent does.
+"""
+
+import argparse
+import functools
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpq_jax import costs, linen, sharding, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.layer_table import bit_rules, trace_layers
+from mpq_jax.models import make_model
+from mpq_jax.quantizers import lsq
+from mpq_jax.recording import CompileCounter
+from mpq_jax.search import evaluate, greedy, prefixes, segments
+from mpq_jax.search.space import Budget, Limit, Space
+
+NETWORKS = {"resnet20": (32, 128), "resnet18": (64, 32)}  # pixels, batch
+DEPTHS = ("resnet20", "resnet32", "resnet56")
+COUNTS = (1, 8, 32, 128)
+DEVICES = (1, 2, 4, 8)
+
+
+class Case:
+    """A network with random weights, images, and what is scored."""
+
+    def __init__(self, name: str, pixels: int, batch: int):
+        self.shape = (pixels, pixels, 3)
+        self.model = make_model(name, num_classes=10)
+        self.table = trace_layers(self.model, self.shape, rules=bit_rules())
+        generator = np.random.default_rng(0)
+        self.images = jnp.asarray(generator.normal(size=(batch, *self.shape)), jnp.float32)
+        self.labels = jnp.asarray(generator.integers(0, 10, batch), jnp.int32)
+        self.float = linen.init_variables(self.model, jax.random.key(0), self.shape)
+        init = jax.jit(supernet.init, static_argnums=(0, 1))
+        self.variables = init(self.model, self.table, self.float, self.images)
+        self.space = Space(self.table, self.table.candidates, self.table.mask)
+
+    def neighbours(self) -> BitConfig:
+        """Returns what the first greedy move compares: each layer's weights up and down."""
+        genes = [gene for gene in self.space.genes if gene % 2 == 0]
+        return self.space.config(self.space.neighbours(self.space.uniform(5), genes))
+
+    def score(self) -> evaluate.BatchScore:
+        return evaluate.make_score(self.model, self.table, self.variables, metric="loss")
+
+    def prefix_score(self) -> evaluate.BatchScore:
+        cut = segments.find_segments(self.model, self.table, self.shape)
+        return prefixes.make_prefix_score(
+            self.model, self.table, self.variables, cut, metric="loss"
+        )
+
+    def loss(self, variables, bits, images):
+        selected = supernet.select(self.table, variables, bits, quantizer=lsq.QUANTIZER)
+        out = supernet.apply(self.model, self.table, selected, images, train=True)
+        return evaluate.mean_loss(out.logits, self.labels, jnp.zeros(()))
+
+
+def in_turn(works: dict, rounds: int) -> dict[str, np.ndarray]:
+    """Returns the seconds of each piece of work in every round, after one that compiles."""
+    seconds = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            jax.block_until_ready(work())
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def print_scores(name: str, rounds: int) -> None:
+    case = Case(name, *NETWORKS[name])
+    configs, images, labels = case.neighbours(), case.images, case.labels
+    count = len(configs.weights)
+    forward = jax.jit(case.loss)
+    vmapped = jax.jit(jax.vmap(case.loss, in_axes=(None, 0, None)))
+    few = jax.tree.map(lambda bits: bits[:4], configs)
+    plain = jax.jit(lambda x: linen.forward(case.model, case.float, x, train=True)[0])
+    by_map, by_prefix = case.score(), case.prefix_score()
+
+    def loop():
+        return [
+            forward(case.variables, jax.tree.map(lambda bits, i=i: bits[i], configs), images)
+            for i in range(count)
+        ]
+
+    works = {
+        "float forward": (lambda: plain(images), 1),
+        "subnet forward": (
+            lambda: forward(case.variables, case.table.uniform(5, 5), images),
+            1,
+        ),
+        "loop over jitted forward": (loop, count),
+        "vmap, of 4": (lambda: vmapped(case.variables, few, images), 4),
+        "lax.map": (lambda: by_map(configs, images, labels), count),
+        "shared beginnings": (lambda: by_prefix(configs, images, labels), count),
+    }
+    seconds = in_turn({kind: work for kind, (work, _) in works.items()}, rounds)
+    base = seconds["subnet forward"]
+    print(f"\n{name}, {case.shape[0]} px, batch {len(images)}, {count} configurations\n")
+    print("| scoring | s per configuration | of a subnet's forward |\n|---|---|---|")
+    for kind, (_, size) in works.items():
+        each = seconds[kind] / size
+        print(f"| {kind} | {np.median(each):.4f} | {np.median(each / base):.2f} |")
+
+
+def print_descents(rounds: int) -> None:
+    case = Case("resnet20", *NETWORKS["resnet20"])
+    cost = costs.cost_table(case.table, "bitops")
+    limit = Limit("bitops", cost, costs.total(case.table, cost, case.table.uniform(4, 4)))
+    batches = np.random.default_rng(1).normal(size=(64, *case.images.shape)).astype(np.float32)
+    counts: dict[str, int] = {}
+    paths: dict[str, list] = {}
+
+    def descend(kind: str, score):
+        draws = iter(batches)
+        counts[kind], paths[kind] = 0, []
+
+        @functools.lru_cache(maxsize=1)
+        def drawn(words):
+            return jnp.asarray(next(draws))
+
+        def scored(configs, key):
+            counts[kind] += len(configs.weights)
+            words = tuple(np.asarray(jax.random.key_data(key)).tolist())
+            return score(configs, drawn(words), case.labels)
+
+        return greedy.search(
+            scored,
+            case.table,
+            case.table.candidates,
+            case.table.mask,
+            [Budget("4-bit level", (limit,))],
+            jax.random.key(0),
+            watch=paths[kind].append,
+        )[0].bits
+
+    scores = {"lax.map": case.score(), "shared beginnings": case.prefix_score()}
+    works = {kind: functools.partial(descend, kind, score) for kind, score in scores.items()}
+    for work in works.values():
+        work()  # compiles
+    with CompileCounter() as counter:
+        seconds = in_turn(works, rounds)
+    slow, fast = seconds.values()
+    print("\nA greedy descent of ResNet-20 to the 4-bit level\n")
+    print("| scoring | moves | configurations | s | ratio |\n|---|---|---|---|---|")
+    for kind, values in seconds.items():
+        ratio = np.median(slow / values)
+        print(
+            f"| {kind} | {len(paths[kind])} | {counts[kind]} | {np.median(values):.1f} "
+            f"| {ratio:.2f} |"
+        )
+    same = [step.change for step in paths["lax.map"]] == [
+        step.change for step in paths["shared beginnings"]
+    ]
+    print(f"\nthe same moves: {same}; programs compiled meanwhile: {dict(counter.counts)}")
+
+
+def print_layers(rounds: int) -> None:
+    print("\n| network | layers | segments | lax.map, s | shared beginnings, s | ratio |")
+    print("|---" * 6 + "|")
+    for name in DEPTHS:
+        case = Case(name, 32, 32)
+        configs = case.neighbours()
+        scores = {"map": case.score(), "prefix": case.prefix_score()}
+        works = {
+            kind: functools.partial(score, configs, case.images, case.labels)
+            for kind, score in scores.items()
+        }
+        seconds = in_turn(works, rounds)
+        parts = len(segments.find_segments(case.model, case.table, case.shape).parts)
+        medians = {kind: float(np.median(values)) for kind, values in seconds.items()}
+        ratio = float(np.median(seconds["map"] / seconds["prefix"]))
+        print(
+            f"| {name} | {len(case.table)} | {parts} | {medians['map']:.2f} "
+            f"| {medians['prefix']:.2f} | {ratio:.2f} |"
+        )
+
+
+def print_counts(rounds: int) -> None:
+    case = Case("resnet20", 32, 32)
+    generator, score = np.random.default_rng(0), case.score()
+    works = {}
+    for count in COUNTS:
+        states = np.array([case.space.drawn(generator) for _ in range(count)])
+        works[str(count)] = functools.partial(
+            score, case.space.config(states), case.images, case.labels
+        )
+    with CompileCounter() as counter:
+        seconds = in_turn(works, rounds)
+    print("\n| random configurations | s | s per configuration |\n|---|---|---|")
+    for count, values in seconds.items():
+        print(f"| {count} | {np.median(values):.2f} | {np.median(values) / int(count):.4f} |")
+    print(f"\ncompiled: score_configs x{counter.counts['score_configs']}")
+
+
+def print_devices() -> None:
+    print("\n| devices | s for 32 configurations | largest difference of a score |\n|---|---|---|")
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={max(DEVICES)}"
+    }
+    command = [sys.executable, "-m", "benchmarks.search", "--parts=on_devices"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    print(done.stdout)
+
+
+def print_on_devices(rounds: int) -> None:
+    case = Case("resnet20", 32, 32)
+    generator = np.random.default_rng(0)
+    configs = case.space.config(np.array([case.space.drawn(generator) for _ in range(32)]))
+    works = {}
+    for count in DEVICES:
+        mesh = sharding.make_mesh(count)
+        score = evaluate.make_score(
+            case.model,
+            case.table,
+            sharding.replicate(case.variables, mesh),
+            metric="loss",
+            mesh=mesh,
+        )
+        images, labels = sharding.replicate((case.images, case.labels), mesh)
+        works[str(count)] = functools.partial(score, configs, images, labels)
+    wanted = np.asarray(works["1"]())
+    seconds = in_turn(works, rounds)
+    for count, work in works.items():
+        difference = np.abs(np.asarray(work()) - wanted).max()
+        print(f"| {count} | {np.median(seconds[count]):.2f} | {difference:.1g} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", default="scores,descent,layers,configs,devices")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    parts = {
+        "scores": lambda: [print_scores(name, arguments.rounds) for name in NETWORKS],
+        "descent": lambda: print_descents(min(3, arguments.rounds)),
+        "layers": lambda: print_layers(min(3, arguments.rounds)),
+        "configs": lambda: print_counts(min(3, arguments.rounds)),
+        "devices": print_devices,
+        "on_devices": lambda: print_on_devices(min(3, arguments.rounds)),
+    }
+    for part in arguments.parts.split(","):
+        if part not in parts:
+            parser.error(f"--parts names {part!r}; known: {', '.join(parts)}")
+        parts[part]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Compares the searches on one trained supernet, with about as many scores for each.
+
+    python -m benchmarks.strategies --data_dir=DIR --out=runs/strategies
+
+Trains a float ResNet-20 of width 8 (stem of stride 2) on Fashion-MNIST and from it an RFQuant
+supernet of 6 to 2 bits, once; then every search looks for the best bits within three budgets of
+BitOPs, scoring each configuration by its loss (the greedy descent, as published, by its error) on
+the same number of held-out images, those that draw at random with five seeds. Prints how many configurations were scored, seconds, and accuracy
+after recalibration; then the rank correlation between scores and test accuracy over random
+configurations, by metric and norms. A finished search is a line in OUT/results_SEED.jsonl.
+"""
+
+import argparse
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+
+from benchmarks.fashion import Bench, append, cell, read
+from mpq_jax import costs, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.methods import METHODS
+from mpq_jax.models import make_model
+from mpq_jax.search import evaluate, prefixes
+from mpq_jax.search.random import into_budget
+from mpq_jax.search.space import Budget, Limit, Space
+from mpq_jax.search.strategies import STRATEGIES
+
+LEVELS = {"4-bit level": 4.0, "3-bit level": 3.0, "2.5-bit level": 2.5}
+SCORES = 400  # per budget, about; the greedy descent takes what it takes
+IMAGES = 512
+VARIANTS = {
+    "greedy": ("greedy", {"patience": 0}),
+    "greedy, patience 8": ("greedy", {}),
+    "exchange": ("exchange", {"rounds": 2}),
+    "evolution": ("evolution", {"population": 50, "generations": SCORES // 50}),
+    "random": ("random", {"samples": SCORES}),
+    "ilp": ("ilp", {}),
+    "hybrid": ("hybrid", {"rounds": 4}),
+}
+SEEDS = {"evolution": 5, "random": 5, "greedy, patience 8": 1}  # the others: 3
+CORRELATED = 60  # random configurations that scores and test accuracy are compared on
+METRICS = {"greedy": "error"}  # as published; the others: loss
+
+
+def trained(bench: Bench, table, out: pathlib.Path) -> supernet.Variables:
+    """Trains the supernet, or reads it from where it was left."""
+    method = METHODS["rfquant"].make(
+        bench.model,
+        table,
+        METHODS["rfquant"].options(learning_rate=0.02, ema_decay=0.99),
+        bench.run,
+    )
+    path = out / "supernet.npz"
+    if not path.exists():
+        variables, accuracy = bench.train_float()
+        print(f"float: {accuracy:.2%}", flush=True)
+        variables, _ = bench.train(method, variables)
+        np.savez(path, *map(np.asarray, jax.tree.leaves(variables)), float=accuracy)
+    images = jnp.zeros((1, *bench.dataset.image_shape), jnp.float32)
+    shape = jax.eval_shape(lambda: method.init(bench.model.init(jax.random.key(0), images), images))
+    shape = jax.eval_shape(method.variables, shape)
+    with np.load(path) as saved:
+        leaves = [jnp.asarray(saved[f"arr_{i}"]) for i in range(len(saved.files) - 1)]
+    return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+
+
+def make_budgets(table) -> list[Budget]:
+    cost = costs.cost_table(table, "bitops")
+    uniform = {b: costs.total(table, cost, table.uniform(b, b)) for b in (4, 3, 2)}
+    amounts = {4.0: uniform[4], 3.0: uniform[3], 2.5: (uniform[3] * uniform[2]) ** 0.5}
+    return [
+        Budget(name, (Limit("bitops", cost, amounts[level]),)) for name, level in LEVELS.items()
+    ]
+
+
+def search(bench: Bench, table, variables, name: str, seed: int, accuracy) -> dict:
+    """Runs one search; returns its accuracies by budget, and what it took."""
+    strategy, options = VARIANTS[name]
+    metric = METRICS.get(strategy, "loss")
+    score = bench.on_heldout(
+        prefixes.make_fast_score(
+            bench.model, table, variables, bench.dataset.image_shape, metric=metric
+        ),
+        IMAGES,
+    )
+    scored = 0
+
+    def counted(configs, key):
+        nonlocal scored
+        scored += len(configs.weights)
+        return score(configs, key)
+
+    started = time.perf_counter()
+    found = STRATEGIES[strategy](
+        counted,
+        table,
+        table.candidates,
+        table.mask,
+        make_budgets(table),
+        jax.random.key(seed),
+        **options,
+    )
+    seconds = time.perf_counter() - started
+    return {
+        "scored": scored,
+        "seconds": seconds,
+        "test": {one.budget: accuracy(variables, one.bits, "test") for one in found},
+        "heldout": {one.budget: accuracy(variables, one.bits, "heldout") for one in found},
+        "score": {one.budget: one.score for one in found},
+        "bits": {one.budget: [np.asarray(b).tolist() for b in one.bits] for one in found},
+    }
+
+
+def correlations(bench: Bench, table, variables, accuracy) -> dict[str, float]:
+    """Returns Spearman's rank correlation of scores and test accuracy, by metric and norms."""
+    space, generator = Space(table, table.candidates, table.mask), np.random.default_rng(0)
+    states = [
+        into_budget(space, budget, space.drawn(generator), generator, window=0.05)
+        for budget in make_budgets(table)[:1]
+        for _ in range(CORRELATED)
+    ]
+    configs = space.config(np.array(states))
+    each = [BitConfig(*(bits[i] for bits in configs)) for i in range(CORRELATED)]
+    tested = [accuracy(variables, bits, "test") for bits in each]
+    calibration = bench.recalibration_images(8)
+    found = {}
+    for norms in ("batch", "recalibrated"):
+        for metric in evaluate.METRICS:
+            score = evaluate.make_score(
+                bench.model,
+                table,
+                variables,
+                metric=metric,
+                norms=norms,
+                calibration=calibration if norms == "recalibrated" else None,
+            )
+            values = bench.on_heldout(score, IMAGES)(configs, jax.random.key(0))
+            ranks = [scipy.stats.rankdata(one) for one in (np.asarray(values), tested)]
+            found[f"{metric}, {norms}"] = -float(np.corrcoef(*ranks)[0, 1])
+    return found
+
+
+def print_searches(rows: list[dict]) -> None:
+    print("| search | seeds | scored | s | " + " | ".join(LEVELS) + " |")
+    print("|---" * (4 + len(LEVELS)) + "|")
+    for name in (*VARIANTS, "uniform"):
+        chosen = [row for row in rows if row["variant"] == name]
+        if not chosen:
+            continue
+        cells = [
+            cell([row["test"][level] for row in chosen]) if level in chosen[0]["test"] else "-"
+            for level in LEVELS
+        ]
+        scored = np.mean([row.get("scored", 0) for row in chosen])
+        seconds = np.mean([row.get("seconds", 0) for row in chosen])
+        print(f"| {name} | {len(chosen)} | {scored:.0f} | {seconds:.0f} | {' | '.join(cells)} |")
+    for row in rows:
+        if row["variant"] == "correlation":
+            print("\n| score | rank correlation with test error |\n|---|---|")
+            for kind, value in row["spearman"].items():
+                print(f"| {kind} | {value:.2f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data_dir", default="", help="where TFDS's fashion_mnist is prepared")
+    parser.add_argument("--out", default="runs/strategies", help="folder of the results")
+    parser.add_argument("--epochs", type=int, default=8)
+    arguments = parser.parse_args()
+    out = pathlib.Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(arguments.data_dir, 0, arguments.epochs)
+    bench.model = make_model("resnet20", num_classes=10, width=8, stem_stride=2)
+    table = bench.table((6, 5, 4, 3, 2))
+    variables = trained(bench, table, out)
+    method = METHODS["rfquant"].make(bench.model, table, METHODS["rfquant"].options(), bench.run)
+    accuracy = bench.recalibrated(method, 24)
+    done = {(row["variant"], row["seed"]) for row in read(out)}
+    for name in VARIANTS:
+        for seed in range(SEEDS.get(name, 3)):
+            if (name, seed) not in done:
+                row = search(bench, table, variables, name, seed, accuracy)
+                append(out, {"seed": seed, "variant": name} | row)
+    if ("uniform", 0) not in done:
+        levels = {"4-bit level": 4, "3-bit level": 3}
+        test = {
+            name: accuracy(variables, table.uniform(b, b), "test") for name, b in levels.items()
+        }
+        append(out, {"seed": 0, "variant": "uniform", "test": test})
+    if ("correlation", 0) not in done:
+        found = correlations(bench, table, variables, accuracy)
+        append(out, {"seed": 0, "variant": "correlation", "spearman": found})
+    print_searches(read(out))
+
+
+if __name__ == "__main__":
+    main()

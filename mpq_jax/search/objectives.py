@@ -1,0 +1,115 @@
+"""What an integer programme minimises: tables of what each layer loses at each of its bits."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Array, Float, Key
+from jaxtyping import ArrayLike as AnyArray
+
+from mpq_jax.costs import allowed_pairs
+from mpq_jax.layer_table import LayerTable
+from mpq_jax.search import space as spaces
+from mpq_jax.search.space import Score, Space
+
+
+def measured_rises(score: Score, space: Space, key: Key[Array, ""]) -> np.ndarray:
+    """Measures how the score changes if one entry alone leaves the largest configuration.
+
+    Args:
+        score: see `space.Score`.
+        space: what may be chosen.
+        key: random key of the images.
+
+    Returns:
+        float64 [layers, 2 (weights, input), choices]: 0 at an entry's most bits, NaN where bits
+        are not allowed or a score is not finite; of tied entries all hold what their group costs.
+    """
+    largest = space.largest()
+    moves = [(gene, choice) for gene in space.genes for choice in space.choices(gene)]
+    states = [space.moved(largest, gene, choice) for gene, choice in moves]
+    scores = spaces.scored(score, space, [largest, *states], key)
+    rises = np.full(space.mask.shape, np.nan)
+    rises[space.mask & (space.mask.sum(-1, keepdims=True) == 1)] = 0.0
+    for (gene, choice), value in zip(moves, scores[1:] - scores[0], strict=True):
+        rises[space.followers(gene), choice] = value if np.isfinite(value) else np.nan
+    return rises
+
+
+def additive(space: Space, rises: np.ndarray) -> np.ndarray:
+    """Returns the sum of what a layer's weights and input add, each by itself.
+
+    Args:
+        space: what may be chosen.
+        rises: float64 [layers, 2, choices], from `measured_rises`.
+
+    Returns:
+        float64 [layers, weight choices, activation choices]; a group of ties counts once, at the
+        entry that leads it. Infinity where bits are not allowed or nothing was measured.
+    """
+    leads = space.leaders.ravel() == np.arange(space.leaders.size)
+    own = np.where(leads.reshape(space.leaders.shape)[..., None] | np.isnan(rises), rises, 0.0)
+    total = own[:, 0, :, None] + own[:, 1, None, :]
+    return np.where(allowed_pairs(space.table) & np.isfinite(total), total, np.inf)
+
+
+def hawq(
+    table: LayerTable,
+    traces: Float[AnyArray, " layers"],
+    weight_errors: Float[AnyArray, "layers choices"],
+) -> np.ndarray:
+    """Returns the average Hessian trace x the squared error of the weights, by layer and bits.
+
+    Half of its sum is the expected rise of the loss. A negative trace, which near a minimum is
+    noise of the estimate, counts as 0, so that errors are never rewarded.
+
+    Args:
+        table: the layers.
+        traces: average trace of each layer's Hessian: trace / number of weights.
+        weight_errors: `||Q(W_l, b) - W_l||^2` at each of `table.candidates`; entries that the
+            rules forbid are not read.
+
+    Returns:
+        float64 [layers, weight choices, activation choices], the same at all activation bits; 0
+        in layers without a choice, infinity where the rules forbid.
+
+    References:
+        Dong et al., HAWQ-V2, https://arxiv.org/abs/1911.03852, Eq. 2.11.
+    """
+    errors = np.where(table.mask[:, 0], np.asarray(weight_errors, np.float64), 0)
+    return _objective(table, np.maximum(np.asarray(traces, np.float64), 0), errors)
+
+
+def paper(
+    table: LayerTable,
+    traces: Float[AnyArray, " layers"],
+    weight_errors: Float[AnyArray, "layers choices"],
+) -> np.ndarray:
+    """Returns the average Hessian trace x weight bits, as the Double Rounding paper prints it.
+
+    Read literally, it punishes bits in sensitive layers, against the paper's text; hence it is not
+    the default, and fewer bits are always better unless there is a `Limit.at_least`. Traces (t_l /
+    n_l in the paper) are taken as they are and `weight_errors` is not read; otherwise this takes
+    and returns the same as `hawq`.
+
+    References:
+        Double Rounding, https://arxiv.org/abs/2502.01565, the objective of its iterative ILP.
+    """
+    del weight_errors
+    bits = np.tile(np.array(table.candidates, np.float64), (len(table), 1))
+    return _objective(table, np.asarray(traces, np.float64), bits)
+
+
+def _objective(table: LayerTable, traces: np.ndarray, by_weights: np.ndarray) -> np.ndarray:
+    if traces.shape != (len(table),) or by_weights.shape != (len(table), len(table.candidates)):
+        raise ValueError(
+            f"traces have shape {traces.shape} and weight errors {by_weights.shape}; wanted one "
+            f"trace for each of the {len(table)} layers, and errors [layers, choices]"
+        )
+    chosen = np.where(table.searchable[:, None], traces[:, None] * by_weights, 0)
+    return np.where(allowed_pairs(table), chosen[:, :, None], np.inf)
+
+
+OBJECTIVES: dict[str, Callable[..., np.ndarray]] = {
+    "hawq": hawq,
+    "paper": paper,
+}

@@ -1,0 +1,264 @@
+"""No times are looked at: what is timed is, and how times are put together."""
+
+import itertools
+import json
+import re
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpq_jax import costs, latency
+from mpq_jax.layer_table import bit_rules, trace_layers
+from mpq_jax.models import make_model
+
+
+class Net(nn.Module):
+    """Layers of all sorts, one of them called twice."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), strides=2, padding=1, name="strided")(x)
+        x = nn.Conv(8, (3, 2), feature_group_count=2, padding="VALID", name="grouped")(x)
+        twice = nn.Conv(8, (3, 3), kernel_dilation=2, use_bias=False, name="twice")
+        x = twice(nn.relu(twice(x)))
+        x = nn.Conv(8, 3, padding="CIRCULAR", name="line")(x.reshape(len(x), -1, 8))
+        x = nn.Dense(5, name="positions")(inputs=x)
+        return nn.Dense(3, name="head")(x.mean(1))
+
+
+SHAPE = (9, 8, 3)
+GENERATOR = np.random.default_rng(0)
+
+
+def test_calls_of_all_layers_are_found():
+    found = latency.layer_calls(Net(), SHAPE, batch=2)
+    assert list(found) == list(trace_layers(Net(), SHAPE).names)
+    shapes = {name: [call.input_shape for call in calls] for name, calls in found.items()}
+    assert shapes == {
+        "strided": [(2, 9, 8, 3)],
+        "grouped": [(2, 5, 4, 4)],
+        "twice": [(2, 3, 3, 8)] * 2,
+        "line": [(2, 9, 8)],
+        "positions": [(2, 9, 8)],
+        "head": [(2, 5)],
+    }
+    for layer in trace_layers(Net(), SHAPE).layers:
+        assert {call.kernel_shape for call in found[layer.name]} == {layer.kernel_shape}
+
+
+def convolved(x, kernel, *, stride=1, padding=((0, 0), (0, 0)), dilation=1, groups=1):
+    """A convolution by its definition, in 64-bit integers."""
+    x = np.pad(np.asarray(x, np.int64), ((0, 0), *padding, (0, 0)))
+    kernel = np.asarray(kernel, np.int64)
+    height, width, channels, features = kernel.shape
+    rows = (x.shape[1] - dilation * (height - 1) - 1) // stride + 1
+    columns = (x.shape[2] - dilation * (width - 1) - 1) // stride + 1
+    out = np.zeros((len(x), rows, columns, features), np.int64)
+    for row, column, feature in itertools.product(range(rows), range(columns), range(features)):
+        group = feature // (features // groups)
+        for i, j, channel in itertools.product(range(height), range(width), range(channels)):
+            y, z = row * stride + i * dilation, column * stride + j * dilation
+            value = x[:, y, z, group * channels + channel]
+            out[:, row, column, feature] += value * kernel[i, j, channel, feature]
+    return out
+
+
+def circular(x, kernel):
+    x, kernel = np.asarray(x, np.int64), np.asarray(kernel, np.int64)
+    around = np.stack([np.roll(x, shift, axis=1) for shift in (1, 0, -1)], axis=2)
+    return np.einsum("nlkc,kcf->nlf", around, kernel)
+
+
+REFERENCES = {
+    "strided": lambda x, w: convolved(x, w, stride=2, padding=((1, 1), (1, 1))),
+    "grouped": lambda x, w: convolved(x, w, groups=2),
+    "twice": lambda x, w: convolved(x, w, dilation=2, padding=((2, 2), (2, 2))),
+    "line": circular,
+    "positions": lambda x, w: np.asarray(x, np.int64) @ np.asarray(w, np.int64),
+    "head": lambda x, w: np.asarray(x, np.int64) @ np.asarray(w, np.int64),
+}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "float32"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_what_is_timed_is_the_layer_on_codes(name, dtype):
+    call = latency.layer_calls(Net(), SHAPE, batch=2)[name][0]
+    kernel = latency.draw_codes(GENERATOR, call.kernel_shape, 8, dtype)
+    x = latency.draw_codes(GENERATOR, call.input_shape, 8, dtype)
+    found = latency.multiply(call, kernel, x)
+    assert found.dtype == (jnp.float32 if dtype == "float32" else jnp.int32)
+    wanted = REFERENCES[name](x, kernel)
+    assert np.abs(wanted).max() > 2**8  # more than int8 can hold
+    np.testing.assert_array_equal(found, wanted)  # sums of float32 are below 2^24
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8, 16])
+def test_all_codes_of_the_bits_are_drawn(bits):
+    dtype = "int8" if bits <= 8 else "int16"
+    codes = np.asarray(latency.draw_codes(GENERATOR, (200, 200), bits, dtype))
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    assert codes.dtype == dtype and codes.min() >= low and codes.max() <= high
+    if bits <= 8:
+        assert len(np.unique(codes)) == 2**bits
+
+
+# Types that the compiler multiplies.
+
+
+def refusing(monkeypatch, *refused):
+    """Lets a compiler refuse some types, and returns what it was asked for."""
+    asked, multiply = [], latency.multiply
+
+    def refuse(call, kernel, x):
+        assert kernel.dtype == x.dtype
+        asked.append(x.dtype.name)
+        if x.dtype.name in refused:
+            raise NotImplementedError(x.dtype.name)
+        return multiply(call, kernel, x)
+
+    monkeypatch.setattr(latency, "multiply", refuse)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("pair", "refused", "wanted"),
+    [
+        ((4, 4), ("int4",), ["int4", "int8"]),
+        ((4, 4), ("int4", "int8", "int16"), ["int4", "int8", "int16", "float32"]),
+        ((5, 2), (), ["int8"]),
+        ((2, 8), (), ["int8"]),
+        ((9, 4), (), ["int16"]),
+        ((16, 16), ("int16",), ["int16", "float32"]),
+    ],
+)
+def test_the_narrowest_type_that_can_be_multiplied_is_timed(monkeypatch, pair, refused, wanted):
+    asked = refusing(monkeypatch, *refused)
+    calls = latency.layer_calls(Net(), SHAPE)["head"]
+    found = latency.measure_layer(calls, [pair], rounds=1)
+    assert asked == wanted
+    assert found[pair].operands == wanted[-1]
+
+
+def test_what_cannot_be_multiplied_at_all_is_an_error(monkeypatch):
+    refusing(monkeypatch, "int8", "int16", "float32")
+    calls = latency.layer_calls(Net(), SHAPE)["head"]
+    with pytest.raises(NotImplementedError, match="float32"):
+        latency.measure_layer(calls, [(8, 8)], rounds=1)
+
+
+def test_times_are_medians_of_turns(monkeypatch):
+    """Pairs take turns, and a disturbed round changes nothing."""
+    given = iter([1e-3, *np.array([[5, 8], [6, 9], [100, 100], [4, 8], [5, 7]]).ravel() * 1e-3])
+    seen = []
+
+    def sample(layer, operands, times):
+        seen.append((np.unique(operands[0][0]).min(), times))
+        return next(given)
+
+    monkeypatch.setattr(latency, "_sample", sample)
+    calls = latency.layer_calls(Net(), SHAPE)["positions"]
+    found = latency.measure_layer(calls, [(8, 8), (2, 2)], rounds=5)
+    assert (found[8, 8].seconds, found[2, 2].seconds) == (5e-3, 8e-3)
+    assert found[8, 8].spread == pytest.approx(1 / 5)  # quartiles 5 and 6
+    assert found[2, 2].spread == pytest.approx(1 / 8)  # 8 and 9
+    assert next(given, None) is None
+    lowest = [int(low) for low, _ in seen]
+    assert lowest[1::2] == [lowest[0]] * 5 and set(lowest[2::2]) == {-2}
+    assert {times for _, times in seen[1:]} == {2}  # 2 ms take two calls of 1 ms
+
+
+# The command.
+
+ARGUMENTS = {
+    "model": "resnet8",
+    "options": '{"width": 2}',
+    "num_classes": "3",
+    "input": "8,8,1",
+    "bits": "8,4,2",
+    "rounds": "1",
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(latency, "SAMPLE_SECONDS", 0.0)
+
+
+def command(out, *flags, **changes):
+    options = ARGUMENTS | changes | {"out": str(out)}
+    latency.main([*(f"--{name}={value}" for name, value in options.items()), *flags])
+
+
+@pytest.mark.parametrize("flags", [[], ["--pairs"]])
+def test_the_file_is_what_a_search_reads(tmp_path, capsys, quick, flags):
+    out = tmp_path / "latency.json"
+    command(out, *flags)
+    model = make_model("resnet8", num_classes=3, width=2)
+    table = trace_layers(model, (8, 8, 1), rules=bit_rules((8, 4, 2)))
+    seconds = costs.latency_table(table, out.read_text())
+    allowed = costs.allowed_pairs(table)
+    uniform = np.eye(3, dtype=bool) & allowed
+    np.testing.assert_array_equal(np.isfinite(seconds), allowed if flags else uniform)
+    assert seconds[np.isfinite(seconds)].min() > 0
+    total = costs.total(table, seconds, table.uniform(4, 4))
+    content = json.loads(out.read_text())
+    assert list(content["layers"]) == list(table.names)
+    wanted = [f"w{w}a{a}" for w in (8, 4, 2) for a in (8, 4, 2) if flags or w == a]
+    assert all(list(layer) == wanted for layer in content["layers"].values())
+    by_hand = sum(
+        layer["w8a8" if name in ("stem_conv", "head") else "w4a4"]
+        for name, layer in content["layers"].items()
+    )
+    assert total == pytest.approx(by_hand)
+    measured_on = content["measured_on"]
+    assert measured_on["backend"] == "cpu" and measured_on["input"] == "8,8,1"
+    assert measured_on["operands"]["w8a8"] == ["int8"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in table.names)
+    assert "of the median at worst" in printed and f"{len(table)} layers as int8" in printed
+    assert "float32 is timed" not in printed
+
+
+def test_a_backend_without_integers_is_said(tmp_path, capsys, quick, monkeypatch):
+    refusing(monkeypatch, "int4", "int8", "int16")
+    command(tmp_path / "latency.json", bits="4")
+    assert "cannot multiply some of these integers: float32 is timed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"model": "resnet9"}, "'resnet9'; known models are .*resnet8"),
+        ({"options": "{width: 2}"}, "wanted arguments of resnet8 as JSON"),
+        ({"options": "[2]"}, "wanted arguments of resnet8 as JSON"),
+        ({"options": '{"depth": 2}'}, "wanted arguments of resnet8 as JSON.*depth"),
+        ({"options": '{"width": "two"}'}, "wanted arguments of resnet8 as JSON"),
+        ({"num_classes": "0"}, "--num_classes is 0; wanted at least 1"),
+        ({"batch": "0"}, "--batch is 0; wanted at least 1"),
+        ({"rounds": "0"}, "--rounds is 0; wanted at least 1"),
+        ({"input": "8,8"}, "--input is 8,8; wanted height,width,channels"),
+        ({"input": "8,0,1"}, "--input is 8,0,1; wanted"),
+        ({"input": "8x8x1"}, "--input is '8x8x1'; wanted integers"),
+        ({"bits": "8,1"}, "--bits is 8,1; wanted different ones from 2 to 16"),
+        ({"bits": "8,17"}, "--bits is 8,17; wanted"),
+        ({"bits": "4,4"}, "--bits is 4,4; wanted different ones"),
+        ({"bits": ""}, "--bits is ''; wanted integers"),
+        ({"model": "vgg19_bn", "options": "{}"}, "the images are 8x8 pixels"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_measured(tmp_path, monkeypatch, wrong, message):
+    monkeypatch.setattr(latency, "measure_layer", None)
+    with pytest.raises(SystemExit) as error:
+        command(tmp_path / "latency.json", **wrong)
+    assert str(error.value).startswith("error: ")
+    assert re.search(message, str(error.value))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_must_have_a_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "measure_layer", None)
+    for out in (tmp_path, tmp_path / "missing" / "latency.json"):
+        with pytest.raises(SystemExit, match="wanted a file in a directory that exists"):
+            command(out)
