@@ -5,9 +5,10 @@
 Trains a float ResNet-20 of width 8 (stem of stride 2) on Fashion-MNIST and from it an RFQuant
 supernet of 6 to 2 bits, once; then every search looks for the best bits within three budgets of
 BitOPs, scoring each configuration by its loss (the greedy descent, as published, by its error) on
-the same number of held-out images, those that draw at random with five seeds. Prints how many configurations were scored, seconds, and accuracy
-after recalibration; then the rank correlation between scores and test accuracy over random
-configurations, by metric and norms. A finished search is a line in OUT/results_SEED.jsonl.
+the same number of held-out images, those that draw at random with five seeds. Prints how many
+configurations were scored, seconds, and accuracy after recalibration; then the rank correlation
+between scores and test accuracy over random configurations, by metric and norms. A finished search
+is a line in OUT/results_SEED.jsonl.
 """
 
 import argparse

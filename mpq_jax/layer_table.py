@@ -288,11 +288,13 @@ class LayerTable:
         for wanted, kind in ((weights, "weights"), (acts, "acts")):
             if self.bank_bits and wanted not in self.bank_bits:
                 raise ValueError(f"{kind} is {wanted}; the candidates are {self.bank_bits}")
+        allowed = [
+            [tuple(np.array(self.candidates)[row].tolist()) for row in column]
+            for column in self.mask.transpose(1, 0, 2)
+        ]
         chosen = BitConfig(
-            jnp.array(
-                [_nearest(layer.weight_candidates, weights) for layer in self.layers], jnp.int32
-            ),
-            jnp.array([_nearest(layer.act_candidates, acts) for layer in self.layers], jnp.int32),
+            jnp.array([_nearest(row, weights) for row in allowed[0]], jnp.int32),
+            jnp.array([_nearest(row, acts) for row in allowed[1]], jnp.int32),
         )
         return self.follow(chosen)
 
@@ -394,7 +396,7 @@ def _record_calls(
         name = linen.path_name(module)
         if isinstance(module, nn.Conv | nn.Dense):
             x = linen.input_of(args, kwargs)
-            call = _describe(module, name, x.shape, out.shape)
+            call = _describe(module, name, x.shape, out.shape, batch=shape[0])
             earlier = calls.get(name)
             together = earlier.reads_with if earlier else read_by.setdefault(id(x), len(calls))
             if earlier:
@@ -424,14 +426,19 @@ def _record_calls(
 
 
 def _describe(
-    module: nn.Conv | nn.Dense, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+    module: nn.Conv | nn.Dense,
+    name: str,
+    in_shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    *,
+    batch: int,
 ) -> _Call:
     kernel_shape = tuple(module.variables["params"]["kernel"].shape)
-    positions = math.prod(out_shape[1:-1])
+    positions = math.prod(out_shape[:-1]) // batch
     kind = "dense" if isinstance(module, nn.Dense) else "conv"
     if isinstance(module, nn.Conv) and module.feature_group_count > 1 and kernel_shape[-2] == 1:
         kind = "depthwise"
-    macs, inputs = positions * math.prod(kernel_shape), math.prod(in_shape[1:])
+    macs, inputs = positions * math.prod(kernel_shape), math.prod(in_shape) // batch
     return _Call(name, kind, kernel_shape, macs, reads_with=-1, inputs=inputs)
 
 

@@ -144,13 +144,13 @@ def test_bytes_of_activations_by_hand(small, resnet18):
     # conv1 and downsample of a stage read the same array, and both count.
     layers = {layer.name: layer.inputs for layer in resnet18.layers}
     assert resnet18.layers[0].inputs == 224 * 224 * 3
-    reads = [n for n, one in zip(layers, resnet18.layers, strict=True) if one.reads_with is not None]
+    reads = [
+        n for n, one in zip(layers, resnet18.layers, strict=True) if one.reads_with is not None
+    ]
     assert any(layers[name] == 56 * 56 * 64 for name in reads)
     assert list(layers.values())[-1] == 512
     total = sum(layers.values()) - 224 * 224 * 3 - 512
-    assert float(act_bytes(resnet18, resnet18.uniform(2, 4))) == (
-        total / 2 + 224 * 224 * 3 + 512
-    )
+    assert float(act_bytes(resnet18, resnet18.uniform(2, 4))) == (total / 2 + 224 * 224 * 3 + 512)
 
 
 @pytest.mark.parametrize("kind", COSTS)
@@ -220,7 +220,8 @@ def test_without_any_choice_there_is_no_mean():
 
 def test_unknown_budget_is_refused_with_the_choices(small):
     with pytest.raises(
-        ValueError, match=r"'flops'; known kinds are \['act_bytes', 'bitops', 'bytes', 'mean_bits'\]"
+        ValueError,
+        match=r"'flops'; known kinds are \['act_bytes', 'bitops', 'bytes', 'mean_bits'\]",
     ):
         cost_table(small, "flops")
 

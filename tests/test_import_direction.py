@@ -28,6 +28,7 @@ ORDER = {
     "mpq_jax.models": 2,
     "mpq_jax.evaluation": 2,
     "mpq_jax.sensitivity": 3,
+    "mpq_jax.latency": 3,
     "mpq_jax.recalibration": 3,
     "mpq_jax.methods": 4,
     "mpq_jax.search": 5,

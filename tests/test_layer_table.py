@@ -733,8 +733,12 @@ def test_uniform_and_largest_bits_honour_ties(weights, acts):
     free = dataclasses.replace(table, ties=()).uniform(weights, acts)
     followed = [{8: 4, 6: 4}.get(weights, weights)] * 2
     np.testing.assert_array_equal(found.weights[jnp.array([1, 4])], followed)
-    np.testing.assert_array_equal(found.weights[jnp.array([0, 2, 3, 5])], free.weights[jnp.array([0, 2, 3, 5])])
-    np.testing.assert_array_equal(found.acts[jnp.array([0, 1, 3, 5])], free.acts[jnp.array([0, 1, 3, 5])])
+    np.testing.assert_array_equal(
+        found.weights[jnp.array([0, 2, 3, 5])], free.weights[jnp.array([0, 2, 3, 5])]
+    )
+    np.testing.assert_array_equal(
+        found.acts[jnp.array([0, 1, 3, 5])], free.acts[jnp.array([0, 1, 3, 5])]
+    )
     np.testing.assert_array_equal(table.follow(found).acts, found.acts)
 
 

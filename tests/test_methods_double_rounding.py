@@ -927,3 +927,30 @@ def test_the_first_epoch_logs_what_the_roulette_was_made_from(mixed_start):
         assert events[f"trace/{name}"] == float(state.traces[index])
         assert events[f"trace_error/{name}"] == float(state.trace_errors[index])
         np.testing.assert_allclose(events[f"roulette_bits/{name}"], bits[index], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+def test_layers_leave_the_base_together_where_they_are_tied(sigma):
+    entry = {name: 2 * index for index, name in enumerate(DEEP.names)}
+    ties = (
+        (entry["conv0"], entry["conv0"] + 1, entry["depthwise1"] + 1),
+        (entry["conv1"], entry["conv3"]),
+    )
+    table = dataclasses.replace(DEEP, ties=ties)
+    probabilities = mixed.common_choices(table) / mixed.common_choices(table).sum(1, keepdims=True)
+
+    def draw(key):
+        base = table.uniform(8, 8)
+        shares = jnp.asarray(probabilities, jnp.float32)
+        return mixed.leave_base(key, table, base, shares, jnp.float32(sigma))
+
+    drawn = np.stack(jax.vmap(draw)(jax.random.split(KEY, 500)), axis=-1)
+    place = (drawn[..., None] == np.array(table.candidates)).argmax(-1)
+    assert table.mask[np.arange(len(table))[:, None], np.arange(2), place].all()
+    for group in ties:
+        flat = drawn.reshape(500, -1)[:, list(group)]
+        assert (flat == flat[:, :1]).all()
+        share = np.mean(flat[:, 0] != 8)
+        allowed = table.mask.reshape(-1, len(table.candidates))[group[0]].sum()
+        wanted = sigma * (1 - 1 / allowed)
+        assert abs(share - wanted) < 4.5 * np.sqrt(wanted * (1 - wanted) / 500)

@@ -925,3 +925,40 @@ def test_evaluation_names_uniform_bits_and_predict_needs_them(history, batch):
     logits = [predict(average, bits, batch["image"]) for bits in made.eval_bits.values()]
     assert not np.array_equal(logits[0], logits[2])
     jax.tree.map(np.testing.assert_array_equal, average, before)
+
+
+# Ties: crosswise between layers, and of a layer's weights and input.
+
+
+def tied_deep():
+    entry = {name: 2 * index for index, name in enumerate(DEEP.names)}
+    ties = (
+        (entry["conv0"], entry["conv1"], entry["depthwise2"] + 1),
+        (entry["conv2"], entry["conv2"] + 1),
+    )
+    return dataclasses.replace(DEEP, ties=ties)
+
+
+@pytest.mark.parametrize("layer", ["conv0", "conv1", "depthwise2", "conv2"])
+@pytest.mark.parametrize("freeze_acts", [False, True])
+def test_what_is_drawn_honours_ties_and_what_is_frozen(layer, freeze_acts):
+    """A bit that one of a group may not take, none of it takes."""
+    table, options = tied_deep(), Options(random_subnets=200, freeze_acts=freeze_acts)
+    names = [table.names[i] for i in freezing.freezable(table)]
+    scores = jnp.asarray([float(name == layer) for name in names], jnp.float32)
+    mask = freezing.freeze(table, scores, jnp.int32(1), options=options)
+    zeros = jnp.zeros(len(table))
+    state = method.TrainState(jnp.int32(0), zeros, None, zeros, mask)
+    batch = {"image": jnp.zeros((1, 8, 8, 1)), "label": jnp.zeros(1, jnp.int32)}
+    plan = method._plan(table, options, RUN, state, batch, KEY)
+    drawn = np.stack(plan.configs, axis=-1)
+    place = (drawn[..., None] == np.array(table.candidates)).argmax(-1)
+    assert np.asarray(mask)[np.arange(len(table))[:, None], np.arange(2), place].all()
+    for group in table.ties:
+        flat = drawn.reshape(200, -1)[:, list(group)]
+        assert (flat == flat[:, :1]).all()
+        assert len(np.unique(flat)) == mask.reshape(-1, 6)[group[0]].sum() > 1
+    table.check(plan.max_bits)
+    np.testing.assert_array_equal(plan.lowest, drawn[..., 0].min(0))
+    frozen = np.argwhere(table.mask & ~np.asarray(mask))
+    assert len(frozen) and {table.names[i] for i, *_ in frozen} >= {layer}

@@ -229,7 +229,7 @@ class HalfPrecision(nn.Module):
         return nn.Dense(3, name="head")(x).astype(jnp.bfloat16)
 
 
-@pytest.mark.parametrize("metric", evaluate.METRICS)
+@pytest.mark.parametrize("metric", ["loss", "kl"])
 def test_logits_may_have_less_precision(metric):
     model = HalfPrecision()
     table = trace_layers(model, SHAPE, rules=bit_rules((4, 3, 2)))

@@ -1,6 +1,18 @@
 import numpy as np
 import pytest
-from searching import FREE, KEY, Recorder, all_bits, billed, bits_of, budget, layer, limit, never, rugged
+from searching import (
+    FREE,
+    KEY,
+    Recorder,
+    all_bits,
+    billed,
+    bits_of,
+    budget,
+    layer,
+    limit,
+    never,
+    rugged,
+)
 
 from mpq_jax.layer_table import LayerTable
 from mpq_jax.search import evolution
@@ -14,9 +26,7 @@ WIDE = budget("all", limit(LARGE, MOST))
 
 def search(score, budgets=(WIDE,), table=LARGE, **options):
     options = OPTIONS | options
-    return evolution.search(
-        score, table, table.candidates, table.mask, budgets, KEY, **options
-    )
+    return evolution.search(score, table, table.candidates, table.mask, budgets, KEY, **options)
 
 
 def test_generations_of_the_population_are_scored_and_the_best_one_returned():

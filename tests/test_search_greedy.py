@@ -131,7 +131,7 @@ def as_config(state):
     return BitConfig(*state.T)
 
 
-@pytest.mark.parametrize("patience", [0, 1, 8])
+@pytest.mark.parametrize("patience", [0, 8])
 @pytest.mark.parametrize("kind", ["bitops", "bytes"])
 @pytest.mark.parametrize("name", SCORES)
 def test_every_budget_is_met_whatever_the_scores(name, kind, patience):
@@ -142,7 +142,7 @@ def test_every_budget_is_met_whatever_the_scores(name, kind, patience):
         TABLE.check(found.bits)
         assert found.costs == {kind: cost_of(found.bits, kind)}
         assert found.costs[kind] <= amount * (1 + 1e-6)
-    by_amount = [found.costs[kind] for found, _ in sorted(zip(results, amounts), key=lambda x: x[1])]
+    by_amount = [results[place].costs[kind] for place in np.argsort(amounts)]
     assert by_amount == sorted(by_amount)
     states = replay(path, TABLE.uniform(5, 5))
     for step, (before, after) in zip(path, itertools.pairwise(states), strict=True):
@@ -240,7 +240,9 @@ def test_tied_entries_move_together_and_with_the_weights_if_some_are():
     """The cost of the weights is that of what moves with them, at the start's other inputs."""
 
     def cost(state):
-        return float(sum(w * a * one.macs for (w, a), one in zip(state, PARTLY_TIED.layers, strict=True)))
+        return float(
+            sum(w * a * one.macs for (w, a), one in zip(state, PARTLY_TIED.layers, strict=True))
+        )
 
     path, scored = [], []
 
@@ -282,8 +284,8 @@ def test_tied_entries_move_together_and_with_the_weights_if_some_are():
 def expected_move(state, phase, errors_of, visited):
     """The published choice: least 1.5 e / max(e) + B / max(B) over all moves by one candidate."""
     moves = []
-    for i, layer in enumerate(TABLE.layers):
-        allowed = (layer.weight_candidates, layer.act_candidates)[phase]
+    for i, one in enumerate(TABLE.layers):
+        allowed = (one.weight_candidates, one.act_candidates)[phase]
         place = allowed.index(state[i, phase])
         for other in (place - 1, place + 1):
             if 0 <= other < len(allowed):
@@ -309,7 +311,8 @@ def test_every_move_is_the_published_choice():
 
 TWO = LayerTable(
     tuple(
-        layer(name, (5, 4, 3), (5, 4, 3), macs=macs) for name, macs in (("heavy", 64), ("light", 32))
+        layer(name, (5, 4, 3), (5, 4, 3), macs=macs)
+        for name, macs in (("heavy", 64), ("light", 32))
     )
 )
 
@@ -375,9 +378,7 @@ def test_budgets_that_the_largest_bits_meet_return_them(factor):
 def test_a_budget_that_the_start_meets_starts_from_the_largest_bits(amount):
     (_, found), path = search(sensible, [level(3), amount])
     states = replay(path, TABLE.uniform(6, 6))
-    assert all(
-        step.cost == cost_of(as_config(s)) for step, s in zip(path, states[1:], strict=True)
-    )
+    assert all(step.cost == cost_of(as_config(s)) for step, s in zip(path, states[1:], strict=True))
     assert level(4) < found.costs["bitops"] <= amount * (1 + 1e-6)
 
 

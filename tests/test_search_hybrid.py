@@ -32,7 +32,8 @@ def test_exchanges_find_what_a_sum_of_losses_does_not():
     gained = []
     for seed in range(4):
         (start,), (found,) = (
-            search(strategy, shifted(seed), parts=(0.4,)) for strategy in (ilp.search, hybrid.search)
+            search(strategy, shifted(seed), parts=(0.4,))
+            for strategy in (ilp.search, hybrid.search)
         )
         gained.append(start.score - found.score)
     assert min(gained) >= 0 and sum(np.array(gained) > 0) >= 2
@@ -71,7 +72,5 @@ def test_a_given_objective_is_not_measured():
     place = (within[..., None] == np.array(FREE.candidates)).argmax(-1)
     sums = objective[np.arange(5), place[..., 0], place[..., 1]].sum(-1)
     best = within[np.argsort(sums)[:5]]
-    np.testing.assert_array_equal(
-        np.unique(score.seen, axis=0), np.unique(best, axis=0)
-    )
+    np.testing.assert_array_equal(np.unique(score.seen, axis=0), np.unique(best, axis=0))
     assert found.score == scores_of(rugged, best).min()

@@ -83,7 +83,9 @@ def test_enough_samples_find_the_best():
     bits = all_bits(table)
     totals = billed(table, bits)
     most = float(np.median(totals))
-    (found,) = search(additive, budget("half", limit(table, most)), table=table, samples=300, window=1.0)
+    (found,) = search(
+        additive, budget("half", limit(table, most)), table=table, samples=300, window=1.0
+    )
     config = Space(table, table.candidates, table.mask).config(states_of(bits[totals <= most]))
     assert found.score == additive(config).min()
 

@@ -522,7 +522,6 @@ def test_segments_that_are_compiled_apart_are_the_model():
 @pytest.mark.parametrize(
     ("name", "norm_rows"),
     [
-        ("norms", "shared"),
         ("norms", "pair"),
         ("norms", "transition"),
         ("a layer called twice", "pair"),

@@ -48,12 +48,13 @@ def share(table, part, kind="bitops", mask=None):
     return float(totals.min() + part * (totals.max() - totals.min()))
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("which", TABLES)
+@pytest.mark.parametrize(
+    ("which", "score"), [*((which, "rugged") for which in TABLES), ("groups", "constant")]
+)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_budget_is_kept_and_answered_in_its_order(name, which, score):
     table = TABLES[which]
-    amounts = {"half": 0.5, "least": 0.0, "most": 1.0, "more than all": 2.0, "tight": 0.15}
+    amounts = {"half": 0.5, "least": 0.0, "most": 1.0, "tight": 0.15}
     amounts = {key: share(table, part) for key, part in amounts.items()}
     budgets = [budget(key, limit(table, amount)) for key, amount in amounts.items()]
     results = search(name, SCORES[score], budgets, table=table)
@@ -93,7 +94,7 @@ def test_several_limits_are_kept_at_once(name, which):
     configs = all_bits(table)
     kinds = ("bytes", "bitops", "act_bytes")
     budgets = []
-    for seed in range(4):  # what some configuration costs: that one is within, few others are
+    for seed in range(3):  # what some configuration costs: that one is within, few others are
         chosen = configs[np.random.default_rng(seed).integers(len(configs))]
         limits = [limit(table, billed(table, chosen, kind), kind) for kind in kinds]
         budgets.append(budget(f"like {seed}", *limits))

@@ -54,14 +54,17 @@ def test_costs_of_tied_layers_are_those_of_equal_bits(kind):
             (table.candidates[w], table.candidates[a])
             for w, a in np.argwhere(np.isfinite(cost[index]))
         }
-        assert pairs == {
-            0: {(8, 8)},
-            1: {(8, 8), (4, 4), (2, 2)},
-            2: {(4, 4)},
-            3: {(4, 4), (2, 4)},
-            4: {(2, 8), (2, 4)},
-            5: {(4, 4), (2, 2)},
-        }[index]
+        assert (
+            pairs
+            == {
+                0: {(8, 8)},
+                1: {(8, 8), (4, 4), (2, 2)},
+                2: {(4, 4)},
+                3: {(4, 4), (2, 4)},
+                4: {(2, 8), (2, 4)},
+                5: {(4, 4), (2, 2)},
+            }[index]
+        )
         np.testing.assert_array_equal(
             cost[index][np.isfinite(cost[index])],
             costs.cost_table(TABLE, kind)[index][np.isfinite(cost[index])],

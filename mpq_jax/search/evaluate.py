@@ -35,13 +35,15 @@ def top1_error(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> F
 def mean_loss(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
     """Returns the mean cross-entropy in nats."""
     del teacher
+    logits = logits.astype(jnp.float32)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def divergence(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
     """Returns the mean KL divergence of the prediction from the teacher's, in nats."""
     del labels
-    targets, log_predictions = jax.nn.softmax(teacher), jax.nn.log_softmax(logits)
+    targets = jax.nn.softmax(teacher.astype(jnp.float32))
+    log_predictions = jax.nn.log_softmax(logits.astype(jnp.float32))
     return jnp.mean(optax.losses.kl_divergence(log_predictions, targets))
 
 

@@ -5,6 +5,7 @@ References:
     all scores are the caller's.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,6 +65,8 @@ def search(
     Raises:
         ValueError: a budget cannot be met.
     """
+    if generations < 1:
+        raise ValueError(f"generations is {generations}; wanted at least 1")
     if not (1 <= parents <= population and mutations + crossovers <= population):
         raise ValueError(
             f"parents is {parents}, mutations {mutations} and crossovers {crossovers}; wanted at "
@@ -82,16 +85,15 @@ def search(
         for generation in range(generations):
             best = sorted(known.values(), key=lambda one: one[0])[:parents]
             pool = [state for _, state in best]
-            made = (
-                within(state)
-                for state in _offspring(
-                    space, pool, generator, mutations, crossovers, mutation_probability
-                )
-            )
-            new = distinct((s for s in made if s.tobytes() not in known), mutations + crossovers)
-            drawn = (within(space.drawn(generator)) for _ in range(ATTEMPTS * population))
-            fill = (state for state in drawn if state.tobytes() not in known)
-            new = distinct((state for part in (new, fill) for state in part), population)
+            new: list[np.ndarray] = []
+            for made, wanted in (
+                (_mutated(space, pool, generator, mutation_probability), mutations),
+                (_crossed(space, pool, generator), crossovers),
+                (_drawn(space, generator), population),
+            ):
+                fresh = (within(state) for state in itertools.islice(made, ATTEMPTS * wanted))
+                fresh = (state for state in fresh if state.tobytes() not in known)
+                new = distinct(itertools.chain(new, fresh), min(len(new) + wanted, population))
             if not new:
                 break  # there are no others within the budget
             scores = spaces.scored(score, space, new, key)
@@ -107,23 +109,28 @@ def search(
     return spaces.in_order(budgets, found)
 
 
-def _offspring(
-    space: Space,
-    pool: list[np.ndarray],
-    generator: np.random.Generator,
-    mutations: int,
-    crossovers: int,
-    probability: float,
-):
-    """Yields mutations, then crossovers, some more than are wanted."""
-    if not pool:
-        return
-    for kind in [0] * (ATTEMPTS * mutations) + [1] * (ATTEMPTS * crossovers):
+def _drawn(space: Space, generator: np.random.Generator):
+    while True:
+        yield space.drawn(generator)
+
+
+def _mutated(space: Space, pool, generator: np.random.Generator, probability: float):
+    """Yields states of the pool with some entries drawn anew."""
+    while pool:
+        one = pool[generator.integers(len(pool))]
+        yield _mixed(space, one, space.drawn(generator), generator, probability)
+
+
+def _crossed(space: Space, pool, generator: np.random.Generator):
+    """Yields states whose entries are those of either of two of the pool."""
+    while pool:
         one, other = (pool[place] for place in generator.integers(len(pool), size=2))
-        source = other if kind else space.drawn(generator)
-        taken = generator.random(len(space.genes)) < (0.5 if kind else probability)
-        state = one
-        for gene, take in zip(space.genes, taken, strict=True):
-            if take:
-                state = space.moved(state, gene, source[gene // 2, gene % 2])
-        yield state
+        yield _mixed(space, one, other, generator, 0.5)
+
+
+def _mixed(space: Space, one, other, generator: np.random.Generator, probability: float):
+    taken = generator.random(len(space.genes)) < probability
+    for gene, take in zip(space.genes, taken, strict=True):
+        if take:
+            one = space.moved(one, gene, other[gene // 2, gene % 2])
+    return one

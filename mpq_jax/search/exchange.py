@@ -103,13 +103,16 @@ def descend(
     while (over := float(spaces.excess(budget, state))) > 0:
         moves = space.neighbours(state)
         moves = moves[spaces.excess(budget, moves) < over]
+        if not len(moves) or over == np.inf:  # on a plateau, or where no single move has a cost
+            moves = ilp.nearest(space, budget, state)[None]
         genes = [space.differing(state, move)[0] for move in moves]
-        saved = over - spaces.excess(budget, moves)
+        saved = (over if over < np.inf else 1.0) - spaces.excess(budget, moves)
         promised = np.array([rises.get(gene, -np.inf) for gene in genes]) / saved
-        chosen = np.argsort(promised, kind="stable")[: max(proposals, np.isinf(promised).sum())]
+        chosen = np.argsort(promised, kind="stable")[: np.isneginf(promised).sum() + proposals]
         scores = spaces.scored(score, space, moves[chosen], key)
-        rises |= {genes[place]: value - now for place, value in zip(chosen, scores, strict=True)}
-        best = int(np.argmin(np.maximum(scores - now, LEAST_RISE) / saved[chosen]))
+        risen = spaces.rises(scores, now)
+        rises |= {genes[place]: value for place, value in zip(chosen, risen, strict=True)}
+        best = int(np.argmin(np.maximum(risen, LEAST_RISE) / saved[chosen]))
         after = moves[chosen[best]]
         watch(_step("descent", space, budget, state, after, scores[best]))
         rises.pop(genes[chosen[best]])
@@ -147,7 +150,12 @@ def improve(
         if not len(moves):
             break
         scores = spaces.scored(score, space, moves, key)
-        chosen = _proposals(space, budget, state, moves, scores - now, visited, proposals)
+        fits = np.flatnonzero(spaces.excess(budget, moves) == 0)
+        if len(fits) and scores[fits].min() < best[1]:
+            best = moves[fits[scores[fits].argmin()]], float(scores[fits].min())
+        chosen = _proposals(
+            space, budget, state, moves, spaces.rises(scores, now), visited, proposals
+        )
         if not chosen:
             break
         scores = spaces.scored(score, space, chosen, key)

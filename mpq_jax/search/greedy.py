@@ -124,9 +124,11 @@ class _Descent:
             watch(self._take_best(budget, phase, self._moves(budget, phase)))
 
     def _weight_price(self, budget: Budget, state: np.ndarray) -> float:
-        return float(
-            spaces.price(budget, np.stack([state[:, WEIGHTS], self.start[:, ACTS]], axis=1))
-        )
+        mixed = self.start
+        for gene in self.space.genes:
+            if self.space.column(gene) == WEIGHTS:
+                mixed = np.where(self.space.followers(gene), state, mixed)
+        return float(spaces.price(budget, mixed))
 
     def _weight_target(self, budget: Budget) -> float:
         anchors = [self.space.uniform(bits) for bits in self.space.table.bank_bits]
@@ -153,7 +155,9 @@ class _Descent:
         new = neighbours[np.array(is_new, bool)]
         new_lower = self._lower(budget, new)
         if not len(new_lower):
-            return self._lower(budget, neighbours)
+            lower = self._lower(budget, neighbours)
+            # On a plateau, or where no single move has a cost, the nearest within the budget.
+            return lower if len(lower) else ilp.nearest(self.space, budget, self.state)[None]
         return new if self.since_lowest < self.patience else new_lower
 
     def _take_best(self, budget: Budget, phase: int, moves: np.ndarray) -> Step:

@@ -108,12 +108,20 @@ def check(space: Space, budgets: Sequence[Budget]) -> None:
     names = [budget.name for budget in budgets]
     if not budgets or len(set(names)) < len(names):
         raise ValueError(f"the budgets are {names}; give one or more, each with a name of its own")
-    anything = np.zeros_like(budgets[0].limits[0].cost)
+    anything = np.zeros(pairs_of(space).shape)
     for budget in budgets:
         try:
             solve(space.table, anything, budget.limits, allowed=pairs_of(space))
         except ValueError as error:
             raise ValueError(f"{budget.name}: {error}") from error
+
+
+def nearest(space: Space, budget: Budget, state: np.ndarray) -> np.ndarray:
+    """Returns the state within a budget that differs in the fewest entries."""
+    own = np.eye(space.mask.shape[-1])[state]  # [layers, 2, choices]
+    differing = 2.0 - own[:, 0, :, None] - own[:, 1, None, :]
+    (best,) = solve(space.table, differing, budget.limits, allowed=pairs_of(space))
+    return space.state_of(best.bits)
 
 
 def solve(
@@ -292,6 +300,8 @@ def _named(table: LayerTable, which: np.ndarray) -> str:
 
 def _why_none(table: LayerTable, limits: Sequence[Limit], pairs: np.ndarray) -> str:
     any_order = np.zeros(pairs.shape)
+    if next(_in_order(table, any_order, [], pairs), None) is None:
+        return "tied bits have no choice in common that all of the tables allow"
     hopeless = [
         limit.name
         for limit in limits

@@ -28,6 +28,11 @@ def measured_rises(score: Score, space: Space, key: Key[Array, ""]) -> np.ndarra
     moves = [(gene, choice) for gene in space.genes for choice in space.choices(gene)]
     states = [space.moved(largest, gene, choice) for gene, choice in moves]
     scores = spaces.scored(score, space, [largest, *states], key)
+    if not np.isfinite(scores[0]):
+        raise ValueError(
+            "the largest configuration has no finite score, so that nothing can be measured "
+            "against it; is the supernet trained?"
+        )
     rises = np.full(space.mask.shape, np.nan)
     rises[space.mask & (space.mask.sum(-1, keepdims=True) == 1)] = 0.0
     for (gene, choice), value in zip(moves, scores[1:] - scores[0], strict=True):

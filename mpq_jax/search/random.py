@@ -52,6 +52,8 @@ def search(
     Raises:
         ValueError: a budget cannot be met.
     """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; wanted at least 1")
     space = Space(table, candidates, mask)
     ilp.check(space, budgets)
     found = {}
@@ -110,7 +112,7 @@ def into_budget(
         moves = space.neighbours(state)
         lower = moves[spaces.excess(budget, moves) < over]
         if not len(lower):
-            return _nearest(space, budget, state)
+            return ilp.nearest(space, budget, state)
         state = lower[generator.integers(len(lower))]
     while (now := spaces.price(budget, state)) < 1 - window:
         moves = space.neighbours(state)
@@ -119,11 +121,3 @@ def into_budget(
             return state
         state = moves[fits][generator.integers(fits.sum())]
     return state
-
-
-def _nearest(space: Space, budget: Budget, state: np.ndarray) -> np.ndarray:
-    """Returns the state within a budget that differs in the fewest entries."""
-    own = np.eye(space.mask.shape[-1])[state]  # [layers, 2, choices]
-    differing = 2.0 - own[:, 0, :, None] - own[:, 1, None, :]
-    (best,) = ilp.solve(space.table, differing, budget.limits, allowed=ilp.pairs_of(space))
-    return space.state_of(best.bits)

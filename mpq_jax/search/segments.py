@@ -31,11 +31,13 @@ class Segment(NamedTuple):
         start: path of the module whose input it begins with; "": the model itself.
         layers: indices of the layers whose bits it depends on.
         size: values per image that it begins with.
+        around: paths of the modules inside whose calls that module is called.
     """
 
     start: str
     layers: tuple[int, ...]
     size: int
+    around: tuple[str, ...]
 
 
 class Segments(NamedTuple):
@@ -61,13 +63,18 @@ def find_segments(model: nn.Module, table: LayerTable, image_shape: Sequence[int
         image_shape: of one image, or with a batch axis.
     """
     shape = linen.batch_shape(image_shape)
-    calls, program = _trace(model, shape)
-    cuts = {"": math.prod(shape[1:])} | _cuts(program)
+    calls, program = _trace(model, shape, train=True)
+    alike = _cuts(_trace(model, shape, train=False)[1])  # models may differ in evaluation mode
+    cuts = {
+        name: size
+        for name, size in _cuts(program).items()
+        if name in calls.outputs and name in alike and calls.order.count(name) == 1
+    }
     place = {name: index for index, name in enumerate(table.names)}
     norms = {layer.norm for layer in table.layers}
     parts: list[tuple[str, set[int]]] = [("", set())]
     cut = None  # the first one since the last layer or norm: norms stay with their layers
-    for name in calls:
+    for name in calls.order:
         if name in cuts and cut is None:
             cut = name
         if name in place:
@@ -79,10 +86,14 @@ def find_segments(model: nn.Module, table: LayerTable, image_shape: Sequence[int
             parts[-1][1].update(_layers_of_row(table, table.bank_norms[name]))
         if name in place or name in norms:
             cut = None
+    sizes, around = {"": math.prod(shape[1:])} | cuts, {"": ()} | calls.around
     return Segments(
-        tuple(Segment(start, tuple(sorted(layers)), cuts[start]) for start, layers in parts),
+        tuple(
+            Segment(start, tuple(sorted(layers)), sizes[start], around[start])
+            for start, layers in parts
+        ),
         shape[1:],
-        tuple((start, *calls[start]) for start, _ in parts if start),
+        tuple((start, *calls.outputs[start]) for start, _ in parts if start),
     )
 
 
@@ -91,32 +102,43 @@ def _layers_of_row(table: LayerTable, layer: int) -> set[int]:
     return {layer, table.previous[layer]} if "previous" in table.norm_axes else {layer}
 
 
-def _trace(
-    model: nn.Module, shape: tuple[int, ...]
-) -> tuple[dict[str, tuple[tuple[int, ...], str]], Any]:
-    """Returns each module's output per image, by path in the order of calls, and the program.
+class _Calls(NamedTuple):
+    """The calls of modules, by path.
 
-    Inputs of modules that are called once, on a batch, are marked by name.
+    Attributes:
+        order: paths in the order of calls; a module that is called twice is there twice.
+        outputs: shape per image and dtype of what a module returns, where that is one batch.
+        around: the modules inside whose calls each one is called. Their paths need not begin its
+            own, as of the layers of an `nn.Sequential`.
     """
-    calls: dict[str, tuple[tuple[int, ...], str]] = {}
-    counts: dict[str, int] = {}
+
+    order: list[str]
+    outputs: dict[str, tuple[tuple[int, ...], str]]
+    around: dict[str, tuple[str, ...]]
+
+
+def _trace(model: nn.Module, shape: tuple[int, ...], *, train: bool) -> tuple[_Calls, Any]:
+    """Returns the calls of modules, and the program; inputs that are a batch are marked."""
+    calls, open_calls = _Calls([], {}, {}), []
 
     def intercept(next_call, args, kwargs, context):
         name = linen.path_name(context.module)
         if context.method_name != "__call__" or not name:
             return next_call(*args, **kwargs)
-        counts[name] = counts.get(name, 0) + 1
-        calls.setdefault(name, ((), ""))  # in the order of calls, not of returns
+        calls.order.append(name)
+        calls.around[name] = tuple(open_calls)
         x = linen.input_of(args, kwargs)
-        if _is_batch(x, shape[0]) and counts[name] == 1:
+        if _is_batch(x, shape[0]):
             args, kwargs = linen.with_input(args, kwargs, checkpoint_name(x, MARK + name))
+        open_calls.append(name)
         out = next_call(*args, **kwargs)
+        open_calls.pop()
         if _is_batch(out, shape[0]):
-            calls[name] = (out.shape[1:], out.dtype.name)
+            calls.outputs[name] = (out.shape[1:], out.dtype.name)
         return out
 
     def logits(variables: dict, images: Array) -> Array:
-        return linen.forward(model, variables, images, train=True, dropout_key=key)[0]
+        return linen.forward(model, variables, images, train=train, dropout_key=key)[0]
 
     key = jax.random.key(0)
     variables = jax.eval_shape(lambda key: linen.init_variables(model, key, shape), key)
@@ -182,9 +204,11 @@ def run(
         train: training mode: norms use the statistics of this batch.
         quantizer: of the layers' inputs.
     """
-    start = segments.parts[place].start
+    start, around = segments.parts[place].start, segments.parts[place].around
     stop = segments.parts[place + 1].start if place + 1 < len(segments.parts) else None
-    outputs = {name: (shape, dtype) for name, shape, dtype in segments.outputs}
+    outputs = {
+        name: (shape, dtype) for name, shape, dtype in segments.outputs if name not in around
+    }
 
     def intercept(next_call, args, kwargs, context):
         name = linen.path_name(context.module)

@@ -6,6 +6,7 @@ to them follow.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -146,7 +147,7 @@ class Space:
         """Returns `WEIGHTS` for a gene that moves weights, else `ACTS`."""
         return WEIGHTS if self.followers(gene)[:, WEIGHTS].any() else ACTS
 
-    def moved(self, state: np.ndarray, gene: int, choice: int) -> np.ndarray:
+    def moved(self, state: np.ndarray, gene: int, choice: int | np.integer) -> np.ndarray:
         """Returns a state with another choice of one gene."""
         return np.where(self.followers(gene), choice, state)
 
@@ -163,7 +164,7 @@ class Space:
             place = int(np.searchsorted(choices, state[gene // 2, gene % 2]))
             for other in (place + 1, place - 1):
                 if 0 <= other < len(choices):
-                    found.append(self.moved(state, gene, choices[other]))
+                    found.append(self.moved(state, gene, int(choices[other])))
         return np.array(found, np.int64).reshape(-1, *state.shape)
 
     def uniform(self, wanted: int) -> np.ndarray:
@@ -179,7 +180,7 @@ class Space:
         """Returns a state whose genes are drawn uniformly."""
         state = self.largest()
         for gene in self.genes:
-            state = self.moved(state, gene, generator.choice(self.choices(gene)))
+            state = self.moved(state, gene, int(generator.choice(self.choices(gene))))
         return state
 
     def state_of(self, bits: BitConfig) -> np.ndarray:
@@ -216,19 +217,21 @@ def excess(budget: Budget, states: np.ndarray) -> Any:
     """Returns by how much states exceed a budget: 0 within it; relative, summed over limits."""
     over = np.zeros(states.shape[:-2])
     for limit in budget.limits:
-        size = abs(limit.limit) or 1.0
         low, high = limit.bounds
         cost = cost_of(limit.cost, states)
-        over = over + np.maximum(cost - limit.limit, 0) / size * (cost > high)
+        size = next((abs(b) for b in (limit.limit, limit.at_least) if 0 < abs(b) < math.inf), 1.0)
+        most, high = (min(b, sys.float_info.max) for b in (limit.limit, high))  # inf: not allowed
+        over = over + np.where(cost > high, cost - most, 0) / size
         if low > -math.inf:
-            over = over + np.maximum(limit.at_least - cost, 0) / size * (cost < low)
+            over = over + np.where(cost < low, limit.at_least - cost, 0) / size
     return over
 
 
 def price(budget: Budget, states: np.ndarray) -> Any:
     """Returns what states cost by the first limit of a budget, as a part of that limit."""
     first = budget.limits[0]
-    return cost_of(first.cost, states) / (abs(first.limit) or 1.0)
+    size = abs(first.limit) if 0 < abs(first.limit) < math.inf else 1.0
+    return cost_of(first.cost, states) / size
 
 
 def tightest_last(budgets: Sequence[Budget]) -> list[Budget]:
@@ -248,6 +251,11 @@ def scored(
     """Returns the scores of states in float64; what is no number is infinitely bad."""
     values = np.asarray(score(space.config(np.asarray(states)), key), np.float64)
     return np.where(np.isfinite(values), values, np.inf)
+
+
+def rises(scores: np.ndarray, now: float) -> np.ndarray:
+    """Returns by how much scores are above one; what has none rises without end."""
+    return scores - (now if np.isfinite(now) else 0.0)
 
 
 def in_order(budgets: Sequence[Budget], found: dict[str, Found]) -> list[Found]:

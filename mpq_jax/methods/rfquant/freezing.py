@@ -82,4 +82,8 @@ def freeze(
     lowest = full & has_choice & (np.cumsum(full[..., ::-1], axis=-1)[..., ::-1] == 1)
     if not options.freeze_acts:
         lowest[:, 1] = False
-    return jnp.asarray(full) & ~(jnp.asarray(lowest) & frozen[:, None, None])
+    mask = jnp.asarray(full) & ~(jnp.asarray(lowest) & frozen[:, None, None])
+    flat = mask.reshape(-1, mask.shape[-1])
+    for group in table.ties:  # what one of a group lacks, all do
+        flat = flat.at[np.array(group)].set(flat[np.array(group)].all(axis=0))
+    return flat.reshape(mask.shape)
