@@ -17,7 +17,8 @@ from mpq_jax.methods.record import Run
 from mpq_jax.recalibration import recalibrate
 from mpq_jax.recording import CompileCounter
 from mpq_jax.search import greedy
-from mpq_jax.search.evaluate import make_score
+from mpq_jax.search.evaluate import make_score, on_drawn_images
+from mpq_jax.search.space import Budget, Limit
 
 BATCH, STEPS_PER_EPOCH, EPOCHS = 96, 8, 10
 TRAIN_IMAGES = 1344  # of 1797; the others are tested on
@@ -88,32 +89,43 @@ def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
             method, method.init(floats.variables(state), images[:BATCH]), batches
         )
         supernet = method.variables(trained)
-        score, scored = make_score(MODEL, TABLE, supernet), []
+        score = on_drawn_images(
+            make_score(MODEL, TABLE, supernet),
+            images[:TRAIN_IMAGES],
+            labels[:TRAIN_IMAGES],
+            size=BATCH,
+        )
+        scored = []
 
-        def counting_score(population, images, labels):
-            scored.append(len(population.weights))
-            return score(population, images, labels)
+        def counting_score(configs, key):
+            scored.append(len(configs.weights))
+            return score(configs, key)
 
         cost = costs.cost_table(TABLE, "bitops")
-        budgets = [float(costs.bitops(TABLE, TABLE.uniform(b, b))) for b in (4, 3)]
-        pairs = ((batch["image"], batch["label"]) for batch in batches)
-        result = greedy.search(
-            counting_score, TABLE, cost, TABLE.mask, budgets, pairs, start_bits=8
+        limits = [float(costs.bitops(TABLE, TABLE.uniform(b, b))) for b in (4, 3)]
+        results = greedy.search(
+            counting_score,
+            TABLE,
+            TABLE.candidates,
+            TABLE.mask,
+            [Budget(f"{limit:g}", (Limit("bitops", cost, limit),)) for limit in limits],
+            jax.random.key(0),
+            start_bits=8,
         )
         evaluate = make_evaluate(method.predict, lambda x: x)
         calibration = images[:TRAIN_IMAGES].reshape(-1, BATCH, 8, 8, 1)
         accuracies = []
-        for found in result.found:
+        for found in results:
             ready = recalibrate(MODEL, TABLE, supernet, found.bits, calibration)
             accuracies.append(evaluate(ready, found.bits, test).accuracy)
 
     assert float_score.accuracy > 0.85
     assert min(accuracies) > 0.7  # chance is 0.1
-    for found, budget in zip(result.found, budgets, strict=True):
+    for found, limit in zip(results, limits, strict=True):
         TABLE.check(found.bits)
-        assert found.cost <= budget
+        assert found.costs["bitops"] <= limit * (1 + 1e-6)
     assert max(event.get("frozen_layers", 0) for event in events) >= 1
-    assert sum(scored) > 200
+    assert sum(scored) > 100
     programs = ("_plan", "_max_subnet", "_random_subnet", "_finish", "freeze_most_unstable")
     programs += ("score_configs", "recalibrate", "evaluate_batch")
     assert {name: counter.counts[name] for name in programs} == dict.fromkeys(programs, 1)

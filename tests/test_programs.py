@@ -629,7 +629,7 @@ def test_prints_float_uniform_and_searched_configurations(searched):
         name: float(line.split("│")[4].strip(" %")) for name, line in zip(names, shown, strict=True)
     }
     assert accuracy["float"] > 85 and accuracy["uniform 6/6"] > 70
-    assert f"bits, tables and plots are in {searched.directory}" in searched.output
+    assert f"bits, tables, plots and report.html are in {searched.directory}" in searched.output
 
 
 def test_configurations_never_recompile(searched):

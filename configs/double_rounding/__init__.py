@@ -31,6 +31,7 @@ def use(config: ConfigDict, *, candidates: tuple[int, ...]) -> ConfigDict:
     config.search.budget = "mean_bits"
     config.search.levels = candidates[1:-1]
     config.search.budgets = ()
+    config.search.tolerance = 0.0
     config.search.finalists = True
     return config
 

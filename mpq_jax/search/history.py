@@ -66,7 +66,9 @@ class History:
                 "it away to score anew"
             )
         if whole != text and self.write:
-            self.path.write_text(whole)
+            mended = self.path.with_suffix(".mended")
+            mended.write_text(whole)
+            mended.replace(self.path)
         for line in lines:
             weights, acts = (np.array(line[name], np.int32) for name in ("weights", "acts"))
             self._keep(line["key"], weights, acts, line["score"])
