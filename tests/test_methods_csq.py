@@ -1078,6 +1078,7 @@ def run_on(mesh, rows):
     return losses, jax.tree.leaves(snapshot(handed_over))
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_find_what_one_does(tmp_path):
     """Bit for bit: a sum over two devices is the same wherever they are."""
     with socket.socket() as free:

@@ -149,6 +149,8 @@ def test_channels_are_multiples_of_eight_and_lose_at_most_a_tenth():
     [
         ("resnet8", 10, 32, 75_290),
         ("resnet20", 10, 32, 269_722),  # the paper's 0.27 M
+        ("resnet32", 10, 32, 464_154),  # 0.46 M
+        ("resnet56", 10, 32, 853_018),  # 0.85 M
         ("resnet18", 1000, 224, 11_689_512),
         ("resnet34", 1000, 224, 21_797_672),  # these three: torchvision
         ("resnet50", 1000, 224, 25_557_032),
@@ -196,8 +198,10 @@ def test_names_of_all_models():
         "mobilenet_v2",
         "resnet18",
         "resnet20",
+        "resnet32",
         "resnet34",
         "resnet50",
+        "resnet56",
         "resnet8",
         "vgg19_bn",
     ]

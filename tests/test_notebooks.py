@@ -11,6 +11,7 @@ NOTEBOOKS = pathlib.Path(__file__).parent.parent / "notebooks"
 
 # The kernel's client library closes its event loop and sockets late.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.slow
 def test_quickstart_trains_and_searches():
     notebook = nbformat.read(NOTEBOOKS / "quickstart.ipynb", as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")

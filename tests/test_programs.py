@@ -1107,6 +1107,7 @@ def test_the_uniform_scheme_is_the_target_from_the_first_step_to_the_last(grown,
     assert {row["layout"] for row in rows if row["layer"] in layers} == {"111"}
 
 
+@pytest.mark.slow
 def test_csq_killed_around_the_ticket_ends_with_the_same_bits(shared, grown, tmp_path):
     """The newest checkpoint is as a rule the one before the ticket, which then comes again."""
     workdir = tmp_path / "run"

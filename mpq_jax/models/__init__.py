@@ -10,6 +10,8 @@ from mpq_jax.models import mobilenet_v2, resnet, resnet_cifar, vgg
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=1),
     "resnet20": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=3),
+    "resnet32": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=5),
+    "resnet56": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=9),
     "resnet18": functools.partial(resnet.ResNet, stage_sizes=(2, 2, 2, 2)),
     "resnet34": functools.partial(resnet.ResNet, stage_sizes=(3, 4, 6, 3)),
     "resnet50": functools.partial(
