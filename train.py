@@ -265,6 +265,7 @@ def check_same_run(
     """Raises ValueError if the workdir belongs to a run of other values, free keys apart."""
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
+    free_keys = (*free_keys, *(set(METHODS) - {config.method}))  # options of other methods
     if path.exists():
         theirs = json.loads(path.read_text())
         changed = [

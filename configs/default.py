@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.search.limits = ConfigDict()  # further limits on every budget, all at once; 0: none
     for kind in ("bitops", "bytes", "act_bytes", "mean_bits", "latency"):
         config.search.limits[kind] = 0.0
-    config.search.metric = "loss"  # error (as published), loss, kl (from the largest bits)
+    config.search.metric = "kl"  # error (as published), loss, kl (from the largest bits)
     config.search.norms = "batch"  # batch (as published), recalibrated (slow), stored
     config.search.batch_size = 1024  # held-out images that a configuration is scored on
     config.search.memory_mib = 2048  # of activations that configurations share
