@@ -49,7 +49,7 @@ from mpq_jax.recalibration import recalibrate
 from mpq_jax.search import evaluate as search_evaluate
 from mpq_jax.search import ilp, objectives, pareto, prefixes, tolerance
 from mpq_jax.search.history import History
-from mpq_jax.search.space import Budget, Found, Limit, Score, Space, Step
+from mpq_jax.search.space import Budget, Found, Limit, Score, Space, Step, words_of
 from mpq_jax.search.strategies import STRATEGIES
 
 # Units of each budget kind, the largest first; the first that the cost of a model reaches is used.
@@ -276,7 +276,7 @@ def make_images(setup: train.Setup, config: Config) -> Callable[[Any], tuple[Any
         batch = sharding.global_batch(batch, setup.mesh)
         return setup.normalize(batch["image"]), batch["label"]
 
-    return lambda key: drawn(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+    return lambda key: drawn(words_of(key))
 
 
 def open_history(setup: train.Setup, config: Config, workdir: pathlib.Path, variables) -> History:
@@ -310,7 +310,6 @@ def make_find(
     hessian = config.search.strategy == "ilp" and config.search.objective != MEASURED
 
     def find(budgets: list[Budget]) -> list[Found]:
-        ilp.check(Space(table, table.candidates, table.mask), budgets)  # before traces are made
         if hessian and "objective" not in options:
             options["objective"] = hessian_objective(setup, config, variables)
         progress = rich.progress.Progress(

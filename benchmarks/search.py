@@ -29,7 +29,7 @@ from mpq_jax.models import make_model
 from mpq_jax.quantizers import lsq
 from mpq_jax.recording import CompileCounter
 from mpq_jax.search import evaluate, greedy, prefixes, segments
-from mpq_jax.search.space import Budget, Limit, Space
+from mpq_jax.search.space import Budget, Limit, Space, words_of
 
 NETWORKS = {"resnet20": (32, 128), "resnet18": (64, 32)}  # pixels, batch
 VMAPPED = ("resnet20",)  # of ResNet-18, one configuration takes minutes by vmap
@@ -141,8 +141,7 @@ def print_descents(rounds: int) -> None:
 
         def scored(configs, key):
             counts[kind] += len(configs.weights)
-            words = tuple(np.asarray(jax.random.key_data(key)).tolist())
-            return score(configs, drawn(words), case.labels)
+            return score(configs, drawn(words_of(key)), case.labels)
 
         return greedy.search(
             scored,

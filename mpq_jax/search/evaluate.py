@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,12 +17,16 @@ from mpq_jax.layer_table import LayerTable
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.record import Quantizer
 from mpq_jax.recalibration import norm_statistics
-from mpq_jax.search.space import Score
+from mpq_jax.search.space import Score, words_of
 from mpq_jax.sharding import DATA_AXIS
 
 BatchScore = Callable[[BitConfig, Array, Array], Float[Array, " configs"]]
 NORMS = ("batch", "recalibrated", "stored")
 PER_CALL = 64  # configurations that one call of the compiled program has room for
+
+
+quantise_all = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))
+"""`supernet.quantise_kernels`, compiled: what scores are made from, once."""
 
 
 def top1_error(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
@@ -48,40 +51,6 @@ def divergence(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> F
 
 
 METRICS = {"error": top1_error, "loss": mean_loss, "kl": divergence}
-
-
-class Subnets(NamedTuple):
-    """How the logits of a supernet's subnets are computed; hashable.
-
-    Attributes:
-        model: the Linen model.
-        table: its layers.
-        quantizer: of kernels and inputs.
-        norms: which statistics the norms use: "batch", those of the images that are scored, as
-            published; "recalibrated", those of training images; "stored", those of the supernet.
-    """
-
-    model: nn.Module
-    table: LayerTable
-    quantizer: Quantizer
-    norms: str
-
-    def select(self, variables: supernet.Variables, quantised, bits, calibration):
-        """Returns one subnet, from kernels that were quantised before."""
-        selected = supernet.select_quantised(self.table, variables, quantised, bits)
-        if self.norms == "recalibrated":
-            statistics = norm_statistics(
-                self.model, self.table, selected, calibration, quantizer=self.quantizer
-            )
-            selected = selected._replace(batch_stats=statistics)
-        return selected
-
-    def logits(self, selected: supernet.Selected, images: Array) -> Array:
-        """Returns the logits of a subnet."""
-        train = self.norms == "batch"
-        return supernet.apply(
-            self.model, self.table, selected, images, train=train, quantizer=self.quantizer
-        ).logits
 
 
 def check(metric: str, norms: str, calibration: Array | None) -> None:
@@ -113,9 +82,7 @@ def on_drawn_images(score: BatchScore, images: Array, labels: Array, *, size: in
         chosen = np.random.default_rng(words).choice(len(images), size, replace=False)
         return images[chosen], labels[chosen]
 
-    return lambda configs, key: score(
-        configs, *drawn(tuple(np.asarray(jax.random.key_data(key)).tolist()))
-    )
+    return lambda configs, key: score(configs, *drawn(words_of(key)))
 
 
 def make_score(
@@ -128,6 +95,7 @@ def make_score(
     calibration: Float[Array, "batches batch ..."] | None = None,
     quantizer: Quantizer = lsq.QUANTIZER,
     mesh: Mesh | None = None,
+    quantised: dict[str, Array] | None = None,
 ) -> BatchScore:
     """Returns `score(configs, images, labels)`: one number per configuration, smaller is better.
 
@@ -147,17 +115,25 @@ def make_score(
         calibration: normalised training images for "recalibrated".
         quantizer: of kernels and inputs.
         mesh: devices to split the configurations over; None: they are scored one after another.
+        quantised: kernels from `quantise_all`; None: they are made here.
     """
     check(metric, norms, calibration)
-    subnets, measure = Subnets(model, table, quantizer, norms), METRICS[metric]
-    quantised = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))(
-        table, variables.learned, quantizer=quantizer
-    )
+    measure = METRICS[metric]
+    if quantised is None:
+        quantised = quantise_all(table, variables.learned, quantizer=quantizer)
 
     def map_configs(variables, quantised, calibration, configs, places, count, images, labels):
         def logits_of(bits: BitConfig) -> Array:
-            selected = subnets.select(variables, quantised, bits, calibration)
-            return subnets.logits(selected, images)
+            selected = supernet.select_quantised(table, variables, quantised, bits)
+            if norms == "recalibrated":
+                statistics = norm_statistics(
+                    model, table, selected, calibration, quantizer=quantizer
+                )
+                selected = selected._replace(batch_stats=statistics)
+            train = norms == "batch"
+            return supernet.apply(
+                model, table, selected, images, train=train, quantizer=quantizer
+            ).logits
 
         teacher = logits_of(table.largest) if metric == "kl" else jnp.zeros(())
 

@@ -102,7 +102,7 @@ def search(
                 for state, value in zip(new, scores, strict=True)
             }
             lowest, state = min(known.values(), key=lambda one: one[0])
-            cost = float(spaces.cost_of(budget.limits[0].cost, state))
+            cost = spaces.first_cost(budget, state)
             watch(Step(f"generation {generation + 1}", f"{len(known)} scored", cost, lowest))
         lowest, state = min(known.values(), key=lambda one: one[0])
         found[budget.name] = spaces.result(space, budget, state, lowest)

@@ -188,5 +188,4 @@ def _proposals(
 
 
 def _step(phase: str, space: Space, budget: Budget, before, after, score) -> Step:
-    cost = float(spaces.cost_of(budget.limits[0].cost, after))
-    return Step(phase, space.change(before, after), cost, float(score))
+    return Step(phase, space.change(before, after), spaces.first_cost(budget, after), float(score))

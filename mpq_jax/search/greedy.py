@@ -173,5 +173,4 @@ class _Descent:
         now = spaces.excess(budget, self.state)
         self.since_lowest = 0 if now < self.lowest else self.since_lowest + 1
         self.lowest = min(self.lowest, now)
-        cost = float(spaces.cost_of(budget.limits[0].cost, self.state))
-        return Step(PHASES[phase], change, cost, self.last_score)
+        return Step(PHASES[phase], change, spaces.first_cost(budget, self.state), self.last_score)

@@ -52,6 +52,7 @@ def make_prefix_score(
     quantizer: Quantizer = lsq.QUANTIZER,
     memory: int = MEMORY,
     together: int | None = None,
+    quantised: dict[str, Array] | None = None,
 ) -> BatchScore:
     """Returns `score(configs, images, labels)` like `evaluate.make_score`, by shared beginnings.
 
@@ -68,11 +69,11 @@ def make_prefix_score(
         memory: bytes of activations to hold at once, about; what does not fit is computed later.
         together: how many activations a segment is run on at once, where several beginnings meet
             the same bits. 1: never; None: 1 on CPU, where it costs time, 8 elsewhere.
+        quantised: kernels from `evaluate.quantise_all`; None: they are made here.
     """
     evaluate.check(metric, norms, None)
-    quantised = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))(
-        table, variables.learned, quantizer=quantizer
-    )
+    if quantised is None:
+        quantised = evaluate.quantise_all(table, variables.learned, quantizer=quantizer)
     measure = jax.jit(evaluate.METRICS[metric])
     most = together or TOGETHER.get(jax.default_backend(), MOST_TOGETHER)
     last = len(cut.parts) - 1
@@ -182,6 +183,8 @@ def make_fast_score(
         quantizer: of kernels and inputs.
         memory: see `make_prefix_score`.
     """
+    evaluate.check(metric, norms, calibration)
+    quantised = evaluate.quantise_all(table, variables.learned, quantizer=quantizer)
     one_by_one = evaluate.make_score(
         model,
         table,
@@ -190,9 +193,12 @@ def make_fast_score(
         norms=norms,
         calibration=calibration,
         quantizer=quantizer,
+        quantised=quantised,
     )
+    if norms == "recalibrated":
+        return one_by_one
     cut = segments.find_segments(model, table, image_shape)
-    if norms == "recalibrated" or len(cut.parts) == 1:
+    if len(cut.parts) == 1:
         return one_by_one
     shared = make_prefix_score(
         model,
@@ -203,6 +209,7 @@ def make_fast_score(
         norms=norms,
         quantizer=quantizer,
         memory=memory,
+        quantised=quantised,
     )
 
     def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:

@@ -6,7 +6,6 @@ References:
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Array, Key
 
@@ -73,7 +72,7 @@ def search(
             place = int(np.argmin(scores))
             if scores[place] < lowest:
                 best, lowest = part[place], float(scores[place])
-            cost = float(spaces.cost_of(budget.limits[0].cost, best))
+            cost = spaces.first_cost(budget, best)
             watch(Step("random", f"{first + len(part)} of {len(states)}", cost, lowest))
         found[budget.name] = spaces.result(space, budget, best, lowest)
     return spaces.in_order(budgets, found)
@@ -81,7 +80,7 @@ def search(
 
 def generator_of(key: Key[Array, ""]) -> np.random.Generator:
     """Returns a NumPy generator of a JAX key."""
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+    return np.random.default_rng(spaces.words_of(key))
 
 
 def distinct(states, count: int) -> list[np.ndarray]:

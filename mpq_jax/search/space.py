@@ -234,6 +234,11 @@ def price(budget: Budget, states: np.ndarray) -> Any:
     return cost_of(first.cost, states) / size
 
 
+def first_cost(budget: Budget, state: np.ndarray) -> float:
+    """Returns what a state costs by the first limit of a budget."""
+    return float(cost_of(budget.limits[0].cost, state))
+
+
 def tightest_last(budgets: Sequence[Budget]) -> list[Budget]:
     """Returns budgets in the order in which a descent meets them."""
     return sorted(budgets, key=lambda budget: -budget.limits[0].limit)
@@ -261,6 +266,11 @@ def rises(scores: np.ndarray, now: float) -> np.ndarray:
 def in_order(budgets: Sequence[Budget], found: dict[str, Found]) -> list[Found]:
     """Returns what was found in the order of the budgets."""
     return [found[budget.name] for budget in budgets]
+
+
+def words_of(key: Key[Array, ""]) -> tuple[int, ...]:
+    """Returns the words of a random key, for what has to be drawn on the host."""
+    return tuple(np.asarray(jax.random.key_data(key)).tolist())
 
 
 def keys(key: Key[Array, ""]) -> Iterator[Key[Array, ""]]:
