@@ -1,7 +1,7 @@
 """Accuracy and loss of a model over a data set, by one compiled step."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array
 from mpq_jax.bits import BitConfig
 
 PyTree = Any
+Name = TypeVar("Name")
 
 
 class Score(NamedTuple):
@@ -38,6 +39,24 @@ def make_evaluate(
         predict: a method's `predict`.
         normalize: turns a batch's images into the model's input.
     """
+    evaluate_all = make_evaluate_all(predict, normalize)
+
+    def evaluate(variables, bits, batches) -> Score:
+        return evaluate_all(variables, {"": bits}, batches)[""]
+
+    return evaluate
+
+
+def make_evaluate_all(
+    predict: Callable[[PyTree, BitConfig | None, Array], Array],
+    normalize: Callable[[Array], Array],
+) -> Callable[
+    [PyTree, Mapping[Name, BitConfig | None], Iterable[Mapping[str, Any]]], dict[Name, Score]
+]:
+    """Returns `evaluate(variables, configs, batches) -> scores`, both by the configurations' names.
+
+    The batches are read once for all configurations. Arguments as in `make_evaluate`.
+    """
 
     @jax.jit
     def evaluate_batch(variables, bits, batch):
@@ -47,11 +66,22 @@ def make_evaluate(
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.stack([jnp.sum(weight * part) for part in (right, loss, jnp.ones_like(loss))])
 
-    def evaluate(variables, bits, batches) -> Score:
-        sums = [evaluate_batch(variables, bits, batch) for batch in batches]
-        if not sums:
+    def add(totals: dict[Any, np.ndarray], sums: dict[Any, Array]) -> dict[Any, np.ndarray]:
+        return totals | {name: totals[name] + jax.device_get(one) for name, one in sums.items()}
+
+    def evaluate(variables, configs, batches) -> dict[Any, Score]:
+        totals = dict.fromkeys(configs, np.zeros(3))
+        pending: dict[Any, Array] = {}
+        for batch in batches:
+            sums = {n: evaluate_batch(variables, bits, batch) for n, bits in configs.items()}
+            # Fetched one batch later: devices never wait, and no more than two batches lie there.
+            totals, pending = add(totals, pending), sums
+        totals = add(totals, pending)
+        if configs and not next(iter(totals.values()))[-1]:
             raise ValueError("there is not one image to evaluate on; is this split empty?")
-        right, loss, images = np.array(jax.device_get(sums), np.float64).sum(axis=0)
-        return Score(float(right / images), float(loss / images), int(images))
+        return {
+            n: Score(float(right / images), float(loss / images), int(images))
+            for n, (right, loss, images) in totals.items()
+        }
 
     return evaluate

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mpq_jax.data import arrays, digits, streaming
 from mpq_jax.data.batches import BatchPlan, whole_split
+from mpq_jax.data.reading import Reading
 
 NUM_TRAIN, NUM_TEST = 41, 13
 BATCH_SIZE = 8
@@ -40,17 +41,15 @@ def encoded_images(size):
 def photos():
     train, test = encoded_images(NUM_TRAIN), encoded_images(NUM_TEST)
 
-    def load(plan, num_threads=3):
+    def load(plan, **reading):
         return streaming.make_dataset(
             train,
             test,
             name="photos",
             num_classes=NUM_TRAIN,
             image_shape=(16, 16, 3),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
             plan=plan,
-            num_threads=num_threads,
+            reading=Reading(**{"num_threads": 3} | reading),
         )
 
     return load
@@ -125,7 +124,10 @@ def test_images_keep_their_labels(in_memory, photos):
         for image, label, weight in zip(*batch.values(), strict=True):
             if weight:
                 alone = streaming.read_evaluation(
-                    encoded_images(NUM_TRAIN), np.array([label]), image_shape=(16, 16, 3)
+                    encoded_images(NUM_TRAIN),
+                    np.array([label]),
+                    image_shape=(16, 16, 3),
+                    reading=Reading(),
                 )
                 np.testing.assert_array_equal(image, alone["image"][0])
 

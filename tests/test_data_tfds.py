@@ -121,14 +121,14 @@ def test_images_of_many_sizes_are_streamed(data_dir):
     expected = []
     for index in range(100, 110):
         jpeg = encode(make_pixels(index, height=20 + index % 7, width=30 - index % 4), "JPEG")
-        image = crops.resize_and_centre_crop(Image.open(jpeg), size=16)
+        image = crops.resize_and_centre_crop(Image.open(jpeg), size=16, channels=3)
         expected.append(np.asarray(image))
     assert sort_images(images) == sort_images(expected)
     np.testing.assert_array_equal(np.bincount(labels), [2] * 5)
 
 
 def test_streamed_training_resumes_exactly(data_dir):
-    dataset = load("tiny_photos", data_dir, image_size=16, num_threads=3)
+    dataset = load("tiny_photos", data_dir, image_size=16)
     whole = dataset.train_batches(0)
     batches = [next(whole) for _ in range(9)]
     resumed = dataset.train_batches(6)
@@ -146,7 +146,7 @@ def test_small_images_are_streamed_on_demand(data_dir, options):
     assert images.shape == (6, side, side, 3)
     icons = load("tiny_icons", data_dir)
     expected = [
-        np.asarray(crops.resize_and_centre_crop(Image.fromarray(image), size=side))
+        np.asarray(crops.resize_and_centre_crop(Image.fromarray(image), size=side, channels=3))
         for image in real_examples(icons, "heldout")[0]
     ]
     np.testing.assert_array_equal(images, expected)  # the same images are held out

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mpq_jax.bits import BitConfig
-from mpq_jax.evaluation import make_evaluate
+from mpq_jax.evaluation import make_evaluate, make_evaluate_all
 
 CLASSES = 3
 
@@ -83,6 +83,26 @@ def test_bits_and_variables_do_not_recompile(data):
     }
     assert len(traces) == 1
     assert len(losses) == 6
+
+
+def test_one_pass_scores_all_configurations_as_one_by_one(data):
+    images, labels, w = data
+    configs = {"float": None, "one": config(1), "three": config(3)}
+    variables = {"w": jnp.array(w)}
+    once = batches(images, labels, 8)  # a generator, which cannot be read twice
+    scores = make_evaluate_all(predict, normalize)(variables, configs, once)
+    evaluate = make_evaluate(predict, normalize)
+    assert scores == {
+        name: evaluate(variables, bits, batches(images, labels, 8))
+        for name, bits in configs.items()
+    }
+    assert len({score.loss for score in scores.values()}) == 3
+
+
+def test_no_configurations_have_no_scores(data):
+    images, labels, w = data
+    evaluate = make_evaluate_all(predict, normalize)
+    assert evaluate({"w": jnp.array(w)}, {}, batches(images, labels, 8)) == {}
 
 
 def test_batches_may_be_spread_over_devices(data):

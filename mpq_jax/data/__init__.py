@@ -1,17 +1,22 @@
 """Datasets as deterministic, resumable batches of images; and their augmentation on the device."""
 
+import dataclasses
 import inspect
 from typing import Any
 
-from mpq_jax.data import arrays, digits, tfds
+from mpq_jax.data import arrays, digits, folder, tfds
 from mpq_jax.data.augment import augment, normalize, random_crop, random_flip
 from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, whole_split
+from mpq_jax.data.corrupt import CorruptImagesError
+from mpq_jax.data.reading import Reading
 
 __all__ = [
     "DATASETS",
     "Batch",
     "BatchPlan",
+    "CorruptImagesError",
     "Dataset",
+    "Reading",
     "Split",
     "augment",
     "load",
@@ -21,7 +26,13 @@ __all__ = [
     "whole_split",
 ]
 
-DATASETS = {"digits": digits.load, "arrays": arrays.load, "tfds": tfds.load}
+DATASETS = {
+    "digits": digits.load,
+    "arrays": arrays.load,
+    "folder": folder.load,
+    "tfds": tfds.load,
+}
+GIVEN = ("plan", "reading")  # arguments of loaders that are not options of a dataset
 
 
 def load(
@@ -32,6 +43,9 @@ def load(
     heldout_fraction: float,
     process_index: int = 0,
     process_count: int = 1,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    reading: Reading | None = None,
     **options: Any,
 ) -> Dataset:
     """Loads a dataset.
@@ -44,7 +58,12 @@ def load(
             search of bits scores configurations on.
         process_index: number of this process.
         process_count: processes that share every batch, in equal parts.
-        **options: those of the loader: `path` for "arrays", `dataset` and others for "tfds".
+        mean: mean of each channel, on the 0 to 1 scale; None for the dataset's own.
+        std: standard deviation of each channel, likewise.
+        reading: how images that are decoded as they are read ("folder", large ones of "tfds")
+            are decoded and cropped; None for the defaults.
+        **options: those of the loader: `path` for "arrays", `path` and `image_size` for "folder",
+            `dataset` and others for "tfds".
 
     Returns:
         The dataset.
@@ -56,6 +75,8 @@ def load(
     """
     if name not in DATASETS:
         raise ValueError(f"dataset is {name!r}; known datasets are {sorted(DATASETS)}")
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean is {mean} and std is {std}; give both or neither")
     _check_options(name, options)
     plan = BatchPlan(
         batch_size=batch_size,
@@ -64,11 +85,20 @@ def load(
         process_index=process_index,
         process_count=process_count,
     )
-    return DATASETS[name](plan, **options)
+    if "reading" in inspect.signature(DATASETS[name]).parameters:
+        options["reading"] = reading or Reading()
+    dataset = DATASETS[name](plan, **options)
+    if mean is None or std is None:
+        return dataset
+    return dataclasses.replace(dataset, mean=tuple(mean), std=tuple(std))
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
-    parameters = list(inspect.signature(DATASETS[name]).parameters.values())[1:]  # after the plan
+    parameters = [
+        parameter
+        for parameter in inspect.signature(DATASETS[name]).parameters.values()
+        if parameter.name not in GIVEN
+    ]
     known = [parameter.name for parameter in parameters]
     needed = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
     unknown, missing = sorted(set(options) - set(known)), sorted(needed - set(options))

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from mpq_jax.data.corrupt import KEY as CORRUPT
+from mpq_jax.data.corrupt import CorruptImages
+
 Batch = dict[str, np.ndarray]
 MakeBatch = Callable[[int], Batch]
 RunBatches = Callable[[MakeBatch, range], Iterator[Batch]]
@@ -110,13 +113,19 @@ def local_rows(plan: BatchPlan, *, step: int) -> Int[np.ndarray, " local_batch"]
 
 
 def pad_batch(batch: Batch, *, size: int) -> Batch:
-    """Fills a batch with zeros up to `size` examples; "weight" is 1 for real ones, else 0."""
-    real = len(batch["label"])
-    padded = {
-        name: np.pad(values, [(0, size - real)] + [(0, 0)] * (values.ndim - 1))
+    """Fills a batch with zeros up to `size` examples.
+
+    Its "weight" is 0 for these and as it was for real ones, or 1 where the batch has none.
+    """
+    missing = size - len(batch["label"])
+    if "weight" not in batch:
+        batch = batch | {"weight": np.ones(len(batch["label"]), np.float32)}
+    return {
+        name: values
+        if name == CORRUPT or not missing
+        else np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))
         for name, values in batch.items()
     }
-    return padded | {"weight": (np.arange(size) < real).astype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,6 +143,8 @@ class Dataset:
         read_training: maps indices of training images, and their places in the endless row of
             training images (the seed of each random crop), to images and labels.
         run: applies a function to each step, in order; `map`, or a prefetching equivalent of it.
+        run_endless: likewise, for training, where seconds to start up do not matter.
+        corrupt: the images that could not be decoded, as far as batches were taken.
     """
 
     name: str
@@ -145,6 +156,8 @@ class Dataset:
     splits: dict[str, Split]
     read_training: Callable[[Int[np.ndarray, " batch"], Int[np.ndarray, " batch"]], Batch]
     run: RunBatches = map
+    run_endless: RunBatches = map
+    corrupt: CorruptImages = dataclasses.field(default_factory=CorruptImages)
 
     def __post_init__(self):
         if self.steps_per_epoch < 1:
@@ -174,11 +187,12 @@ class Dataset:
         """Batches in one epoch of training; images that do not fill a batch wait for another."""
         return self.sizes["train"] // self.batch_size
 
-    def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yields this process's share of each training batch, without end.
+    def train_batches(self, start_step: int = 0, *, steps: int | None = None) -> Iterator[Batch]:
+        """Yields this process's share of each training batch.
 
         Args:
             start_step: number of the first batch wanted, from 0: the steps already taken.
+            steps: how many batches; None for no end.
 
         Returns:
             An iterator of batches {"image": uint8 [local_batch, height, width, channel],
@@ -186,7 +200,9 @@ class Dataset:
         """
         if start_step < 0:
             raise ValueError(f"start_step is {start_step}; it must not be negative")
-        return self.run(self._train_batch, range(start_step, sys.maxsize))
+        if steps is None:
+            return self._take(self.run_endless(self._train_batch, range(start_step, sys.maxsize)))
+        return self._take(self.run(self._train_batch, range(start_step, start_step + steps)))
 
     def eval_batches(self, split: str) -> Iterator[Batch]:
         """Yields this process's share of one pass over a split, in fixed order.
@@ -196,13 +212,21 @@ class Dataset:
 
         Returns:
             An iterator of batches as in `train_batches`, with "weight": float32 [local_batch], 1
-            for a real example and 0 for padding. Every process gets equally many, of equal size.
+            for a real example and 0 for padding and corrupt images. Every process gets equally
+            many, of equal size.
         """
         if split not in self.splits:
             raise ValueError(f"split is {split!r}; {self.name} has {sorted(self.splits)}")
         num_batches = -(-self.sizes[split] // self.batch_size)
         make_batch = functools.partial(self._eval_batch, self.splits[split])
-        return self.run(make_batch, range(num_batches)) if num_batches else iter(())
+        return self._take(self.run(make_batch, range(num_batches))) if num_batches else iter(())
+
+    def _take(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yields batches without their failures, which are booked."""
+        for batch in batches:
+            if CORRUPT in batch:
+                self.corrupt.book(batch[CORRUPT])
+            yield {name: values for name, values in batch.items() if name != CORRUPT}
 
     def _train_batch(self, step: int) -> Batch:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

@@ -6,29 +6,53 @@ import math
 import numpy as np
 from PIL import Image
 
-CROP_AREA = (0.08, 1.0)  # fraction of the image a random crop covers (Szegedy et al., section 6)
+MIN_AREA = 0.08  # smallest part of an image that a random crop covers (Szegedy et al., section 6)
 CROP_RATIO = (3 / 4, 4 / 3)  # width over height of a random crop (ditto)
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, whose accuracies are the usual reference
 RESIZE_FACTOR = 256 / 224  # short side over crop side in evaluation, the usual ImageNet protocol
+REDUCTIONS = (8, 4, 2)  # by which JPEG decoders shrink at once, by the transform's low frequencies
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for images with so many channels
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom edge, in pixels; right and bottom lie just outside."""
 
 
-def decode(encoded: bytes, *, channels: int) -> Image.Image:
-    """Decodes an image and converts it to one (grey) or three (RGB) channels."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.convert(MODES[channels])
+def open_image(encoded: bytes) -> Image.Image:
+    """Opens an image without decoding it: its size is known, its pixels come when asked for.
+
+    Raises:
+        ValueError: more pixels than Pillow's limit (about 90 million), which are taken for a
+            damaged header whatever becomes of Pillow's warning of them.
+        Exception: others of Pillow's, where it is no image that Pillow knows.
+    """
+    image = Image.open(io.BytesIO(encoded))
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than Pillow's limit {most}")
+    return image
 
 
-def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Converts an image to one (grey) or three (RGB) channels; it is copied only if need be."""
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Returns the pixels of a grey or RGB image: uint8 [height, width, channel]."""
+    return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def random_box(
+    width: int, height: int, *, rng: np.random.Generator, min_area: float = MIN_AREA
+) -> Box:
     """Draws a box of random area and aspect ratio inside an image.
 
     Args:
         width: of the image, in pixels.
         height: of the image, in pixels.
         rng: source of the randomness; it is advanced.
+        min_area: smallest part of the image that the box covers, in (0, 1].
 
     Returns:
         The box. Where ten draws do not fit the image, the largest central box whose aspect ratio is
@@ -40,7 +64,7 @@ def random_box(width: int, height: int, *, rng: np.random.Generator) -> Box:
     """
     low, high = CROP_RATIO
     for _ in range(CROP_ATTEMPTS):
-        area = width * height * rng.uniform(*CROP_AREA)
+        area = width * height * rng.uniform(min_area, 1.0)
         ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
@@ -58,15 +82,85 @@ def centre_box(width: int, height: int, *, box_width: int, box_height: int) -> B
     return left, top, left + box_width, top + box_height
 
 
-def random_resized_crop(image: Image.Image, *, size: int, rng: np.random.Generator) -> Image.Image:
-    """Cuts a random box out of an image and resizes it to `size` by `size` pixels."""
-    box = random_box(image.width, image.height, rng=rng)
-    return image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+def random_resized_crop(
+    image: Image.Image,
+    *,
+    size: int,
+    channels: int,
+    rng: np.random.Generator,
+    min_area: float = MIN_AREA,
+    interpolation: str = "bilinear",
+    reduced: bool = False,
+) -> Image.Image:
+    """Cuts a random box out of an image and resizes it.
+
+    Args:
+        image: opened, or decoded.
+        size: height and width of the result, in pixels.
+        channels: of the result, 1 or 3.
+        rng: decides the box; it is advanced.
+        min_area: as in `random_box`.
+        interpolation: a key of `INTERPOLATIONS`; where it shrinks, it averages (antialiasing).
+        reduced: whether to decode a JPEG whose box is at least twice as large as `size` at a half,
+            a quarter or an eighth of its size, never below `size`: faster, not quite the same.
+    """
+    box = random_box(image.width, image.height, rng=rng, min_area=min_area)
+    smaller = reduce_decoding(image, box, size=size) if reduced else None
+    image, resample = to_channels(image, channels), INTERPOLATIONS[interpolation]
+    if smaller is not None:
+        return image.resize((size, size), resample, box=smaller)
+    # Cut first, as torchvision does: `box` would look at pixels just outside, and saves next to
+    # nothing.
+    return image.crop(box).resize((size, size), resample)
 
 
-def resize_and_centre_crop(image: Image.Image, *, size: int) -> Image.Image:
-    """Resizes the short side to `size` x 256/224 and keeps the middle `size` by `size` pixels."""
-    scale = size * RESIZE_FACTOR / min(image.width, image.height)
+def reduce_decoding(
+    image: Image.Image, box: Box, *, size: int
+) -> tuple[float, float, float, float] | None:
+    """Makes Pillow decode a JPEG smaller, while `box` keeps `size` pixels at least.
+
+    Args:
+        image: opened, not decoded yet; it is changed.
+        box: the part of the image that is wanted.
+        size: height and width that it will be resized to.
+
+    Returns:
+        The box in pixels of the smaller image; None where nothing is made smaller: other formats
+        than JPEG, and boxes less than twice as large as `size`.
+    """
+    width, height = image.size
+    shortest = min(box[2] - box[0], box[3] - box[1])
+    factor = next((factor for factor in REDUCTIONS if shortest >= factor * size), 1)
+    if factor == 1 or image.draft(image.mode, (width // factor, height // factor)) is None:
+        return None
+    left, top, right, bottom = (edge / factor for edge in box)  # a last pixel may lie half outside
+    return left, top, right, bottom
+
+
+def resize_and_centre_crop(
+    image: Image.Image,
+    *,
+    size: int,
+    channels: int,
+    resize_factor: float = RESIZE_FACTOR,
+    interpolation: str = "bilinear",
+) -> Image.Image:
+    """Resizes the short side to `size` x `resize_factor` and keeps the middle: for evaluation.
+
+    Only the pixels that are kept are computed, which takes about a half of the time of resizing
+    the whole image. They are the same but for rounding: one level in a few pixels of a thousand.
+
+    Args:
+        image: opened, or decoded.
+        size: height and width of the result, in pixels.
+        channels: of the result, 1 or 3.
+        resize_factor: short side over `size`, at least 1.
+        interpolation: as in `random_resized_crop`.
+    """
+    scale = size * resize_factor / min(image.width, image.height)
     width, height = round(image.width * scale), round(image.height * scale)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    return resized.crop(centre_box(width, height, box_width=size, box_height=size))
+    left, top, right, bottom = centre_box(width, height, box_width=size, box_height=size)
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, right * across, bottom * down)
+    resample = INTERPOLATIONS[interpolation]
+    return to_channels(image, channels).resize((size, size), resample, box=box)

@@ -107,4 +107,4 @@ def _open_split(
             f"split {split!r} of {builder.info.name} has no labels; set test_split to another of "
             f"{sorted(builder.info.splits)}, such as 'validation'"
         )
-    return EncodedImages(len(source), read)
+    return EncodedImages(len(source), read, lambda index: f"{builder.info.name} {split}[{index}]")

@@ -1,41 +1,39 @@
 """Image classification datasets of TensorFlow Datasets (TFDS), read without TensorFlow.
 
 Small images of one size are decoded once into memory. All others are streamed: decoded, cropped and
-resized by threads as they are needed.
+resized as they are needed.
 """
 
-import dataclasses
 import math
 import os
 
 import numpy as np
+from PIL import Image
 
-from mpq_jax.data import memory, streaming
+from mpq_jax.data import corrupt, crops, memory, prefetch, streaming
 from mpq_jax.data.batches import Batch, BatchPlan, Dataset
 from mpq_jax.data.prepared import Stored, open_stored
+from mpq_jax.data.reading import Reading
 
 LARGEST_IN_MEMORY = 2**30  # bytes of decoded images kept in memory unless told to keep more
 DECODE_CHUNK = 1024  # images that a thread decodes at a time
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB; the usual values, see torchvision.transforms
-IMAGENET_STD = (0.229, 0.224, 0.225)  # ditto
 
 
 def load(
     plan: BatchPlan,
     *,
+    reading: Reading,
     dataset: str,
     data_dir: str | os.PathLike[str] | None = None,
     test_split: str = "test",
     image_size: int | None = None,
     in_memory: bool | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    num_threads: int = 16,
 ) -> Dataset:
     """Loads a prepared TFDS dataset of images with one label each.
 
     Args:
         plan: how the dataset is split, shuffled and shared between processes.
+        reading: how streamed images are decoded and cropped.
         dataset: its TFDS name, such as "cifar10", "imagenet2012" or "name/config:1.0.0".
         data_dir: folder of prepared datasets; None or "" for TFDS's own.
         test_split: TFDS name of the split to test on; "validation" for imagenet2012.
@@ -43,28 +41,17 @@ def load(
             resized to it as is usual for ImageNet.
         in_memory: whether to decode all images once, whole, into memory. None does so if they have
             one known size (which is `image_size`, if given) and take less than 1 GiB together.
-        mean: mean of each channel, on the 0 to 1 scale; None for that of the training images in
-            memory, or of ImageNet if streamed.
-        std: standard deviation of each channel, likewise.
-        num_threads: number of reading threads, and of streamed batches held in memory.
 
     Returns:
-        The dataset, named as `dataset`.
+        The dataset, named as `dataset`. Its mean and std are those of the training images in
+        memory, or as in `streaming.make_dataset`.
     """
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean is {mean} and std is {std}; give both or neither")
     stored = open_stored(dataset, data_dir=data_dir, test_split=test_split)
     if fits_in_memory(stored, image_size=image_size) if in_memory is None else in_memory:
-        loaded = load_in_memory(stored, image_size=image_size, plan=plan, num_threads=num_threads)
-        return dataclasses.replace(loaded, mean=mean or loaded.mean, std=std or loaded.std)
-    return load_streamed(
-        stored,
-        image_size=image_size,
-        mean=mean or IMAGENET_MEAN,
-        std=std or IMAGENET_STD,
-        plan=plan,
-        num_threads=num_threads,
-    )
+        return load_in_memory(
+            stored, image_size=image_size, plan=plan, num_threads=reading.num_threads
+        )
+    return load_streamed(stored, image_size=image_size, plan=plan, reading=reading)
 
 
 def whole_shape(stored: Stored, *, image_size: int | None) -> tuple[int, int, int] | None:
@@ -107,10 +94,8 @@ def load_streamed(
     stored: Stored,
     *,
     image_size: int | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     plan: BatchPlan,
-    num_threads: int,
+    reading: Reading,
 ) -> Dataset:
     """Reads the images whenever they are needed; arguments as in `load`."""
     if image_size is None:
@@ -124,24 +109,30 @@ def load_streamed(
         name=stored.name,
         num_classes=stored.num_classes,
         image_shape=(image_size, image_size, stored.image_shape[-1]),
-        mean=mean,
-        std=std,
         plan=plan,
-        num_threads=num_threads,
+        reading=reading,
     )
 
 
 def _decode_all(
     source: streaming.EncodedImages, *, image_shape: tuple[int, int, int], num_threads: int
 ) -> memory.Examples:
+    def whole(image: Image.Image, place: int) -> Image.Image:
+        del place
+        return crops.to_channels(image, image_shape[-1])
+
     def read_chunk(chunk: int) -> Batch:
         start = chunk * DECODE_CHUNK
         indices = np.arange(start, min(start + DECODE_CHUNK, source.size))
-        return streaming.read_batch(
-            source, indices, image_shape=image_shape, transform=lambda image, place: image
+        batch, failures = streaming.read_batch(
+            source, indices, image_shape=image_shape, transform=whole
         )
+        if failures:
+            name, reason = next(iter(failures.values()))
+            raise corrupt.CorruptImagesError(f"cannot decode {name}: {reason}")
+        return batch
 
     chunks = range(-(-source.size // DECODE_CHUNK))
-    decoded = list(streaming.prefetch(read_chunk, chunks, num_threads=num_threads))
+    decoded = list(prefetch.by_threads(read_chunk, chunks, num_threads=num_threads))
     images, labels = (np.concatenate([c[name] for c in decoded]) for name in ("image", "label"))
     return memory.Examples(images, labels)
