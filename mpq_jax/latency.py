@@ -54,7 +54,7 @@ class Call(NamedTuple):
     """One call of a layer in a model.
 
     Attributes:
-        module: the `nn.Conv` or `nn.Dense`, without its place in the model.
+        module: the layer, one of `linen.LAYERS`, without its place in the model.
         kernel_shape: of its kernel.
         input_shape: with the batch.
     """
@@ -92,7 +92,7 @@ def layer_calls(
 
     def record(next_call, args, kwargs, context):
         module, out = context.module, next_call(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(module, nn.Conv | nn.Dense):
+        if context.method_name == "__call__" and isinstance(module, linen.LAYERS):
             kernel = module.variables["params"]["kernel"]
             alone = module.clone(parent=None, name=None)
             call = Call(alone, kernel.shape, linen.input_of(args, kwargs).shape)
@@ -119,7 +119,7 @@ def multiply(call: Call, kernel: Array, x: Array) -> Array:
     """
     sums = jnp.float32 if x.dtype == jnp.float32 else jnp.int32
     changes: dict[str, Any] = {"use_bias": False, "precision": None, "promote_dtype": _as_they_are}
-    if isinstance(call.module, nn.Dense):
+    if isinstance(call.module, nn.Dense | nn.DenseGeneral):
         product = functools.partial(jax.lax.dot_general, preferred_element_type=sums)
         changes["dot_general_cls"] = lambda: product
     else:

@@ -115,6 +115,7 @@ class Layer(NamedTuple):
         float_weights: the kernel stays float and is only billed at its bits.
         reads_with: index of the first layer that reads the same array as this one; None: itself.
         inputs: values per image that the layer reads.
+        channels: output channels, each of which has weights of its own.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Layer(NamedTuple):
     float_weights: bool = False
     reads_with: int | None = None
     inputs: int = 0
+    channels: int = 0
 
     @property
     def searchable(self) -> bool:
@@ -270,6 +272,19 @@ class LayerTable:
             if layer.norm is not None and layer.searchable and norms.count(layer.norm) == 1
         }
 
+    @functools.cached_property
+    def features(self) -> dict[str, int]:
+        """Modules whose outputs tell what layers with a choice made: path -> index of the layer.
+
+        They are the norms of `chosen_norms`; a layer that has none stands for itself.
+        """
+        norms = {index: norm for norm, index in self.chosen_norms.items()}
+        return {
+            norms.get(index, layer.name): index
+            for index, layer in enumerate(self.layers)
+            if layer.searchable
+        }
+
     def with_norm_rows(self, norm_rows: str) -> "LayerTable":
         """Returns the same layers with norms kept per precision in another way (`NORM_ROWS`)."""
         if norm_rows not in NORM_ROWS:
@@ -340,7 +355,7 @@ def _nearest(allowed: tuple[int, ...], wanted: int) -> int:
 def trace_layers(
     model: nn.Module, input_shape: Sequence[int], *, rules: Sequence[Rule] = FIRST_LAST_8BIT
 ) -> LayerTable:
-    """Lists every `nn.Conv` and `nn.Dense` of a model in call order, without computing anything.
+    """Lists every layer with a kernel (`linen.LAYERS`) in call order, without computing anything.
 
     Args:
         model: any Linen model that takes a batch of inputs as its first argument.
@@ -358,8 +373,8 @@ def trace_layers(
     calls, norms = _record_calls(model, linen.batch_shape(input_shape))
     if not calls:
         raise ValueError(
-            f"{type(model).__name__} calls no nn.Conv and no nn.Dense, so there is nothing to "
-            "quantise; other layer types are not supported"
+            f"{type(model).__name__} calls no nn.Conv, nn.Dense or nn.DenseGeneral, so there is "
+            "nothing to quantise; other layer types are not supported"
         )
     for rule in rules:
         _check_rule(rule)
@@ -376,6 +391,7 @@ class _Call(NamedTuple):
     macs: int
     reads_with: int
     inputs: int
+    channels: int
 
 
 def _record_calls(
@@ -394,7 +410,7 @@ def _record_calls(
         if context.method_name != "__call__":
             return out
         name = linen.path_name(module)
-        if isinstance(module, nn.Conv | nn.Dense):
+        if isinstance(module, linen.LAYERS):
             x = linen.input_of(args, kwargs)
             call = _describe(module, name, x.shape, out.shape, batch=shape[0])
             earlier = calls.get(name)
@@ -426,7 +442,7 @@ def _record_calls(
 
 
 def _describe(
-    module: nn.Conv | nn.Dense,
+    module: nn.Module,
     name: str,
     in_shape: tuple[int, ...],
     out_shape: tuple[int, ...],
@@ -434,12 +450,22 @@ def _describe(
     batch: int,
 ) -> _Call:
     kernel_shape = tuple(module.variables["params"]["kernel"].shape)
-    positions = math.prod(out_shape[:-1]) // batch
-    kind = "dense" if isinstance(module, nn.Dense) else "conv"
-    if isinstance(module, nn.Conv) and module.feature_group_count > 1 and kernel_shape[-2] == 1:
-        kind = "depthwise"
-    macs, inputs = positions * math.prod(kernel_shape), math.prod(in_shape) // batch
-    return _Call(name, kind, kernel_shape, macs, reads_with=-1, inputs=inputs)
+    kind, per_output = "dense", math.prod(kernel_shape[:-1])  # weights of one value of the output
+    if isinstance(module, nn.DenseGeneral):
+        axes = (module.axis,) if isinstance(module.axis, int) else module.axis
+        per_output = math.prod(in_shape[axis] for axis in axes)
+    elif isinstance(module, nn.Conv):
+        depthwise = module.feature_group_count > 1 and kernel_shape[-2] == 1
+        kind = "depthwise" if depthwise else "conv"
+    return _Call(
+        name,
+        kind,
+        kernel_shape,
+        macs=math.prod(out_shape) // batch * per_output,
+        reads_with=-1,
+        inputs=math.prod(in_shape) // batch,
+        channels=math.prod(kernel_shape) // per_output,
+    )
 
 
 def _multiplies_in_a_loop(program: Any, *, in_loop: bool = False) -> bool:
@@ -528,6 +554,7 @@ def _apply_rules(call: _Call, calls: list[_Call], norm: str | None, rules: Seque
         float_weights=first_word("float_weights"),
         reads_with=call.reads_with,
         inputs=call.inputs,
+        channels=call.channels,
     )
 
 

@@ -37,6 +37,12 @@ def mobilenet_v2():
     return trace_layers(model, (224, 224, 3), rules=bit_rules((6, 5, 4, 3, 2)))
 
 
+@pytest.fixture(scope="module")
+def efficientnet_lite0():
+    model = make_model("efficientnet_lite0", num_classes=1000)
+    return trace_layers(model, (224, 224, 3), rules=bit_rules((6, 5, 4, 3, 2)))
+
+
 class Small(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -91,6 +97,23 @@ def test_bytes_and_macs_of_mobilenet_v2(mobilenet_v2):
     macs = np.array([layer.macs for layer in mobilenet_v2.layers]) / 1e6
     chosen = mobilenet_v2.searchable
     assert (round(macs[chosen].sum(), 1), round(macs[~chosen].sum(), 1)) == (288.7, 12.1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "giga"), [(2, 2.268), (3, 4.133), (4, 6.745), (5, 10.102), (6, 14.206)]
+)
+def test_bitops_of_efficientnet_lite0(efficientnet_lite0, bits, giga):
+    uniform = efficientnet_lite0.uniform(bits, bits)
+    assert round(float(bitops(efficientnet_lite0, uniform)) / GIGA, 3) == giga
+
+
+def test_bytes_and_macs_of_efficientnet_lite0(efficientnet_lite0):
+    uniform = efficientnet_lite0.uniform(4, 6)
+    assert round(float(model_bytes(efficientnet_lite0, uniform)) / MIB, 3) == 2.809
+    macs = np.array([layer.macs for layer in efficientnet_lite0.layers]) / 1e6
+    chosen = efficientnet_lite0.searchable
+    assert chosen.sum() == 48
+    assert (round(macs[chosen].sum(), 1), round(macs[~chosen].sum(), 1)) == (373.1, 12.1)
 
 
 def test_costs_equal_sums_over_layers(small, configs):

@@ -237,7 +237,7 @@ def test_nothing_is_computed_whatever_the_size():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (NoLayers(), "NoLayers calls no nn.Conv and no nn.Dense"),
+        (NoLayers(), "NoLayers calls no nn.Conv, nn.Dense or nn.DenseGeneral"),
         (Repeated(shared=False), "nn.scan.*unroll"),
         (Repeated(shared=True), "nn.scan.*unroll"),
         (Stacked(), "nn.vmap.*unroll"),
@@ -359,6 +359,8 @@ def test_candidates_and_mask(table):
     assert table.bank_norms == table.chosen_norms
     assert table.with_norm_rows("shared").bank_norms == {}
     assert table.with_norm_rows("shared").chosen_norms == table.chosen_norms
+    # Of layers with a choice and no norm of their own, their outputs.
+    assert table.features == table.chosen_norms | {"body/gate": 3, "grouped": 4}
 
 
 def test_uniform_keeps_fixed_layers_and_lifts_what_a_layer_lacks(table):

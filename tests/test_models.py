@@ -195,6 +195,13 @@ def test_output_is_one_row_of_logits_per_image(name, size, train):
 
 def test_names_of_all_models():
     assert sorted(MODELS) == [
+        "deit_small",
+        "deit_tiny",
+        "efficientnet_lite0",
+        "efficientnet_lite1",
+        "efficientnet_lite2",
+        "efficientnet_lite3",
+        "efficientnet_lite4",
         "mobilenet_v2",
         "resnet18",
         "resnet20",
@@ -204,11 +211,13 @@ def test_names_of_all_models():
         "resnet56",
         "resnet8",
         "vgg19_bn",
+        "vit_small",
+        "vit_tiny",
     ]
 
 
 def test_unknown_model_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"'resnet9'; known .*'resnet8', 'vgg19_bn'\]"):
+    with pytest.raises(ValueError, match=r"'resnet9'; known .*'resnet8', 'vgg19_bn', 'vit_"):
         make_model("resnet9", num_classes=10)
 
 

@@ -346,8 +346,8 @@ USERS = {
         },
     ),
     "remat": (
-        Whole(Rematerialised()),  # what is inside of a checkpoint is not looked at
-        {"": ["stem", "middle/one/conv", "middle/two/conv", "head"]},
+        Whole(Rematerialised()),
+        {"": ["stem", "middle/one/conv"], "middle/two": ["middle/two/conv", "head"]},
     ),
     "setup": (
         Whole(Setup()),

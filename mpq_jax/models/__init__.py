@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from mpq_jax.models import mobilenet_v2, resnet, resnet_cifar, vgg
+from mpq_jax.models import efficientnet_lite, mobilenet_v2, resnet, resnet_cifar, vgg, vit
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(resnet_cifar.ResNetCifar, blocks_per_stage=1),
@@ -19,6 +19,20 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     ),
     "mobilenet_v2": mobilenet_v2.MobileNetV2,
     "vgg19_bn": vgg.VGG,
+    # Dropout of the first as in Table 3 of the ViT paper, of the second as in Table 9 of DeiT's.
+    "vit_tiny": functools.partial(vit.ViT, dim=192, heads=3, dropout=0.1),
+    "vit_small": functools.partial(vit.ViT, dim=384, heads=6, dropout=0.1),
+    "deit_tiny": functools.partial(vit.ViT, dim=192, heads=3, drop_path=0.1),
+    "deit_small": functools.partial(vit.ViT, dim=384, heads=6, drop_path=0.1),
+    **{
+        name: functools.partial(
+            efficientnet_lite.EfficientNetLite,
+            width=size.width,
+            depth=size.depth,
+            dropout=size.dropout,
+        )
+        for name, size in efficientnet_lite.SIZES.items()
+    },
 }
 
 

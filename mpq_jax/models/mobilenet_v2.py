@@ -7,12 +7,13 @@ References:
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mpq_jax.models import computation
 from mpq_jax.models.resnet import KERNEL_INIT, NORM
 
 CHANNEL_DIVISOR = 8  # channels are multiples of it, as in the authors' code
@@ -57,17 +58,19 @@ class InvertedResidual(nn.Module):
         channels: output channels.
         stride: of the depthwise convolution.
         expansion: inner channels per input channel.
+        dtype: that layers compute in.
     """
 
     channels: int
     stride: int
     expansion: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         """Applies the block."""
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT)
-        norm = functools.partial(NORM, use_running_average=not train)
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=self.dtype)
+        norm = functools.partial(NORM, use_running_average=not train, dtype=self.dtype)
         strides, inner = (self.stride, self.stride), self.expansion * x.shape[-1]
         y = x
         if self.expansion != 1:
@@ -89,6 +92,8 @@ class MobileNetV2(nn.Module):
         dropout: fraction of the features that the classifier misses in training.
         stem_stride: of the first convolution; 1 suits small images.
         stages: the blocks.
+        dtype: "float32" or "bfloat16", see `computation.type_of`.
+        remat: computes blocks again in the backward pass, see `computation.block_of`.
     """
 
     num_classes: int
@@ -96,29 +101,34 @@ class MobileNetV2(nn.Module):
     dropout: float = 0.2
     stem_stride: int = 2
     stages: Sequence[Stage] = STAGES
+    dtype: Any = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
         """Returns the logits of a batch of normalised images."""
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT)
-        norm = functools.partial(NORM, use_running_average=not train)
+        dtype = computation.type_of(self.dtype)
+        block = computation.block_of(InvertedResidual, remat=self.remat)
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=dtype)
+        norm = functools.partial(NORM, use_running_average=not train, dtype=dtype)
         scaled = functools.partial(scale_channels, multiplier=self.width_multiplier)
         strides = (self.stem_stride, self.stem_stride)
         x = conv(scaled(STEM_CHANNELS), (3, 3), strides, padding=1, name="stem_conv")(x)
         x = nn.relu6(norm(name="stem_norm")(x))
         for number, stage in enumerate(self.stages):
             for index in range(stage.blocks):
-                block = InvertedResidual(
+                x = block(
                     scaled(stage.channels),
                     stage.stride if index == 0 else 1,
                     stage.expansion,
+                    dtype,
                     name=f"stage{number}_block{index}",
-                )
-                x = block(x, train)
+                )(x, train)
         last = scale_channels(LAST_CHANNELS, multiplier=max(1.0, self.width_multiplier))
         x = nn.relu6(norm(name="last_norm")(conv(last, (1, 1), name="last_conv")(x)))
         x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
-        return nn.Dense(self.num_classes, kernel_init=HEAD_INIT, name="head")(x)
+        head = nn.Dense(self.num_classes, kernel_init=HEAD_INIT, dtype=dtype, name="head")
+        return head(x).astype(jnp.float32)
 
 
 def scale_channels(channels: int, *, multiplier: float) -> int:

@@ -7,10 +7,13 @@ References:
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from mpq_jax.models import computation
 
 NORM = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
@@ -23,16 +26,18 @@ class BasicBlock(nn.Module):
     Attributes:
         channels: output channels.
         stride: of the first convolution.
+        dtype: that layers compute in.
     """
 
     channels: int
     stride: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         """Applies the block."""
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT)
-        norm = functools.partial(NORM, use_running_average=not train)
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=self.dtype)
+        norm = functools.partial(NORM, use_running_average=not train, dtype=self.dtype)
         strides = (self.stride, self.stride)
         residual = _shortcut(x, self.channels, strides, conv, norm)
         y = conv(self.channels, (3, 3), strides, padding=1, name="conv1")(x)
@@ -48,16 +53,18 @@ class BottleneckBlock(nn.Module):
         channels: of the 3x3 convolution; the block returns `EXPANSION` times as many.
         stride: of the 3x3 convolution ("v1.5", as in torchvision; the paper strides the 1x1
             convolution before it).
+        dtype: that layers compute in.
     """
 
     channels: int
     stride: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
         """Applies the block."""
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT)
-        norm = functools.partial(NORM, use_running_average=not train)
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=self.dtype)
+        norm = functools.partial(NORM, use_running_average=not train, dtype=self.dtype)
         strides, channels_out = (self.stride, self.stride), EXPANSION * self.channels
         residual = _shortcut(x, channels_out, strides, conv, norm)
         y = nn.relu(norm(name="norm1")(conv(self.channels, (1, 1), name="conv1")(x)))
@@ -82,16 +89,24 @@ class ResNet(nn.Module):
         width: `channels` of the blocks of the first stage; each further stage doubles them and
             halves the image.
         block: `BasicBlock` or `BottleneckBlock`.
+        dtype: "float32" or "bfloat16", see `computation.type_of`.
+        remat: computes blocks again in the backward pass, see `computation.block_of`.
     """
 
     num_classes: int
     stage_sizes: Sequence[int]
     width: int = 64
     block: Callable[..., nn.Module] = BasicBlock
+    dtype: Any = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
         """Returns the logits of a batch of normalised images."""
+        dtype, block = (
+            computation.type_of(self.dtype),
+            computation.block_of(self.block, remat=self.remat),
+        )
         stem = nn.Conv(
             self.width,
             (7, 7),
@@ -99,13 +114,15 @@ class ResNet(nn.Module):
             padding=3,
             use_bias=False,
             kernel_init=KERNEL_INIT,
+            dtype=dtype,
             name="stem_conv",
         )
-        x = nn.relu(NORM(use_running_average=not train, name="stem_norm")(stem(x)))
+        x = nn.relu(NORM(use_running_average=not train, dtype=dtype, name="stem_norm")(stem(x)))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # pyright: ignore[reportArgumentType]
         for stage, size in enumerate(self.stage_sizes):
             for index in range(size):
                 stride = 2 if stage > 0 and index == 0 else 1
-                block = self.block(self.width * 2**stage, stride, name=f"stage{stage}_block{index}")
-                x = block(x, train)
-        return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))
+                name = f"stage{stage}_block{index}"
+                x = block(self.width * 2**stage, stride, dtype, name=name)(x, train)
+        head = nn.Dense(self.num_classes, dtype=dtype, name="head")
+        return head(jnp.mean(x, axis=(1, 2))).astype(jnp.float32)

@@ -8,11 +8,13 @@ References:
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mpq_jax.models import computation
 from mpq_jax.models.resnet import KERNEL_INIT, NORM
 
 
@@ -26,25 +28,39 @@ class VGG(nn.Module):
         num_classes: size of the output.
         stage_sizes: convolutions of each stage.
         stage_channels: output channels of the convolutions of each stage.
+        dtype: "float32" or "bfloat16", see `computation.type_of`.
+        remat: keeps the inputs of stages alone for the backward pass, which computes the stages
+            again.
     """
 
     num_classes: int
     stage_sizes: Sequence[int] = (2, 2, 4, 4, 4)
     stage_channels: Sequence[int] = (64, 128, 256, 512, 512)
+    dtype: Any = "float32"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
         """Returns the logits of a batch of normalised images."""
         _check_size(x.shape[1], x.shape[2], halvings=len(self.stage_sizes))
-        conv = functools.partial(nn.Conv, use_bias=False, padding=1, kernel_init=KERNEL_INIT)
-        norm = functools.partial(NORM, use_running_average=not train)
-        stages = zip(self.stage_sizes, self.stage_channels, strict=True)
-        for stage, (size, channels) in enumerate(stages):
-            for index in range(size):
-                x = conv(channels, (3, 3), name=f"stage{stage}_conv{index}")(x)
+        dtype = computation.type_of(self.dtype)
+        conv = functools.partial(
+            nn.Conv, use_bias=False, padding=1, kernel_init=KERNEL_INIT, dtype=dtype
+        )
+        norm = functools.partial(NORM, use_running_average=not train, dtype=dtype)
+
+        def run_stage(module: nn.Module, x, stage: int):
+            del module  # nn.remat wants to see it
+            for index in range(self.stage_sizes[stage]):
+                x = conv(self.stage_channels[stage], (3, 3), name=f"stage{stage}_conv{index}")(x)
                 x = nn.relu(norm(name=f"stage{stage}_norm{index}")(x))
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))
+            return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+        run = nn.remat(run_stage, static_argnums=(2,)) if self.remat else run_stage
+        for stage in range(len(self.stage_sizes)):
+            x = run(self, x, stage)
+        head = nn.Dense(self.num_classes, dtype=dtype, name="head")
+        return head(jnp.mean(x, axis=(1, 2))).astype(jnp.float32)
 
 
 def _check_size(height: int, width: int, *, halvings: int) -> None:

@@ -5,8 +5,9 @@ residual block is one, a convolution inside it is not: the shortcut bypasses it.
 the traced program, so any Linen model that has some is cut, without knowing of it.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ from mpq_jax.quantizers.record import Quantizer
 
 START = "segment_start"  # name under which the input of the next segment is recorded
 MARK = "mpq_jax_cut:"  # begins the names that the analysis gives to inputs of modules
+RECOMPUTED = ("checkpoint", "remat2")  # primitives of nn.remat: the name depends on JAX's version
 
 
 class Segment(NamedTuple):
@@ -159,19 +161,61 @@ def _cuts(program: Any) -> dict[str, int]:
     A mark does if, of everything that was computed from the argument up to there, what comes after
     reads its result alone.
     """
-    read_at: dict[Any, int] = {}
-    for place, equation in enumerate(program.eqns):
-        read_at |= {var: place for var in equation.invars if not _is_literal(var)}
-    read_at |= {var: len(program.eqns) for var in program.outvars if not _is_literal(var)}
-    alive, cuts = {program.invars[-1]}, {}
-    for place, equation in enumerate(program.eqns):
-        if any(not _is_literal(var) and var in alive for var in equation.invars):
-            alive.update(equation.outvars)
-        alive = {var for var in alive if read_at.get(var, -1) > place}
-        mark = str(equation.params.get("name", ""))
-        if mark.startswith(MARK) and alive == set(equation.outvars):
-            cuts[mark.removeprefix(MARK)] = math.prod(equation.outvars[0].aval.shape[1:])
+    numbers = itertools.count()
+    image = next(numbers)
+    values = {program.invars[-1]: image}
+    steps = list(_steps(program, values, numbers))
+    read_at: dict[int, int] = {}
+    for place, step in enumerate(steps):
+        read_at |= dict.fromkeys(step.reads, place)
+    read_at |= dict.fromkeys(_values_of(program.outvars, values), len(steps))
+    alive, cuts = {image}, {}
+    for place, step in enumerate(steps):
+        if alive.intersection(step.reads):
+            alive.update(step.writes)
+        alive = {value for value in alive if read_at.get(value, -1) > place}
+        mark = str(step.equation.params.get("name", ""))
+        if mark.startswith(MARK) and alive == set(step.writes):
+            cuts[mark.removeprefix(MARK)] = math.prod(step.equation.outvars[0].aval.shape[1:])
     return cuts
+
+
+class _Step(NamedTuple):
+    """An equation of a program, and the numbers of the values that it reads and writes."""
+
+    equation: Any
+    reads: list[int]
+    writes: list[int]
+
+
+def _steps(program: Any, values: dict[Any, int], numbers: Iterator[int]) -> Iterator[_Step]:
+    """Yields the equations of a program, those inside of `nn.remat` as if they were outside.
+
+    `values` has the numbers of the program's variables, and gets those of what is written;
+    arguments that have none are constants. Variables alone do not say which value is meant: a
+    program that is called twice has the same ones in both calls.
+    """
+    for equation in program.eqns:
+        if equation.primitive.name not in RECOMPUTED:
+            reads = _values_of(equation.invars, values)
+            values.update(zip(equation.outvars, numbers, strict=False))
+            yield _Step(equation, reads, [values[var] for var in equation.outvars])
+            continue
+        inner = equation.params["jaxpr"]
+        inside = {
+            own: values[var]
+            for own, var in zip(inner.invars, equation.invars, strict=True)
+            if not _is_literal(var) and var in values
+        }
+        yield from _steps(inner, inside, numbers)
+        for var, own in zip(equation.outvars, inner.outvars, strict=True):
+            if not _is_literal(own) and own in inside:
+                values[var] = inside[own]
+
+
+def _values_of(variables: Sequence[Any], values: dict[Any, int]) -> list[int]:
+    """Returns the numbers of those that are no constants."""
+    return [values[var] for var in variables if not _is_literal(var) and var in values]
 
 
 def _is_literal(var: Any) -> bool:

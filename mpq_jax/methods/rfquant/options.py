@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+OPTIMIZERS = ("sgd", "adamw")
 LOOPS = ("auto", "calls", "unrolled", "scan")
 FEATURES = ("norm_output", "post_activation", "block_output")
 EPOCHS = 150  # of the published runs: k / EPOCHS gives the published epoch k at 150 epochs
@@ -39,11 +40,14 @@ class Options:
         two_bit_decay: weight decay that they shall feel.
         two_bit_count: "once" a step however many subnets drew 2 bits, or "each" of them.
         clip_value: bound of every gradient element; 0: off.
-        learning_rate, end_learning_rate: of SGD with Nesterov momentum, cosine.
+        optimizer: of parameters: "sgd", with Nesterov momentum, as published, or "adamw", which
+            transformers want.
+        learning_rate, end_learning_rate: of parameters, cosine.
         warmup, warmup_learning_rate: linear warm-up.
         rate_change: "step" or, as published, "epoch": when learning rates change.
         momentum: of SGD.
-        weight_decay: of convolution kernels.
+        weight_decay: of convolution kernels; "adamw" adds it to their updates, where the 2-bit
+            term cannot take it back.
         step_learning_rate: of Adam for the step sizes, cosine to 0.
         scale_step_gradient: LSQ's gradient scale for step sizes.
         ema_decay: of the averaged copy that evaluation and search use; 0: off.
@@ -73,6 +77,7 @@ class Options:
     two_bit_decay: float = 0.0
     two_bit_count: str = "once"
     clip_value: float = 1.0
+    optimizer: str = "sgd"
     learning_rate: float = 0.04
     end_learning_rate: float = 1e-5
     warmup: float = 5 / EPOCHS
@@ -90,6 +95,7 @@ class Options:
         """Refuses values that mean nothing, naming what is allowed."""
         choices = {
             "subnet_loop": LOOPS,
+            "optimizer": OPTIMIZERS,
             "gradient": ("sum", "mean"),
             "idm_features": FEATURES,
             "freeze_scores": ("common", "current"),

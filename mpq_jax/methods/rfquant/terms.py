@@ -46,7 +46,7 @@ def quantisation_error(
         pulled = (code % ratio == 0) & (coarse >= coarse_low) & (coarse <= coarse_high)
         distance = jnp.clip(w, s * low, s * high) - code.astype(w.dtype) * s
         error = jnp.sum(jnp.where(pulled, distance, 0) ** 2)
-        total += error * w.shape[-1] / w.size
+        total += error * table.layers[index].channels / w.size
     return total
 
 
@@ -90,24 +90,29 @@ def information_distortion(
 
     Args:
         table: the layers.
-        features: of the subnet, by norm path, from `pick_features`.
+        features: of the subnet, by path, from `pick_features`.
         reference: of the max subnet; constant.
         bits: the subnet.
         lowest: int32 [layers], lowest weight bits that each layer may have at present.
     """
     total = jnp.zeros(())
-    for norm, index in table.chosen_norms.items():
+    for name, index in table.features.items():
         gate = bits.weights[index] == lowest[index]
-        total += _distance_if(gate, features[norm], reference[norm])
+        total += _distance_if(gate, features[name], reference[name])
     return total
 
 
 @jax.custom_vjp
 def _distance_if(gate, feature, reference):
     # A branch, not a factor: most layers are not at their lowest bits, and features are large.
+    # Features may be bfloat16; they are kept so, and the distance is float32.
     return jax.lax.cond(
-        gate, lambda: jnp.mean((feature - reference) ** 2), lambda: jnp.zeros((), feature.dtype)
+        gate, lambda: jnp.mean(_difference(feature, reference) ** 2), lambda: jnp.zeros(())
     )
+
+
+def _difference(feature, reference):
+    return feature.astype(jnp.float32) - reference.astype(jnp.float32)
 
 
 def _distance_forward(gate, feature, reference):
@@ -118,7 +123,9 @@ def _distance_backward(residuals, gradient):
     gate, feature, reference = residuals
     feature_gradient = jax.lax.cond(
         gate,
-        lambda: 2 * gradient / feature.size * (feature - reference),
+        lambda: (2 * gradient / feature.size * _difference(feature, reference)).astype(
+            feature.dtype
+        ),
         lambda: jnp.zeros_like(feature),
     )
     return None, feature_gradient, None  # the reference is constant
@@ -128,7 +135,7 @@ _distance_if.defvjp(_distance_forward, _distance_backward)
 
 
 def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> dict[str, Array]:
-    """Returns one feature per norm after a layer with a choice.
+    """Returns one feature for each layer with a choice, by the paths of `table.features`.
 
     Args:
         table: the layers.
@@ -136,12 +143,14 @@ def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> 
         place: "norm_output"; "post_activation", its ReLU; or "block_output", the output of the
             module around the norm where the norm is the last one inside it, else its ReLU (what
             the published code measures, because its in-place operations overwrite the norms'
-            outputs; there the norms of 1x1 shortcuts stay raw).
+            outputs; there the norms of 1x1 shortcuts stay raw). A layer without a norm gives its
+            own output in any case.
     """
-    norms = list(table.chosen_norms)
+    picked = {name: captured[name] for name in table.features}
     if place == "norm_output":
-        return {norm: captured[norm] for norm in norms}
-    picked = {norm: nn.relu(captured[norm]) for norm in norms}
+        return picked
+    norms = list(table.chosen_norms)
+    picked |= {norm: nn.relu(captured[norm]) for norm in norms}
     if place == "block_output":
         last = {linen.module_of(norm): norm for norm in norms}  # later norms replace earlier
         picked |= {norm: captured[block] for block, norm in last.items() if block in captured}
