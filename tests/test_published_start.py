@@ -1,0 +1,134 @@
+"""train.py starts from files of published weights: config.init_from and config.new_head."""
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+import train
+from configs import digits
+from mpq_jax import linen
+from mpq_jax.methods import METHODS
+from mpq_jax.models import make_model
+
+WIDTH, SHAPE, CLASSES = 4, (8, 8, 1), 10  # of a small ResNet-8 for the digits
+
+
+def write_weights(path, *, classes=CLASSES, width=WIDTH):
+    """Writes a random ResNet-8 for the digits, by PyTorch's names, and returns its variables."""
+    model = make_model("resnet8", num_classes=classes, width=width)
+    variables = jax.eval_shape(
+        lambda key: linen.init_variables(model, key, SHAPE), jax.random.key(0)
+    )
+    random = np.random.default_rng(0)
+    flat = {
+        name: random.uniform(0.1, 1, leaf.shape).astype(np.float32)
+        for name, leaf in linen.flatten(variables).items()
+    }
+    safetensors.numpy.save_file({torch_name(name): torch_axes(x) for name, x in flat.items()}, path)
+    return linen.unflatten(flat)
+
+
+def torch_name(path):
+    module, leaf = path.partition("/")[2].rsplit("/", 1)
+    leaf = {
+        "kernel": "weight",
+        "scale": "weight",
+        "mean": "running_mean",
+        "var": "running_var",
+    }.get(leaf, leaf)
+    for ours, theirs in (
+        ("stem_conv", "conv1"),
+        ("stem_norm", "bn1"),
+        ("head", "linear"),
+        ("norm", "bn"),
+        ("_block", "."),
+        ("/", "."),
+    ):
+        module = module.replace(ours, theirs)
+    for stage in (2, 1, 0):
+        module = module.replace(f"stage{stage}", f"layer{stage + 1}")
+    return f"{module}.{leaf}"
+
+
+def torch_axes(array):
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
+
+
+def make_config(method, path, **changes) -> ConfigDict:
+    config = digits.get_config()
+    config.method = method
+    config.epochs = config.calibration_batches = config.device_count = 1
+    config.model.options.width = WIDTH
+    config.init_from = str(path)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def assert_same(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted)
+
+
+def test_every_method_starts_from_a_file(tmp_path, capsys):
+    path = tmp_path / "weights.safetensors"
+    variables = write_weights(path)
+    for method in METHODS:
+        config = make_config(method, path)
+        train.check_start(config)
+        setup = train.build(config)
+        assert_same(train.starting_variables(setup, setup.method, config), variables)
+    output = capsys.readouterr().out.replace("\n", "")
+    assert output.count(f"starting from the weights in {path}") == len(METHODS)
+
+
+def test_training_begins_with_the_weights_of_the_file(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    variables = write_weights(path)
+    config = make_config("plain", path)
+    state = train.initial_state(train.build(config), config)
+    assert_same({"params": state.params, "batch_stats": state.batch_stats}, variables)
+
+
+def test_a_new_head_leaves_the_rest_as_it_is(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    variables = write_weights(path, classes=7)
+    config = make_config("plain", path, new_head=True)
+    setup = train.build(config)
+    found = jax.device_get(train.starting_variables(setup, setup.method, config))
+    head = found["params"].pop("head")
+    assert head["kernel"].shape == (16, CLASSES) and not head["bias"].any()
+    assert 0.2 < np.std(head["kernel"]) < 0.3  # of 16 inputs; the file's numbers have mean 0.55
+    assert abs(np.mean(head["kernel"])) < 0.1
+    del variables["params"]["head"]
+    assert_same(found, variables)
+
+
+@pytest.mark.parametrize(
+    ("written", "changes", "message"),
+    [
+        (
+            {"classes": 7},
+            {},
+            "its head has 7 classes and digits has 10; --config.new_head=True keeps all but",
+        ),
+        ({"width": 5}, {}, r"weights\.safetensors: these tensors .*'resnet8', width=4, by the .*"),
+        ({}, {"model.name": "resnet20"}, r"missing:\s+layer1\.1\.bn1\.bias"),
+        ({}, {"init_from": "absent.safetensors"}, "there is no file absent.safetensors"),
+        ({}, {"init_from": "absent.npz"}, "absent.npz.* holds no checkpoint"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path, monkeypatch, written, changes, message):
+    path = tmp_path / "weights.safetensors"
+    write_weights(path, **written)
+    config = make_config("plain", path, **changes)
+    monkeypatch.setattr(train, "start", lambda argv: (config, tmp_path / "run"))
+    with pytest.raises(SystemExit, match=rf"(?s)^error: .*{message}"):
+        train.main([])
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_supernets_keep_their_head():
+    config = make_config("plain", "runs/multi", new_head=True)
+    with pytest.raises(ValueError, match=r"no float network; config\.new_head is for these"):
+        train.with_fitting_head(train.build(config), config, {"variables": {}})
