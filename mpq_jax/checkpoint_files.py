@@ -6,7 +6,9 @@ What `mpq_jax.checkpoints` is built from; users call that.
 import json
 import logging as python_logging
 import os
+import types
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +24,8 @@ STATE = "state"  # subdirectory of a checkpoint
 CHECKSUMS = "checksums.json"  # file in STATE, about all others there
 METRICS = "metrics"  # Orbax's name of a subdirectory and of the file in it
 METRIC = "metric"  # the only entry of METRICS
+# Orbax's files whose threads log what stops them, and raise it when they are waited for.
+REPORTED_BY_RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -34,12 +38,9 @@ class ChecksummingHandler(ocp.StandardCheckpointHandler):
     def finalize(self, directory: Path) -> None:
         """Called by Orbax, on one process, when all else is written."""
         super().finalize(directory)
-        names = [
-            os.path.relpath(os.path.join(parent, name), directory)
-            for parent, _, names in os.walk(directory)
-            for name in names
-        ]
-        checksums = {name: _checksum(directory / name) for name in names}
+        checksums = {
+            os.path.relpath(file, directory): _checksum(file) for file in files_below(directory)
+        }
         (directory / CHECKSUMS).write_text(json.dumps(checksums))
 
 
@@ -57,6 +58,11 @@ def check_files(step_directory: Path) -> None:
         if _checksum(file) != checksum:
             problem = "differs from what was saved" if file.exists() else "is missing"
             raise DamagedCheckpointError(f"{file} {problem}")
+
+
+def files_below(directory: Path) -> list[Path]:
+    """Lists the files in a directory and in those inside it."""
+    return [Path(parent) / name for parent, _, names in os.walk(directory) for name in names]
 
 
 def _checksum(file: Path) -> int | None:
@@ -111,20 +117,39 @@ def read_description(step_directory: Path) -> dict[str, Any]:
     return dict(metadata.custom_metadata or {})
 
 
-def read_values(step_directory: Path, leaves: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Reads the arrays of a sound checkpoint onto the host."""
+def read_values(
+    step_directory: Path,
+    leaves: dict[str, dict[str, Any]],
+    shardings: Mapping[str, jax.sharding.Sharding] = types.MappingProxyType({}),
+) -> dict[str, Any]:
+    """Reads the arrays of a sound checkpoint.
+
+    Args:
+        step_directory: the checkpoint.
+        leaves: see `describe_leaves`.
+        shardings: by name, where arrays belong of which this process reads only the parts that its
+            devices hold; the others come to the host.
+    """
     handler = ocp.PyTreeCheckpointHandler()
     structure = handler.metadata(step_directory / STATE).tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
-    stored = handler.restore(
-        step_directory / STATE, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+    how = jax.tree_util.tree_map_with_path(
+        lambda path, _: _restore_args(leaves[leaf_name(path)], shardings.get(leaf_name(path))),
+        structure,
     )
+    stored = handler.restore(step_directory / STATE, args=ocp.args.PyTreeRestore(restore_args=how))
     return jax.tree_util.tree_map_with_path(
         lambda path, value: _from_stored(value, leaves[leaf_name(path)]), stored
     )
 
 
-def _from_stored(value: np.ndarray, leaf: dict[str, Any]) -> np.ndarray:
+def _restore_args(leaf: dict[str, Any], sharding: jax.sharding.Sharding | None) -> ocp.RestoreArgs:
+    """Says how Orbax is to read one leaf; `to_stored` made something else of empty arrays."""
+    if sharding is None or 0 in leaf["shape"]:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=sharding)
+
+
+def _from_stored(value: Any, leaf: dict[str, Any]) -> np.ndarray | jax.Array:
     """Undoes `to_stored`, but for the type of keys."""
     return np.zeros(leaf["shape"], leaf["dtype"]) if 0 in leaf["shape"] else value
 
@@ -232,7 +257,12 @@ def _is_metric_file(file: Path) -> bool:
 
 
 def is_worth_showing(record: python_logging.LogRecord) -> bool:
-    """Filters out Orbax's progress reports, and its warning that a save has no metric."""
+    """Filters out Orbax's progress reports, and its warning that a save has no metric.
+
+    So are the tracebacks of its threads: what stopped them is raised to whoever waits for them.
+    """
     if "orbax" not in Path(record.pathname).parts:
         return True
-    return record.levelno >= python_logging.WARNING and "tracked_metric" not in str(record.msg)
+    is_raised_too = record.exc_info is not None and record.filename in REPORTED_BY_RAISING
+    is_expected = is_raised_too or "tracked_metric" in str(record.msg)
+    return record.levelno >= python_logging.WARNING and not is_expected

@@ -12,6 +12,8 @@ or is reported as damaged.
         save(manager, step, state, metric=accuracy)
 
 Directories are local or mounted ones; in a run of several processes, shared by all of them.
+
+`import_torch` reads weights that others published; `mpq_jax.published` says how.
 """
 
 import math
@@ -27,7 +29,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from mpq_jax import checkpoint_files as files
+from mpq_jax.checkpoint_failures import FailedSaveError as FailedSaveError
+from mpq_jax.checkpoint_failures import Manager, explained_failures
 from mpq_jax.checkpoint_files import DamagedCheckpointError
+from mpq_jax.published import import_torch as import_torch
 
 SHOWN_DIFFERENCES = 5  # an error names so many leaves; other configurations change hundreds
 
@@ -38,7 +43,7 @@ class MismatchedCheckpointError(ValueError):
 
 def open_manager(
     directory: str | os.PathLike[str], *, keep_last: int = 2, keep_best: int = 1
-) -> ocp.CheckpointManager:
+) -> Manager:
     """Opens a directory for saving and restoring; close the manager, or use it in `with`.
 
     Removes what an interrupted save left there: at most one running job may have it open. Hides
@@ -72,27 +77,30 @@ def open_manager(
     )
     handlers = ocp.DefaultCheckpointHandlerRegistry()
     handlers.add(files.STATE, ocp.args.StandardSave, files.ChecksummingHandler())
-    return ocp.CheckpointManager(path, options=options, handler_registry=handlers)
+    return Manager(path, options=options, handler_registry=handlers)
 
 
-def save(
-    manager: ocp.CheckpointManager, step: int, state: PyTree, *, metric: float | None = None
-) -> bool:
+def save(manager: Manager, step: int, state: PyTree, *, metric: float | None = None) -> bool:
     """Saves `state`; the files are written in the background, `state` may be donated at once.
+
+    In a run of several processes all of them call it, and each writes the shards that it holds.
 
     Args:
         manager: see `open_manager`.
         step: number of the checkpoint, larger than any before.
-        state: JAX or NumPy arrays in any pytree, typed PRNG keys included; each array replicated,
-            or all on devices of this process.
+        state: JAX or NumPy arrays in any pytree, typed PRNG keys included. JAX arrays may have any
+            sharding over the devices of all processes; NumPy arrays are equal on all processes.
         metric: what the best checkpoints have most of, accuracy for example. Not a number counts
             as the worst. None leaves the checkpoint out of the comparison.
 
     Returns:
         False where a checkpoint of this step exists already, which then stays as it is.
+
+    Raises:
+        FailedSaveError: when the save before this one failed, or this one at once.
     """
+    manager.wait_until_finished()
     if step in manager.all_steps():
-        manager.wait_until_finished()  # raises if that save failed
         return False
     latest = manager.latest_step()
     if latest is not None and step < latest:
@@ -104,12 +112,16 @@ def save(
         metric = -math.inf if math.isnan(metric) else float(metric)
     description = {"metric": metric, "leaves": files.describe_leaves(state)}
     stored = jax.tree.map(files.to_stored, state)
-    manager.save(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(stored, custom_metadata=description)),
-        metrics=None if metric is None else {files.METRIC: metric},
-        force=True,  # when to save is the caller's decision
-    )
+    manager.writing = (step, sum(leaf.nbytes for leaf in jax.tree.leaves(stored)))
+    with explained_failures(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(stored, custom_metadata=description)
+            ),
+            metrics=None if metric is None else {files.METRIC: metric},
+            force=True,  # when to save is the caller's decision
+        )
     return True
 
 
@@ -123,9 +135,7 @@ def abstract(state: PyTree) -> PyTree:
     )
 
 
-def restore_latest(
-    manager: ocp.CheckpointManager, abstract_state: PyTree
-) -> tuple[int, PyTree] | None:
+def restore_latest(manager: Manager, abstract_state: PyTree) -> tuple[int, PyTree] | None:
     """Restores the newest checkpoint that is not damaged.
 
     A damaged one is logged, and renamed to `<step>.damaged` once an older one was restored, so
@@ -134,7 +144,8 @@ def restore_latest(
     Args:
         manager: see `open_manager`.
         abstract_state: see `abstract`. Its shardings say where the restored arrays are, whatever
-            devices they were saved from; leaves without one are restored as NumPy arrays.
+            devices they were saved from; leaves without one are restored as NumPy arrays. Of an
+            array that is split over devices, each process reads what its own devices need.
 
     Returns:
         The step and the state, or None if there is no checkpoint.
@@ -162,14 +173,14 @@ def restore_latest(
     )
 
 
-def restore_best(manager: ocp.CheckpointManager, abstract_state: PyTree) -> tuple[int, PyTree]:
+def restore_best(manager: Manager, abstract_state: PyTree) -> tuple[int, PyTree]:
     """Restores the checkpoint with the largest metric; see `restore_step`."""
     manager.wait_until_finished()
     step = files.best_step(manager.directory)
     return step, restore_step(manager, step, abstract_state)
 
 
-def restore_step(manager: ocp.CheckpointManager, step: int, abstract_state: PyTree) -> PyTree:
+def restore_step(manager: Manager, step: int, abstract_state: PyTree) -> PyTree:
     """Restores the checkpoint of one step.
 
     Args:
@@ -236,7 +247,10 @@ def _restore(step_directory: Path, abstract_state: PyTree) -> PyTree:
     """Reads a sound checkpoint into the structure and the shardings of `abstract_state`."""
     leaves = files.read_description(step_directory)["leaves"]
     _check_same_leaves(step_directory, leaves, abstract_state)
-    values = _by_name(files.read_values(step_directory, leaves))
+    shardings = {
+        name: leaf.sharding for name, leaf in _by_name(abstract_state).items() if _is_split(leaf)
+    }
+    values = _by_name(files.read_values(step_directory, leaves, shardings))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _place(
             values[files.leaf_name(path)], leaf, leaves[files.leaf_name(path)].get("key_impl")
@@ -245,12 +259,23 @@ def _restore(step_directory: Path, abstract_state: PyTree) -> PyTree:
     )
 
 
-def _place(value: np.ndarray, leaf: Any, key_impl: str | None) -> jax.Array | np.ndarray:
-    """Puts a host array where `leaf` is, and makes it typed keys again if it was."""
+def _is_split(leaf: Any) -> bool:
+    """Tells whether the devices of an array hold different parts of it."""
     sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
+    return sharding is not None and not sharding.is_fully_replicated
+
+
+def _place(
+    value: np.ndarray | jax.Array, leaf: Any, key_impl: str | None
+) -> jax.Array | np.ndarray:
+    """Puts what was read where `leaf` is, and makes it typed keys again if it was."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(value, np.ndarray):
+        array = value
+    elif sharding is None:
         return value
-    array = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    else:
+        array = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
     return array if key_impl is None else jax.random.wrap_key_data(array, impl=key_impl)
 
 

@@ -25,7 +25,9 @@ class MetricWriter:
         temporary.replace(path)
         self._lines = path.open("a")
         self._board: Any = tensorboardX.SummaryWriter(
-            str(directory / "tensorboard"), purge_step=first_step
+            str(directory / "tensorboard"),
+            purge_step=first_step,
+            max_queue=0,  # unlimited: its thread dies of a full disk, and then a put would block
         )
 
     def write(self, step: int, scalars: dict[str, float]) -> None:

@@ -1,6 +1,9 @@
 import json
 import pathlib
+import re
 import struct
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +129,35 @@ def test_compile_counter_stops_counting_after_an_error():
         raise KeyError
     failing_for_the_counter(jnp.ones(2))
     assert not counter.counts
+
+
+FULL = """
+import os, pathlib, sys, time
+from mpq_jax.recording import MetricWriter
+
+directory = pathlib.Path(sys.argv[1])
+writer = MetricWriter(directory, first_step=1)
+writer.write(1, {"loss": 1.0})
+disk = os.statvfs(directory)
+(directory / "filler").write_bytes(bytes(disk.f_bavail * disk.f_bsize - 8192))
+try:
+    for step in range(2, 10_000):
+        writer.write(step, {str(number): 1.0 for number in range(12)})
+except OSError as error:
+    print(f"at step {step}: {error}", flush=True)
+"""
+
+
+def test_a_full_disk_is_an_error_and_not_a_wait_without_end(tmp_path):
+    """TensorBoard's thread dies of it first; what is put into its queue then stays there."""
+    process = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+        + ['mount -t tmpfs -o size=1m none "$4" && exec "$@"', "sh", sys.executable, "-c", FULL]
+        + [str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if re.search("unshare: |mount: ", process.stderr):
+        pytest.skip(f"a small disk to fill up cannot be mounted here: {process.stderr}")
+    assert re.search(r"at step \d+: .*No space left on device", process.stdout), process.stderr
