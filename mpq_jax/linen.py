@@ -1,8 +1,9 @@
 """How any Linen image model is called: the example input, and the flag of its training mode."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -11,7 +12,26 @@ import jax.numpy as jnp
 
 TRAIN_FLAGS = ("train", "training", "is_training")
 EVAL_FLAGS = ("deterministic", "use_running_average")
+LAYERS = (nn.Conv, nn.Dense, nn.DenseGeneral)  # what has a kernel that can be quantised
+FLOAT32_NORMS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 RECORDS = "mpq_jax_records"  # variable collection of what interceptors write down
+
+
+class Part(NamedTuple):
+    """What part of a batch a call sees.
+
+    Attributes:
+        axis: name of the mapped axis, or axes, whose devices have the other shares; norms take
+            their statistics over all of them. None: there are none.
+        number: into how many parts the batch was divided, that is the number of values that
+            something is computed from, by the number that this call sees.
+    """
+
+    axis: str | tuple[str, ...] | None = None
+    number: int = 1
+
+
+WHOLE = Part()
 
 
 def mode_kwargs(model: nn.Module, *, train: bool) -> dict[str, Any]:
@@ -45,9 +65,20 @@ def batch_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
 def init_variables(model: nn.Module, key: jax.Array, input_shape: Sequence[int]) -> dict:
     """Returns the model's freshly drawn variables; `input_shape` as in `batch_shape`."""
     images = jnp.zeros(batch_shape(input_shape), jnp.float32)
-    return dict(
-        model.init({"params": key, "dropout": key}, images, **mode_kwargs(model, train=False))
-    )
+    rngs, mode = {"params": key, "dropout": key}, mode_kwargs(model, train=False)
+    with nn.intercept_methods(_let_norms_mix_types):
+        return dict(model.init(rngs, images, **mode))
+
+
+def _let_norms_mix_types(next_call, args, kwargs, context):
+    """Lets Flax's norms do what they do even where mixing types of numbers is an error.
+
+    Whatever they are told to return, they compute in float32, by raising their input to it.
+    """
+    if not isinstance(context.module, FLOAT32_NORMS):
+        return next_call(*args, **kwargs)
+    with jax.numpy_dtype_promotion("standard"):
+        return next_call(*args, **kwargs)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -95,10 +126,11 @@ def forward(
     *,
     train: bool,
     dropout_key: jax.Array | None = None,
+    part: Part = WHOLE,
 ) -> tuple[jax.Array, dict]:
-    """Calls the model and returns (logits, its BatchNorm statistics after the call)."""
+    """Calls the model; returns (float32 logits, its BatchNorm statistics after the call)."""
     logits, batch_stats, _ = recorded_forward(
-        model, variables, images, train=train, dropout_key=dropout_key
+        model, variables, images, train=train, dropout_key=dropout_key, part=part
     )
     return logits, batch_stats
 
@@ -110,17 +142,28 @@ def recorded_forward(
     *,
     train: bool,
     dropout_key: jax.Array | None = None,
+    part: Part = WHOLE,
 ) -> tuple[jax.Array, dict, dict[str, jax.Array]]:
     """Like `forward`, and returns what interceptors wrote down by `record`, by path and name."""
-    logits, updated = model.apply(
-        variables,
-        images,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
-        mutable=["batch_stats", RECORDS],
-        **mode_kwargs(model, train=train),
-    )
+    over_devices = functools.partial(_over_devices, part.axis)
+    with nn.intercept_methods(over_devices), nn.intercept_methods(_let_norms_mix_types):
+        logits, updated = model.apply(
+            variables,
+            images,
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+            mutable=["batch_stats", RECORDS],
+            **mode_kwargs(model, train=train),
+        )
     records = flatten(dict(updated).get(RECORDS, {}))
-    return logits, dict(updated).get("batch_stats", {}), records
+    return logits.astype(jnp.float32), dict(updated).get("batch_stats", {}), records
+
+
+def _over_devices(axis: str | tuple[str, ...] | None, next_call, args, kwargs, context):
+    """Lets every BatchNorm average over a mapped axis, whether or not the model thought of it."""
+    norm = context.module
+    if axis is not None and isinstance(norm, nn.BatchNorm) and norm.axis_name is None:
+        object.__setattr__(norm, "axis_name", axis)  # made for this call alone; Linen freezes it
+    return next_call(*args, **kwargs)
 
 
 def named(records: dict[str, jax.Array], name: str) -> dict[str, jax.Array]:

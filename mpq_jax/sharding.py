@@ -1,8 +1,8 @@
-"""Devices and processes: start-up, the mesh, and where arrays live on it.
+"""Devices: the mesh over those of all processes, and where arrays live on it.
 
-The parallelism is data parallelism: every device holds the whole train state and a part of the
-batch. Under `jax.jit` with these shardings the compiler sums gradients over the devices, and a
-mean over the batch axis, BatchNorm's included, is the mean over the global batch.
+The parallelism is data parallelism: every device has a part of the batch. It holds the whole train
+state, or several devices share it (`state_shardings`). Under `jax.jit` with these shardings a mean
+over the batch axis, BatchNorm's included, is the mean over the global batch.
 
 Example, the same on one device and on many hosts:
 
@@ -12,50 +12,33 @@ Example, the same on one device and on many hosts:
     step = jax.jit(train_step, out_shardings=replicated(mesh), donate_argnums=0)
 """
 
+import collections
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-DATA_AXIS = "data"  # the mesh's only axis; batches are split over it
+DATA_AXIS = "data"  # every device along it has a copy of the training state, or of its part
+STATE_AXIS = "fsdp"  # the devices along it, if there are any, share one copy
+BOTH_AXES = (DATA_AXIS, STATE_AXIS)
+SMALLEST_SPLIT = 2**14  # values; smaller arrays are not worth a collective operation
+
+_WHOLE = PartitionSpec()
 
 
-def start_processes(
-    coordinator_address: str | None = None,
-    process_count: int | None = None,
-    process_index: int | None = None,
-) -> None:
-    """Joins this process to the others of a run; call it before any other use of JAX.
-
-    Each argument left at None is detected where the cluster says it (Slurm, Open MPI, Kubernetes,
-    Cloud TPU). A run of one process does not need this call.
-
-    Args:
-        coordinator_address: "host:port" of process 0, the same in every process.
-        process_count: number of processes in the run.
-        process_index: number of this process, 0 to process_count - 1.
-
-    Raises:
-        RuntimeError: when the processes could not be joined.
-    """
-    try:
-        jax.distributed.initialize(coordinator_address, process_count, process_index)
-    except (ValueError, RuntimeError) as error:
-        raise RuntimeError(
-            f"could not join the processes of this run: {error}\n"
-            f"Given: coordinator_address={coordinator_address!r}, process_count={process_count}, "
-            f"process_index={process_index}. Give all three where no cluster (Slurm, Open MPI, "
-            "Kubernetes, Cloud TPU) tells them, the address as 'host:port' of process 0, reachable "
-            "from every process; start them once, before anything else uses JAX."
-        ) from error
-
-
-def make_mesh(device_count: int | None = None) -> Mesh:
-    """Returns a mesh of one axis, "data", over all devices of all processes.
+def make_mesh(device_count: int | None = None, *, fsdp: int = 1) -> Mesh:
+    """Returns a mesh over all devices of all processes; batches are split over all of it.
 
     Args:
         device_count: use only this many devices, the first ones; one process only.
+        fsdp: so many neighbouring devices share one copy of the training state, best those of one
+            host. With 1 the mesh has one axis, "data"; else it has a second one, "fsdp".
     """
     devices = jax.devices()
     count = len(devices) if device_count is None else device_count
@@ -66,19 +49,53 @@ def make_mesh(device_count: int | None = None) -> Mesh:
             f"device_count is {count}, but the {jax.process_count()} processes of this run have "
             f"{len(devices)} devices: a mesh over several processes takes all of them (None)"
         )
+    if fsdp < 1 or count % fsdp:
+        raise ValueError(f"fsdp is {fsdp}; wanted a divisor of the {count} devices of this run")
+    shape, names = ((count,), (DATA_AXIS,)) if fsdp == 1 else ((count // fsdp, fsdp), BOTH_AXES)
     return jax.make_mesh(
-        (count,), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count]
+        shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:count]
     )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds in full."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, _WHOLE)
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array whose first axis, the batch, is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def shares_state(mesh: Mesh) -> bool:
+    """Returns whether several devices share one copy of the training state."""
+    return STATE_AXIS in mesh.axis_names
+
+
+def state_shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+    """Returns where each array of a training state is kept between steps.
+
+    Along the mesh's "fsdp" axis, if it has one, large arrays are split in their longest axis that
+    divides ("fully sharded data parallelism", or ZeRO): a step gathers the parameters once, and
+    each device updates its part of them. Everything else is held by every device.
+
+    Args:
+        tree: arrays, or their shapes.
+        mesh: see `make_mesh`.
+    """
+    devices = mesh.shape.get(STATE_AXIS, 1)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _split(leaf.shape, devices)), tree)
+
+
+def _split(shape: tuple[int, ...], devices: int) -> PartitionSpec:
+    """Returns how an array of a training state is split over devices that share it."""
+    if devices == 1:
+        return _WHOLE
+    dividing = [axis for axis, size in enumerate(shape) if size % devices == 0]
+    if math.prod(shape) < SMALLEST_SPLIT or not dividing:
+        return _WHOLE
+    longest = max(dividing, key=lambda axis: shape[axis])
+    return PartitionSpec(*[STATE_AXIS if axis == longest else None for axis in range(len(shape))])
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -110,9 +127,43 @@ def global_batch(local_batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, ja
     }
 
 
+def prefetch_to_device(
+    batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, *, ahead: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the global batches of `batches`, in order, the next ones already on their way.
+
+    A thread takes the batches and starts their transfer, while the caller's step runs.
+
+    Args:
+        batches: of this process, as `global_batch` takes them.
+        mesh: see `make_mesh`.
+        ahead: how many batches may be on devices, or on their way, before they are asked for.
+    """
+
+    def fetch() -> dict[str, jax.Array] | None:
+        batch = next(batches, None)
+        return None if batch is None else global_batch(batch, mesh)
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = collections.deque(thread.submit(fetch) for _ in range(ahead))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(fetch))
+            yield batch
+
+
 def to_host(tree: PyTree) -> PyTree:
-    """Fetches replicated arrays as NumPy arrays; a typed PRNG key becomes its uint32 words."""
-    return jax.tree.map(lambda leaf: np.asarray(_without_key_type(leaf)), tree)
+    """Fetches arrays as NumPy arrays, whole; a typed PRNG key becomes its uint32 words.
+
+    Of arrays that are split over several processes, all processes must ask at once.
+    """
+    return jax.tree.map(lambda leaf: _fetch(_without_key_type(leaf)), tree)
+
+
+def _fetch(leaf: jax.typing.ArrayLike) -> np.ndarray:
+    """Returns one array on the host."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
 
 
 def _replicate_leaf(leaf: jax.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:

@@ -79,8 +79,8 @@ class Output(NamedTuple):
     Attributes:
         logits: float32 [batch, classes].
         batch_stats: the model's statistics after the call (unchanged in evaluation mode).
-        features: output of the norm after every layer with a choice, and of the module around
-            that norm, by path.
+        features: output of the norm after every layer with a choice (of the layer itself where it
+            has none), and of the module around that norm, by path.
         records: everything that was recorded during the call (`linen.record`), by path and name.
     """
 
@@ -290,8 +290,12 @@ def apply(
     quantizer: Quantizer = lsq.QUANTIZER,
     scale_step_gradient: bool = False,
     dropout_key: Key[Array, ""] | None = None,
+    part: linen.Part = linen.WHOLE,
 ) -> Output:
     """Calls the model as the selected subnet.
+
+    Inputs are quantised in float32, whatever type the model computes in, and handed on in the type
+    that they came in; so gradients of step sizes are float32.
 
     Args:
         model: the Linen model.
@@ -302,11 +306,11 @@ def apply(
         quantizer: how the inputs of the layers are quantised.
         scale_step_gradient: LSQ's gradient scale for the inputs' step sizes.
         dropout_key: random key of the model's dropout layers; None: they let everything through.
+        part: what part of the batch `images` are.
     """
     position = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
-    watched = set(table.chosen_norms) | {linen.module_of(norm) for norm in table.chosen_norms} - {
-        ""
-    }
+    around_norms = {linen.module_of(norm) for norm in table.chosen_norms} - {""}
+    watched = set(table.features) | around_norms
 
     def intercept(next_call, args, kwargs, context):
         if context.method_name != "__call__":
@@ -314,15 +318,19 @@ def apply(
         name = linen.path_name(context.module)
         if isinstance(context.module, nn.Dropout) and dropout_key is None:
             return linen.input_of(args, kwargs)
-        if name in position and isinstance(context.module, nn.Conv | nn.Dense):
+        if isinstance(context.module, nn.MultiHeadDotProductAttention) and dropout_key is None:
+            # Its dropout is no module. It was made for this call alone; Linen freezes it.
+            object.__setattr__(context.module, "dropout_rate", 0.0)
+        if name in position and isinstance(context.module, linen.LAYERS):
             i = position[name]
             bits, signed = selected.act_bits[i], selected.signed[i]
             x = linen.input_of(args, kwargs)
-            scale = lsq_grad_scale(x.size, bits, signed=signed) if scale_step_gradient else None
+            size = x.size * part.number
+            scale = lsq_grad_scale(size, bits, signed=signed) if scale_step_gradient else None
             quantised = quantizer.acts.fake_quant(
-                x, selected.act_steps[i], bits, signed=signed, grad_scale=scale
+                x.astype(jnp.float32), selected.act_steps[i], bits, signed=signed, grad_scale=scale
             )
-            args, kwargs = linen.with_input(args, kwargs, quantised)
+            args, kwargs = linen.with_input(args, kwargs, quantised.astype(x.dtype))
         out = next_call(*args, **kwargs)
         if name in watched:
             linen.record(context.module, OUT, out)
@@ -335,6 +343,7 @@ def apply(
             images,
             train=train,
             dropout_key=dropout_key,
+            part=part,
         )
     return Output(logits, batch_stats, linen.named(records, OUT), records)
 
@@ -471,7 +480,8 @@ def _layer_inputs(model, table, variables, images) -> dict[str, Array]:
     def intercept(next_call, args, kwargs, context):
         name = linen.path_name(context.module)
         if context.method_name == "__call__" and name in names:
-            linen.record(context.module, IN, linen.input_of(args, kwargs))
+            x = linen.input_of(args, kwargs)
+            linen.record(context.module, IN, x.astype(jnp.float32))
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(intercept):

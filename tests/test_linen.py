@@ -146,6 +146,33 @@ def test_models_without_flag_or_statistics(images, train):
     np.testing.assert_array_equal(logits, NoFlag().apply(variables, images))
 
 
+class Norms(nn.Module):
+    """Every norm whose statistics are float32 though it returns bfloat16, and bfloat16 logits."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train, dtype=jnp.bfloat16)(x)
+        for norm in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):
+            groups = {"num_groups": 1} if norm is nn.GroupNorm else {}
+            x = norm(dtype=jnp.bfloat16, **groups)(x)
+        return x
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_norms_of_bfloat16_work_where_mixing_types_is_an_error(images, train):
+    variables = init(Norms())
+    with pytest.raises(jax.dtypes.TypePromotionError):  # what Flax does without help
+        Norms().apply(variables, images.astype(jnp.bfloat16), train, mutable=["batch_stats"])
+    logits, stats = forward(Norms(), variables, images.astype(jnp.bfloat16), train=train)
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, stats))} == {jnp.dtype("float32")}
+    with jax.numpy_dtype_promotion("standard"):
+        wanted, _ = Norms().apply(
+            variables, images.astype(jnp.bfloat16), train, mutable=["batch_stats"]
+        )
+    # One unit in the last of bfloat16's 8 digits, as XLA may fuse the norms.
+    np.testing.assert_allclose(logits, wanted.astype(jnp.float32), atol=2**-6)
+
+
 def test_path_of_a_nested_module():
     paths = []
 

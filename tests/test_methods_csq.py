@@ -1045,10 +1045,10 @@ import pickle, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-from mpq_jax import sharding
+from mpq_jax import processes, sharding
 
 address, index, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-sharding.start_processes(address, 2, index)
+processes.join(address, 2, index)
 import test_methods_csq as tests
 
 half = tests.BATCH // 2

@@ -461,7 +461,7 @@ def test_steps_stay_positive_however_large_their_rate(variables, batch):
     parts = learner.make_learner(MODEL, made(BASE).table, options, RUN, highest=HIGHEST)
     everywhere = jax.tree.map(lambda leaf: jnp.ones(leaf.shape[:1], bool), start.learned)
     uphill = learner.Gradient(
-        jax.tree.map(jnp.ones_like, start.learned),
+        jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape)), start.learned),
         start.batch_stats,
         everywhere._replace(
             weight_steps=jnp.ones_like(start.learned.weight_steps, bool),

@@ -101,6 +101,24 @@ def test_weight_decay_acts_on_kernels_only(variables, batch):
         np.testing.assert_allclose(taken, wanted, atol=1e-6)  # a difference of float32 of order 1
 
 
+def test_adamw_moves_by_signs_and_decays_kernels_alone(variables, batch):
+    method = make(optimizer="adamw", learning_rate=0.01, warmup=0.0, weight_decay=0.5)
+    state, _ = method.train_step(method.init(variables, batch["image"]), batch, KEY)
+    after = linen.flatten(state.params)
+    for path, leaf in linen.flatten(variables["params"]).items():
+        if path == "conv/bias":
+            continue  # the norm takes it away again, so that its gradient is rounding noise
+        decay = 0.5 * leaf if path.endswith("kernel") else jnp.zeros_like(leaf)
+        direction = (leaf - after[path]) / 0.01 - decay
+        # Adam's first step is the gradient's sign; a difference of float32 over the rate.
+        np.testing.assert_allclose(np.abs(direction), 1, atol=2e-3)
+
+
+def test_unknown_optimizers_are_refused():
+    with pytest.raises(ValueError, match=r"optimizer is 'adam'; wanted one of \('sgd', 'adamw'\)"):
+        plain.Options(optimizer="adam")
+
+
 def test_epochs_bring_no_events(trained):
     method, state, *_ = trained
     same, events = method.on_epoch(state, 3)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -385,11 +386,12 @@ class Places(nn.Module):
 def test_features_are_picked_at_their_place(place):
     rules = [Rule(weights=CHOICES, acts=CHOICES)]
     table = trace_layers(Places(), (8, 8, 1), rules=rules)
-    names = ["BatchNorm_0", "block", "block/norm1", "block/norm2"]
+    names = ["BatchNorm_0", "block", "block/norm1", "block/norm2", "Dense_0"]
     captured = {name: jnp.array([-1.0, i]) for i, name in enumerate(names, 1)}
     found = terms.pick_features(table, captured, place)
     raw = {name: captured[name] for name in names if name != "block"}
     wanted = raw if place == "norm_output" else jax.tree.map(jax.nn.relu, raw)
+    wanted |= {"Dense_0": captured["Dense_0"]}  # has no norm
     if place == "block_output":
         wanted |= {"block/norm2": captured["block"]}
     assert set(found) == set(wanted)
@@ -430,6 +432,7 @@ def test_quantisation_error_weight_of_short_runs(steps):
         ("freeze_scores", "all"),
         ("two_bit_count", "twice"),
         ("rate_change", "batch"),
+        ("optimizer", "adam"),
         ("soft_label_weight", 1.5),
         ("freeze_ratio_start", -0.1),
         ("qe_start", 40.0),
@@ -461,6 +464,7 @@ def test_published_options_are_those_of_the_published_run():
         two_bit_decay=0.0,
         two_bit_count="each",
         clip_value=1.0,
+        optimizer="sgd",
         learning_rate=0.04,
         end_learning_rate=1e-5,
         warmup_learning_rate=1e-5,
@@ -507,6 +511,91 @@ def test_learning_rates_of_the_published_run(steps_per_epoch):
         for step in (epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch - 1):
             # float32 cosines near their end, where the rate is a difference of ones
             np.testing.assert_allclose(rates(jnp.int32(step)), (wanted, adam), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_adamw_moves_by_signs_and_decays_convolutions_alone(norms):
+    options = Options(optimizer="adamw", learning_rate=0.1, warmup=0.0, weight_decay=0.5)
+    learned = with_kernel(np.full((3, 3, 4, 4), 2.0), 1.0)
+    params = learned.params
+    if norms:
+        rows = jnp.ones((3, 3, 4))
+        params["block"]["norm"] = {"scale": rows, "bias": rows}
+    optimizer = method.make_optimizer(TABLE.with_norm_rows("pair"), options, RUN)
+    used = linen.map_leaves(
+        params,
+        lambda path, _: jnp.arange(9).reshape(3, 3) < 4 if "norm" in path else jnp.array(True),
+    )
+    used = supernet.Learned(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.01), learned)
+    updates, _ = optimizer.update(gradient, optimizer.init(learned), learned, used=used)
+    moved = linen.flatten(updates.params)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4)  # Adam's epsilon
+    close(moved["block/conv/kernel"], 0.1 * (1 - 0.5 * 2.0), atol=1e-6)
+    close(moved["head/kernel"], 0.1)
+    for path in [path for path in moved if "norm" in path]:
+        row = np.where(np.arange(9).reshape(3, 3, 1) < 4, 0.1, 0.0)
+        close(moved[path], np.broadcast_to(row, (3, 3, 4)))
+
+
+# Layers without a norm of their own.
+
+
+class Unnormed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="stem")(x))
+        x = nn.LayerNorm(name="scale")(nn.Conv(4, (1, 1), name="mix")(x))
+        return nn.Dense(3, name="head")(nn.Dense(4, name="wide")(x.mean((1, 2))))
+
+
+@pytest.mark.parametrize("place", ["norm_output", "post_activation", "block_output"])
+def test_layers_without_a_norm_speak_for_themselves(place):
+    model, images = Unnormed(), jax.random.normal(KEY, (4, *SHAPE))
+    table = trace_layers(model, SHAPE, rules=bit_rules(CHOICES))
+    assert table.features == {"mix": 1, "wide": 2} and not table.chosen_norms
+
+    @jax.jit
+    def distance(variables, bits):
+        made = supernet.init(model, table, variables, images)
+
+        def features(bits):
+            selected = supernet.select(table, made, bits)
+            out = supernet.apply(model, table, selected, images, train=True)
+            return terms.pick_features(table, out.features, place)
+
+        found, wanted = features(bits), features(table.largest)
+        lowest = jnp.array([8, 2, 2, 8])
+        return terms.information_distortion(table, found, wanted, bits, lowest), found, wanted
+
+    weights = jnp.array([8, 2, 3, 8])  # one of the two is at its lowest bits
+    total, found, wanted = distance(drawn_variables(model, SHAPE, 0), BitConfig(weights, weights))
+    assert set(found) == {"mix", "wide"}
+    assert (found["mix"] < 0).any()  # raw in all places
+    np.testing.assert_allclose(total, np.mean((found["mix"] - wanted["mix"]) ** 2), rtol=1e-5)
+    assert total > 0
+
+
+def test_features_of_bfloat16_are_compared_in_float32():
+    table = trace_layers(Unnormed(), SHAPE, rules=bit_rules(CHOICES))
+    generator = np.random.default_rng(0)
+    drawn = [jnp.asarray(generator.normal(size=(2, 40)), jnp.bfloat16) for _ in range(2)]
+    lowest = jnp.array([8, 2, 2, 8])
+
+    def distortion(x):
+        features = {"mix": x, "wide": drawn[1]}
+        reference = {"mix": drawn[0], "wide": drawn[1]}
+        return terms.information_distortion(
+            table, features, reference, BitConfig(lowest, lowest), lowest
+        )
+
+    total, gradient = jax.value_and_grad(distortion)(drawn[0] + 1)
+    assert (total.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16)
+    apart = np.asarray(drawn[0] + 1, np.float32) - np.asarray(drawn[0], np.float32)
+    np.testing.assert_allclose(total, np.mean(apart**2), rtol=1e-6)
+    np.testing.assert_allclose(
+        gradient.astype(jnp.float32), 2 * apart / apart.size, rtol=2**-8
+    )  # rounded to bfloat16 at the end
 
 
 # Training. One run of six epochs of one step is shared by the tests that follow.
@@ -949,8 +1038,7 @@ def test_what_is_drawn_honours_ties_and_what_is_frozen(layer, freeze_acts):
     mask = freezing.freeze(table, scores, jnp.int32(1), options=options)
     zeros = jnp.zeros(len(table))
     state = method.TrainState(jnp.int32(0), zeros, None, zeros, mask)
-    batch = {"image": jnp.zeros((1, 8, 8, 1)), "label": jnp.zeros(1, jnp.int32)}
-    plan = method._plan(table, options, RUN, state, batch, KEY)
+    plan = method._plan(table, options, RUN, state, KEY, KEY)
     drawn = np.stack(plan.configs, axis=-1)
     place = (drawn[..., None] == np.array(table.candidates)).argmax(-1)
     assert np.asarray(mask)[np.arange(len(table))[:, None], np.arange(2), place].all()

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from mpq_jax.sharding import (
+    SMALLEST_SPLIT,
     batch_sharded,
     global_batch,
     make_mesh,
     replicate,
     replicated,
-    start_processes,
+    state_shardings,
     to_host,
 )
 
@@ -94,12 +95,6 @@ def test_same_mean_and_gradient_on_one_and_eight_devices():
     np.testing.assert_allclose(results[0], results[1], rtol=1e-6)  # sums in another order
 
 
-def test_start_processes_after_jax_is_in_use_says_what_to_do():
-    jax.devices()
-    with pytest.raises(RuntimeError, match="(?s)before any JAX calls.*process_count=1.*start them"):
-        start_processes("localhost:1", 1, 0)
-
-
 PROCESS = """
 import json, sys, warnings
 warnings.simplefilter("error")
@@ -107,10 +102,10 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 import numpy as np
-from mpq_jax import checkpoints, sharding
+from mpq_jax import checkpoints, processes, sharding
 
 address, index, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-sharding.start_processes(address, 2, index)
+processes.join(address, 2, index)
 mesh = sharding.make_mesh()
 batch = sharding.global_batch({"x": np.arange(4, dtype=np.float32) + 10 * index}, mesh)
 state = sharding.replicate(
@@ -170,3 +165,33 @@ def test_two_processes_share_batches_state_and_checkpoints(tmp_path):
             process.kill()
     assert (tmp_path / "run" / "2.damaged").is_dir()
     assert (tmp_path / "run" / "2").is_dir()
+
+
+def test_a_shared_state_is_split_along_its_longest_dividing_axis():
+    mesh = make_mesh(fsdp=4)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
+    shapes = {"kernel": (3, 3, 64, 128), "odd": (127, 129), "rows": (5, 4096), "step": ()}
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    kept = state_shardings(tree, mesh)
+    assert {name: one.spec for name, one in kept.items()} == {
+        "kernel": jax.P(None, None, None, "fsdp"),
+        "odd": jax.P(),  # divides nowhere
+        "rows": jax.P(None, "fsdp"),
+        "step": jax.P(),
+    }
+    assert kept["kernel"].shard_shape(shapes["kernel"]) == (3, 3, 64, 32)
+    small = {"norm": jax.ShapeDtypeStruct((SMALLEST_SPLIT - 4,), jnp.float32)}
+    assert state_shardings(small, mesh)["norm"].spec == jax.P()
+    assert all(one.spec == jax.P() for one in state_shardings(tree, make_mesh()).values())
+
+
+def test_batches_are_split_over_all_of_a_mesh_with_two_axes():
+    rows = np.arange(16, dtype=np.float32).reshape(8, 2)
+    batch = global_batch({"x": rows}, make_mesh(fsdp=2))["x"]
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(1, 2)}
+    np.testing.assert_array_equal(to_host(batch), rows)
+
+
+def test_a_mesh_refuses_groups_that_do_not_divide_its_devices():
+    with pytest.raises(ValueError, match="fsdp is 3; wanted a divisor of the 8 devices"):
+        make_mesh(fsdp=3)

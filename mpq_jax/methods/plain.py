@@ -11,10 +11,12 @@ from jaxtyping import Array, Int
 
 from mpq_jax import linen, losses, optim
 from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods.parts import gathered, gradient_of_parts, kept, reduced
 from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.starting import float_variables
 
 PyTree = Any
+OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,20 +24,27 @@ class Options:
     """Hyperparameters of float training.
 
     Attributes:
-        learning_rate: highest learning rate of SGD with Nesterov momentum.
+        optimizer: "sgd", with Nesterov momentum, or "adamw", which transformers want.
+        learning_rate: highest learning rate.
         end_learning_rate: learning rate at the end of the cosine.
         warmup: linear warm-up from zero, as a fraction of the run.
         momentum: of SGD.
-        weight_decay: of convolution and dense kernels.
+        weight_decay: of kernels; "sgd" adds it to their gradients, "adamw" to their updates.
         label_smoothing: 0 to 1.
     """
 
+    optimizer: str = "sgd"
     learning_rate: float = 0.1
     end_learning_rate: float = 0.0
     warmup: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        """Refuses values that mean nothing, naming what is allowed."""
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}; wanted one of {OPTIMIZERS}")
 
 
 class TrainState(NamedTuple):
@@ -58,10 +67,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         steps_per_epoch=run.steps_per_epoch,
         change="step",
     )
-    optimizer = optax.chain(
-        optax.add_decayed_weights(options.weight_decay, mask=_is_kernel),
-        optax.sgd(schedule, options.momentum, nesterov=True),
-    )
+    optimizer = make_optimizer(options, schedule)
 
     def init(variables, images, labels=None):
         del images, labels
@@ -71,32 +77,37 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         )
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
+    def loss_of(params, _, batch_stats, examples, dropout_key):
+        logits, batch_stats = linen.forward(
+            model,
+            {"params": params, "batch_stats": batch_stats},
+            examples["image"],
+            train=True,
+            dropout_key=dropout_key,
+            part=run.parts.seen,
+        )
+        loss = losses.cross_entropy(logits, examples["label"], smoothing=options.label_smoothing)
+        metrics = {"loss": loss, "accuracy": losses.accuracy(logits, examples["label"])}
+        return loss, (batch_stats, metrics, ())
+
     def float_train_step(state: TrainState, batch: Batch, key):
         image_key, dropout_key = jax.random.split(key)
-        images = run.prepare(batch, image_key)
-
-        def loss_of(params):
-            logits, batch_stats = linen.forward(
-                model,
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                dropout_key=dropout_key,
-            )
-            loss = losses.cross_entropy(logits, batch["label"], smoothing=options.label_smoothing)
-            return loss, (logits, batch_stats)
-
-        (loss, (logits, batch_stats)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params
+        examples = {"image": run.prepare(batch, image_key), "label": batch["label"]}
+        gradient, batch_stats, metrics, _ = gradient_of_parts(
+            run.parts,
+            loss_of,
+            gathered(run.parts, state.params),
+            (),
+            state.batch_stats,
+            examples,
+            dropout_key,
         )
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            reduced(run.parts, gradient), state.opt_state, state.params
+        )
         params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "loss": loss,
-            "accuracy": losses.accuracy(logits, batch["label"]),
-            "learning_rate": schedule(state.step),
-        }
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        moved = TrainState(state.step + 1, params, batch_stats, opt_state)
+        return kept(run.parts, moved), metrics | {"learning_rate": schedule(state.step)}
 
     def predict(variables, bits, images):
         del bits
@@ -115,8 +126,16 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
     )
 
 
+def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the optimiser that the options name, at the rates of a schedule."""
+    decay = optax.add_decayed_weights(options.weight_decay, mask=_is_kernel)
+    if options.optimizer == "adamw":
+        return optax.chain(optim.scale_by_adam(), decay, optax.scale_by_learning_rate(schedule))
+    return optax.chain(decay, optax.sgd(schedule, options.momentum, nesterov=True))
+
+
 def _is_kernel(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    return linen.map_leaves(params, lambda path, _: path.split("/")[-1] == "kernel")
 
 
 FAMILY = MethodFamily(options=Options, make=make)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Key
 from mpq_jax import supernet
 from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods.parts import Parts
 from mpq_jax.quantizers.record import Quantizer
 
 PyTree = Any
@@ -24,12 +25,14 @@ class Run(NamedTuple):
         prepare: `(batch, key) -> float images`, augmentation and normalisation, traceable.
         images: reads training images and prepares them, [batches, batch, ...], for methods that
             estimate norm statistics anew; None: they are left as training has them.
+        parts: how every batch is divided among devices, and into micro-batches.
     """
 
     epochs: int
     steps_per_epoch: int
     prepare: Callable[[Batch, Key[Array, ""]], Array]
     images: Callable[[], Array] | None = None
+    parts: Parts = Parts()
 
     @property
     def steps(self) -> int:

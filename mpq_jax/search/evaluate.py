@@ -18,7 +18,6 @@ from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.record import Quantizer
 from mpq_jax.recalibration import norm_statistics
 from mpq_jax.search.space import Score, words_of
-from mpq_jax.sharding import DATA_AXIS
 
 BatchScore = Callable[[BitConfig, Array, Array], Float[Array, " configs"]]
 NORMS = ("batch", "recalibrated", "stored")
@@ -150,7 +149,7 @@ def make_score(
 
     mapped = map_configs
     if mesh is not None:
-        whole, split = PartitionSpec(), PartitionSpec(DATA_AXIS)
+        whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
         mapped = jax.shard_map(
             map_configs,
             mesh=mesh,

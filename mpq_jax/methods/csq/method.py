@@ -12,8 +12,9 @@ import optax
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax import costs, linen, losses, optim, supernet
+from mpq_jax import costs, linen, losses, optim, sharding, supernet
 from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods import parts
 from mpq_jax.methods.csq import budget as budgets
 from mpq_jax.methods.csq import network as networks
 from mpq_jax.methods.csq import phases as times
@@ -23,7 +24,7 @@ from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
 from mpq_jax.methods.csq.phases import Phases
 from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.starting import float_variables
-from mpq_jax.quantizers import csq
+from mpq_jax.quantizers import batch_max, csq
 
 PyTree = Any
 SOFT, HARD = "soft", "hard"  # what evaluation may ask for: soft bits, or everything decided
@@ -83,15 +84,21 @@ class Plan(NamedTuple):
     phases: Phases
     growth: Growth | None
 
+    @property
+    def divided(self) -> parts.Parts:
+        """How a batch is divided; scales of inputs that are those of the batch need all of it."""
+        alone = self.network.acts is not batch_max.ACTS
+        return self.run.parts._replace(by_device=alone)
+
 
 def sizes_of(table: LayerTable) -> dict[str, int]:
     """Returns the number of weights of every layer with planes, by path."""
     return {layer.name: layer.params for layer in table.layers if layer.searchable}
 
 
-def most_planes(table: LayerTable, parts: dict[str, float]) -> float:
+def most_planes(table: LayerTable, shares: dict[str, float]) -> float:
     """Returns the mean number of planes when all are on."""
-    return sum(parts[layer.name] * layer.highest for layer in table.layers if layer.searchable)
+    return sum(shares[layer.name] * layer.highest for layer in table.layers if layer.searchable)
 
 
 def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
@@ -111,8 +118,8 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
 
 def make_budget(table: LayerTable, options: Options) -> Budget:
     """Returns the budget of layers with planes; raises ValueError if no scheme can meet it."""
-    parts = budgets.shares(sizes_of(table), average=options.average)
-    most = most_planes(table, parts)
+    shares = budgets.shares(sizes_of(table), average=options.average)
+    most = most_planes(table, shares)
     if options.target > most:
         raise ValueError(
             f"target is {options.target}; with all planes on, the mean by {options.average} is "
@@ -127,7 +134,7 @@ def make_budget(table: LayerTable, options: Options) -> Budget:
     for layer in table.layers:
         if layer.searchable and layer.highest < least:
             raise ValueError(f"least_planes is {least}; {layer.name!r} has {layer.highest} planes")
-    return Budget(options.target, parts, options.contiguous, least)
+    return Budget(options.target, shares, options.contiguous, least)
 
 
 def make_uniform(model: nn.Module, table: LayerTable, options: UniformOptions, run: Run) -> Method:
@@ -215,44 +222,54 @@ def gates_of(plan: Plan, state: TrainState) -> Gates:
 
 
 def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key[Array, ""]):
-    network, options, growth = plan.network, plan.options, plan.growth
+    network, options, growth, divided = plan.network, plan.options, plan.growth, plan.divided
     image_key, dropout_key = jax.random.split(key)
-    images = plan.run.prepare(batch, image_key)
     gates = gates_at(plan, state, state.step)
 
-    def loss_of(learned: Learned):
+    def loss_of(learned: Learned, shared, batch_stats, examples, dropout_key):
+        signed, gates, weight, wanted = shared
         selected = networks.select(
-            network, learned, state.batch_stats, state.signed, gates, scale_step_gradient=True
+            network, learned, batch_stats, signed, gates, scale_step_gradient=True
         )
         out = networks.apply(
             network,
             selected,
-            images,
+            examples["image"],
             train=True,
             scale_step_gradient=options.acts == "lsq",
             dropout_key=dropout_key,
+            part=divided.seen,
         )
-        task = losses.cross_entropy(out.logits, batch["label"], smoothing=options.label_smoothing)
-        if growth is None:
-            return task, (task, out)
-        wanted = wanted_mean(plan, growth, state.step)
-        steering = budgets.regulariser(learned.by_layer, growth.budget, wanted, gates.temperature)
-        weight = jnp.where(state.fixed, 0.0, growth.options.budget_weight)
-        return task + weight * steering, (task, out)
+        labels = examples["label"]
+        task = losses.cross_entropy(out.logits, labels, smoothing=options.label_smoothing)
+        metrics = {"loss": task, "accuracy": losses.accuracy(out.logits, labels)}
+        if growth is not None:
+            planes = learned.by_layer
+            task += weight * budgets.regulariser(planes, growth.budget, wanted, gates.temperature)
+        return task, (out.batch_stats, metrics, ())
 
-    (_, (task, out)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.learned)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.learned)
+    wanted, weight = jnp.zeros(()), jnp.zeros(())
+    if growth is not None:
+        wanted = wanted_mean(plan, growth, state.step)
+        weight = jnp.where(state.fixed, 0.0, growth.options.budget_weight)
+    gradient, batch_stats, metrics, _ = parts.gradient_of_parts(
+        divided,
+        loss_of,
+        parts.gathered(divided, state.learned),
+        (state.signed, gates, weight, wanted),
+        state.batch_stats,
+        {"image": plan.run.prepare(batch, image_key), "label": batch["label"]},
+        dropout_key,
+    )
+    updates, opt_state = optimizer.update(
+        parts.reduced(divided, gradient), state.opt_state, state.learned
+    )
     moved = jax.tree.map(jnp.add, state.learned, _thawed(updates, state))
     learned = _kept_positive(moved)
-    metrics = {
-        "loss": task,
-        "accuracy": losses.accuracy(out.logits, batch["label"]),
-        "temperature": gates.temperature,
-    }
     new = state._replace(
-        step=state.step + 1, learned=learned, batch_stats=out.batch_stats, opt_state=opt_state
+        step=state.step + 1, learned=learned, batch_stats=batch_stats, opt_state=opt_state
     )
-    return new, metrics
+    return parts.kept(divided, new), metrics | {"temperature": gates.temperature}
 
 
 def wanted_mean(plan: Plan, growth: Growth, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -302,7 +319,7 @@ def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, di
 
 def _with_ticket(growth: Growth, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     budget, planes = growth.budget, state.learned.by_layer
-    masks = {name: np.asarray(one.mask) for name, one in planes.items()}
+    masks = sharding.to_host({name: one.mask for name, one in planes.items()})
     met = budgets.meet(masks, budget)
     before, after = (
         {name: budgets.scheme(mask, contiguous=budget.contiguous) for name, mask in both.items()}
@@ -335,7 +352,7 @@ def _fixed(options: Options, planes: csq.BitPlanes, mask: np.ndarray) -> csq.Bit
     if not (options.rewind and options.rewind_bits):
         return planes._replace(mask=jnp.asarray(mask))
     whole = csq.hard_weights(planes._replace(mask=jnp.ones_like(planes.mask)))
-    return csq.on_scheme(np.asarray(whole), mask)
+    return csq.on_scheme(sharding.to_host(whole), mask)
 
 
 def _reach(plan: Plan, growth: Growth, state: TrainState, step: int) -> dict[str, float]:
@@ -347,7 +364,7 @@ def _reach(plan: Plan, growth: Growth, state: TrainState, step: int) -> dict[str
     )
     if not any(before < at <= now for at in WARN_AT):
         return {}
-    masks = {name: np.asarray(one.mask) for name, one in state.learned.by_layer.items()}
+    masks = sharding.to_host({name: one.mask for name, one in state.learned.by_layer.items()})
     low, high = budgets.reachable(masks, budget.shares, now, contiguous=budget.contiguous)
     if low - budgets.TOLERANCE <= budget.target <= high + budgets.TOLERANCE:
         return {}

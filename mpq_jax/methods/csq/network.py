@@ -213,6 +213,7 @@ def apply(
     train: bool,
     scale_step_gradient: bool = False,
     dropout_key: Key[Array, ""] | None = None,
+    part: linen.Part = linen.WHOLE,
 ) -> supernet.Output:
     """Calls the model with kernels and norms from `select`."""
     return supernet.apply(
@@ -224,6 +225,7 @@ def apply(
         quantizer=network.quantizer,
         scale_step_gradient=scale_step_gradient,
         dropout_key=dropout_key,
+        part=part,
     )
 
 

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from mpq_jax import linen, losses, optim, supernet
 from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods import parts
 from mpq_jax.methods.double_rounding.options import PLAIN_RATE, Options
+from mpq_jax.methods.parts import Parts
 from mpq_jax.methods.record import Run
 
 PyTree = Any
@@ -31,7 +33,8 @@ class Gradient(NamedTuple):
     """What one forward and backward pass leaves for the optimisers.
 
     Attributes:
-        learned: gradient of everything that is learned.
+        learned: gradient of everything that is learned, with a leading axis of devices
+            (`parts.reduced`).
         batch_stats: banks of norm statistics after the pass.
         used: what the configuration uses, see `supernet.used_rows`.
     """
@@ -64,11 +67,12 @@ def make_learner(
 ) -> Learner:
     """Builds the pieces for a model; `highest` is the precision that learns at the full rate."""
     optimizer = make_optimizer(table, options, highest=highest)
+    divided = run.parts
     rates = functools.partial(_rates, options, run)
     return Learner(
         prepare=jax.jit(functools.partial(_prepare, run)),
-        gradient=jax.jit(functools.partial(_gradient, model, table, options)),
-        move=jax.jit(functools.partial(_move, optimizer, rates), donate_argnums=(0, 1)),
+        gradient=jax.jit(functools.partial(_gradient, model, table, options, divided)),
+        move=jax.jit(functools.partial(_move, optimizer, rates, divided), donate_argnums=(0, 1)),
         init_optimizer=optimizer.init,
     )
 
@@ -79,14 +83,24 @@ def _prepare(run: Run, batch, key) -> Example:
 
 
 def _gradient(
-    model, table: LayerTable, options: Options, variables, example: Example, bits, teacher
+    model,
+    table: LayerTable,
+    options: Options,
+    divided: Parts,
+    variables,
+    example: Example,
+    bits,
+    teacher,
 ) -> tuple[Gradient, Array, dict[str, Array]]:
     quantizer, scale = options.quantizer, options.scale_step_gradient
+    variables = parts.gathered(divided, variables)
 
-    def loss_of(learned):
+    def loss_of(learned, shared, batch_stats, examples, dropout_key):
+        bits, signed = shared
+        images, labels, teacher = examples
         selected = supernet.select(
             table,
-            variables._replace(learned=learned),
+            supernet.Variables(learned, batch_stats, signed),
             bits,
             quantizer=quantizer,
             scale_step_gradient=scale,
@@ -95,24 +109,33 @@ def _gradient(
             model,
             table,
             selected,
-            example.images,
+            images,
             train=True,
             quantizer=quantizer,
             scale_step_gradient=scale,
-            dropout_key=example.dropout_key,
+            dropout_key=dropout_key,
+            part=divided.seen,
         )
-        loss = losses.cross_entropy(out.logits, example.labels, smoothing=options.label_smoothing)
-        metrics = {"loss": loss, "accuracy": losses.accuracy(out.logits, example.labels)}
+        loss = losses.cross_entropy(out.logits, labels, smoothing=options.label_smoothing)
+        metrics = {"loss": loss, "accuracy": losses.accuracy(out.logits, labels)}
         if teacher is not None:
             metrics["kl"] = losses.kl_to_teacher(out.logits, teacher)
             loss += options.distill_weight * (metrics["kl"] - loss)
-        return loss, (out, metrics)
+        stats = supernet.scatter_batch_stats(table, batch_stats, bits, out.batch_stats)
+        return loss, (stats, metrics, out.logits)
 
-    gradient, (out, metrics) = jax.grad(loss_of, has_aux=True)(variables.learned)
-    stats = supernet.scatter_batch_stats(table, variables.batch_stats, bits, out.batch_stats)
+    gradient, stats, metrics, logits = parts.gradient_of_parts(
+        divided,
+        loss_of,
+        variables.learned,
+        (bits, variables.signed),
+        variables.batch_stats,
+        (example.images, example.labels, teacher),
+        example.dropout_key,
+    )
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], bits)
     used = supernet.used_rows(table, variables.learned.params, one, quantizer=quantizer)
-    return Gradient(gradient, stats, used), out.logits, metrics
+    return Gradient(gradient, stats, used), logits, metrics
 
 
 class Rates(NamedTuple):
@@ -141,10 +164,19 @@ def _rates(options: Options, run: Run, step: Int[Array, ""]) -> Rates:
     )
 
 
-def _move(optimizer, rates, variables: supernet.Variables, opt_state, gradient, base, step):
+def _move(
+    optimizer,
+    rates,
+    divided: Parts,
+    variables: supernet.Variables,
+    opt_state,
+    gradient: Gradient,
+    base,
+    step,
+):
     rate = rates(step)
     updates, opt_state = optimizer.update(
-        gradient.learned,
+        parts.reduced(divided, gradient.learned),
         opt_state,
         variables.learned,
         used=gradient.used,
@@ -158,7 +190,7 @@ def _move(optimizer, rates, variables: supernet.Variables, opt_state, gradient, 
         "scale_rate": optax.tree_utils.tree_get(opt_state, "learning_rate"),
         "scale_gradient": optax.tree_utils.tree_get(opt_state, "mean_gradient"),
     }
-    return moved, opt_state, scalars
+    return *parts.kept(divided, (moved, opt_state)), scalars
 
 
 def make_optimizer(

@@ -14,6 +14,8 @@ from mpq_jax import bits as bit_configs
 from mpq_jax import linen, losses, optim, supernet
 from mpq_jax.bits import BitConfig
 from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods import parts
+from mpq_jax.methods.parts import Parts
 from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.rfquant import freezing, terms
 from mpq_jax.methods.rfquant.options import Options
@@ -41,11 +43,16 @@ class TrainState(NamedTuple):
     mask: Bool[Array, "layers 2 choices"]
 
 
-class Plan(NamedTuple):
-    """What one step is going to do; constant during the step."""
+class Examples(NamedTuple):
+    """The batch, made ready."""
 
     images: Float[Array, "batch ..."]
     labels: Int[Array, " batch"]
+
+
+class Plan(NamedTuple):
+    """What one step is going to do; constant during the step."""
+
     dropout_key: Key[Array, ""]
     max_bits: BitConfig
     configs: BitConfig  # with a leading axis of random subnets
@@ -55,26 +62,40 @@ class Plan(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """What the max subnet hands to the random subnets."""
+    """What the max subnet hands to the random subnets, of one micro-batch."""
 
     logits: Float[Array, "batch classes"]
     features: dict[str, Array]
 
 
 class Carry(NamedTuple):
-    """What is handed from subnet to subnet within a step."""
+    """What is handed from subnet to subnet within a step.
+
+    Attributes:
+        gradient: sum so far; the leading axis is that of the devices.
+        batch_stats: banks of norm statistics.
+    """
 
     gradient: supernet.Learned
     batch_stats: PyTree
 
 
 class Pieces(NamedTuple):
-    """The step in four functions, compiled one by one or together."""
+    """The step in functions, compiled one by one or together."""
 
-    plan: Any
+    begin: Any
     max_subnet: Any
     random_subnet: Any
     finish: Any
+
+
+class Setting(NamedTuple):
+    """What is fixed during a run."""
+
+    model: nn.Module
+    table: LayerTable
+    options: Options
+    parts: Parts
 
 
 def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
@@ -83,11 +104,24 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
     table = table.with_norm_rows("pair" if options.norm_banks else "shared")
     optimizer = make_optimizer(table, options, run)
+    setting = Setting(model, table, options, run.parts)
+    carried = Carry(parts.OWN, parts.SHARED)  # pyright: ignore[reportArgumentType]
     pieces = Pieces(
-        functools.partial(_plan, table, options, run),
-        functools.partial(_max_subnet, model, table, options),
-        functools.partial(_random_subnet, model, table, options),
-        functools.partial(_finish, table, options, optimizer),
+        functools.partial(_begin, table, options, run),
+        parts.on_each_device(
+            run.parts,
+            functools.partial(_max_subnet, setting),
+            takes=[carried, parts.SHARED, parts.SHARED, parts.OWN, parts.SHARED],
+            gives=(carried, parts.OWN, parts.SHARED),
+        ),
+        parts.on_each_device(
+            run.parts,
+            functools.partial(_random_subnet, setting),
+            takes=[carried, parts.SHARED, parts.SHARED, parts.OWN, parts.OWN]
+            + [parts.SHARED, parts.SHARED],
+            gives=(carried, parts.SHARED),
+        ),
+        functools.partial(_finish, setting, optimizer),
     )
 
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
@@ -115,7 +149,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
     return Method(
         table=table,
         init=jax.jit(init),
-        train_step=_compiled_step(pieces, options),
+        train_step=_compiled_step(pieces, setting),
         on_epoch=on_epoch,
         eval_bits=_eval_bits(table),
         variables=lambda state: state.variables if state.average is None else state.average,
@@ -132,75 +166,65 @@ def _eval_bits(table: LayerTable) -> dict[str, BitConfig | None]:
     return {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in levels}
 
 
-def _compiled_step(pieces: Pieces, options: Options):
-    loop = options.subnet_loop
+def _compiled_step(pieces: Pieces, setting: Setting):
+    loop = setting.options.subnet_loop
     if loop == "auto":
         loop = "calls" if jax.default_backend() == "cpu" else "scan"
     if loop == "calls":
         compiled = Pieces(
-            jax.jit(pieces.plan),
-            jax.jit(pieces.max_subnet),
+            jax.jit(pieces.begin),
+            jax.jit(pieces.max_subnet, donate_argnums=0),
             jax.jit(pieces.random_subnet, donate_argnums=0),
             jax.jit(pieces.finish, donate_argnums=0),
         )
-        return functools.partial(_step, compiled, _called)
-    run_subnets = _scanned if loop == "scan" else _unrolled
+        return functools.partial(_step, compiled, setting, parts.called)
     # The name shows in the count of compilations.
-    step = functools.wraps(_step)(functools.partial(_step, pieces, run_subnets))
+    step = functools.wraps(_step)(functools.partial(_step, pieces, setting, parts.LOOPS[loop]))
     return jax.jit(step, donate_argnums=0)
 
 
-def _step(pieces: Pieces, run_subnets, state: TrainState, batch: Batch, key: Key[Array, ""]):
-    plan = pieces.plan(state, batch, key)
-    carry, teacher, metrics = pieces.max_subnet(state.variables, plan)
-    carry, metrics = run_subnets(
-        pieces.random_subnet, carry, state.variables, plan, teacher, metrics
-    )
-    return pieces.finish(state, carry, plan, metrics)
+def _step(
+    pieces: Pieces,
+    setting: Setting,
+    loop: parts.Loop,
+    state: TrainState,
+    batch: Batch,
+    key: Key[Array, ""],
+):
+    plan, examples, variables, carry = pieces.begin(state, batch, key)
+
+    def micro_batch(carry: Carry, part: Int[Array, ""]):
+        carry, teacher, metrics = pieces.max_subnet(carry, variables, plan, examples, part)
+
+        def subnet(carry: Carry, index: Int[Array, ""]):
+            return pieces.random_subnet(carry, variables, plan, examples, teacher, part, index)
+
+        carry, of_subnets = loop(subnet, carry, setting.options.random_subnets)
+        return carry, (metrics, of_subnets)
+
+    carry, (metrics, of_subnets) = loop(micro_batch, carry, setting.parts.micro_batches)
+    means = {name: jnp.mean(values) for name, values in {**metrics, **of_subnets}.items()}
+    return pieces.finish(state, carry, plan, means)
 
 
-def _called(random_subnet, carry, variables, plan, teacher, metrics):
-    # One program at a time: XLA would set aside the memory of the next ones when they are queued.
-    def one_at_a_time(carry, *rest):
-        return random_subnet(jax.block_until_ready(carry), *rest)
-
-    return _unrolled(one_at_a_time, carry, variables, plan, teacher, metrics)
-
-
-def _unrolled(random_subnet, carry, variables, plan, teacher, metrics):
-    for index in range(plan.configs.weights.shape[0]):
-        carry, terms_of_one = random_subnet(
-            carry, variables, plan, teacher, jnp.asarray(index, jnp.int32)
-        )
-        metrics = _added(metrics, terms_of_one)
-    return carry, metrics
-
-
-def _scanned(random_subnet, carry, variables, plan, teacher, metrics):
-    if not plan.configs.weights.shape[0]:
-        return carry, metrics
-
-    def body(carry, index):
-        return random_subnet(carry, variables, plan, teacher, index)
-
-    indices = jnp.arange(plan.configs.weights.shape[0], dtype=jnp.int32)
-    carry, stacked = jax.lax.scan(body, carry, indices)
-    return carry, _added(metrics, {name: jnp.sum(values) for name, values in stacked.items()})
-
-
-def _added(metrics: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
-    return metrics | {name: metrics.get(name, 0.0) + value for name, value in more.items()}
-
-
-def _plan(table: LayerTable, options: Options, run: Run, state: TrainState, batch: Batch, key):
+def _begin(table: LayerTable, options: Options, run: Run, state: TrainState, batch: Batch, key):
+    """Returns plan, examples, the whole supernet, and what the first subnet is given."""
     image_key, bits_key, dropout_key = jax.random.split(key, 3)
+    plan = _plan(table, options, run, state, bits_key, dropout_key)
+    examples = Examples(run.prepare(batch, image_key), batch["label"])
+    variables = parts.gathered(run.parts, state.variables)
+    start = Carry(parts.no_gradient(run.parts, variables.learned), variables.batch_stats)
+    return plan, examples, variables, start
+
+
+def _plan(
+    table: LayerTable, options: Options, run: Run, state: TrainState, bits_key, dropout_key
+) -> Plan:
     draw = functools.partial(bit_configs.sample, candidates=table.candidates, mask=state.mask)
     keys = jax.random.split(bits_key, options.random_subnets)
     configs = table.follow(jax.vmap(draw)(keys))
     two_bit = jnp.sum((configs.weights == terms.TWO_BITS).astype(jnp.float32), axis=0)
     return Plan(
-        images=run.prepare(batch, image_key),
-        labels=batch["label"],
         dropout_key=dropout_key,
         max_bits=table.follow(bit_configs.largest(table.candidates, state.mask)),
         configs=configs,
@@ -221,8 +245,9 @@ def quantisation_error_weight(step: Array, *, options: Options, steps: int) -> F
     return options.qe_weight * 0.5 * (1 - jnp.cos(jnp.pi * progress))
 
 
-def _forward(model, table, options: Options, learned, batch_stats, signed, bits, plan: Plan):
+def _forward(setting: Setting, learned, batch_stats, signed, bits, images, dropout_key):
     """Returns the logits, the banks of statistics after the call, and the captured features."""
+    model, table, options, divided = setting
     variables = supernet.Variables(learned, batch_stats, signed)
     scale = options.scale_step_gradient
     selected = supernet.select(table, variables, bits, scale_step_gradient=scale)
@@ -230,10 +255,11 @@ def _forward(model, table, options: Options, learned, batch_stats, signed, bits,
         model,
         table,
         selected,
-        plan.images,
+        images,
         train=True,
         scale_step_gradient=scale,
-        dropout_key=plan.dropout_key,
+        dropout_key=dropout_key,
+        part=divided.seen,
     )
     stats = supernet.scatter_batch_stats(table, batch_stats, bits, out.batch_stats)
     if options.idm_weight == 0:
@@ -241,75 +267,87 @@ def _forward(model, table, options: Options, learned, batch_stats, signed, bits,
     return out.logits, stats, terms.pick_features(table, out.features, options.idm_features)
 
 
-def _max_subnet(model, table, options: Options, variables: supernet.Variables, plan: Plan):
-    def loss_of(learned):
-        logits, stats, features = _forward(
-            model,
-            table,
-            options,
-            learned,
-            variables.batch_stats,
-            variables.signed,
-            plan.max_bits,
-            plan,
-        )
-        loss = losses.cross_entropy(logits, plan.labels, smoothing=options.label_smoothing)
-        return loss, (stats, Teacher(logits, features))
-
-    (loss, (stats, teacher)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-        variables.learned
-    )
-    metrics = {"loss_max": loss, "accuracy_max": losses.accuracy(teacher.logits, plan.labels)}
-    return Carry(gradient, stats), teacher, metrics
-
-
-def _random_subnet(
-    model,
-    table,
-    options: Options,
+def _max_subnet(
+    setting: Setting,
     carry: Carry,
     variables: supernet.Variables,
     plan: Plan,
+    examples: Examples,
+    part: Int[Array, ""],
+):
+    images, labels = parts.micro_batch(setting.parts, examples, part)
+    dropout_key = parts.key_of_part(setting.parts, plan.dropout_key, part)
+
+    def loss_of(learned):
+        logits, stats, features = _forward(
+            setting,
+            learned,
+            carry.batch_stats,
+            variables.signed,
+            plan.max_bits,
+            images,
+            dropout_key,
+        )
+        loss = losses.cross_entropy(logits, labels, smoothing=setting.options.label_smoothing)
+        return loss, (stats, Teacher(logits, features))
+
+    (loss, (stats, teacher)), own = jax.value_and_grad(loss_of, has_aux=True)(variables.learned)
+    metrics = {"loss_max": loss, "accuracy_max": losses.accuracy(teacher.logits, labels)}
+    carry = Carry(parts.plus(carry.gradient, own), stats)
+    return carry, teacher, parts.mean_over_devices(setting.parts, metrics)
+
+
+def _random_subnet(
+    setting: Setting,
+    carry: Carry,
+    variables: supernet.Variables,
+    plan: Plan,
+    examples: Examples,
     teacher: Teacher,
+    part: Int[Array, ""],
     index: Int[Array, ""],
 ):
+    table, options = setting.table, setting.options
+    images, labels = parts.micro_batch(setting.parts, examples, part)
+    dropout_key = parts.key_of_part(setting.parts, plan.dropout_key, part)
     bits = jax.tree.map(lambda leaf: leaf[index], plan.configs)
     soft = options.soft_label_weight
 
     def loss_of(learned):
         logits, stats, features = _forward(
-            model, table, options, learned, carry.batch_stats, variables.signed, bits, plan
+            setting, learned, carry.batch_stats, variables.signed, bits, images, dropout_key
         )
-        hard_loss = losses.cross_entropy(logits, plan.labels, smoothing=options.label_smoothing)
-        parts = {"loss": hard_loss, "accuracy": losses.accuracy(logits, plan.labels)}
+        hard_loss = losses.cross_entropy(logits, labels, smoothing=options.label_smoothing)
+        metrics = {"loss": hard_loss, "accuracy": losses.accuracy(logits, labels)}
         loss = hard_loss
         if soft > 0:
-            parts["kl"] = losses.kl_to_teacher(logits, jax.lax.stop_gradient(teacher.logits))
-            loss = (1 - soft) * hard_loss + soft * parts["kl"]
+            metrics["kl"] = losses.kl_to_teacher(logits, jax.lax.stop_gradient(teacher.logits))
+            loss = (1 - soft) * hard_loss + soft * metrics["kl"]
         if options.idm_weight > 0:
-            parts["idm"] = terms.information_distortion(
+            metrics["idm"] = terms.information_distortion(
                 table, features, teacher.features, bits, plan.lowest
             )
-            loss += options.idm_weight * parts["idm"]
+            loss += options.idm_weight * metrics["idm"]
         if options.qe_weight > 0:
-            parts["qe"] = terms.quantisation_error(table, learned, bits, plan.lowest)
-            loss += plan.qe_weight * parts["qe"]
+            metrics["qe"] = terms.quantisation_error(table, learned, bits, plan.lowest)
+            loss += plan.qe_weight * metrics["qe"]
         if options.two_bit_weight > 0:
-            parts["two_bit"] = terms.two_bit_norm(table, learned, bits, plan.two_bit_weights)
+            metrics["two_bit"] = terms.two_bit_norm(table, learned, bits, plan.two_bit_weights)
             difference = options.two_bit_decay - options.weight_decay
             # Weight decay is not divided by the number of subnets, so this must not be either.
             share = options.random_subnets + 1 if options.gradient == "mean" else 1
-            loss += options.two_bit_weight * difference * share * parts["two_bit"]
-        return loss, (stats, parts)
+            loss += options.two_bit_weight * difference * share * metrics["two_bit"]
+        return loss, (stats, metrics)
 
-    gradient, (stats, parts) = jax.grad(loss_of, has_aux=True)(variables.learned)
-    share = 1 / options.random_subnets
-    metrics = {f"{name}_subnets": value * share for name, value in parts.items()}
-    return Carry(jax.tree.map(jnp.add, carry.gradient, gradient), stats), metrics
+    own, (stats, metrics) = jax.grad(loss_of, has_aux=True)(variables.learned)
+    named = {f"{name}_subnets": value for name, value in metrics.items()}
+    carry = Carry(parts.plus(carry.gradient, own), stats)
+    return carry, parts.mean_over_devices(setting.parts, named)
 
 
-def _finish(table, options: Options, optimizer, state: TrainState, carry: Carry, plan, metrics):
-    gradient = carry.gradient
+def _finish(setting: Setting, optimizer, state: TrainState, carry: Carry, plan: Plan, metrics):
+    table, options = setting.table, setting.options
+    gradient = parts.reduced(setting.parts, carry.gradient)
     if options.gradient == "mean":
         gradient = jax.tree.map(lambda leaf: leaf / (options.random_subnets + 1), gradient)
     every = jax.tree.map(
@@ -327,7 +365,8 @@ def _finish(table, options: Options, optimizer, state: TrainState, carry: Carry,
             learned=_blend(average.learned, variables.learned, decay),
             batch_stats=_blend(average.batch_stats, variables.batch_stats, decay),
         )
-    return TrainState(state.step + 1, variables, average, opt_state, state.mask), metrics
+    moved = TrainState(state.step + 1, variables, average, opt_state, state.mask)
+    return parts.kept(setting.parts, moved), metrics
 
 
 def _blend(old: PyTree, new: PyTree, decay: Array) -> PyTree:
@@ -337,7 +376,7 @@ def _blend(old: PyTree, new: PyTree, decay: Array) -> PyTree:
 def make_optimizer(
     table: LayerTable, options: Options, run: Run
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns clip by value, then SGD-Nesterov for parameters and Adam for step sizes.
+    """Returns clip by value, then SGD-Nesterov or AdamW for parameters and Adam for step sizes.
 
     Weight decay acts on convolution kernels only. Rows of norms and step sizes that no subnet of
     the step used stay as they are; `update` takes them as `used` (`supernet.used_rows`).
@@ -360,14 +399,17 @@ def make_optimizer(
         steps_per_epoch=run.steps_per_epoch,
         change=options.rate_change,  # pyright: ignore[reportArgumentType]
     )
-    momentum = optax.trace(options.momentum, nesterov=True)
-    sgd = optax.sgd(rate, options.momentum, nesterov=True)
+    by_rate = optax.scale_by_learning_rate(rate)
+    decay = optax.add_decayed_weights(options.weight_decay)
+    direction: Any = optax.trace(options.momentum, nesterov=True)
+    decayed = optax.chain(decay, direction)
+    if options.optimizer == "adamw":
+        direction = optim.scale_by_adam()
+        decayed = optax.chain(direction, decay)
     groups: dict[Hashable, optax.GradientTransformation] = {
-        "conv_kernels": optax.chain(optax.add_decayed_weights(options.weight_decay), sgd),
-        "others": sgd,
-        "norm_rows": optax.chain(
-            optim.skip_unused_rows(momentum), optax.scale_by_learning_rate(rate)
-        ),
+        "conv_kernels": optax.chain(decayed, by_rate),
+        "others": optax.chain(direction, by_rate),
+        "norm_rows": optax.chain(optim.skip_unused_rows(direction), by_rate),
         "steps": optax.chain(
             optim.skip_unused_rows(optax.scale_by_adam()), optax.scale_by_learning_rate(step_rate)
         ),
