@@ -34,6 +34,7 @@ from mpq_jax import (
     data,
     evaluation,
     page,
+    processes,
     recording,
     report,
     sensitivity,
@@ -42,6 +43,7 @@ from mpq_jax import (
     ties,
 )
 from mpq_jax.bits import BitConfig
+from mpq_jax.export import norms
 from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods import METHODS
 from mpq_jax.quantizers.record import Quantizer
@@ -124,7 +126,7 @@ def read_supernet(
     manager.close()
     if restored is None:
         raise ValueError(f"{directory} is empty; run train.py with the same flags first")
-    variables = setup.method.variables(restored[1])
+    variables = train.whole_variables(setup, restored[1])
     if restored[0] < setup.run.steps:
         console.print(f"note: the run is at step {restored[0]} of {setup.run.steps}")
     return restored[0], variables
@@ -358,8 +360,8 @@ def layer_traces(setup: train.Setup, config: Config, variables) -> np.ndarray:
     """Returns the Hessian trace of each layer of the float model inside a supernet."""
     plain = supernet.plain(setup.table, variables, setup.table.largest)
     count = max(1, config.search.trace_images // config.batch_size)
-    read = setup.dataset.train_batches(0)
-    batches = [sharding.global_batch(next(read), setup.mesh) for _ in range(count)]
+    read = setup.dataset.train_batches(0, steps=count)
+    batches = [sharding.global_batch(batch, setup.mesh) for batch in read]
     prepared = [batch | {"image": setup.normalize(batch["image"])} for batch in batches]
     traces = sensitivity.layer_traces(
         setup.model,
@@ -390,9 +392,9 @@ def test_float(config: Config, setup: train.Setup) -> float | None:
     """Returns the test accuracy of the float model that the supernet started from, if known."""
     family = METHODS["plain"]
     plain = family.make(setup.model, setup.table, family.options(**config.plain), setup.run)
-    if not config.init_from or setup.method.read is not plain.read:
+    if not config.init_from or config.new_head or setup.method.read is not plain.read:
         return None
-    variables = train.starting_variables(setup, plain, config.init_from)
+    variables = train.starting_variables(setup, plain, config)
     evaluate = evaluation.make_evaluate(plain.predict, setup.normalize)
     return evaluate(variables, None, train.eval_batches(setup, "test")).accuracy
 
@@ -523,11 +525,6 @@ def provenance(config: Config, step: int) -> dict[str, str]:
     }
 
 
-def dataset_name(config: Config) -> str:
-    """Returns what the images are called."""
-    return config.data.tfds.dataset if config.data.name == "tfds" else config.data.name
-
-
 def file_name(budget: str) -> str:
     """Returns the name of a budget as part of a file's name."""
     return budget.replace(" ", "_")
@@ -583,6 +580,7 @@ def print_results(content: page.Content) -> None:
     console.print(shown)
 
 
+@processes.ending_together()
 def main(argv: list[str]) -> None:
     """Searches, evaluates, writes and prints."""
     config, workdir = train.start(argv)
@@ -641,6 +639,11 @@ def main(argv: list[str]) -> None:
             groups = {"uniform": uniform, "searched": found}
             candidates = make_candidates(bills, groups, measure)
             float_accuracy = test_float(config, setup)
+        tested = {
+            name: norms.of(setup.table, sharding.to_host(ready(bits)), bits)
+            for name, bits in (uniform | found).items()
+        }
+        train.write_norms(workdir / "search" / "norms.safetensors", setup.table, tested)
         for name, bits in found.items():
             file = workdir / "search" / f"integers_{file_name(name)}.safetensors"
             train.write_integers(
@@ -652,7 +655,7 @@ def main(argv: list[str]) -> None:
                 rises = objectives.measured_rises(score, space, jax.random.key(config.seed))
     scored = [(bill.of(bits), value) for bits, value in history.configs]
     content = page.Content(
-        title=f"{config.model.name} on {dataset_name(config)}",
+        title=f"{config.model.name} on {setup.dataset.name}",
         table=setup.table,
         budget=bill.kind,
         cost=bill.cost,
@@ -673,6 +676,7 @@ def main(argv: list[str]) -> None:
         write_results(workdir / "search", content, path, found)
     print_results(content)
     console.print(f"bits, tables, plots and report.html are in {workdir / 'search'}")
+    train.print_corrupt(setup.dataset)
     train.print_compilations(counter)
 
 

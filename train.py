@@ -4,18 +4,18 @@ The whole of it reads from top to bottom: build, restore, then a loop of steps w
 actions. Started again with the same arguments, a run goes on exactly where it was.
 """
 
+import contextlib
+import errno
 import functools
 import json
 import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
@@ -25,34 +25,47 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from mpq_jax import bits as bit_configs
-from mpq_jax import checkpoints, costs, data, evaluation, linen, recording, report, sharding, ties
-from mpq_jax.export import integers
-from mpq_jax.layer_table import FIRST_LAST, LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax import (
+    checkpoints,
+    costs,
+    data,
+    evaluation,
+    finite,
+    processes,
+    published,
+    recording,
+    report,
+    sharding,
+)
+from mpq_jax.export import integers, norms
+from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods import METHODS, Method
-from mpq_jax.methods.record import Found, Run
-from mpq_jax.models import make_model
+from mpq_jax.methods.record import Found
 from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.runs import (
+    Setup,
+    abstract_state,
+    build,
+    fresh_variables,
+    to_record,
+    whole_variables,
+)
 
 # Config keys that do not change what is trained: a run may go on with other values of them.
-FREE_KEYS = ("search", "log_every", "save_every", "keep_last", "keep_best", "device_count")
+FREE_KEYS = ("search", "log_every", "save_every", "keep_last", "keep_best")
+FREE_KEYS += ("device_count", "fsdp")
+FREE_DATA_KEYS = ("num_threads", "workers", "max_corrupt")  # ditto, of config.data
+
+HEAD = "head"  # the last layer of every model
+# What says that a config or a file of it cannot be used, in words for the user.
+UNUSABLE = (ValueError, TypeError, OSError, ImportError, checkpoints.DamagedCheckpointError)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 console = rich.console.Console()
 if not console.is_terminal:
     console.width = 160  # of files and pipes
-
-
-class Setup(NamedTuple):
-    """What a config describes, ready to use."""
-
-    dataset: data.Dataset
-    mesh: jax.sharding.Mesh
-    model: nn.Module
-    table: LayerTable
-    method: Method
-    run: Run
-    normalize: Callable[[jax.Array], jax.Array]
 
 
 def define_flags() -> None:
@@ -63,6 +76,9 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "host:port of process 0; None: ask the cluster.")
     flags.DEFINE_integer("process_count", None, "Processes of the run; None: ask the cluster.")
     flags.DEFINE_integer("process_index", None, "Number of this process; None: ask the cluster.")
+    flags.DEFINE_integer(
+        "lost_after", processes.LOST_AFTER, "Seconds until a silent process ends all others."
+    )
     flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -90,106 +106,18 @@ def start(argv: list[str]) -> tuple[Config, pathlib.Path]:
     if len(argv) > 1:
         sys.exit(f"error: {argv[1:]} are not flags; write --config=FILE --config.key=value")
     if flags.FLAGS.distributed:
-        sharding.start_processes(
-            flags.FLAGS.coordinator, flags.FLAGS.process_count, flags.FLAGS.process_index
-        )
+        try:
+            processes.join(
+                flags.FLAGS.coordinator,
+                flags.FLAGS.process_count,
+                flags.FLAGS.process_index,
+                lost_after=flags.FLAGS.lost_after,
+            )
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
+        print(processes.describe(), flush=True)  # of each process: does it see all the others?
     console.quiet = jax.process_index() != 0
     return flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-
-
-def build(config: Config) -> Setup:
-    """Builds everything that a config describes; raises ValueError where it makes no sense."""
-    if config.method not in METHODS:
-        raise ValueError(f"config.method is {config.method!r}; known methods: {sorted(METHODS)}")
-    for name in ("epochs", "batch_size", "log_every", "calibration_batches"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name} is {config[name]}; wanted at least 1")
-    family = METHODS[config.method]
-    options = family.options(**config[config.method])
-    if config.bits.first_last not in FIRST_LAST:
-        raise ValueError(
-            f"config.bits.first_last is {config.bits.first_last!r}; wanted one of "
-            f"{sorted(FIRST_LAST)}"
-        )
-    rules = bit_rules(
-        config.bits.candidates,
-        depthwise_min_bits=config.bits.depthwise_min_bits or None,
-        first_last=FIRST_LAST[config.bits.first_last],
-        first=[Rule(**rule) for rule in config.bits.rules],
-    )
-    mesh = sharding.make_mesh(config.device_count or None)
-    if config.batch_size % mesh.size:
-        raise ValueError(
-            f"config.batch_size is {config.batch_size}, not a multiple of the {mesh.size} devices"
-        )
-    if config.data.name not in data.DATASETS:
-        raise ValueError(
-            f"config.data.name is {config.data.name!r}; known datasets: {sorted(data.DATASETS)}"
-        )
-    dataset = data.load(
-        config.data.name,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        heldout_fraction=config.data.heldout_fraction,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **config.data[config.data.name],
-    )
-    if dataset.steps_per_epoch < 1:
-        raise ValueError(
-            f"config.batch_size is {config.batch_size}, but there are only "
-            f"{dataset.sizes['train']} training images"
-        )
-    model = make_model(config.model.name, num_classes=dataset.num_classes, **config.model.options)
-    table = trace_layers(model, dataset.image_shape, rules=rules)
-    table = ties.tie_matching(table, config.bits.groups)
-    if config.bits.shared_inputs:
-        table = ties.tie_shared_inputs(table)
-
-    def normalize(images):
-        return data.normalize(images, mean=dataset.mean, std=dataset.std)
-
-    def prepare(batch, key):
-        images = data.augment(
-            key,
-            batch["image"],
-            padding=config.data.crop_padding,
-            flip_probability=config.data.flip_probability,
-        )
-        return normalize(images)
-
-    def images() -> jax.Array:
-        return recalibration_images(config, dataset, mesh, prepare)
-
-    run = Run(config.epochs, dataset.steps_per_epoch, prepare, images)
-    method = family.make(model, table, options, run)
-    return Setup(dataset, mesh, model, method.table, method, run, normalize)
-
-
-def recalibration_images(config: Config, dataset: data.Dataset, mesh, prepare) -> jax.Array:
-    """Returns training images, augmented as in training: [batches, batch, ...]."""
-    count = max(1, config.search.recalibration_images // config.batch_size)
-    batches, key = dataset.train_batches(0), jax.random.key(config.seed)
-    prepared = [
-        prepare(sharding.global_batch(next(batches), mesh), jax.random.fold_in(key, i))
-        for i in range(count)
-    ]
-    return jnp.stack(prepared)
-
-
-def abstract_state(setup: Setup) -> Any:
-    """Returns the shapes of the training state, and that every device holds all of it."""
-
-    def make(key):
-        images = jnp.zeros((1, *setup.dataset.image_shape), jnp.float32)
-        labels = jnp.zeros((1,), jnp.int32)
-        return setup.method.init(fresh_variables(setup, key), images, labels)
-
-    replicated = sharding.replicated(setup.mesh)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(make, jax.random.key(0)),
-    )
 
 
 def initial_state(setup: Setup, config: Config) -> Any:
@@ -197,34 +125,60 @@ def initial_state(setup: Setup, config: Config) -> Any:
     replicated = sharding.replicated(setup.mesh)
     check_start(config)
     if config.init_from:
-        variables = starting_variables(setup, setup.method, config.init_from)
+        variables = starting_variables(setup, setup.method, config)
     else:
         draw = functools.partial(fresh_variables, setup)
         variables = jax.jit(draw, out_shardings=replicated)(jax.random.key(config.seed))
-    batches = setup.dataset.train_batches(0)
-    read = [next(batches) for _ in range(config.calibration_batches)]
+    read = list(setup.dataset.train_batches(0, steps=config.calibration_batches))
     whole = {name: np.concatenate([one[name] for one in read]) for name in ("image", "label")}
     batch = sharding.global_batch(whole, setup.mesh)
     images = jax.jit(setup.normalize)(batch["image"])
     state = setup.method.init(variables, images, batch["label"])
-    return jax.jit(lambda state: state, out_shardings=replicated)(state)
+    kept = sharding.state_shardings(state, setup.mesh)
+    return jax.jit(lambda state: state, out_shardings=kept)(state)
 
 
-def fresh_variables(setup: Setup, key: jax.Array) -> Any:
-    """Returns the model's randomly drawn float variables."""
-    return linen.init_variables(setup.model, key, setup.dataset.image_shape)
-
-
-def starting_variables(setup: Setup, method: Method, directory: str) -> Any:
-    """Returns the best variables of a finished run, as far as the method can start from them."""
-    step, saved = checkpoints.load_best(pathlib.Path(directory) / "checkpoints")
+def starting_variables(setup: Setup, method: Method, config: Config) -> Any:
+    """Returns what config.init_from holds, as far as the method can start from it."""
     wanted = jax.eval_shape(lambda: fresh_variables(setup, jax.random.key(0)))
     try:
-        found = method.read(saved, wanted)
+        origin, saved = read_start(setup, config)
+        found = method.read(with_fitting_head(setup, config, saved), wanted)
     except ValueError as error:
-        raise ValueError(f"config.init_from is {directory!r}: {error}") from error
-    console.print(f"starting from the run in {directory}, step {step}")
+        raise ValueError(f"config.init_from is {config.init_from!r}: {error}") from error
+    console.print(f"starting from {origin}")
     return sharding.replicate(found, setup.mesh)
+
+
+def read_start(setup: Setup, config: Config) -> tuple[str, dict[str, Any]]:
+    """Returns what to call config.init_from, and the best of a finished run or a file's weights."""
+    path = pathlib.Path(config.init_from)
+    if path.suffix in published.SUFFIXES and not path.is_dir():
+        image_shape, options = setup.dataset.image_shape, config.model.options
+        found = published.import_torch(config.model.name, path, image_shape=image_shape, **options)
+        return f"the weights in {path}", found
+    step, saved = checkpoints.load_best(path / "checkpoints")
+    return f"the run in {path}, step {step}", saved
+
+
+def with_fitting_head(setup: Setup, config: Config, saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns the start, with a fresh head if config.new_head; refuses one of other classes."""
+    if "params" not in saved:
+        if config.new_head:
+            raise ValueError("it is no float network; config.new_head is for these alone")
+        return saved
+    if config.new_head:
+        draw = jax.jit(lambda key: fresh_variables(setup, key)["params"][HEAD])
+        head = jax.device_get(draw(jax.random.key(config.seed)))
+        return saved | {"params": saved["params"] | {HEAD: head}}
+    classes = saved["params"][HEAD]["bias"].shape[0]
+    if classes != setup.dataset.num_classes:
+        raise ValueError(
+            f"its head has {classes} classes and {setup.dataset.name} has "
+            f"{setup.dataset.num_classes}; --config.new_head=True keeps all but the head, which is "
+            "drawn anew"
+        )
+    return saved
 
 
 def check_start(config: Config) -> None:
@@ -268,6 +222,9 @@ def check_same_run(
     free_keys = (*free_keys, *(set(METHODS) - {config.method}))  # options of other methods
     if path.exists():
         theirs = json.loads(path.read_text())
+        for saved in (ours, theirs):
+            for name in FREE_DATA_KEYS:
+                saved.get("data", {}).pop(name, None)
         changed = [
             f"config.{key} was {theirs.get(key)!r}, now {ours.get(key)!r}"
             for key in sorted(ours | theirs)
@@ -303,12 +260,6 @@ def write_integers(
     variables = sharding.to_host(variables)
     if jax.process_index() != 0:
         return
-    kept = json.loads(config.to_json())  # without the places of files on this machine
-    kept.pop("init_from")
-    stored = {name: config.data.tfds[name] for name in ("dataset", "test_split", "image_size")}
-    kept["data"] = {"name": config.data.name} | (stored if config.data.name == "tfds" else {})
-    for name in {"search", *METHODS} - {config.method}:
-        kept.pop(name, None)
     sizes = integers.save(
         path,
         table,
@@ -318,7 +269,7 @@ def write_integers(
         ),
         mean=tuple(float(value) for value in setup.dataset.mean),
         std=tuple(float(value) for value in setup.dataset.std),
-        config=kept,
+        config=to_record(config),
     )
     precisions = f"it runs at {' '.join(map(str, table.precisions))} bits"
     if not table.searchable.any():
@@ -327,6 +278,12 @@ def write_integers(
         f"{path}: {sizes.file / 2**10:.1f} KiB, of which integers {sizes.codes / 2**10:.1f} and "
         f"floats {sizes.floats / 2**10:.1f}; {precisions}"
     )
+
+
+def write_norms(path: pathlib.Path, table: LayerTable, tested: dict[str, norms.Tested]) -> None:
+    """Writes the norm statistics that configurations were tested with, for `mpq_jax.export`."""
+    if jax.process_index() == 0:
+        norms.save(path, table, tested)
 
 
 def write_found(setup: Setup, config: Config, workdir: pathlib.Path, found: Found) -> None:
@@ -341,6 +298,9 @@ def write_found(setup: Setup, config: Config, workdir: pathlib.Path, found: Foun
         report.plot_scheme(setup.table, found.bits, path=directory / "scheme.png")
         entries = recording.read_metrics(workdir)
         report.plot_growth(setup.table.names, entries, path=directory / "growth.png")
+    bits = found.table.largest
+    tested = {"found": norms.of(found.table, sharding.to_host(found.variables), bits)}
+    write_norms(directory / "norms.safetensors", found.table, tested)
     path = workdir / "integers.safetensors"
     write_integers(setup, config, path, found.table, found.variables, found.quantizer)
 
@@ -399,17 +359,15 @@ def evaluate_all(setup: Setup, evaluate, state) -> dict[str, float]:
     """Returns the held-out accuracy of each configuration that the method names, and their mean."""
     if setup.dataset.sizes["heldout"] == 0:
         return {}
-    variables = setup.method.variables(state)
-    scores = {
-        f"heldout/{name}": evaluate(variables, bits, eval_batches(setup, "heldout")).accuracy
-        for name, bits in setup.method.eval_bits.items()
-    }
+    variables = whole_variables(setup, state)
+    found = evaluate(variables, setup.method.eval_bits, eval_batches(setup, "heldout"))
+    scores = {f"heldout/{name}": score.accuracy for name, score in found.items()}
     return scores | {"heldout/mean": float(np.mean(list(scores.values())))}
 
 
 def finish(setup: Setup, config: Config, workdir: pathlib.Path, evaluate, state: Any) -> None:
     """Writes what a finished run hands over."""
-    method, variables = setup.method, setup.method.variables(state)
+    method, variables = setup.method, whole_variables(setup, state)
     if method.found is None:
         path = workdir / "integers.safetensors"
         write_integers(setup, config, path, setup.table, variables, method.quantizer)
@@ -417,32 +375,57 @@ def finish(setup: Setup, config: Config, workdir: pathlib.Path, evaluate, state:
     found = method.found(variables)
     write_found(setup, config, workdir, found)
     print_found(setup, found)
-    for name, bits in method.eval_bits.items():
-        score = evaluate(variables, bits, eval_batches(setup, "test"))
+    scores = evaluate(variables, method.eval_bits, eval_batches(setup, "test"))
+    for name, score in scores.items():
         console.print(f"test accuracy, {name}: {score.accuracy:.2%}", highlight=False)
     console.print(f"the scheme and its plots are in {workdir / 'scheme'}")
 
 
-def eval_batches(setup: Setup, split: str) -> Iterator[dict[str, jax.Array]]:
-    """Yields a split's batches as global arrays."""
-    for batch in setup.dataset.eval_batches(split):
-        yield sharding.global_batch(batch, setup.mesh)
-
-
-def mean_metrics(collected: list[dict[str, jax.Array]], steps: range) -> dict[str, float]:
-    """Averages the metrics of some steps; stops the program if one is not finite."""
-    fetched = jax.device_get(collected)
-    means = {name: float(np.mean([one[name] for one in fetched])) for name in fetched[0]}
-    wrong = sorted(name for name, value in means.items() if not np.isfinite(value))
-    if wrong:
-        sys.exit(
-            f"error: {', '.join(wrong)} not finite in steps {steps.start} to {steps.stop - 1}; the "
-            "last checkpoint is sound. Lower the learning rates or start from a float run "
-            "(config.init_from)"
+def print_corrupt(dataset: data.Dataset) -> None:
+    """Prints how many images could not be decoded, if any."""
+    count = len(dataset.corrupt.reasons)
+    if count:
+        console.print(
+            f"images that could not be decoded: {count}: {dataset.corrupt.listing()}; training "
+            "took others in their place, evaluation left them out",
+            highlight=False,
+            markup=False,
         )
-    return means
 
 
+def eval_batches(setup: Setup, split: str) -> Iterator[dict[str, jax.Array]]:
+    """Returns an iterator of a split's batches as global arrays."""
+    return sharding.prefetch_to_device(setup.dataset.eval_batches(split), setup.mesh)
+
+
+def mean_metrics(collected: list[dict[str, Any]]) -> dict[str, float]:
+    """Averages the metrics of some steps."""
+    return {name: float(np.mean([one[name] for one in collected])) for name in collected[0]}
+
+
+def stop_if_diverged(manager, collected: list[dict[str, Any]], done: int) -> None:
+    """Stops the program if a metric of the last steps is not finite, and names the first such."""
+    bad = finite.first_bad_step(collected)
+    if bad:
+        place, values = bad
+        shown = ", ".join(f"{name} is {value}" for name, value in sorted(values.items()))
+        stop(manager, f"{shown} in step {done - len(collected) + 1 + place}")
+
+
+def stop(manager, what: str) -> None:
+    """Stops the program before anything of a diverged run is saved."""
+    manager.wait_until_finished()
+    last = manager.latest_step()
+    kept = "nothing was saved before"
+    if last is not None:
+        kept = f"checkpoint {last} in {manager.directory} is the last good one"
+    sys.exit(
+        f"error: {what}; {kept}. The same command would come to the same point: lower the learning "
+        "rates or start from a float run (config.init_from), in another --workdir"
+    )
+
+
+@processes.ending_together()
 def main(argv: list[str]) -> None:
     """Trains."""
     config, workdir = start(argv)
@@ -456,16 +439,27 @@ def main(argv: list[str]) -> None:
             restored = checkpoints.restore_latest(manager, abstract_state(setup))
             first_step, state = restored or (0, initial_state(setup, config))
             note_run(config, workdir)
-        except (ValueError, TypeError, OSError, checkpoints.DamagedCheckpointError) as error:
+        except UNUSABLE as error:
             sys.exit(f"error: {error}")
         if restored:
             console.print(f"going on from step {first_step} in {workdir}")
         print_layers(setup.table)
-        evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
-        state = train_loop(setup, config, workdir, manager, evaluate, state, first_step)
-        manager.close()
-        if int(state.step) == setup.run.steps:
-            finish(setup, config, workdir, evaluate, state)
+        evaluate = evaluation.make_evaluate_all(setup.method.predict, setup.normalize)
+        try:
+            state = train_loop(setup, config, workdir, manager, evaluate, state, first_step)
+            manager.close()
+            if int(state.step) == setup.run.steps:
+                finish(setup, config, workdir, evaluate, state)
+        except (checkpoints.FailedSaveError, data.CorruptImagesError) as error:
+            sys.exit(f"error: {error}")
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            sys.exit(
+                f"error: cannot write in {workdir}: {error}. Make room and start the same command "
+                "again: it goes on from the newest checkpoint"
+            )
+        print_corrupt(setup.dataset)
     print_compilations(counter)
 
 
@@ -476,7 +470,7 @@ def train_loop(
     method, run = setup.method, setup.run
     next_step = first_step + 1
     writer = recording.MetricWriter(workdir, first_step=next_step) if not console.quiet else None
-    batches = setup.dataset.train_batches(first_step)
+    batches = sharding.prefetch_to_device(setup.dataset.train_batches(first_step), setup.mesh)
     key = jax.random.key(config.seed)
     asked_to_stop: list[int] = []
     alone = jax.process_count() == 1  # otherwise JAX listens, and tells all processes
@@ -490,11 +484,11 @@ def train_loop(
         console=console,
         disable=console.quiet or not console.is_terminal,
     )
-    collected: list[dict[str, jax.Array]] = []
+    collected: list[dict[str, Any]] = []
     text, scores = "", {}
     last_log, logged_step = time.perf_counter(), first_step
 
-    with progress:
+    with progress, closing(writer):
         bar = progress.add_task(config.method, total=run.steps, completed=first_step)
         for step in range(first_step, run.steps):
             epoch, place = divmod(step, run.steps_per_epoch)
@@ -502,15 +496,23 @@ def train_loop(
                 state, events = method.on_epoch(state, epoch)
                 if events and writer:
                     writer.write(step + 1, events)
-            batch = sharding.global_batch(next(batches), setup.mesh)
-            state, metrics = method.train_step(state, batch, jax.random.fold_in(key, step))
+            state, metrics = method.train_step(state, next(batches), jax.random.fold_in(key, step))
             collected.append(metrics)
             done = step + 1
             epoch_ends = done % run.steps_per_epoch == 0
             stopping = must_stop(asked_to_stop, done)
 
-            if done % config.log_every == 0 or epoch_ends or stopping:
-                scalars = mean_metrics(collected, range(logged_step, done))
+            log_now = done % config.log_every == 0 or epoch_ends or stopping
+            save_now = epoch_ends or stopping
+            if config.save_every:
+                save_now |= done % config.save_every == 0
+            if log_now or save_now:  # only here does the host wait for the devices
+                collected = jax.device_get(collected)
+                stop_if_diverged(manager, collected, done)
+            if save_now and (leaves := finite.bad_leaves(state)):
+                stop(manager, f"step {done} left {finite.shorten(leaves)} not finite")
+            if log_now:
+                scalars = mean_metrics(collected)
                 now = time.perf_counter()
                 rate = (done - logged_step) * config.batch_size / (now - last_log)
                 last_log, logged_step, collected = now, done, []
@@ -529,8 +531,7 @@ def train_loop(
                 )
                 console.print(f"{text} | held out: {shown}", highlight=False)
                 last_log = time.perf_counter()
-            save_now = config.save_every and done % config.save_every == 0
-            if epoch_ends or save_now or stopping:
+            if save_now:
                 metric = scores.get("heldout/mean") if epoch_ends else None
                 checkpoints.save(manager, done, state, metric=metric)
             if stopping and done < run.steps:
@@ -540,9 +541,21 @@ def train_loop(
     manager.wait_until_finished()
     if alone:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return state
+
+
+@contextlib.contextmanager
+def closing(writer: recording.MetricWriter | None) -> Iterator[None]:
+    """Closes the records, of a run that fails as well: then only its own error is of interest."""
+    try:
+        yield
+    except BaseException:
+        if writer:
+            with contextlib.suppress(OSError):
+                writer.close()
+        raise
     if writer:
         writer.close()
-    return state
 
 
 def must_stop(asked_to_stop: list[int], step: int) -> bool:

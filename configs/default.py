@@ -17,13 +17,19 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0
     config.epochs = 20
     config.batch_size = 128  # over all devices
-    config.init_from = ""  # workdir of a finished float run; "": random weights
+    config.accumulate = 1  # micro-batches of a step, one after another: less memory; norms see one
+    config.fsdp = 1  # so many devices share one copy of the training state
+    config.init_from = ""  # workdir of a finished float run, or a file of weights; "": random ones
+    config.new_head = False  # draw the last layer anew, for other classes than those of init_from
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # digits, arrays, tfds: whose values below are used
+    config.data.name = "digits"  # digits, arrays, folder, tfds: whose values below are used
     config.data.digits = ConfigDict()
     config.data.arrays = ConfigDict()
     config.data.arrays.path = ""  # of the .npz
+    config.data.folder = ConfigDict()
+    config.data.folder.path = ""  # holds train/<class>/ and val/<class>/
+    config.data.folder.image_size = 224
     config.data.tfds = ConfigDict()
     config.data.tfds.dataset = ""
     config.data.tfds.data_dir = ""  # "": TFDS's own default
@@ -32,9 +38,21 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.heldout_fraction = 0.1  # of the training images, for model choice and search
     config.data.crop_padding = 0  # random crop after padding; 0: off
     config.data.flip_probability = 0.0
+    config.data.mean = config_dict.placeholder(tuple)  # of each channel, 0 to 1; None: the data's
+    config.data.std = config_dict.placeholder(tuple)
+    # of images that are decoded as they are read (folder; tfds where they are large or differ):
+    config.data.interpolation = "bilinear"  # bilinear, bicubic
+    config.data.min_area = 0.08  # smallest part of an image that a random crop covers
+    config.data.resize_factor = 256 / 224  # short side over crop side in evaluation
+    config.data.reduced_decoding = False  # decode smaller where a crop is twice as large or more
+    config.data.num_threads = 16  # threads that read, over all workers
+    config.data.workers = 0  # processes that training reads with; 0: threads of the program alone
+    config.data.max_corrupt = 100  # images that may fail to decode
 
     config.model = ConfigDict()
     config.model.name = "resnet8"
+    config.model.dtype = "float32"  # bfloat16: layers compute in it; all that is learned is float32
+    config.model.remat = False  # compute the inside of blocks again for gradients: less memory
     config.model.options = ConfigDict()  # arguments of that model
 
     config.bits = ConfigDict()

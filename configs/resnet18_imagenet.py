@@ -7,9 +7,11 @@
         --config.init_from=runs/r18/float
 
 Published: 71.0 % top-1 at the 4-bit level (31.6 GBitOPs), 4 A100, no retraining; not reproduced
-here yet. Needs TFDS's imagenet2012 as array_record files. The published search starts at 5/5,
-scores by top-1 error, never uses 2 bits here (a bound in its code, not in ours) and takes the
-first configuration below 33.9 GBitOPs.
+here yet. The published search starts at 5/5, scores by top-1 error, never uses 2 bits here (a
+bound in its code, not in ours) and takes the first configuration below 33.9 GBitOPs.
+
+Needs TFDS's imagenet2012 as array_record files; or the folders DIR/train/<class>/ and
+DIR/val/<class>/, with --config.data.name=folder --config.data.folder.path=DIR (docs/data.md).
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from configs.csq import digits as csq_digits
-from mpq_jax.data import DATASETS
+from mpq_jax.data import DATASETS, Reading
 from mpq_jax.layer_table import FIRST_LAST, Rule, bit_rules, trace_layers
 from mpq_jax.methods import METHODS
 from mpq_jax.methods.csq.options import SharedOptions
@@ -158,7 +158,9 @@ def test_the_network_is_traced_and_has_the_bits_that_are_searched(file):
     assert table.precisions == tuple(config.bits.candidates)
     first, *middle, last = table.layers
     assert {layer.searchable for layer in (first, last)} == {file in PUBLISHED_CSQ}
-    assert all(layer.searchable and layer.norm for layer in middle)
+    assert all(layer.searchable for layer in middle)
+    has_norms = not config.model.name.startswith("vit")  # of which a layer's bits name a row
+    assert all(bool(layer.norm) == has_norms for layer in middle)
     assert first.float_weights == last.float_weights == (config.method == "double_rounding")
     search = config.search
     for bits in search.levels:
@@ -171,6 +173,15 @@ def test_the_network_is_traced_and_has_the_bits_that_are_searched(file):
         budgets = (*search.levels, *search.budgets)
         assert budgets and min(table.precisions) < min(budgets)
         assert max(budgets) < max(table.precisions)
+
+
+@every_file
+def test_images_are_read_by_known_options(file):
+    config = get_config(file)
+    assert Reading(**{name: config.data[name] for name in vars(Reading())}) == Reading()
+    assert set(config.data) >= set(DATASETS)
+    if dataset_of(config) == "imagenet2012":  # either way of storing it will do
+        assert config.data.folder.image_size == config.data.tfds.image_size
 
 
 @pytest.mark.parametrize("file", PUBLISHED_CSQ)
