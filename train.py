@@ -352,7 +352,8 @@ def print_compilations(counter: recording.CompileCounter) -> None:
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(large.items()))
     small = sum(counter.counts.values()) - sum(large.values())
     total = sum(counter.seconds.values())
-    console.print(f"compilations: {listed}; {small} small ones; {total:.0f} s in all")
+    line = f"compilations: {listed}; {small} small ones; {total:.0f} s in all"
+    console.print(line, soft_wrap=True)  # one line, for programs that read it
 
 
 def evaluate_all(setup: Setup, evaluate, state) -> dict[str, float]:

@@ -638,7 +638,7 @@ def test_every_program_compiles_once_whatever_is_frozen(history):
     assert [events.get("frozen_layers") for events, _ in logged] == [None, *[1.0] * 5]
     missing = [np.argwhere(TABLE.mask & ~before.mask).tolist() for before, _ in history[1]]
     assert missing == [[], *[[[CONV, 0, 3]]] * 5]
-    programs = ("_plan", "_max_subnet", "_random_subnet", "_finish", "freeze_most_unstable")
+    programs = ("_begin", "_max_subnet", "_random_subnet", "_finish", "freeze_most_unstable")
     assert {counter.counts[name] for name in programs} == {1}
     assert totals[-1] == totals[1]  # the first event comes in the second epoch
 

@@ -126,6 +126,6 @@ def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
         assert found.costs["bitops"] <= limit * (1 + 1e-6)
     assert max(event.get("frozen_layers", 0) for event in events) >= 1
     assert sum(scored) > 100
-    programs = ("_plan", "_max_subnet", "_random_subnet", "_finish", "freeze_most_unstable")
+    programs = ("_begin", "_max_subnet", "_random_subnet", "_finish", "freeze_most_unstable")
     programs += ("score_configs", "recalibrate", "evaluate_batch")
     assert {name: counter.counts[name] for name in programs} == dict.fromkeys(programs, 1)

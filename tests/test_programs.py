@@ -215,7 +215,7 @@ def test_bits_never_recompile(shared):
     assert [event["frozen_layers"] > 0 for event in events] == [True] * 3
     (line,) = re.findall("^compilations: (.*)$", shared.supernet_output, re.M)
     counts = dict(re.findall(r"(\w+) x(\d+)", line))
-    steps = ("_plan", "_max_subnet", "_random_subnet", "_finish", "evaluate_batch")
+    steps = ("_begin", "_max_subnet", "_random_subnet", "_finish", "evaluate_batch")
     steps += ("freeze_most_unstable",)
     assert {name: counts.get(name) for name in steps} == dict.fromkeys(steps, "1"), line
 
@@ -380,7 +380,7 @@ REFUSALS = {
     "model option": (["--config.model.options.depth=3"], r"'depth' is none of \['width'\]"),
     "method": (["--config.method=foo"], r"config.method is 'foo'; .*'plain', 'rfquant'\]"),
     "method option": (["--config.rfquant.idm_features=foo"], "'foo'; wanted one of .*norm_output"),
-    "batch size": (["--config.batch_size=63"], "63, not a multiple of the 8 devices"),
+    "batch size": (["--config.batch_size=63"], "63, not a multiple of 8 devices x 1"),
     "other config": (["--workdir={supernet}", "--config.seed=1"], "config.seed was 0, now 1"),
     "empty init": (["--config.init_from={empty}"], "empty.* holds no checkpoint"),
     "init of another model": (
@@ -1041,7 +1041,7 @@ def test_csq_compiles_its_step_once(grown):
 def test_the_scheme_is_written_as_bits_table_and_plots(grown, table):
     directory = grown.workdir / "scheme"
     plots = ["growth.png", "scheme.png"]
-    files = ["bits_integers.json", "bits_planes.json", "scheme.csv"]
+    files = ["bits_integers.json", "bits_planes.json", "norms.safetensors", "scheme.csv"]
     assert sorted(path.name for path in directory.iterdir()) == sorted(files + plots)
     for plot in plots:
         assert (directory / plot).read_bytes().startswith(PNG)

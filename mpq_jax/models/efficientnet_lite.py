@@ -82,7 +82,7 @@ class Block(nn.Module):
     kernel_size: int
     padding: str
     drop_path: float
-    epsilon: float
+    epsilon: float = EPSILON
     dtype: Any = jnp.float32
 
     @nn.compact
