@@ -1,0 +1,325 @@
+"""JAX's primitives in ONNX: those that reduce, reshape, cut and join arrays."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpq_jax.export.onnx_pointwise import constant_of, elementwise, is_one, number_of
+from mpq_jax.export.onnx_values import (
+    Constant,
+    Shape,
+    Tensor,
+    Unsupported,
+    Value,
+)
+from mpq_jax.export.onnx_writer import Graph
+
+
+def reduce(op: str) -> Callable:
+    """Returns the converter to a reduction over some axes."""
+
+    def convert(graph: Graph, equation: Any, value: Value) -> Value:
+        shape, axes = equation.invars[0].aval.shape, equation.params["axes"]
+        tensor = _whole(graph, value, shape)
+        inside = [tensor.order.index(axis) for axis in axes]
+        name = tensor.name
+        if inside:
+            over = graph.constant(np.array(sorted(inside), np.int64))
+            name = graph.add(op, [name, over], keepdims=0)
+        kept = [axis for axis in range(len(shape)) if axis not in axes]
+        order = tuple(kept.index(axis) for axis in tensor.order if axis in kept)
+        return Tensor(name, tuple(shape[axis] for axis in kept), order)
+
+    return convert
+
+
+def _whole(graph: Graph, value: Value, shape: Shape) -> Tensor:
+    """Returns a value with all its repetitions, in its own order."""
+    tensor = graph.tensor(value)
+    name = graph.arranged(tensor, shape, tensor.order)
+    return Tensor(name, tuple(shape), tensor.order)
+
+
+def reshape(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `reshape`."""
+    before, after = equation.invars[0].aval.shape, equation.params["new_sizes"]
+    if equation.params.get("dimensions") is not None:
+        raise Unsupported(f"{graph.here} reshapes and transposes at once; do it in steps")
+    name = graph.arranged(value, before, range(len(before)))
+    return Tensor(graph.reshaped(name, after), tuple(after), tuple(range(len(after))))
+
+
+def broadcast(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `broadcast_in_dim`; repetitions are left to what reads the value."""
+    rank, places = len(equation.params["shape"]), equation.params["broadcast_dimensions"]
+    places = [int(place) for place in places]
+    new = [axis for axis in range(rank) if axis not in places]
+    if isinstance(value, Constant):
+        return Constant(np.expand_dims(value.array, tuple(new)))
+    return _with(graph, graph.tensor(value), new)
+
+
+def _with(graph: Graph, tensor: Tensor, new: Sequence[int]) -> Tensor:
+    """Returns a tensor with more axes of size 1; `new`: where they are afterwards, ascending."""
+    if not new:
+        return tensor
+    rank = len(tensor.shape) + len(new)
+    places = [axis for axis in range(rank) if axis not in new]
+    sizes = dict(zip(places, tensor.shape, strict=True))
+    return Tensor(
+        graph.add("Unsqueeze", [tensor.name, graph.constant(np.arange(len(new)))]),
+        tuple(sizes.get(axis, 1) for axis in range(rank)),
+        (*new, *(places[axis] for axis in tensor.order)),
+    )
+
+
+def squeeze(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `squeeze`."""
+    return _without(graph, graph.tensor(value), equation.params["dimensions"])
+
+
+def _without(graph: Graph, tensor: Tensor, axes: Sequence[int]) -> Tensor:
+    """Returns a tensor without some axes of size 1."""
+    if not axes:
+        return tensor
+    inside = np.array(sorted(tensor.order.index(axis) for axis in axes))
+    kept = [axis for axis in range(len(tensor.shape)) if axis not in axes]
+    return Tensor(
+        graph.add("Squeeze", [tensor.name, graph.constant(inside)]),
+        tuple(tensor.shape[axis] for axis in kept),
+        tuple(kept.index(axis) for axis in tensor.order if axis in kept),
+    )
+
+
+def transpose(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `transpose`."""
+    turn = list(equation.params["permutation"])
+    tensor = graph.tensor(value)
+    return Tensor(
+        tensor.name,
+        tuple(tensor.shape[axis] for axis in turn),
+        tuple(turn.index(axis) for axis in tensor.order),
+    )
+
+
+def concatenate(graph: Graph, equation: Any, *values: Value) -> Value:
+    """Converts `concatenate`."""
+    shapes = [var.aval.shape for var in equation.invars]
+    tensors = [graph.tensor(value) for value in values]
+    return _joined(graph, equation, tensors, shapes, int(equation.params["dimension"]))
+
+
+def stack(graph: Graph, equation: Any, *values: Value) -> Value:
+    """Converts `stack`."""
+    axis, shape = int(equation.params["axis"]), equation.invars[0].aval.shape
+    tensors = [_with(graph, graph.tensor(value), [axis]) for value in values]
+    layer = (*shape[:axis], 1, *shape[axis:])
+    return _joined(graph, equation, tensors, [layer] * len(values), axis)
+
+
+def _joined(
+    graph: Graph, equation: Any, tensors: list[Tensor], shapes: Sequence[Shape], axis: int
+) -> Tensor:
+    variables = [tensor for tensor in tensors if tensor.name not in graph.constants]
+    order = (variables or tensors)[0].order
+    names = [
+        graph.arranged(tensor, shape, order) for tensor, shape in zip(tensors, shapes, strict=True)
+    ]
+    out = tuple(equation.outvars[0].aval.shape)
+    return Tensor(graph.add("Concat", names, axis=order.index(axis)), out, order)
+
+
+def unstack(graph: Graph, equation: Any, value: Value) -> list[Value]:
+    """Converts `unstack`."""
+    axis, shape = int(equation.params["axis"]), equation.invars[0].aval.shape
+    tensor = _whole(graph, value, shape)
+    layers = [_sliced(graph, tensor, {axis: (i, i + 1, 1)}) for i in range(shape[axis])]
+    return [_without(graph, layer, [axis]) for layer in layers]
+
+
+def tile(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `tile`."""
+    tensor = _whole(graph, value, equation.invars[0].aval.shape)
+    times = np.array([equation.params["reps"][axis] for axis in tensor.order], np.int64)
+    name = graph.add("Tile", [tensor.name, graph.constant(times)])
+    return Tensor(name, tuple(equation.outvars[0].aval.shape), tensor.order)
+
+
+def pad(graph: Graph, equation: Any, value: Value, filling: Value) -> Value:
+    """Converts `pad`."""
+    config = equation.params["padding_config"]
+    if any(low < 0 or high < 0 or inner for low, high, inner in config):
+        raise Unsupported(
+            f"{graph.here} pads by negative amounts or between values; slice, or use "
+            "jnp.pad and jnp.repeat"
+        )
+    tensor = _whole(graph, value, equation.invars[0].aval.shape)
+    sizes = [int(config[axis][side]) for side in (0, 1) for axis in tensor.order]
+    inputs = [graph.constant(np.array(sizes, np.int64)), graph.tensor(filling).name]
+    name = graph.add("Pad", [tensor.name, *inputs])
+    return Tensor(name, tuple(equation.outvars[0].aval.shape), tensor.order)
+
+
+def _sliced(graph: Graph, tensor: Tensor, cuts: Mapping[int, tuple[Any, ...]]) -> Tensor:
+    """Returns part of a tensor; `cuts` has start, end and step by axis of the program."""
+    if not cuts:
+        return tensor
+    starts, ends, steps = np.array(list(cuts.values()), np.int64).T
+    axes = [tensor.order.index(axis) for axis in cuts]
+    lists = [graph.constant(part) for part in (starts, ends, np.array(axes), steps)]
+    sizes = {axis: len(range(*cut)) for axis, cut in cuts.items()}
+    shape = tuple(sizes.get(axis, size) for axis, size in enumerate(tensor.shape))
+    return dataclasses.replace(tensor, name=graph.add("Slice", [tensor.name, *lists]), shape=shape)
+
+
+def cut(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `slice`."""
+    params, shape = equation.params, equation.invars[0].aval.shape
+    strides = params["strides"] or (1,) * len(shape)
+    cuts = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    wanted = {axis: cut for axis, cut in enumerate(cuts) if cut != (0, shape[axis], 1)}
+    return _sliced(graph, _whole(graph, value, shape), wanted)
+
+
+def split(graph: Graph, equation: Any, value: Value) -> list[Value]:
+    """Converts `split`."""
+    axis, shape = int(equation.params["axis"]), equation.invars[0].aval.shape
+    tensor, start, parts = _whole(graph, value, shape), 0, []
+    for size in equation.params["sizes"]:
+        parts.append(_sliced(graph, tensor, {axis: (start, start + size, 1)}))
+        start += size
+    return parts
+
+
+def reverse(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `rev`."""
+    tensor = _whole(graph, value, equation.invars[0].aval.shape)
+    axes = [tensor.order.index(axis) for axis in equation.params["dimensions"]]
+    ends = np.full(len(axes), np.iinfo(np.int64).min)  # beyond the first value
+    lists = (np.full(len(axes), -1), ends, np.array(axes), np.full(len(axes), -1))
+    name = graph.add("Slice", [tensor.name, *map(graph.constant, lists)])
+    return dataclasses.replace(tensor, name=name)
+
+
+def dynamic_slice(graph: Graph, equation: Any, value: Value, *starts: Value) -> Value:
+    """Converts `dynamic_slice`."""
+    shape, sizes = equation.invars[0].aval.shape, equation.params["slice_sizes"]
+    cuts = {}
+    for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        number = number_of(start)
+        if size == shape[axis]:
+            continue
+        if number is None:
+            raise _computed_indices(graph)
+        first = min(max(int(number), 0), shape[axis] - size)
+        cuts[axis] = (first, first + size, 1)
+    return _sliced(graph, _whole(graph, value, shape), cuts)
+
+
+def _computed_indices(graph: Graph) -> Unsupported:
+    return Unsupported(
+        f"{graph.here} looks values up at computed places, or at places that are no grid; use "
+        "slices, or export to StableHLO instead"
+    )
+
+
+def gather(graph: Graph, equation: Any, value: Value, places: Value) -> Value:
+    """Converts the gathers of indexing by whole numbers and slices: grids of known places."""
+    dims, shape = equation.params["dimension_numbers"], equation.invars[0].aval.shape
+    if not isinstance(places, Constant) or dims.operand_batching_dims:
+        raise _computed_indices(graph)
+    indices = np.broadcast_to(places.array, equation.invars[1].aval.shape)
+    cuts, lists, rows = {}, {}, {}
+    for number, axis in enumerate(dims.start_index_map):
+        column, size = indices[..., number], equation.params["slice_sizes"][axis]
+        varying = [i for i in range(column.ndim) if (column != column.take([0], i)).any()]
+        inside = column.min(initial=0) >= 0 and column.max(initial=0) + size <= shape[axis]
+        if not inside or len(varying) > 1 or rows.keys() & set(varying):
+            raise _computed_indices(graph)
+        if not varying:
+            cuts[axis] = (int(column.flat[0]), int(column.flat[0]) + size, 1)
+            continue
+        if axis not in dims.collapsed_slice_dims:
+            raise _computed_indices(graph)
+        rows[varying[0]] = axis
+        row = np.moveaxis(column, varying[0], -1).reshape(-1, column.shape[varying[0]])[0]
+        step = int(row[1] - row[0])
+        if step > 0 and (np.diff(row) == step).all():
+            cuts[axis] = (int(row[0]), int(row[-1]) + 1, step)
+        else:
+            lists[axis] = row
+    tensor = _sliced(graph, _whole(graph, value, shape), cuts)
+    for axis, row in lists.items():
+        tensor = _taken(graph, tensor, axis, row)
+    return _placed(graph, equation, tensor, rows)
+
+
+def _taken(graph: Graph, tensor: Tensor, axis: int, row: np.ndarray) -> Tensor:
+    """Returns some places of one axis."""
+    listed = graph.constant(row.astype(np.int64))
+    name = graph.add("Gather", [tensor.name, listed], axis=tensor.order.index(axis))
+    shape = tuple(len(row) if i == axis else size for i, size in enumerate(tensor.shape))
+    return Tensor(name, shape, tensor.order)
+
+
+def _placed(graph: Graph, equation: Any, tensor: Tensor, rows: dict[int, int]) -> Tensor:
+    """Gives the axes of what was gathered the order of the result; `rows`: index axis -> axis."""
+    dims, out = equation.params["dimension_numbers"], equation.outvars[0].aval.shape
+    gone = [axis for axis in dims.collapsed_slice_dims if axis not in rows.values()]
+    kept = [axis for axis in range(len(tensor.shape)) if axis not in gone]
+    windows = [axis for axis in kept if axis not in rows.values()]
+    lists = [axis for axis in range(len(out)) if axis not in dims.offset_dims]
+    place = dict(zip(windows, dims.offset_dims, strict=True))
+    place |= {axis: lists[index] for index, axis in rows.items()}
+    tensor = _without(graph, tensor, gone)
+    missing = [axis for axis in range(len(out)) if axis not in place.values()]
+    if any(not is_one(out[axis]) for axis in missing):
+        raise _computed_indices(graph)
+    held = sorted(place.values())
+    turn = [held.index(place[axis]) for axis in kept]
+    order = tuple(turn[axis] for axis in tensor.order)
+    return _with(graph, Tensor(tensor.name, tuple(out[axis] for axis in held), order), missing)
+
+
+def _pool(graph: Graph, equation: Any, value: Value, op: str, **attributes: Any) -> Tensor:
+    params, shape = equation.params, equation.invars[0].aval.shape
+    window, strides = params["window_dimensions"], params["window_strides"]
+    pads, dilations = params["padding"], params["window_dilation"]
+    still = [
+        axis
+        for axis in range(len(shape))
+        if (window[axis], strides[axis], *pads[axis]) == (1, 1, 0, 0)
+    ]
+    if len(still) < 2 or len(shape) < 3 or set(params["base_dilation"]) != {1}:
+        raise Unsupported(
+            f"{graph.here} pools over a window of {window}, strides {strides}; ONNX "
+            "pools along all axes but images and channels, undilated: export to StableHLO instead"
+        )
+    tensor = graph.tensor(value)
+    first = [axis for axis in tensor.order[:2] if axis in still]
+    front = first if len(first) == 2 else [still[0], still[-1]]
+    order = (*front, *(axis for axis in range(len(shape)) if axis not in front))
+    name = graph.arranged(tensor, shape, order)
+    inner = order[2:]
+    attributes |= {
+        "kernel_shape": [int(window[axis]) for axis in inner],
+        "strides": [int(strides[axis]) for axis in inner],
+        "dilations": [int(dilations[axis]) for axis in inner],
+        "pads": [int(pads[axis][side]) for side in (0, 1) for axis in inner],
+    }
+    return Tensor(graph.add(op, [name], **attributes), tuple(equation.outvars[0].aval.shape), order)
+
+
+def max_pool(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `reduce_window_max`."""
+    return _pool(graph, equation, value, "MaxPool")
+
+
+def sum_pool(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `reduce_window_sum`."""
+    mean = _pool(graph, equation, value, "AveragePool", count_include_pad=1)
+    size = math.prod(equation.params["window_dimensions"])
+    return elementwise("Mul", graph, equation, mean, constant_of(size))

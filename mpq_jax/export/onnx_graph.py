@@ -1,0 +1,287 @@
+"""Export to ONNX: a graph of QuantizeLinear and DequantizeLinear with integer kernels.
+
+    onnx.save(to_onnx(deployed), "net.onnx")
+
+The graph is read off the traced program, so any Linen model is exported whose primitives
+`onnx_operations.CONVERTERS` lists. A kernel is an initialiser of the training's own codes. A norm
+after a layer is folded into what a code is worth, per output channel, and into a float bias; where
+its factor is negative, the output is multiplied by -1, so codes stay as they are and scales are
+positive. The input of a layer is rounded by QuantizeLinear with the layer's step; codes of fewer
+than 8 bits are clipped first. Layers that stay float in training are float in the graph.
+
+ONNX Runtime keeps the numbers of this graph at any level of optimisation. It is fastest with the
+session option `session.disable_quant_qdq` = "1", which makes floats of the kernels once, when the
+file is loaded, instead of in each call.
+
+References:
+    ONNX operators, https://onnx.ai/onnx/operators; quantised graphs as ONNX Runtime reads them,
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html.
+"""
+
+import collections
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from mpq_jax.export import program
+from mpq_jax.export.deployed import Deployed
+from mpq_jax.export.onnx_operations import CONVERTERS, PASSING, RESHAPING
+from mpq_jax.export.onnx_pointwise import TYPES
+from mpq_jax.export.onnx_values import (
+    Coded,
+    Constant,
+    Kernel,
+    Tensor,
+    Unsupported,
+    Value,
+    is_known,
+)
+from mpq_jax.export.onnx_writer import Graph
+
+OPSET = 21  # the first with tensors of 4 bits; that of 2 bits is 25
+OPSETS = (21, 25)
+IMAGES, LOGITS = "images", "logits"  # names of the graph's input and output
+CALLS = (  # primitives that call programs; the names of some depend on JAX's version
+    "jit",
+    "pjit",
+    "closed_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "checkpoint",
+    "remat2",
+)
+CALLED = ("jaxpr", "call_jaxpr")  # their parameters
+BY_NUMPY = {  # primitives of norms: of these JAX would compile a program for each shape
+    "add": lambda _, x, y: x + y,
+    "sub": lambda _, x, y: x - y,
+    "mul": lambda _, x, y: x * y,
+    "rsqrt": lambda _, x: 1 / np.sqrt(x),
+    "reshape": lambda params, x: x.reshape(params["new_sizes"]),
+    "broadcast_in_dim": lambda params, x: np.broadcast_to(
+        np.expand_dims(
+            x, [i for i in range(len(params["shape"])) if i not in params["broadcast_dimensions"]]
+        ),
+        params["shape"],
+    ),
+}
+
+
+class Sources(NamedTuple):
+    """Where the equations of a program get what is not in the graph.
+
+    Attributes:
+        graph: that they are written to.
+        inputs: how inputs of layers are quantised, see `program.Program`.
+    """
+
+    graph: Graph
+    inputs: list[program.InputCodes]
+
+
+def to_onnx(deployed: Deployed, *, opset: int = OPSET) -> onnx.ModelProto:
+    """Writes a network as an ONNX model, which `onnx.checker` has found sound.
+
+    Its input `images` is float32 [batch, height, width, channels], normalised as in training, for
+    any batch size; its output `logits` float32 [batch, classes]. Metadata have the bits of each
+    layer, the normalisation and the provenance, as JSON.
+
+    Args:
+        deployed: the network, of a model that computes in float32.
+        opset: version of ONNX's operators; 21 stores codes of up to 4 bits in 4 bits each, 25
+            those of 2 bits in 2.
+
+    Raises:
+        Unsupported: the model does something that has no counterpart; the message names it.
+        ValueError: the network has no integers, see `deployed.codes`, or the opset is unknown.
+    """
+    if not OPSETS[0] <= opset <= OPSETS[1]:
+        raise ValueError(f"opset is {opset}; wanted {OPSETS[0]} to {OPSETS[1]}")
+    traced = program.trace(deployed)
+    graph = Graph(IMAGES, traced.images[0], opset)
+    images = Tensor(IMAGES, traced.images, tuple(range(len(traced.images))))
+    arguments = [_argument(traced, name, value) for name, value in traced.arguments]
+    sources = Sources(graph, traced.inputs)
+    (logits,) = _run(sources, traced.jaxpr.jaxpr, traced.jaxpr.consts, [*arguments, images], "")
+    graph.scope = ""
+    out = traced.jaxpr.jaxpr.outvars[0].aval.shape
+    last = graph.arranged(logits, out, range(len(out)))
+    graph.nodes.append(helper.make_node("Identity", [last], [LOGITS], name=LOGITS))
+    model = _model(deployed, graph, opset, traced.images, out)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _argument(traced: program.Program, name: str, value: np.ndarray) -> Value:
+    layer = traced.layers.get(name.removeprefix("params/").removesuffix("/kernel"))
+    if layer is not None and layer.codes is not None and name.endswith("/kernel"):
+        return Kernel(layer, layer.codes)
+    return Constant(np.asarray(value))
+
+
+def _run(
+    sources: Sources, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Value], scope: str
+) -> list[Value]:
+    """Writes the equations of a program to the graph; returns its results.
+
+    What is read once may stay lazy, so that its reader can take it in; what is read more often is
+    written down.
+    """
+    graph, values = sources.graph, {}
+    used = [var for equation in jaxpr.eqns for var in equation.invars] + list(jaxpr.outvars)
+    uses = collections.Counter(var for var in used if not _is_literal(var))
+
+    def keep(var: Any, value: Value) -> None:
+        once = uses[var] == 1 or isinstance(value, Constant | Kernel)
+        if uses[var]:
+            values[var] = value if once else graph.tensor(value)
+
+    def read(var: Any) -> Value:
+        if _is_literal(var):
+            return Constant(np.asarray(var.val, var.aval.dtype))
+        return values[var]
+
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+        keep(var, Constant(np.asarray(const)))
+    for var, value in zip(jaxpr.invars, arguments, strict=True):
+        keep(var, value)
+    for equation in jaxpr.eqns:
+        if not any(uses[var] for var in equation.outvars):
+            continue
+        inside = f"{scope}/{equation.source_info.name_stack}".strip("/")
+        graph.scope = inside.partition("/")[2]  # without the name of the model's class
+        results = _convert(sources, equation, [read(var) for var in equation.invars], inside)
+        for var, result in zip(equation.outvars, results, strict=True):
+            keep(var, result)
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _convert(sources: Sources, equation: Any, operands: list[Value], scope: str) -> list[Value]:
+    """Returns the results of one equation."""
+    name = equation.primitive.name
+    if name in CALLS:
+        inner = next(equation.params[key] for key in CALLED if key in equation.params)
+        closed = isinstance(inner, jax.extend.core.ClosedJaxpr)
+        jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
+        return _run(sources, jaxpr, consts, operands, scope)
+    if name == "name" and equation.params["name"].startswith(program.MARK):
+        codes = sources.inputs[int(equation.params["name"].removeprefix(program.MARK))]
+        return [sources.graph.to_code(operands[0], codes)]
+    first = operands[0] if operands else None
+    if isinstance(first, Kernel) and name in PASSING + RESHAPING:
+        return [first._replace(codes=_computed(equation, [first.codes])[0])]
+    if isinstance(first, Coded) and name in PASSING + RESHAPING:
+        (inside,) = _convert(sources, equation, [first.inside], scope)
+        return [first._replace(inside=inside)]
+    known = all(isinstance(operand, Constant) for operand in operands)
+    if known and all(_is_static(var.aval.shape) for var in equation.outvars):
+        arrays = [operand.array for operand in operands if isinstance(operand, Constant)]
+        return [Constant(array) for array in _computed(equation, arrays)]
+    _check(equation, sources.graph.here)
+    result = CONVERTERS[name](sources.graph, equation, *operands)
+    return result if isinstance(result, list) else [result]
+
+
+def _check(equation: Any, here: str) -> None:
+    """Raises Unsupported where an equation cannot be converted."""
+    name = equation.primitive.name
+    if name not in CONVERTERS:
+        raise Unsupported(
+            f"{here} uses the primitive {name!r}, which the ONNX export does not know: "
+            "write that part with other functions, or export to StableHLO, which takes any model"
+        )
+    for var in (*equation.invars, *equation.outvars):
+        if str(var.aval.dtype) not in TYPES:
+            raise Unsupported(
+                f"{here} computes in {var.aval.dtype}; the ONNX export takes "
+                f'{", ".join(TYPES)}: export the model made with dtype="float32"'
+            )
+
+
+def _computed(equation: Any, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Returns what an equation makes of known numbers."""
+    whole = [
+        np.broadcast_to(array, var.aval.shape)
+        for array, var in zip(arrays, equation.invars, strict=True)
+    ]
+    if equation.primitive.name in BY_NUMPY:
+        return [np.asarray(BY_NUMPY[equation.primitive.name](equation.params, *whole))]
+    results = equation.primitive.bind(*map(jnp.asarray, whole), **equation.params)
+    listed = results if equation.primitive.multiple_results else [results]
+    return [np.asarray(result) for result in listed]
+
+
+def _is_literal(var: Any) -> bool:
+    return isinstance(var, jax.extend.core.Literal)
+
+
+def _is_static(shape: Sequence[Any]) -> bool:
+    return all(map(is_known, shape))
+
+
+def _model(
+    deployed: Deployed, graph: Graph, opset: int, images: Sequence[Any], logits: Sequence[Any]
+) -> onnx.ModelProto:
+    nodes = _reachable(graph.nodes, LOGITS)
+    read = {name for node in nodes for name in node.input}
+    names = (IMAGES, images), (LOGITS, logits)
+    ends = [
+        helper.make_tensor_value_info(
+            name, TensorProto.FLOAT, [int(s) if is_known(s) else str(s) for s in shape]
+        )
+        for name, shape in names
+    ]
+    made = helper.make_graph(
+        nodes,
+        type(deployed.model).__name__,
+        ends[:1],
+        ends[1:],
+        [tensor for name, tensor in graph.constants.items() if name in read],
+    )
+    operators = [helper.make_opsetid("", opset)]
+    model = helper.make_model(
+        made,
+        opset_imports=operators,
+        ir_version=helper.find_min_ir_version_for(operators),  # what older runtimes can read
+        producer_name="mpq_jax",
+        producer_version=importlib.metadata.version("mpq_jax"),
+    )
+    helper.set_model_props(model, {key: json.dumps(value) for key, value in _facts(deployed)})
+    return model
+
+
+def _reachable(nodes: Sequence[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
+    """Returns the nodes that an output needs."""
+    needed, kept = {output}, []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _facts(deployed: Deployed) -> list[tuple[str, Any]]:
+    bits = {
+        layer.name: {
+            "weights": None if layer.float_weights else int(weights),
+            "acts": None if layer.float_acts else int(acts),
+        }
+        for layer, weights, acts in zip(
+            deployed.table.layers,
+            np.asarray(deployed.bits.weights),
+            np.asarray(deployed.bits.acts),
+            strict=True,
+        )
+    }
+    return [
+        ("bits", bits),
+        ("mean", deployed.mean),
+        ("std", deployed.std),
+        ("provenance", deployed.provenance),
+    ]

@@ -1,0 +1,158 @@
+"""Layers in ONNX: convolutions and products of matrices."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpq_jax.export.onnx_values import (
+    Coded,
+    Constant,
+    Kernel,
+    Product,
+    Shape,
+    Tensor,
+    Unsupported,
+    Value,
+)
+from mpq_jax.export.onnx_writer import Graph
+
+
+def convolution(graph: Graph, equation: Any, x: Value, weights: Value) -> Value:
+    """Converts `conv_general_dilated`."""
+    params = equation.params
+    if set(params["lhs_dilation"]) - {1} or params["batch_group_count"] != 1:
+        raise Unsupported(
+            f"{graph.here} convolves with dilated inputs (a transposed convolution) or "
+            "groups of images; export to StableHLO instead"
+        )
+    if min(min(pair) for pair in params["padding"]) < 0:
+        raise Unsupported(f"{graph.here} convolves with negative padding; slice its input")
+    x_axes, kernel_axes, out_axes = params["dimension_numbers"]
+    shape = equation.outvars[0].aval.shape
+    name = _input(graph, x, equation.invars[0].aval.shape, x_axes)
+    begins, ends = zip(*params["padding"], strict=True)
+
+    def write(weights: str) -> Tensor:
+        made = graph.add(
+            "Conv",
+            [name, weights],
+            group=params["feature_group_count"],
+            strides=[int(stride) for stride in params["window_strides"]],
+            dilations=[int(dilation) for dilation in params["rhs_dilation"]],
+            pads=[int(pad) for pad in begins + ends],
+        )
+        return Tensor(made, shape, tuple(out_axes))
+
+    if isinstance(weights, Constant | Kernel):
+        turned = _changed(weights, lambda array: array.transpose(kernel_axes))
+        return _product(graph, turned, 0, (out_axes[1],), shape, write)
+    return write(graph.arranged(weights, equation.invars[1].aval.shape, kernel_axes))
+
+
+class _Side(NamedTuple):
+    """One operand of a product, and which of its axes are summed over, paired, or left."""
+
+    value: Value
+    shape: Shape
+    summed: tuple[int, ...]
+    paired: tuple[int, ...]
+
+    @property
+    def free(self) -> list[int]:
+        taken = (*self.summed, *self.paired)
+        return [axis for axis in range(len(self.shape)) if axis not in taken]
+
+    def sizes(self, axes: Sequence[int]) -> list[Any]:
+        return [self.shape[axis] for axis in axes]
+
+
+def dot(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+    """Converts `dot_general`: a layer where one side is known, else a product of two tensors."""
+    summed, paired = equation.params["dimension_numbers"]
+    sides = [
+        _Side(value, equation.invars[i].aval.shape, tuple(summed[i]), tuple(paired[i]))
+        for i, value in enumerate((left, right))
+    ]
+    out = equation.outvars[0].aval.shape
+    for x, known in (sides, sides[::-1]):
+        if isinstance(known.value, Kernel | Constant) and not known.paired and known.free:
+            return _dense(graph, x, known, out, turned=x is not sides[0])
+    return _matmul(graph, sides[0], sides[1], out)
+
+
+def _input(
+    graph: Graph, value: Value, shape: Shape, order: Sequence[int], reshaped: Shape | None = None
+) -> str:
+    """Returns the name of a layer's input in some order and shape; codes are written last."""
+    codes = None
+    if isinstance(value, Coded):
+        value, codes = value
+    name = graph.arranged(value, shape, order)
+    if reshaped is not None:
+        name = graph.reshaped(name, reshaped)
+    return name if codes is None else graph.coded(name, codes)
+
+
+def _dense(graph: Graph, x: _Side, known: _Side, out: Shape, *, turned: bool) -> Product:
+    """Returns `x @ weights`; `turned`: the axes of the weights come first in the result."""
+    assert isinstance(known.value, Kernel | Constant)
+    batch, height = x.sizes(x.free), math.prod(known.sizes(known.summed))
+    weights = _changed(
+        known.value,
+        lambda array: array.transpose([*known.summed, *known.free]).reshape(height, -1),
+        known.shape,
+    )
+    matrices = (*batch, height) if len(x.summed) > 1 else None
+    rows = _input(graph, x.value, x.shape, [*x.free, *x.summed], matrices)
+    axes = list(range(len(out)))
+    start = len(known.free) if turned else 0
+    kept = axes[start : start + len(batch)]
+    channels = [axis for axis in axes if axis not in kept]
+
+    def write(weights: str) -> Tensor:
+        name = graph.add("MatMul", [rows, weights])
+        if len(channels) > 1:
+            name = graph.reshaped(name, (*batch, *(out[axis] for axis in channels)))
+        return Tensor(name, out, (*kept, *channels))
+
+    return _product(graph, weights, 1, tuple(channels), out, write)
+
+
+def _matmul(graph: Graph, left: _Side, right: _Side, out: Shape) -> Tensor:
+    """Writes a product of two tensors; several axes are made one for it."""
+    names = []
+    for side, parts in (
+        (left, (left.free, left.summed)),
+        (right, (right.summed, right.free)),
+    ):
+        name = graph.arranged(side.value, side.shape, [*side.paired, *parts[0], *parts[1]])
+        if any(len(part) != 1 for part in parts):
+            matrix = [math.prod(side.sizes(part)) for part in parts]
+            name = graph.reshaped(name, (*side.sizes(side.paired), *matrix))
+        names.append(name)
+    name = graph.add("MatMul", names)
+    if any(len(side.free) != 1 for side in (left, right)):
+        name = graph.reshaped(name, out)
+    return Tensor(name, out, tuple(range(len(out))))
+
+
+def _changed(weights: Constant | Kernel, change: Any, shape: Shape | None = None):
+    if isinstance(weights, Kernel):
+        return weights._replace(codes=change(weights.codes))
+    array = weights.array if shape is None else np.broadcast_to(weights.array, shape)
+    return Constant(change(array))
+
+
+def _product(
+    graph: Graph,
+    weights: Constant | Kernel,
+    axis: int,
+    channels: tuple[int, ...],
+    shape: Shape,
+    write: Any,
+) -> Product:
+    matrix = weights.codes if isinstance(weights, Kernel) else weights.array
+    one, zero = np.ones(matrix.shape[axis]), np.zeros(matrix.shape[axis])
+    return Product(weights, axis, one, zero, channels, shape, write, graph.scope)

@@ -1,0 +1,225 @@
+"""JAX's primitives in ONNX: those that compute each value from the values at the same place."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax import lax
+from onnx import TensorProto
+
+from mpq_jax.export.onnx_values import (
+    Constant,
+    Product,
+    Tensor,
+    Unsupported,
+    Value,
+    is_known,
+    scaled,
+    shifted,
+)
+from mpq_jax.export.onnx_writer import Graph
+
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "int32": TensorProto.INT32,
+    "bool": TensorProto.BOOL,
+}
+
+
+def elementwise(op: str, graph: Graph, equation: Any, *values: Value) -> Tensor:
+    """Writes an operation that takes each value apart, or pairs of them with repetition."""
+    rank = len(equation.outvars[0].aval.shape)
+    tensors = [graph.tensor(value) for value in values]
+    inputs = [tensor for tensor in tensors if len(tensor.shape) == rank]
+    variables = [tensor for tensor in inputs if tensor.name not in graph.constants]
+    order = (variables or inputs)[0].order
+    names = [
+        graph.transposed(tensor, order) if len(tensor.shape) == rank else tensor.name
+        for tensor in tensors
+    ]
+    shape = tuple(
+        next((size for size in sizes if not is_one(size)), 1)
+        for sizes in zip(*(tensor.shape for tensor in inputs), strict=True)
+    )
+    return Tensor(graph.add(op, names), shape, order)
+
+
+def is_one(size: Any) -> bool:
+    """Whether a size is 1, whatever the batch's is."""
+    return is_known(size) and size == 1
+
+
+def unary(*ops: str) -> Callable:
+    """Returns the converter to some operations of one value, one after another."""
+
+    def convert(graph: Graph, equation: Any, value: Value) -> Value:
+        for op in ops:
+            value = elementwise(op, graph, equation, value)
+        return value
+
+    return convert
+
+
+def binary(op: str) -> Callable:
+    """Returns the converter to an operation of two values."""
+    return functools.partial(elementwise, op)
+
+
+def number_of(value: Value) -> float | None:
+    """Returns the number that a constant is, or None where it is no constant or has several."""
+    if not isinstance(value, Constant) or value.array.size != 1:
+        return None
+    return float(value.array.reshape(()))
+
+
+def add(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+    """Converts `add`, into the bias of a layer where it is one."""
+    for product, other in ((left, right), (right, left)):
+        if isinstance(product, Product) and isinstance(other, Constant):
+            folded = shifted(product, other.array)
+            if folded is not None:
+                return folded
+    return elementwise("Add", graph, equation, left, right)
+
+
+def subtract(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+    """Converts `sub`, likewise."""
+    folded = None
+    if isinstance(left, Product) and isinstance(right, Constant):
+        folded = shifted(left, np.asarray(-right.array))
+    elif isinstance(left, Constant) and isinstance(right, Product):
+        folded = shifted(_negative(right), left.array)
+    return elementwise("Sub", graph, equation, left, right) if folded is None else folded
+
+
+def multiply(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+    """Converts `mul`, into the worth of a layer's codes where it is one number per channel."""
+    for product, other in ((left, right), (right, left)):
+        if isinstance(product, Product) and isinstance(other, Constant):
+            folded = scaled(product, other.array)
+            if folded is not None:
+                return folded
+    return elementwise("Mul", graph, equation, left, right)
+
+
+def divide(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+    """Converts `div`, likewise."""
+    if isinstance(left, Product) and isinstance(right, Constant) and right.array.all():
+        folded = scaled(left, np.asarray(1 / right.array.astype(np.float64)))
+        if folded is not None:
+            return folded
+    return elementwise("Div", graph, equation, left, right)
+
+
+def negate(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `neg`, likewise."""
+    if isinstance(value, Product):
+        return _negative(value)
+    return elementwise("Neg", graph, equation, value)
+
+
+def _negative(product: Product) -> Product:
+    return product._replace(scale=-product.scale, shift=-product.shift)
+
+
+def maximum(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+    """Converts `max`."""
+    for value, bound in ((left, number_of(right)), (right, number_of(left))):
+        if bound is not None and equation.outvars[0].aval.dtype == np.float32:
+            return value if bound == -np.inf else graph.clipped(value, bound, np.inf)
+    return elementwise("Max", graph, equation, left, right)
+
+
+def minimum(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+    """Converts `min`."""
+    for value, bound in ((left, number_of(right)), (right, number_of(left))):
+        if bound is not None and equation.outvars[0].aval.dtype == np.float32:
+            return value if bound == np.inf else graph.clipped(value, -np.inf, bound)
+    return elementwise("Min", graph, equation, left, right)
+
+
+def clamp(graph: Graph, equation: Any, low: Value, value: Value, high: Value) -> Value:
+    """Converts `clamp`."""
+    return minimum(graph, equation, maximum(graph, equation, low, value), high)
+
+
+def constant_of(value: float | int) -> Constant:
+    """Returns a number as a float32 constant."""
+    return Constant(np.asarray(value, np.float32))
+
+
+def rsqrt(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `rsqrt`."""
+    return unary("Sqrt", "Reciprocal")(graph, equation, value)
+
+
+def erfc(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `erfc`."""
+    erf = elementwise("Erf", graph, equation, value)
+    return elementwise("Sub", graph, equation, constant_of(1), erf)
+
+
+def expm1(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `expm1`."""
+    exp = elementwise("Exp", graph, equation, value)
+    return elementwise("Sub", graph, equation, exp, constant_of(1))
+
+
+def log1p(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `log1p`."""
+    more = elementwise("Add", graph, equation, value, constant_of(1))
+    return elementwise("Log", graph, equation, more)
+
+
+def square(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `square`."""
+    tensor = graph.tensor(value)
+    return elementwise("Mul", graph, equation, tensor, tensor)
+
+
+def integer_pow(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `integer_pow`."""
+    if equation.params["y"] == 2:
+        return square(graph, equation, value)
+    return elementwise("Pow", graph, equation, value, constant_of(equation.params["y"]))
+
+
+def not_equal(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+    """Converts `ne`."""
+    equal = elementwise("Equal", graph, equation, left, right)
+    return elementwise("Not", graph, equation, equal)
+
+
+def round_even(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `round`."""
+    if equation.params["rounding_method"] != lax.RoundingMethod.TO_NEAREST_EVEN:
+        raise Unsupported(
+            f"{graph.here} rounds halves away from zero, which ONNX cannot; use jnp.round"
+        )
+    return elementwise("Round", graph, equation, value)
+
+
+def select(graph: Graph, equation: Any, which: Value, *cases: Value) -> Value:
+    """Converts `select_n`."""
+    if len(cases) != 2 or equation.invars[0].aval.dtype != np.bool_:
+        raise Unsupported(
+            f"{graph.here} selects from {len(cases)} cases; ONNX has two: use jnp.where"
+        )
+    return elementwise("Where", graph, equation, which, cases[1], cases[0])
+
+
+def cast(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts `convert_element_type`."""
+    dtype = str(equation.params["new_dtype"])
+    if dtype == str(equation.invars[0].aval.dtype):
+        return value
+    tensor = graph.tensor(value)
+    return dataclasses.replace(tensor, name=graph.add("Cast", [tensor.name], to=TYPES[dtype]))
+
+
+def same(graph: Graph, equation: Any, value: Value) -> Value:
+    """Converts what hands on its operand."""
+    del graph, equation
+    return value

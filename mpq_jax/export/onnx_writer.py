@@ -1,0 +1,241 @@
+"""Writes an ONNX graph: nodes, initialisers, and the values that were not written down yet."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from mpq_jax.export.onnx_values import (
+    Bounded,
+    Coded,
+    Constant,
+    Kernel,
+    Product,
+    Shape,
+    Tensor,
+    Unsupported,
+    Value,
+    is_known,
+)
+from mpq_jax.export.program import InputCodes
+from mpq_jax.quantizers import lsq
+
+SATURATING = (8, 16)  # bits of which QuantizeLinear itself clips the codes
+SMALLEST_STEP = np.finfo(np.float32).tiny  # ONNX's runtimes want scales to be positive
+
+
+class Graph:
+    """An ONNX graph while it is made.
+
+    Attributes:
+        nodes: so far.
+        constants: initialisers by name.
+        scope: path of the module that is being written, for names and messages.
+    """
+
+    def __init__(self, images: str, batch: Any, opset: int):
+        """Starts an empty graph.
+
+        Args:
+            images: name of its input.
+            batch: symbol of the number of images.
+            opset: version of ONNX's operators.
+        """
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.scope = ""
+        self._images, self._batch, self._opset = images, batch, opset
+        self._made: dict[Any, str] = {}  # what is there already -> its name
+        self._names: dict[str, int] = {}
+
+    @property
+    def here(self) -> str:
+        """What is being written, for messages."""
+        return f"module {self.scope!r}" if self.scope else "the model's own call"
+
+    def add(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Writes a node with one output; the same node is written once."""
+        key = (op, tuple(inputs), repr(sorted(attributes.items())))
+        if key not in self._made:
+            name = self._name(op)
+            self.nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
+            self._made[key] = name
+        return self._made[key]
+
+    def constant(self, array: np.ndarray, name: str = "constant") -> str:
+        """Stores an initialiser; the same numbers are stored once."""
+        key = (array.dtype.str, str(array.dtype), array.shape, array.tobytes())
+        if key not in self._made:
+            unique = self._name(name)
+            self.constants[unique] = numpy_helper.from_array(np.array(array, order="C"), unique)
+            self._made[key] = unique
+        return self._made[key]
+
+    def _name(self, what: str) -> str:
+        wanted = f"{self.scope}/{what}".lstrip("/")
+        number = self._names[wanted] = self._names.get(wanted, -1) + 1
+        return f"{wanted}.{number}" if number else wanted
+
+    def tensor(self, value: Value) -> Tensor:
+        """Returns a value as it stands in the graph, writing what is not there yet."""
+        match value:
+            case Tensor():
+                return value
+            case Constant(array):
+                return Tensor(self.constant(array), array.shape, tuple(range(array.ndim)))
+            case Bounded(inside, low, high):
+                return dataclasses.replace(inside, name=self._clip(inside.name, low, high))
+            case Coded(inside, codes):
+                tensor = self.tensor(inside)
+                return dataclasses.replace(tensor, name=self.coded(tensor.name, codes))
+            case Product(scope=scope):
+                here, self.scope = self.scope, scope
+                made = self._product(value)
+                self.scope = here
+                return made
+            case Kernel(layer):
+                raise Unsupported(
+                    f"the kernel of layer {layer.name!r} is changed before the layer multiplies by "
+                    "it (masked or standardised, for instance), so its integers cannot be kept: "
+                    "leave the layer in float by a rule with float_weights, or export to StableHLO"
+                )
+
+    def clipped(self, value: Value, low: float, high: float) -> Bounded:
+        """Returns `min(max(value, low), high)`; neighbouring clips become one."""
+        if not isinstance(value, Bounded) or low > value.high or high < value.low:
+            value = Bounded(self.tensor(value), -np.inf, np.inf)
+        return value._replace(low=max(low, value.low), high=min(high, value.high))
+
+    def to_code(self, value: Value, codes: InputCodes) -> Coded:
+        """Returns the input of a layer as what is written down as codes.
+
+        Codes of other than 8 or 16 bits lie in the next wider type; values beyond them are clipped
+        before the rounding, which leaves the same codes, since the bounds are whole.
+        """
+        if codes.bits in SATURATING:
+            return Coded(value, codes)
+        bounds = lsq.code_range(codes.bits, signed=codes.signed)
+        low, high = (float(np.float32(bound) * codes.step) for bound in bounds)
+        return Coded(self.clipped(value, low, high), codes)
+
+    def coded(self, name: str, codes: InputCodes) -> str:
+        """Writes the codes of a value that is in their range, and what they are worth."""
+        room = min(bits for bits in SATURATING if bits >= codes.bits)
+        zero_type = np.dtype(f"{'' if codes.signed else 'u'}int{room}")
+        step = self.constant(np.asarray(codes.step), "input_step")
+        zero = self.constant(np.zeros((), zero_type), "zero_point")
+        name = self.add("QuantizeLinear", [name, step, zero])
+        return self.add("DequantizeLinear", [name, step, zero])
+
+    def _clip(self, name: str, low: float, high: float) -> str:
+        if low == 0 and high == np.inf:
+            return self.add("Relu", [name])
+        bounds = [
+            self.constant(np.asarray(bound, np.float32)) if np.isfinite(bound) else ""
+            for bound in (low, high)
+        ]
+        return self.add("Clip", [name, *bounds] if bounds[1] else [name, bounds[0]])
+
+    def _product(self, product: Product) -> Tensor:
+        """Writes a layer: its integers and how much each is worth, the operation, and the rest.
+
+        The bias is added after the operation, not by it: ONNX Runtime would round a bias inside of
+        it to multiples of (input's step x weights' step), which at few bits are coarse.
+        """
+        signs = np.ones_like(product.scale)
+        if isinstance(product.weights, Constant):
+            along = _along(product.scale, product.axis, product.weights.array.ndim)
+            weights = self.constant((product.weights.array * along).astype(np.float32), "weights")
+        else:
+            # Scales have to be positive: what a norm turns round or puts out is so by a factor.
+            worth = np.abs(product.scale) * np.float64(product.weights.layer.step)
+            signs = np.where(worth >= SMALLEST_STEP, np.sign(product.scale), 0)
+            steps = np.where(signs == 0, product.weights.layer.step, worth).astype(np.float32)
+            weights = self._weights(product.weights, steps, product.axis)
+        made = product.write(weights)
+        if (signs != 1).any():
+            made = self._per_channel("Mul", product, made, signs)
+        if product.shift.any():
+            made = self._per_channel("Add", product, made, product.shift)
+        return made
+
+    def _weights(self, kernel: Kernel, steps: np.ndarray, axis: int) -> str:
+        codes = self.constant(kernel.codes.astype(self.code_type(kernel.layer.bits)), "codes")
+        if (steps == steps[0]).all():
+            return self.add("DequantizeLinear", [codes, self.constant(steps[0, ...], "steps")])
+        return self.add("DequantizeLinear", [codes, self.constant(steps, "steps")], axis=axis)
+
+    def _per_channel(self, op: str, product: Product, made: Tensor, numbers: np.ndarray) -> Tensor:
+        shape = [1] * len(product.shape)
+        for axis in product.channels:
+            shape[axis] = product.shape[axis]
+        spread = numbers.astype(np.float32).reshape(shape).transpose(made.order)
+        term = self.constant(spread, {"Mul": "signs", "Add": "bias"}[op])
+        return dataclasses.replace(made, name=self.add(op, [made.name, term]))
+
+    def code_type(self, bits: int) -> np.dtype:
+        """Returns the narrowest type that the opset has for signed codes of `bits` bits."""
+        types = {4: ml_dtypes.int4, 8: np.int8, 16: np.int16}
+        if self._opset >= 25:
+            types = {2: ml_dtypes.int2} | types
+        return np.dtype(types[min(room for room in types if room >= bits)])
+
+    def arranged(self, value: Value, shape: Shape, order: Sequence[int]) -> str:
+        """Returns the name of a value with all repetitions and its axes in some order."""
+        tensor, order = self.tensor(value), tuple(order)
+        name = self.transposed(tensor, order)
+        if tensor.shape == tuple(shape):
+            return name
+        sizes = [
+            1 if mine == wanted else wanted
+            for mine, wanted in zip(tensor.shape, shape, strict=True)
+        ]
+        return self.add("Expand", [name, self.sizes([sizes[axis] for axis in order])])
+
+    def transposed(self, tensor: Tensor, order: Sequence[int]) -> str:
+        """Returns the name of a tensor with its axes in some order."""
+        if tensor.order == tuple(order):
+            return tensor.name
+        known = self.constants.get(tensor.name)
+        turn = [tensor.order.index(axis) for axis in order]
+        if known is not None:
+            return self.constant(numpy_helper.to_array(known).transpose(turn))
+        return self.add("Transpose", [tensor.name], perm=turn)
+
+    def reshaped(self, name: str, shape: Shape) -> str:
+        """Returns a tensor in another shape; at most one of the sizes may depend on the batch."""
+        unknown = [not is_known(size) for size in shape]
+        if sum(unknown) > 1:
+            return self.add("Reshape", [name, self.sizes(shape)])
+        sizes = [-1 if is_open else size for size, is_open in zip(shape, unknown, strict=True)]
+        return self.add("Reshape", [name, self.constant(np.array(sizes, np.int64))])
+
+    def sizes(self, shape: Sequence[Any]) -> str:
+        """Returns the name of a list of sizes, some of which may be multiples of the batch's."""
+        if all(map(is_known, shape)):
+            return self.constant(np.array(shape, np.int64))
+        return self.add("Concat", [self._size(size) for size in shape], axis=0)
+
+    def _size(self, size: Any) -> str:
+        if is_known(size):
+            return self.constant(np.array([size], np.int64))
+        batch = self.add("Shape", [self._images], start=0, end=1)
+        times = size // self._batch
+        if not is_known(times) or times * self._batch != size:
+            raise Unsupported(
+                f"{self.here} makes an array with an axis of size {size}; wanted a "
+                "multiple of the batch size: export to StableHLO instead"
+            )
+        return (
+            batch
+            if times == 1
+            else self.add("Mul", [batch, self.constant(np.array([times], np.int64))])
+        )
+
+
+def _along(numbers: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    return numbers.reshape([-1 if i == axis else 1 for i in range(rank)])

@@ -1,0 +1,130 @@
+"""One network as a traced program, for a batch of any size; what exports to graphs begin with."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from mpq_jax import linen, supernet
+from mpq_jax.export import deployed as deployed_networks
+from mpq_jax.export.deployed import Deployed, LayerCodes
+from mpq_jax.quantizers.record import ActQuantizer
+
+BATCH = "batch"  # name of the size that may vary
+MARK = "mpq_jax_input:"  # begins the name of the place where a layer's input is quantised
+
+
+class InputCodes(NamedTuple):
+    """How the input of a layer is quantised: codes of LSQ, `round(clip(x / step))`.
+
+    Attributes:
+        step: width of a code.
+        bits: of the codes.
+        signed: two's complement, or natural binary.
+    """
+
+    step: np.float32
+    bits: int
+    signed: bool
+
+
+class Program(NamedTuple):
+    """A network in evaluation mode as a jaxpr.
+
+    Attributes:
+        jaxpr: its last argument are the images, the others the model's variables.
+        arguments: path and value of each variable, in the order of the arguments. Kernels are
+            float here as well; `layers` has the integers.
+        layers: by path of the layer.
+        inputs: what the equations named `MARK` + index do.
+        images: shape of the last argument; its first size may vary.
+    """
+
+    jaxpr: Any
+    arguments: list[tuple[str, np.ndarray]]
+    layers: dict[str, LayerCodes]
+    inputs: list[InputCodes]
+    images: tuple[Any, ...]
+
+
+def trace(deployed: Deployed) -> Program:
+    """Traces the network; where an input is quantised stands a mark instead of the arithmetic.
+
+    Raises:
+        ValueError: the network has no integers, see `deployed.codes`.
+    """
+    layers = deployed_networks.codes(deployed)
+    chosen = jax.device_get(deployed_networks.selected(deployed))  # NumPy: the marks read values
+    inputs: list[InputCodes] = []
+
+    def mark(x, step_size, bits, *, signed, grad_scale):
+        del grad_scale
+        inputs.append(InputCodes(np.float32(step_size), int(bits), bool(signed)))
+        return checkpoint_name(x, f"{MARK}{len(inputs) - 1}")
+
+    acts = deployed.quantizer.acts
+    quantizer = deployed.quantizer._replace(acts=ActQuantizer(mark, acts.codes, acts.init_step))
+
+    def logits(variables: dict[str, jax.Array], images: jax.Array) -> jax.Array:
+        return forward(deployed, chosen, variables, images, quantizer=quantizer)
+
+    variables = flat_variables(chosen)
+    images = any_batch(deployed)
+    call = for_any_batch(logits, variables, images)
+    jaxpr = jax.make_jaxpr(call)(variables, images)
+    return Program(
+        jaxpr=jaxpr,
+        arguments=sorted(variables.items()),
+        layers={layer.name: layer for layer in layers},
+        inputs=inputs,
+        images=images.shape,
+    )
+
+
+def flat_variables(chosen: supernet.Selected) -> dict[str, Any]:
+    """Returns parameters and statistics of a subnet by path, `params/conv/kernel`."""
+    return linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
+
+
+def forward(
+    deployed: Deployed,
+    chosen: supernet.Selected,
+    variables: dict[str, Any],
+    images: jax.Array,
+    *,
+    quantizer: Any,
+) -> jax.Array:
+    """Returns the logits of a subnet with other variables, given as by `flat_variables`."""
+    trees = {"params": {}, "batch_stats": {}} | linen.unflatten(variables)
+    chosen = chosen._replace(params=trees["params"], batch_stats=trees["batch_stats"])
+    return supernet.apply(
+        deployed.model, deployed.table, chosen, images, train=False, quantizer=quantizer
+    ).logits
+
+
+def any_batch(deployed: Deployed) -> jax.ShapeDtypeStruct:
+    """Returns images of which the number is left open."""
+    (batch,) = jax.export.symbolic_shape(BATCH)
+    return jax.ShapeDtypeStruct((batch, *deployed.image_shape), jnp.float32)
+
+
+def for_any_batch(call: Callable, variables: Any, images: jax.ShapeDtypeStruct) -> Callable:
+    """Returns `call(variables, images)` in a form that can be traced for any number of images.
+
+    That is the call itself, unless the model needs the number (`len(x)`, `int(x.shape[0])`); then
+    it is called with one image, mapped over the batch, which gives the same logits.
+    """
+    try:
+        jax.eval_shape(call, variables, images)
+    except Exception as error:  # of many kinds, according to what the model does with the number
+        alone = jax.vmap(lambda variables, image: call(variables, image[None])[0], (None, 0))
+        try:
+            jax.eval_shape(alone, variables, images)
+        except Exception:
+            raise error from None
+        return alone
+    return call

@@ -1,0 +1,74 @@
+"""Export to StableHLO: a program with integer kernels that runs wherever JAX does.
+
+    pathlib.Path("net.stablehlo").write_bytes(to_stablehlo(deployed))
+
+What it writes is what `jax.export` serialises, so it runs without this library:
+
+    import jax.export
+    network = jax.export.deserialize(pathlib.Path("net.stablehlo").read_bytes())
+    logits = network.call(images)  # float32 [any batch, height, width, channels], normalised
+
+Kernels are constants of 4, 8 or 16 bits, made into floats while the program runs; inputs of layers
+are quantised as in training. JAX promises to read such files for six months after they were
+written, and to run them on the platforms that they were written for alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from mpq_jax.export import deployed as deployed_networks
+from mpq_jax.export import program
+from mpq_jax.export.deployed import Deployed, LayerCodes
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+CODE_TYPES = {4: jnp.int4, 8: jnp.int8, 16: jnp.int16}  # by the bits that they have room for
+
+
+def to_stablehlo(deployed: Deployed, *, platforms: Sequence[str] = PLATFORMS) -> bytes:
+    """Writes a network as a StableHLO program of normalised images.
+
+    Args:
+        deployed: the network.
+        platforms: where it is to run, as JAX names them.
+
+    Raises:
+        ValueError: the network has no integers, see `deployed.codes`.
+    """
+    chosen = deployed_networks.selected(deployed)
+    variables = program.flat_variables(chosen)
+    codes = {
+        f"params/{layer.name}/kernel": (_stored(layer), layer.step)
+        for layer in deployed_networks.codes(deployed)
+        if layer.codes is not None
+    }
+    floats = {name: value for name, value in variables.items() if name not in codes}
+
+    def call(_: Any, images: jax.Array) -> jax.Array:
+        values = {name: _value(stored, step) for name, (stored, step) in codes.items()}
+        return program.forward(
+            deployed, chosen, floats | values, images, quantizer=deployed.quantizer
+        )
+
+    images = program.any_batch(deployed)
+    any_batch = program.for_any_batch(call, (), images)
+
+    def logits(images: jax.Array) -> jax.Array:
+        return any_batch((), images)
+
+    exported = jax.export.export(jax.jit(logits), platforms=tuple(platforms))(images)
+    return bytes(exported.serialize())
+
+
+def _stored(layer: LayerCodes) -> jax.Array:
+    assert layer.codes is not None
+    room = min(bits for bits in CODE_TYPES if bits >= layer.bits)
+    return jnp.asarray(layer.codes, jnp.int32).astype(CODE_TYPES[room])
+
+
+def _value(stored: jax.Array, step: Any) -> jax.Array:
+    """Returns the kernel; behind the barrier no compiler makes a float constant of it."""
+    return jax.lax.optimization_barrier(stored).astype(jnp.float32) * step

@@ -1,0 +1,69 @@
+"""Networks with decided bits of drawn weights, for tests of exports; made without compiling."""
+
+import jax.numpy as jnp
+import numpy as np
+from drawing import drawn_variables
+
+from mpq_jax import linen, supernet
+from mpq_jax.bits import BitConfig
+from mpq_jax.export.deployed import Deployed
+from mpq_jax.layer_table import LayerTable, bit_rules, trace_layers
+from mpq_jax.quantizers import lsq
+
+BITS = (8, 7, 6, 5, 4, 3, 2)
+REACH = 2.0  # largest value of a layer's input that has a code
+
+
+def deploy(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTIZER):
+    """A network whose layers take turns at `BITS` and at signed and unsigned inputs.
+
+    `turned` is the fraction of the norms' factors that are negative.
+    """
+    generator = np.random.default_rng(seed)
+
+    def leaf(name, values):
+        kind = name.rpartition("/")[2]
+        if kind == "scale" and turned:
+            values = np.asarray(values) * generator.choice(
+                [-1, 1], values.shape, p=[turned, 1 - turned]
+            )
+        if kind == "mean":
+            values = 0.3 * generator.normal(size=values.shape)
+        return jnp.asarray(values, jnp.float32)
+
+    variables = linen.map_leaves(drawn_variables(model, shape, seed), leaf)
+    traced = trace_layers(model, shape, rules=rules or bit_rules(BITS))
+    layers, signed = [], []
+    for index, layer in enumerate(traced.layers):
+        weights, acts = layer.weight_candidates, layer.act_candidates
+        layers.append(
+            layer._replace(
+                weight_candidates=(weights[index % len(weights)],),
+                act_candidates=(acts[(3 * index + 1) % len(acts)],),
+            )
+        )
+        signed.append(index % 2 == 0)
+    table = LayerTable(tuple(layers), "shared")
+    kernels = supernet.kernels(table, variables["params"])
+    steps = np.zeros((2, len(table), len(table.candidates)), np.float32)
+    for place, bits in enumerate(table.candidates):
+        highest = 2.0 ** (bits - 1)
+        steps[0, :, place] = [3 * float(jnp.std(w)) / highest for w in kernels]
+        steps[1, :, place] = REACH / highest / np.where(signed, 1, 2)
+    learned = supernet.Learned(variables["params"], jnp.array(steps[0]), jnp.array(steps[1]))
+    stats = variables.get("batch_stats", {})
+    net = supernet.Variables(learned, stats, jnp.array(signed))
+    bits = BitConfig(*(jnp.array(column, jnp.int32) for column in _decided(table)))
+    facts = {"model": type(model).__name__}
+    return Deployed(model, table, net, bits, quantizer, shape, 10, (0.5,), (0.25,), facts)
+
+
+def _decided(table):
+    weights = [layer.weight_candidates[0] for layer in table.layers]
+    return weights, [layer.act_candidates[0] for layer in table.layers]
+
+
+def some_images(deployed, count=8, seed=1):
+    """Drawn images."""
+    images = np.random.default_rng(seed).normal(size=(count, *deployed.image_shape))
+    return images.astype(np.float32)

@@ -1,0 +1,105 @@
+"""StableHLO programs run without the library, and their kernels are integers in the file."""
+
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from deploying import deploy, some_images
+
+from mpq_jax.export import deployed as networks
+from mpq_jax.export.stablehlo import to_stablehlo
+from mpq_jax.models import make_model
+from mpq_jax.models.vit import ViT
+from mpq_jax.quantizers import batch_max, lsq
+
+# XLA may sum in another order in another program; no input of a layer changes its code by that.
+ROUNDING = 1e-5
+READER = """
+import sys
+import jax.export, numpy as np
+network = jax.export.deserialize(open(sys.argv[1], "rb").read())
+np.save(sys.argv[3], network.call(np.load(sys.argv[2])))
+assert not any(name.startswith(("mpq_jax", "flax")) for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def deployed():
+    return deploy(make_model("resnet8", num_classes=10, width=4, shortcut="B"), (8, 8, 3))
+
+
+@pytest.fixture(scope="module")
+def written(deployed):
+    return to_stablehlo(deployed)
+
+
+def logits_of(deployed, images):
+    return np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
+
+
+def check_equal(found, wanted):
+    assert np.ptp(wanted) > 0.1, "the network says nothing"
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+
+
+def test_another_process_gets_the_same(deployed, written, tmp_path):
+    images = some_images(deployed)
+    np.save(tmp_path / "images.npy", images)
+    (tmp_path / "net.stablehlo").write_bytes(written)
+    files = [str(tmp_path / name) for name in ("net.stablehlo", "images.npy", "logits.npy")]
+    subprocess.run([sys.executable, "-c", READER, *files], check=True, cwd=tmp_path)
+    check_equal(np.load(files[2]), logits_of(deployed, images))
+
+
+def test_any_batch(deployed, written):
+    network = jax.export.deserialize(bytearray(written))
+    images = some_images(deployed)[:3]
+    check_equal(np.asarray(network.call(images)), logits_of(deployed, images))
+
+
+def test_constants_are_integers(deployed, written):
+    network = jax.export.deserialize(bytearray(written))
+    assert network.platforms == ("cpu", "cuda", "tpu")
+    lines = [line for line in network.mlir_module().splitlines() if "stablehlo.constant" in line]
+    types = [line.rpartition("tensor<")[2].rstrip("> ").split("loc")[0] for line in lines]
+    shapes = [text.split(">")[0] for text in types]
+    for layer in networks.codes(deployed):
+        shape, stored = "x".join(map(str, layer.codes.shape)), 4 if layer.bits <= 4 else 8
+        assert f"{shape}xi{stored}" in shapes
+        assert f"{shape}xf32" not in shapes
+
+
+def test_models_that_ask_for_the_number_of_images():
+    deployed = deploy(ViT(10, patch_size=4, dim=8, depth=1, heads=2), (8, 8, 2))
+    network = jax.export.deserialize(bytearray(to_stablehlo(deployed, platforms=["cpu"])))
+    images = some_images(deployed)
+    check_equal(np.asarray(network.call(images)), logits_of(deployed, images))
+    assert network.platforms == ("cpu",)
+
+
+def test_errors_of_the_model_come_through():
+    class Choosing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(3, name="dense")(x.reshape(x.shape[0], -1))
+            return y if jnp.sum(y) > 0 else -y
+
+    class Chosen(Choosing):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="dense")(x.reshape(x.shape[0], -1))
+
+    deployed = deploy(Chosen(), (4, 4, 3))._replace(model=Choosing())
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        to_stablehlo(deployed)
+
+
+def test_inputs_without_step_sizes_are_refused(deployed):
+    quantizer = lsq.QUANTIZER._replace(acts=batch_max.ACTS)
+    with pytest.raises(ValueError, match="no step sizes"):
+        to_stablehlo(deployed._replace(quantizer=quantizer))
