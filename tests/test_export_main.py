@@ -1,4 +1,4 @@
-"""`python -m mpq_jax.export inspect`, called in this process."""
+"""`python -m mpq_jax.export`, called in this process."""
 
 import functools
 import re
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawing import drawn_variables
+from exporting import make_run
 
 from mpq_jax import bits as bit_configs
 from mpq_jax import data, supernet
-from mpq_jax.export import integers
+from mpq_jax.export import integers, packed_numpy
 from mpq_jax.export.__main__ import main
 from mpq_jax.layer_table import FIRST_LAST_FLOAT, LayerTable, Rule, bit_rules, trace_layers
 from mpq_jax.models import make_model
@@ -173,20 +174,23 @@ def other_file(directory, table: LayerTable, model, spec, variables, **options):
     return path
 
 
-def failure(arguments, capsys):
+def failure(arguments, capsys, command=("inspect",)):
     """Returns what a refused command says; it must say so in one line, without a traceback."""
     with pytest.raises(SystemExit) as caught:
-        main(["inspect", *map(str, arguments)])
+        main([*command, *map(str, arguments)])
     capsys.readouterr()
     message = str(caught.value.code)
     assert message.startswith("error: ")
     return message
 
 
-@pytest.mark.parametrize("name", ["mnist", "arrays", "arrays:", "tfds", "digits2", ":", "tfds:"])
+@pytest.mark.parametrize("name", ["mnist", "arrays", "arrays:", "tfds", "digits2", ":", "folder:"])
 def test_unknown_datasets_are_refused_with_the_known_ones(saved, capsys, name):
     message = failure([saved.path, "--dataset", name], capsys)
-    assert f"--dataset is {name!r}; wanted digits, arrays:FILE.npz or tfds:NAME" in message
+    assert (
+        f"--dataset is {name!r}; wanted digits, arrays:FILE.npz, folder:PATH or tfds:NAME"
+        in message
+    )
 
 
 def test_missing_files_are_named(saved, tmp_path, capsys):
@@ -248,3 +252,82 @@ def test_a_model_of_ones_own_is_not_known_here(saved, tmp_path, capsys):
     main(["inspect", str(path)])
     assert "stage2_block0/conv2" in capsys.readouterr().out  # what it holds needs no model
     assert "load(path, model=...)" in failure([path, "--dataset", "digits"], capsys)
+
+
+def test_images_are_read_as_the_file_says(saved, tmp_path, monkeypatch, capsys):
+    trained_on = {"name": "folder", "image_size": 96, "interpolation": "bicubic"}
+    config = {"data": trained_on | {"resize_factor": 1.25}}
+    path = other_file(
+        tmp_path, TABLE, MODEL, SPEC, saved.variables, mean=(0.5,), std=(0.5,), config=config
+    )
+    asked = {}
+
+    def load(name, **options):
+        asked.update(options, name=name)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(data, "load", load)
+    assert failure([path, "--dataset", "folder:some/where"], capsys) == "error: enough"
+    assert (asked["name"], asked["path"], asked["image_size"]) == ("folder", "some/where", 96)
+    reading = asked["reading"]
+    assert (reading.interpolation, reading.resize_factor) == ("bicubic", 1.25)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A finished run."""
+    return str(make_run(tmp_path_factory.mktemp("run"), "double_rounding"))
+
+
+def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
+    network = ["--workdir", workdir, "--bits", "uniform:8"]
+    out = str(tmp_path / "folder" / "network.safetensors")
+    main([*network, "--format", "packed", "--out", out])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{out}: packed, " in printed and "norm statistics of training, w8a8" in printed
+    main(["verify", out, *network])
+    rows = rows_of(capsys.readouterr().out)
+    (top1,) = (cells for name, cells in rows.items() if name.startswith("top-1"))
+    assert top1[0] == top1[1] and rows["equal predictions"][0] == "100.00%"
+    assert float(rows["file, KiB"][0]) < float(rows["file, KiB"][2])
+    assert {"latency, batch 1, ms", "latency, batch 64, ms"} <= set(rows)
+    # At other bits it is another network: the table is shown, and the program fails.
+    message = failure([out, "--workdir", workdir, "--bits", "uniform:2"], capsys, ["verify"])
+    assert "differs by" in message and "wanted at most 0.05" in message
+    main([*network, "--norms", "integer", "--out", out])
+    assert packed_numpy.read(out).norms["stage0_block0/norm1"].integers is not None
+    other = [out, "--workdir", workdir, "--bits", "uniform:2", "--tolerance", "100"]
+    main(["verify", *other, "--dataset", "digits"])
+    assert "360 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--out is not given"),
+        (["--out", "x.onnx"], "--workdir is not given"),
+        (["--out", "x.pb"], "ends like no known format"),
+        (["--out", "x.onnx", "--workdir", "no/where"], "no/where holds no run"),
+        (["--out", "x", "--format", "tflite"], "the format is 'tflite'; known formats are"),
+    ],
+)
+def test_commands_that_lack_something_say_what(arguments, message, capsys):
+    assert message in failure(arguments, capsys, [])
+
+
+def test_exports_that_cannot_be_are_refused_in_one_line(workdir, tmp_path, capsys):
+    network, out = ["--workdir", workdir], ["--out", tmp_path / "x.safetensors"]
+    assert "give a bit file" in failure([*network, *out], capsys, [])
+    elsewhere = failure([*network, *out, "--data_path", "some/where"], capsys, [])
+    assert "dataset 'digits' got unknown options ['path']" in elsewhere
+    assert "there is no bit file" in failure([*network, *out, "--bits", "x.json"], capsys, [])
+    unfit = ["--bits", "uniform:8", *out, "--opset", "21"]
+    assert "packed has no option ['opset']" in failure([*network, *unfit], capsys, [])
+    (tmp_path / "file").write_text("a file, no folder")
+    inside = ["--bits", "uniform:8", "--out", tmp_path / "file" / "x.safetensors"]
+    assert "file" in failure([*network, *inside], capsys, [])
+    verified = [tmp_path / "x.safetensors", *network, "--bits", "uniform:8"]
+    assert "there is no file" in failure(verified, capsys, ["verify"])
+    (tmp_path / "x.safetensors").write_bytes(b"this is no network, and it never was one")
+    assert "no whole safetensors file" in failure(verified, capsys, ["verify"])
+    assert "--dataset is 'mnist'" in failure([*verified, "--dataset", "mnist"], capsys, ["verify"])

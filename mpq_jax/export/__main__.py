@@ -1,169 +1,197 @@
-"""`python -m mpq_jax.export inspect FILE`: what an artifact holds, and how accurate it is."""
+"""Networks as files that run outside the trainer: write them, verify them, look into them.
+
+python -m mpq_jax.export --workdir DIR --bits FILE --format packed|onnx|stablehlo --out FILE
+python -m mpq_jax.export verify FILE --workdir DIR --bits FILE
+python -m mpq_jax.export inspect FILE
+"""
 
 import argparse
 import pathlib
 import sys
 
-import jax
-import jax.numpy as jnp
 import rich.console
 import rich.table
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import costs, data, evaluation
-from mpq_jax.bits import BitConfig
-from mpq_jax.export import integers
+from mpq_jax import costs, data, runs
+from mpq_jax.checkpoint_files import DamagedCheckpointError
+from mpq_jax.export import datasets, formats, inspection, packed, verify
+from mpq_jax.export import deployed as deployed_networks
+from mpq_jax.export.deployed import Deployed
 
-DATASETS = "digits, arrays:FILE.npz or tfds:NAME"
-KIB = 2**10
-
-
-def dataset_options(arguments: argparse.Namespace, trained_on: dict) -> dict:
-    """Returns the arguments of `data.load` for what was named on the command line.
-
-    Args:
-        arguments: of the command line.
-        trained_on: what the artifact says of its data, the default of the rest.
-    """
-    named = arguments.dataset
-    name, _, rest = named.partition(":")
-    options = {
-        "digits": {},
-        "arrays": {"path": rest},
-        "tfds": {
-            "dataset": rest,
-            "data_dir": arguments.data_dir,
-            "image_size": arguments.image_size or trained_on.get("image_size"),
-            "test_split": arguments.split or trained_on.get("test_split", "test"),
-        },
-    }
-    if name not in options or bool(rest) != (name != "digits"):
-        raise ValueError(f"--dataset is {named!r}; wanted {DATASETS}")
-    return {"name": name} | options[name]
+KIB = inspection.KIB
+BITS = "bit file of a search, or uniform:N; none for a run that found its bits itself"
 
 
-def show_contents(artifact: integers.Artifact, console: rich.console.Console) -> None:
-    """Prints the layers and the sizes."""
-    shown = rich.table.Table("layer", "kind", "kernel", "weights", "bits w", "bits a")
-    for layer in artifact.table.layers:
-        is_float = (layer.float_weights, layer.float_acts)
-        kept = (layer.weight_candidates, layer.act_candidates)
-        shown.add_row(
-            layer.name,
-            layer.kind,
-            "x".join(map(str, layer.kernel_shape)),
-            f"{layer.params:,}",
-            *("float" if f else " ".join(map(str, b)) for f, b in zip(is_float, kept, strict=True)),
-        )
-    console.print(shown)
-    sizes = artifact.sizes
-    precisions = "every layer has its own bits"
-    if artifact.table.searchable.any():
-        precisions = f"precisions {' '.join(map(str, artifact.precisions))}"
-    kept_by = " x ".join(artifact.table.norm_axes) or "none (one for all)"
-    console.print(f"{precisions}, norms kept by {kept_by}")
-    header = sizes.file - sizes.codes - sizes.floats
+def read_network(arguments: argparse.Namespace) -> Deployed:
+    """Returns the network that --workdir and --bits name."""
+    if not arguments.workdir:
+        raise ValueError("--workdir is not given: the run of train.py that the network is of")
+    return deployed_networks.load(arguments.workdir, arguments.bits, dataset=moved(arguments))
+
+
+def moved(arguments: argparse.Namespace) -> dict[str, str]:
+    """Returns the options of the run's dataset that say where it is now."""
+    options = {"data_dir": arguments.data_dir, "path": arguments.data_path}
+    return {name: value for name, value in options.items() if value}
+
+
+def format_name(arguments: argparse.Namespace, path: pathlib.Path) -> str:
+    """Returns the format of a file, as named or by the ending of its name."""
+    name = arguments.format or formats.format_of(path)
+    formats.check_name(name)
+    return name
+
+
+def export(arguments: argparse.Namespace, console: rich.console.Console) -> None:
+    """Writes a file."""
+    if not arguments.out:
+        raise ValueError("--out is not given: the file to write")
+    out = pathlib.Path(arguments.out)
+    name = format_name(arguments, out)
+    deployed = read_network(arguments)
+    options = {"norms": arguments.norms, "opset": arguments.opset}
+    given = {option: value for option, value in options.items() if value is not None}
+    formats.save(out, deployed, name, **given)
+    kernels = float(costs.model_bytes(deployed.table, deployed.bits))
+    size = out.stat().st_size
     console.print(
-        f"file {sizes.file / KIB:.1f} KiB = integers {sizes.codes / KIB:.1f} + floats (step sizes, "
-        f"norms, biases, float layers) {sizes.floats / KIB:.1f} + header {header / KIB:.1f}; "
-        f"{sizes.file / (sizes.codes + sizes.floats) - 1:+.2%} over its numbers"
+        f"{out}: {name}, {size / KIB:.1f} KiB; kernels at their bits take {kernels / KIB:.1f} KiB "
+        f"({size / kernels - 1:+.1%}); norm statistics {deployed.provenance['norms']}",
+        highlight=False,
+        soft_wrap=True,
     )
-    method = artifact.config.get("method")
-    if method:
-        console.print(f"trained by {method}")
 
 
-def check_dataset(artifact: integers.Artifact, dataset: data.Dataset) -> None:
-    """Raises ValueError where a dataset has other channels or classes than the network."""
-    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    found = {"channels": dataset.image_shape[-1], "classes": dataset.num_classes}
-    wanted = {"channels": len(artifact.mean or ())}
-    if found["channels"] == wanted["channels"]:
-        logits = jax.eval_shape(artifact.at(), images)
-        wanted["classes"] = logits.shape[-1]
-    for name, count in wanted.items():
-        if found[name] != count:
-            raise ValueError(
-                f"{dataset.name} has {found[name]} {name} and the file's network {count}; name the "
-                "dataset that it was trained on"
-            )
-
-
-def show_accuracy(
-    artifact: integers.Artifact, configs: dict[str, BitConfig], dataset: data.Dataset, console
-) -> None:
-    """Prints accuracy on the test images at each of the configurations."""
-    if artifact.model is None:
+def check(arguments: argparse.Namespace, console: rich.console.Console) -> None:
+    """Verifies a file; ends the program with an error where it is not the network."""
+    path = pathlib.Path(arguments.file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    name = format_name(arguments, path)
+    if arguments.dataset:
+        datasets.split_name(arguments.dataset)  # refuses nonsense at once
+    deployed = read_network(arguments)
+    report = verify.verify(path, name, deployed, read_dataset(arguments, deployed))
+    show(report, formats.FORMATS[name].runtime, console)
+    points = report.agreement.points
+    if abs(points) > arguments.tolerance:
         raise ValueError(
-            "the file is of a model that is not in mpq_jax.models; evaluate it from Python, with "
-            "mpq_jax.export.integers.load(path, model=...)"
+            f"top-1 of {path} differs by {points:+.2f} points from the training-time model's; "
+            f"wanted at most {arguments.tolerance:g}"
         )
-    if artifact.mean is None or artifact.std is None:
-        raise ValueError("the file does not say how its images are normalised; save it with them")
-    mean, std = artifact.mean, artifact.std
-    check_dataset(artifact, dataset)
 
-    def normalize(images):
-        return data.normalize(images, mean=mean, std=std)
 
-    def predict(selected, bits, images):
-        del bits  # it is switched to them
-        return artifact.forward(selected, images)
+def read_dataset(arguments: argparse.Namespace, deployed: Deployed) -> data.Dataset:
+    """Returns the dataset that was named, or else the one of the run."""
+    if not arguments.dataset:
+        config = deployed_networks.read_config(pathlib.Path(arguments.workdir))
+        config["data"][config["data"]["name"]].update(moved(arguments))
+        return runs.load_dataset(config)
+    return datasets.load(
+        arguments.dataset,
+        deployed.provenance["config"]["data"],
+        batch_size=arguments.batch_size,
+        data_dir=arguments.data_dir,
+        split=arguments.split,
+        image_size=arguments.image_size,
+    )
 
-    evaluate = evaluation.make_evaluate(predict, normalize)
-    shown = rich.table.Table("precision", "mean w bits", "KiB of weights", "test accuracy", "loss")
-    for name, bits in configs.items():
-        score = evaluate(artifact.switch(bits), None, dataset.eval_batches("test"))
-        mean_bits = "-"
-        if artifact.table.searchable.any():
-            mean_bits = f"{float(costs.mean_bits(artifact.table, bits, by='param')):.2f}"
-        size = float(costs.model_bytes(artifact.table, bits)) / KIB
-        shown.add_row(name, mean_bits, f"{size:.1f}", f"{score.accuracy:.2%}", f"{score.loss:.4f}")
+
+def show(report: verify.Report, runtime: str, console: rich.console.Console) -> None:
+    """Prints what was verified, as one table."""
+    agreement = report.agreement
+    shown = rich.table.Table("", report.format_name, "training-time model", f"float in {runtime}")
+    accuracies = (f"{value:.2%}" for value in (agreement.exported, agreement.trained))
+    shown.add_row(f"top-1 on {agreement.images:,} images", *accuracies, "")
+    shown.add_row("equal predictions", f"{agreement.equal:.2%}", "", "")
+    shown.add_row("equal logits but for rounding", f"{agreement.same:.2%}", "", "")
+    largest = f"{agreement.largest:.2g} (relative {agreement.relative:.2g})"
+    shown.add_row("largest difference of logits", largest, "", "")
+    sizes = (f"{size / KIB:.1f}" for size in (report.size, report.float_size))
+    shown.add_row("file, KiB", next(sizes), "", next(sizes))
+    for size, seconds in report.latency.items():
+        shown.add_row(
+            f"latency, batch {size}, ms",
+            f"{1e3 * seconds:.3f}",
+            "",
+            f"{1e3 * report.float_latency[size]:.3f}",
+        )
     console.print(shown)
 
 
-def inspect(arguments: argparse.Namespace, console: rich.console.Console) -> None:
-    """Runs the command."""
-    if arguments.dataset:
-        dataset_options(arguments, {})  # refuses nonsense at once
-    artifact = integers.load(arguments.file)
-    table = artifact.table
-    configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in artifact.precisions}
-    if not table.searchable.any():
-        configs = {"as stored": table.largest}
-    for file in arguments.bits:
-        config = bit_configs.from_json(pathlib.Path(file).read_text(), table.names)
-        table.check(config)
-        configs[pathlib.Path(file).stem] = config
-    show_contents(artifact, console)
-    if arguments.dataset:
-        options = dataset_options(arguments, artifact.config.get("data", {}))
-        dataset = data.load(
-            batch_size=arguments.batch_size, seed=0, heldout_fraction=0.0, **options
-        )
-        show_accuracy(artifact, configs, dataset, console)
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which network is meant."""
+    parser.add_argument("--workdir", help="of the run of train.py")
+    parser.add_argument("--bits", help=BITS)
+    parser.add_argument("--format", help=f"{', '.join(formats.FORMATS)}; default: by the ending")
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which images are evaluated."""
+    parser.add_argument("--dataset", default="", help=f"evaluate on it: {datasets.KNOWN}")
+    parser.add_argument("--split", help="TFDS name of the test split; default: as in training")
+    parser.add_argument("--image_size", type=int, help="in pixels; default: as in training")
+    parser.add_argument("--batch_size", type=int, default=256)
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that says where TFDS's datasets are."""
+    parser.add_argument("--data_dir", default="", help="where TFDS's dataset is prepared")
+
+
+def add_data_path(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that says where the files of a run are that trained on a file or a folder."""
+    parser.add_argument("--data_path", default="", help="where the run's file or folder is now")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mpq_jax.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source(parser)
+    add_data_dir(parser)
+    add_data_path(parser)
+    parser.add_argument("--out", help="the file to write")
+    parser.add_argument("--norms", help=f"packed: {' or '.join(packed.NORMS)} folded norms")
+    parser.add_argument("--opset", type=int, help="onnx: version of its operators")
+    parser.set_defaults(run=export)
+    commands = parser.add_subparsers(metavar="{verify,inspect}")
+
+    command = commands.add_parser("verify", help="hold a file against the training-time model")
+    command.add_argument("file", help="written by this program")
+    add_source(command)
+    add_data_dir(command)
+    add_data_path(command)
+    add_dataset(command)
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=verify.TOLERANCE,
+        help="points of top-1 that it may differ by; default: %(default)s",
+    )
+    command.set_defaults(run=check)
+
+    command = commands.add_parser("inspect", help="print what an integer artifact holds")
+    command.add_argument("file", help="written by mpq_jax.export.integers.save")
+    add_data_dir(command)
+    add_dataset(command)
+    command.add_argument("--bits", nargs="*", default=[], help="bit files to evaluate as well")
+    command.set_defaults(run=inspection.inspect)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m mpq_jax.export", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("inspect", help="print what an artifact holds")
-    command.add_argument("file", help="written by mpq_jax.export.integers.save")
-    command.add_argument("--dataset", default="", help=f"evaluate on it: {DATASETS}")
-    command.add_argument("--data_dir", default="", help="where TFDS's dataset is prepared")
-    command.add_argument("--split", help="TFDS name of the test split; default: as in training")
-    command.add_argument("--image_size", type=int, help="in pixels; default: as in training")
-    command.add_argument("--batch_size", type=int, default=256)
-    command.add_argument("--bits", nargs="*", default=[], help="bit files to evaluate as well")
-    command.set_defaults(run=inspect)
-    arguments = parser.parse_args(argv)
+    """Reads the command line, and does what it says."""
+    arguments = make_parser().parse_args(argv)
     console = rich.console.Console()
     if not console.is_terminal:
         console.width = 160  # of files and pipes
     try:
         arguments.run(arguments, console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DamagedCheckpointError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,0 +1,162 @@
+"""The kinds of files that a network leaves the trainer as: how each is written, and run.
+
+save("digits.onnx", deployed, "onnx")
+run = FORMATS["onnx"].open(pathlib.Path("digits.onnx"))
+logits = run(images)
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import numpy as np
+import onnx
+import onnxruntime
+
+from mpq_jax.export import onnx_graph, packed, stablehlo
+from mpq_jax.export.deployed import Deployed
+
+PROVIDERS = ["CPUExecutionProvider"]  # of ONNX Runtime
+RunImages = Callable[[np.ndarray], np.ndarray]  # normalised float32 images -> logits
+
+
+class Format(NamedTuple):
+    """One kind of file.
+
+    Attributes:
+        endings: of file names that are taken for it.
+        runtime: what `open` runs it with.
+        options: names of further arguments of `write`.
+        write: `(path, deployed, **options)` writes a network.
+        open: returns what runs a file; raises ValueError where the file is none of these.
+    """
+
+    endings: tuple[str, ...]
+    runtime: str
+    options: tuple[str, ...]
+    write: Callable[..., None]
+    open: Callable[[pathlib.Path], RunImages]
+
+
+def save(
+    path: str | os.PathLike[str], deployed: Deployed, format_name: str, **options: Any
+) -> pathlib.Path:
+    """Writes a network as a file of a format; it appears at once or not at all.
+
+    Args:
+        path: file to write; its folder is made.
+        deployed: the network.
+        format_name: a key of `FORMATS`.
+        **options: of the format: `norms` of `packed.save`, `opset` of `onnx_graph.to_onnx`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: an unknown format or option, or a network that it cannot hold.
+    """
+    check_name(format_name)
+    known = FORMATS[format_name].options
+    foreign = sorted(set(options) - set(known))
+    if foreign:
+        raise ValueError(f"{format_name} has no option {foreign}; its options are {list(known)}")
+    path = pathlib.Path(path)
+    FORMATS[format_name].write(path, deployed, **options)
+    return path
+
+
+def check_name(format_name: str) -> None:
+    """Raises ValueError where there is no such format."""
+    if format_name not in FORMATS:
+        raise ValueError(f"the format is {format_name!r}; known formats are {sorted(FORMATS)}")
+
+
+def format_of(path: pathlib.Path) -> str:
+    """Returns the format that the ending of a file's name stands for."""
+    for name, one in FORMATS.items():
+        if path.suffix in one.endings:
+            return name
+    endings = {name: one.endings for name, one in FORMATS.items()}
+    raise ValueError(f"{path} ends like no known format: {endings}; name its format")
+
+
+def _write_bytes(path: pathlib.Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def _read_bytes(path: pathlib.Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    return path.read_bytes()
+
+
+def _write_onnx(path: pathlib.Path, deployed: Deployed, **options: Any) -> None:
+    _write_bytes(path, onnx_graph.to_onnx(deployed, **options).SerializeToString())
+
+
+def _write_stablehlo(path: pathlib.Path, deployed: Deployed) -> None:
+    _write_bytes(path, stablehlo.to_stablehlo(deployed))
+
+
+def _open_packed(path: pathlib.Path) -> RunImages:
+    network = packed.load(path)
+    return _on_host(jax.jit(lambda images: packed.logits(network, images)))
+
+
+def onnx_options() -> onnxruntime.SessionOptions:
+    """Returns options with which ONNX Runtime makes values of integer kernels once, when it loads.
+
+    It then computes in float, two to four times as fast for single images as with kernels made
+    anew in every call, and without the saturation of its 8-bit products on older processors.
+    """
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def _open_onnx(path: pathlib.Path) -> RunImages:
+    content = _read_bytes(path)
+    try:
+        onnx.checker.check_model(content)
+        session = onnxruntime.InferenceSession(content, onnx_options(), providers=PROVIDERS)
+    except Exception as error:  # both have several kinds of errors, without a common one
+        raise ValueError(
+            f"{path} is no ONNX model that this ONNX Runtime ({onnxruntime.__version__}) can run; "
+            f"it may be damaged or of a newer opset: {error}"
+        ) from error
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        (found,) = session.run([logits.name], {images.name: batch})
+        return np.asarray(found)
+
+    return run
+
+
+def _open_stablehlo(path: pathlib.Path) -> RunImages:
+    content = _read_bytes(path)
+    try:
+        exported = jax.export.deserialize(bytearray(content))
+    except Exception as error:  # of many kinds, according to what is damaged
+        raise ValueError(
+            f"{path} is no program that JAX {jax.__version__} can read; it may be damaged, or "
+            f"written by a JAX that is too old or too new: {error}"
+        ) from error
+    return _on_host(jax.jit(exported.call))
+
+
+def _on_host(call: Callable[[np.ndarray], jax.Array]) -> RunImages:
+    return lambda images: np.asarray(call(images))
+
+
+FORMATS = {
+    "packed": Format((".safetensors",), "JAX", ("norms",), packed.save, _open_packed),
+    "onnx": Format((".onnx",), "ONNX Runtime", ("opset",), _write_onnx, _open_onnx),
+    "stablehlo": Format((".stablehlo",), "JAX", (), _write_stablehlo, _open_stablehlo),
+}

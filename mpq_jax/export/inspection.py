@@ -1,0 +1,122 @@
+"""What `python -m mpq_jax.export inspect FILE` shows: an integer artifact, and its accuracy."""
+
+import argparse
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.table
+
+from mpq_jax import bits as bit_configs
+from mpq_jax import costs, data, evaluation
+from mpq_jax.bits import BitConfig
+from mpq_jax.export import datasets, integers
+
+KIB = 2**10
+
+
+def show_contents(artifact: integers.Artifact, console: rich.console.Console) -> None:
+    """Prints the layers and the sizes."""
+    shown = rich.table.Table("layer", "kind", "kernel", "weights", "bits w", "bits a")
+    for layer in artifact.table.layers:
+        is_float = (layer.float_weights, layer.float_acts)
+        kept = (layer.weight_candidates, layer.act_candidates)
+        shown.add_row(
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.kernel_shape)),
+            f"{layer.params:,}",
+            *("float" if f else " ".join(map(str, b)) for f, b in zip(is_float, kept, strict=True)),
+        )
+    console.print(shown)
+    sizes = artifact.sizes
+    precisions = "every layer has its own bits"
+    if artifact.table.searchable.any():
+        precisions = f"precisions {' '.join(map(str, artifact.precisions))}"
+    kept_by = " x ".join(artifact.table.norm_axes) or "none (one for all)"
+    console.print(f"{precisions}, norms kept by {kept_by}")
+    header = sizes.file - sizes.codes - sizes.floats
+    console.print(
+        f"file {sizes.file / KIB:.1f} KiB = integers {sizes.codes / KIB:.1f} + floats (step sizes, "
+        f"norms, biases, float layers) {sizes.floats / KIB:.1f} + header {header / KIB:.1f}; "
+        f"{sizes.file / (sizes.codes + sizes.floats) - 1:+.2%} over its numbers"
+    )
+    method = artifact.config.get("method")
+    if method:
+        console.print(f"trained by {method}")
+
+
+def check_dataset(artifact: integers.Artifact, dataset: data.Dataset) -> None:
+    """Raises ValueError where a dataset has other channels or classes than the network."""
+    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    found = {"channels": dataset.image_shape[-1], "classes": dataset.num_classes}
+    wanted = {"channels": len(artifact.mean or ())}
+    if found["channels"] == wanted["channels"]:
+        logits = jax.eval_shape(artifact.at(), images)
+        wanted["classes"] = logits.shape[-1]
+    for name, count in wanted.items():
+        if found[name] != count:
+            raise ValueError(
+                f"{dataset.name} has {found[name]} {name} and the file's network {count}; name the "
+                "dataset that it was trained on"
+            )
+
+
+def show_accuracy(
+    artifact: integers.Artifact, configs: dict[str, BitConfig], dataset: data.Dataset, console
+) -> None:
+    """Prints accuracy on the test images at each of the configurations."""
+    if artifact.model is None:
+        raise ValueError(
+            "the file is of a model that is not in mpq_jax.models; evaluate it from Python, with "
+            "mpq_jax.export.integers.load(path, model=...)"
+        )
+    if artifact.mean is None or artifact.std is None:
+        raise ValueError("the file does not say how its images are normalised; save it with them")
+    mean, std = artifact.mean, artifact.std
+    check_dataset(artifact, dataset)
+
+    def normalize(images):
+        return data.normalize(images, mean=mean, std=std)
+
+    def predict(selected, bits, images):
+        del bits  # it is switched to them
+        return artifact.forward(selected, images)
+
+    evaluate = evaluation.make_evaluate(predict, normalize)
+    shown = rich.table.Table("precision", "mean w bits", "KiB of weights", "test accuracy", "loss")
+    for name, bits in configs.items():
+        score = evaluate(artifact.switch(bits), None, dataset.eval_batches("test"))
+        mean_bits = "-"
+        if artifact.table.searchable.any():
+            mean_bits = f"{float(costs.mean_bits(artifact.table, bits, by='param')):.2f}"
+        size = float(costs.model_bytes(artifact.table, bits)) / KIB
+        shown.add_row(name, mean_bits, f"{size:.1f}", f"{score.accuracy:.2%}", f"{score.loss:.4f}")
+    console.print(shown)
+
+
+def inspect(arguments: argparse.Namespace, console: rich.console.Console) -> None:
+    """Runs the command."""
+    if arguments.dataset:
+        datasets.split_name(arguments.dataset)  # refuses nonsense at once
+    artifact = integers.load(arguments.file)
+    table = artifact.table
+    configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in artifact.precisions}
+    if not table.searchable.any():
+        configs = {"as stored": table.largest}
+    for file in arguments.bits:
+        config = bit_configs.from_json(pathlib.Path(file).read_text(), table.names)
+        table.check(config)
+        configs[pathlib.Path(file).stem] = config
+    show_contents(artifact, console)
+    if arguments.dataset:
+        dataset = datasets.load(
+            arguments.dataset,
+            artifact.config.get("data", {}),
+            batch_size=arguments.batch_size,
+            data_dir=arguments.data_dir,
+            split=arguments.split,
+            image_size=arguments.image_size,
+        )
+        show_accuracy(artifact, configs, dataset, console)

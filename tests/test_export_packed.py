@@ -1,0 +1,353 @@
+"""Packed files hold the integers bit for bit, in as many bytes as the cost model bills."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from drawing import drawn_variables
+from exporting import make_run, some_digits
+
+from mpq_jax import costs, linen, supernet
+from mpq_jax.export import deployed as networks
+from mpq_jax.export import packed, packed_numpy
+from mpq_jax.layer_table import LayerTable, bit_rules, trace_layers
+from mpq_jax.models import make_model
+from mpq_jax.quantizers import double_rounding, lsq
+
+# Folding multiplies and adds float32 numbers in another order, a few roundings in all:
+ROUNDING = 1e-5  # part of the largest logit, as long as no input of a layer changes its code
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    workdir = make_run(tmp_path_factory.mktemp("run"), "double_rounding")
+    return networks.load(workdir, "uniform:4")
+
+
+@pytest.fixture(scope="module")
+def file(deployed, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "network.safetensors"
+    packed.save(path, deployed)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(deployed):
+    """Test images, and the logits that training has for them."""
+    images, _ = some_digits(deployed)
+    return images, np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
+
+
+def logits_of(path, images):
+    network = packed.load(path)
+    return np.asarray(jax.jit(lambda x: packed.logits(network, x))(images))
+
+
+def drawn_network(model, shape, bits_of, *, rows="shared", quantizer=lsq.QUANTIZER):
+    """A network of drawn weights with a table of one's own choice, without compiling anything."""
+    table = trace_layers(model, shape, rules=bit_rules((8, 6, 5, 4, 3, 2))).with_norm_rows(rows)
+    variables = drawn_variables(model, shape, 0)
+    layers = [
+        layer._replace(weight_candidates=(bits,)) if bits is not None else layer
+        for layer, bits in zip(table.layers, bits_of(table), strict=True)
+    ]
+    table = LayerTable(tuple(layers), rows)
+    kernels = [np.asarray(kernel) for kernel in supernet.kernels(table, variables["params"])]
+    steps = [  # of which the codes of the layer fill its range
+        np.abs(kernel).max() / max(2 ** (layer.highest - 1) - 1, 1)
+        for layer, kernel in zip(table.layers, kernels, strict=True)
+    ]
+    weight_steps = np.repeat(np.array(steps, np.float32)[:, None], len(table.candidates), 1)
+    learned = supernet.Learned(variables["params"], weight_steps, np.full_like(weight_steps, 0.1))
+    made = supernet.Variables(
+        jax.tree.map(jnp.asarray, learned),
+        variables.get("batch_stats", {}),
+        jnp.zeros(len(table), bool),
+    )
+    provenance = {"model": {"name": None}, "planes": {}, "norms": "drawn", "bits": "drawn"}
+    return networks.Deployed(
+        model, table, made, table.largest, quantizer, shape, 10, None, None, provenance
+    )
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_packing_is_dense_and_comes_back(bits):
+    generator = np.random.default_rng(bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = generator.integers(low, high, (3, 7, 5), endpoint=True)
+    codes.flat[:2] = low, high
+    words = packed_numpy.pack(codes, bits)
+    assert words.dtype == np.uint8 and len(words) == -(-codes.size * bits // 8)
+    found = packed_numpy.unpack(words, bits, codes.shape)
+    assert found.dtype == (np.int8 if bits <= 8 else np.int16)
+    np.testing.assert_array_equal(found, codes)
+
+
+def test_the_stream_begins_with_the_lowest_bits():
+    # 3 bits each: 1 = 001, -1 = 111, 2 = 010, read from the right: 010 111 001, then filled up.
+    words = packed_numpy.pack(np.array([1, -1, 2]), 3)
+    assert [f"{word:08b}" for word in words] == ["10111001", "00000000"]
+
+
+def test_a_kernel_of_zeros_takes_nothing():
+    assert len(packed_numpy.pack(np.zeros((4, 4), np.int32), 0)) == 0
+    found = packed_numpy.unpack(np.zeros(0, np.uint8), 0, (4, 4))
+    np.testing.assert_array_equal(found, np.zeros((4, 4), np.int8))
+
+
+@pytest.mark.parametrize(("code", "bits"), [(4, 3), (-5, 3), (1, 0), (128, 8)])
+def test_codes_that_do_not_fit_are_refused(code, bits):
+    with pytest.raises(ValueError, match=f"do not fit into {bits} bits"):
+        packed_numpy.pack(np.array([0, code]), bits)
+
+
+def test_codes_come_back_bit_for_bit(deployed, file):
+    network = packed_numpy.read(file)
+    for layer, wanted in zip(network.layers, networks.codes(deployed), strict=True):
+        assert (layer.name, layer.kind) == (wanted.name, wanted.kind)
+        assert (layer.bits, layer.input_bits, layer.input_signed, layer.zero_point) == (
+            wanted.bits,
+            wanted.input_bits,
+            wanted.input_signed,
+            0,
+        )
+        assert layer.input_step == (wanted.input_step and float(wanted.input_step))
+        assert (layer.codes is None) == (wanted.codes is None)
+        if layer.codes is None:
+            np.testing.assert_array_equal(network.floats[f"{layer.name}/kernel"], wanted.kernel)
+        else:
+            np.testing.assert_array_equal(layer.codes, wanted.codes)
+            values = layer.codes.astype(np.float32) * np.float32(layer.step)
+            np.testing.assert_array_equal(values, wanted.kernel)
+    assert network.provenance["bits"] == "uniform:4"
+    assert (network.mean, network.std) == (deployed.mean, deployed.std)
+
+
+def test_logits_are_those_of_training(file, reference):
+    images, wanted = reference
+    found = logits_of(file, images)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+
+
+def test_a_folded_norm_is_the_norm(deployed):
+    chosen = networks.selected(deployed)
+    leaves = linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
+    norms = packed.fold_norms(deployed)
+    assert set(norms) == {layer.norm for layer in deployed.table.layers if layer.norm}
+    for name, (multiplier, offset) in norms.items():
+        scale, bias, mean, variance = (
+            np.asarray(leaves[packed._leaf_of(name, leaf)], np.float64)
+            for leaf in packed.NORM_LEAVES
+        )
+        x = np.linspace(-3, 3, 7)[:, None]
+        wanted = (x - mean) / np.sqrt(variance + 1e-5) * scale + bias  # Flax's default epsilon
+        np.testing.assert_allclose(x * multiplier + offset, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_integer_norms_are_within_their_bound():
+    generator = np.random.default_rng(0)
+    multiplier = np.concatenate(
+        [
+            generator.normal(size=200) * 10.0 ** generator.uniform(-9, 4, 200),
+            [0.0, 0.0, 1.0, -2.0, 1e-30],
+        ]
+    )
+    offset = np.concatenate(
+        [
+            generator.normal(size=200) * 10.0 ** generator.uniform(-6, 4, 200),
+            [0.0, 3.5, 0.0, 1e-20, -7.0],
+        ]
+    )
+    m, o, shift = packed.to_integers(multiplier, offset)
+    assert (m.dtype, o.dtype, shift.dtype) == (np.int16, np.int32, np.int8)
+    half = np.exp2(-(shift.astype(float) + 1))
+    assert np.all(np.abs(np.ldexp(m.astype(float), -shift.astype(int)) - multiplier) <= half)
+    assert np.all(np.abs(np.ldexp(o.astype(float), -shift.astype(int)) - offset) <= half)
+    # One more bit of shift would be too much for one of the two: nothing is given away.
+    full = (np.abs(m.astype(int)) >= 2**14 - 1) | (np.abs(o.astype(int)) >= 2**30 - 1)
+    assert np.all(full | (shift == 127))
+    sums = generator.integers(-(2**20), 2**20, (50, 1))
+    found = (sums * m.astype(float) + o) / np.exp2(shift.astype(float))
+    assert np.all(np.abs(found - (sums * multiplier + offset)) <= (np.abs(sums) + 1) * half)
+
+
+def test_a_file_of_integer_norms_says_what_it_computes(deployed, reference, tmp_path):
+    path = tmp_path / "network.safetensors"
+    packed.save(path, deployed, norms="integer")
+    network, layers = packed_numpy.read(path), networks.codes(deployed)
+    exact = packed.fold_norms(deployed)
+    steps = {layer.name: layer for layer in layers}
+    for table_layer in deployed.table.layers:
+        if table_layer.norm is None:
+            continue
+        norm, layer = network.norms[table_layer.norm], steps[table_layer.name]
+        assert norm.integers is not None
+        by_codes = layer.codes is not None and layer.input_step is not None
+        unit = float(layer.step) * float(layer.input_step or 1) if by_codes else 1.0
+        assert norm.unit == pytest.approx(unit, rel=1e-12)
+        assert [values.dtype for values in norm.integers] == [np.int16, np.int32, np.int8]
+        m, o, shift = (values.astype(float) for values in norm.integers)
+        half = np.exp2(-(shift + 1))
+        multiplier, offset = exact[table_layer.norm]
+        assert np.all(np.abs(m * 2 * half - multiplier * unit) <= half)
+        assert np.all(np.abs(o * 2 * half - offset) <= half)
+        np.testing.assert_allclose(norm.multiplier, m * 2 * half / unit, rtol=1e-6)
+    images, wanted = reference
+    found = logits_of(path, images)
+    # Rounded norms move inputs over the border of a code here and there, so logits differ.
+    assert np.mean(found.argmax(-1) == wanted.argmax(-1)) >= 0.9
+    with pytest.raises(ValueError, match="norms is 'int'; wanted one of"):
+        packed.save(path, deployed, norms="int")
+
+
+READER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        light = ("mpq_jax", "mpq_jax.export", "mpq_jax.export.container",
+                 "mpq_jax.export.packed_numpy")
+        if top == "mpq_jax" and name not in light or top in (
+            "jax", "jaxlib", "flax", "jaxtyping", "optax", "onnx", "scipy", "ml_dtypes"
+        ):
+            raise ImportError(f"{name} is not to be imported")
+sys.meta_path.insert(0, Refuse())
+from mpq_jax.export import packed_numpy
+import numpy
+network = packed_numpy.read(sys.argv[1])
+held = {f"codes/{x.name}": x.codes for x in network.layers if x.codes is not None}
+held |= {f"step/{x.name}": numpy.float32(x.step) for x in network.layers}
+held |= {f"norm/{name}": norm.multiplier for name, norm in network.norms.items()}
+numpy.savez(sys.argv[2], **held)
+"""
+
+
+def test_numpy_and_safetensors_are_enough_to_read(deployed, file, tmp_path):
+    out = tmp_path / "read.npz"
+    root = pathlib.Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", READER, file, out], check=True, cwd=root, timeout=120)
+    with np.load(out) as found:
+        layers = networks.codes(deployed)
+        for layer in layers:
+            assert found[f"step/{layer.name}"] == layer.step
+            if layer.codes is not None:
+                np.testing.assert_array_equal(found[f"codes/{layer.name}"], layer.codes)
+        for name, (multiplier, _) in packed.fold_norms(deployed).items():
+            np.testing.assert_array_equal(found[f"norm/{name}"], multiplier.astype(np.float32))
+        assert len(found) == len(layers) + sum(x.codes is not None for x in layers) + len(
+            packed.fold_norms(deployed)
+        )
+
+
+def bytes_beside_kernels(deployed):
+    """Bytes of numbers that the cost model leaves out: norms, biases and step sizes."""
+    folded = packed.fold_norms(deployed)
+    norms = sum(len(multiplier) for multiplier, _ in folded.values())
+    params = linen.flatten(deployed.variables.learned.params)
+    biases = sum(
+        leaf.size
+        for name, leaf in params.items()
+        if not name.endswith("kernel") and linen.module_of(name) not in folded
+    )
+    return 8 * norms + 4 * biases + 8 * len(deployed.table)
+
+
+def mixed_bits(table):
+    return [
+        None if layer.highest == 8 and not layer.searchable else 2 + index % 7
+        for index, layer in enumerate(table.layers)
+    ]
+
+
+def test_a_file_of_85_kb_is_as_large_as_its_numbers(tmp_path):
+    # 3 % are the header's: names and kinds of layers, and where the file comes from.
+    deployed = drawn_network(make_model("resnet20", num_classes=10), (32, 32, 3), mixed_bits)
+    path = tmp_path / "network.safetensors"
+    packed.save(path, deployed)
+    kernels = float(costs.model_bytes(deployed.table, deployed.bits))
+    numbers = kernels + bytes_beside_kernels(deployed)
+    size = path.stat().st_size
+    assert kernels > 85_000 and numbers <= size <= 1.03 * numbers
+
+
+@pytest.mark.slow  # eleven million weights
+def test_resnet18_is_as_large_as_the_cost_model_says(tmp_path):
+    deployed = drawn_network(make_model("resnet18", num_classes=1000), (224, 224, 3), mixed_bits)
+    path = tmp_path / "network.safetensors"
+    packed.save(path, deployed)
+    kernels = float(costs.model_bytes(deployed.table, deployed.bits))
+    assert kernels <= path.stat().st_size <= 1.03 * kernels
+
+
+def test_layers_of_bit_planes_keep_their_bits_and_planes(tmp_path):
+    # As CSQ finds them: no plane at all, eight planes and the sign, planes that lie apart.
+    model = make_model("resnet8", num_classes=10, width=4)
+    wanted = {"stage0_block0/conv1": 0, "stage0_block0/conv2": 9, "stage1_block0/conv1": 7}
+    deployed = drawn_network(
+        model,
+        (8, 8, 1),
+        lambda table: [wanted.get(layer.name, layer.highest) for layer in table.layers],
+        quantizer=double_rounding.QUANTIZER,
+    )
+    planes = {"stage0_block0/conv1": "00000000", "stage1_block0/conv1": "10000010"}
+    deployed = deployed._replace(provenance=deployed.provenance | {"planes": planes})
+    path = tmp_path / "network.safetensors"
+    packed.save(path, deployed)
+    layers = {layer.name: layer for layer in packed_numpy.read(path).layers}
+    assert {name: layers[name].bits for name in wanted} == wanted
+    assert {name: layers[name].planes for name in layers if layers[name].planes} == planes
+    for layer in networks.codes(deployed):
+        assert layer.codes is not None
+        np.testing.assert_array_equal(layers[layer.name].codes, layer.codes)
+    assert not layers["stage0_block0/conv1"].codes.any()
+    assert np.abs(layers["stage0_block0/conv2"].codes).max() > 127
+
+
+def test_damage_is_found(file, tmp_path):
+    content = bytearray(file.read_bytes())
+    path = tmp_path / "network.safetensors"
+    for place in (len(content) // 2, len(content) - 1):
+        damaged = content.copy()
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged: its checksum is wrong"):
+            packed.load(path)
+    path.write_bytes(content[:-7])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        packed.load(path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        packed.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "2"}, "version 2 of the format, this library reads version 1"),
+        ({"format": "mpq_jax.integers"}, "another kind of file"),
+    ],
+)
+def test_other_versions_and_kinds_are_refused(file, tmp_path, change, message):
+    with safetensors.safe_open(file, framework="numpy") as held:
+        metadata = held.metadata()
+    path = tmp_path / "network.safetensors"
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file), path, metadata=metadata | change)
+    with pytest.raises(ValueError, match=message):
+        packed.load(path)
+
+
+def test_a_model_of_ones_own_is_given_to_load(tmp_path):
+    model = make_model("resnet8", num_classes=10, width=4)
+    deployed = drawn_network(model, (8, 8, 1), mixed_bits)
+    path = tmp_path / "network.safetensors"
+    packed.save(path, deployed)
+    with pytest.raises(ValueError, match=r"call load\(path, model=...\)"):
+        packed.load(path)
+    assert packed.load(path, model=model).network.provenance["bits"] == "drawn"
+    with pytest.raises(ValueError, match="these layers differ"):
+        packed.load(path, model=make_model("resnet8", num_classes=10, width=8))

@@ -1,0 +1,168 @@
+"""What `verify` says of two networks, and that it runs the file itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exporting import make_run
+
+from mpq_jax import data
+from mpq_jax.export import datasets, formats, packed, verify
+from mpq_jax.export import deployed as networks
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    workdir = make_run(tmp_path_factory.mktemp("run"), "double_rounding")
+    return networks.load(workdir, "uniform:4")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", batch_size=128, seed=0, heldout_fraction=0.0)
+
+
+@pytest.fixture(scope="module")
+def file(deployed, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "network.safetensors"
+    return formats.save(path, deployed, "packed")
+
+
+def batch_of(logits, labels, weight):
+    return {
+        "image": np.asarray(logits, np.float32),
+        "label": np.array(labels),
+        "weight": np.array(weight, np.float32),
+    }
+
+
+def test_differences_are_counted_image_by_image():
+    theirs = np.array([[4.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 9.0]], np.float32)
+    ours = theirs + np.array([[0.0, 1e-4], [0.0, -0.5], [0.0, 3.0], [5.0, 0.0]], np.float32)
+    batches = [batch_of(ours[:2], [0, 0], [1, 1]), batch_of(ours[2:], [1, 0], [1, 0])]
+    moved = iter([theirs[:2], theirs[2:]])
+    found = verify.compare(lambda x: x, lambda x: next(moved), batches)
+    assert found.images == 3  # the last one only fills up its batch
+    assert (found.exported, found.trained, found.equal) == (2 / 3, 1 / 3, 2 / 3)
+    assert found.same == 1 / 3  # 1e-4 of a largest logit of 4 is rounding, 0.5 of 2 is not
+    assert found.largest == 3.0 and found.relative == 3.0
+    assert found.points == pytest.approx(100 / 3)
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    batch = batch_of([[np.nan, 0.0]], [0], [1])
+    with pytest.raises(ValueError, match="not finite"):
+        verify.compare(lambda x: x, np.zeros_like, [batch])
+    with pytest.raises(ValueError, match="not one image"):
+        verify.compare(lambda x: x, np.zeros_like, [])
+
+
+def test_latencies_are_measured_in_turns():
+    calls = []
+    runs = {name: lambda x, name=name: calls.append(name) for name in ("exported", "float")}
+    found = verify.latencies(runs, np.zeros((1, 2)), 3)
+    assert calls == ["exported", "float"] * 4  # the first of each is not counted
+    assert set(found) == {"exported", "float"} and min(found.values()) >= 0
+
+
+def test_a_sound_file_agrees(deployed, digits, file):
+    report = verify.verify(file, "packed", deployed, digits, repeats=1)
+    agreement = report.agreement
+    assert agreement.images == 360 and agreement.points == 0
+    assert (agreement.equal, agreement.same) == (1, 1) and agreement.relative <= verify.ROUNDING
+    assert report.size == file.stat().st_size < report.float_size
+    assert set(report.latency) == set(report.float_latency) == {1, 64}
+    images = next(iter(verify.batches(deployed, digits)))["image"]
+    logits = np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(jnp.asarray(images)))
+    labels = data.whole_split(digits, "test")["label"][: len(images)]
+    right = np.mean(logits.argmax(-1) == labels)
+    assert abs(agreement.trained - right) < 0.2  # of a part of the images
+
+
+def test_another_network_disagrees(deployed, digits, tmp_path):
+    head = deployed.variables.learned.params["head"]
+    turned = {"kernel": -head["kernel"], "bias": head["bias"]}
+    learned = deployed.variables.learned
+    other = deployed._replace(
+        variables=deployed.variables._replace(
+            learned=learned._replace(params=learned.params | {"head": turned})
+        )
+    )
+    path = formats.save(tmp_path / "other.safetensors", other, "packed")
+    report = verify.verify(path, "packed", deployed, digits, repeats=1)
+    assert report.agreement.equal < 0.5 and report.agreement.same == 0
+    assert abs(report.agreement.points) > verify.TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_shape": (16, 16, 1)}, r"digits has images of shape \(8, 8, 1\), the network"),
+        ({"num_classes": 7}, "digits has this number of classes: 10, the network 7"),
+        ({"mean": None}, "not known how the network's images are normalised"),
+    ],
+)
+def test_what_does_not_fit_is_refused(deployed, digits, file, change, message):
+    with pytest.raises(ValueError, match=message):
+        verify.verify(file, "packed", deployed._replace(**change), digits)
+
+
+def test_formats_are_known_by_the_ending(tmp_path, deployed):
+    assert formats.format_of(tmp_path / "a.onnx") == "onnx"
+    assert formats.format_of(tmp_path / "a.stablehlo") == "stablehlo"
+    with pytest.raises(ValueError, match="ends like no known format"):
+        formats.format_of(tmp_path / "a.pb")
+    with pytest.raises(ValueError, match=r"known formats are \['onnx', 'packed', 'stablehlo'\]"):
+        formats.save(tmp_path / "a", deployed, "tflite")
+    with pytest.raises(ValueError, match=r"onnx has no option \['norms'\]; its options are"):
+        formats.save(tmp_path / "a", deployed, "onnx", norms="float")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["onnx", "stablehlo"])
+def test_damaged_graphs_are_refused(name, tmp_path):
+    path = tmp_path / "graph"
+    path.write_bytes(b"this is neither a graph nor a program, and never was one")
+    with pytest.raises(ValueError, match=f"{path} is no .* it may be damaged"):
+        formats.FORMATS[name].open(path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        formats.FORMATS[name].open(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", sorted(formats.FORMATS))
+def test_every_format_is_saved_and_run(deployed, digits, name, tmp_path):
+    path = formats.save(tmp_path / "folder" / "network", deployed, name)
+    assert not list(path.parent.glob("*.partial"))
+    images = next(iter(verify.batches(deployed, digits)))["image"][:32]
+    wanted = np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(jnp.asarray(images)))
+    found = formats.FORMATS[name].open(path)(images)
+    worst = np.abs(found - wanted).max(-1) / np.abs(wanted).max(-1)
+    # A code or two of an image may fall on the other side of a border in another runtime.
+    assert np.mean(worst <= verify.ROUNDING) >= 0.8
+
+
+def test_images_are_read_as_training_read_them(digits, monkeypatch):
+    asked = {}
+
+    def load(name, **options):
+        asked.update(options, name=name)
+        return digits
+
+    monkeypatch.setattr(data, "load", load)
+    trained_on = {"image_size": 96, "interpolation": "bicubic", "resize_factor": 1.25}
+    datasets.load("folder:some/where", trained_on, batch_size=8)
+    assert (asked["name"], asked["path"], asked["image_size"]) == ("folder", "some/where", 96)
+    assert (asked["reading"].interpolation, asked["reading"].resize_factor) == ("bicubic", 1.25)
+    datasets.load("tfds:imagenet2012", trained_on | {"test_split": "validation"}, batch_size=8)
+    assert (asked["dataset"], asked["test_split"]) == ("imagenet2012", "validation")
+    datasets.load("folder:some/where", {}, batch_size=8, image_size=32)
+    assert asked["image_size"] == 32 and asked["reading"] == data.Reading()
+
+
+def test_packed_files_of_the_float_twin_are_larger_by_the_bits(deployed, tmp_path, file):
+    path = tmp_path / "float.safetensors"
+    packed.save(path, networks.float_twin(deployed))
+    quantised = [x for x in deployed.table.layers if not x.float_weights]
+    saved = sum(layer.params * (32 - 4) // 8 for layer in quantised)
+    # Each float kernel is a tensor of its own, whose name and place take about 100 bytes.
+    assert 0 <= path.stat().st_size - file.stat().st_size - saved <= 110 * len(quantised)
