@@ -214,9 +214,8 @@ def test_a_full_disk_is_named_and_the_older_checkpoint_goes_on(tmp_path):
         "No space left on device",
         errors,
     ), errors
-    # Writes that were under way print that Orbax has closed the loop they belong to.
-    late = errors.count("RuntimeError: Event loop is closed")
-    assert errors.count("Traceback") == late, errors
+    # Writes that were under way may print that Orbax has closed the loop they belong to.
+    assert 'train.py", line' not in errors, errors
     assert f"going on from step {first}" in output.partition("exit status 1")[2]
     step, state = checkpoints.load_latest(workdir / "copied")
     assert step == state["step"] == STEPS
