@@ -400,16 +400,28 @@ def test_float(config: Config, setup: train.Setup) -> float | None:
 
 
 def make_ready(setup: train.Setup, variables) -> Callable[[BitConfig], Any]:
-    """Returns `ready(bits)`: the supernet with its norms re-estimated for a configuration."""
+    """Returns `ready(bits)`: the supernet with its norms re-estimated for a configuration, once.
+
+    What is kept for each configuration are its statistics; the rest is the supernet's own.
+    """
     assert setup.run.images is not None  # train.build gives it
     images = setup.run.images()
+    done: dict[bytes, Any] = {}
 
     def ready(bits: BitConfig) -> Any:
-        return recalibrate(
-            setup.model, setup.table, variables, bits, images, quantizer=quantizer_of(setup)
-        )
+        choice = words_of_bits(bits)
+        if choice not in done:
+            done[choice] = recalibrate(
+                setup.model, setup.table, variables, bits, images, quantizer=quantizer_of(setup)
+            )
+        return done[choice]
 
     return ready
+
+
+def words_of_bits(bits: BitConfig) -> bytes:
+    """Returns what tells one configuration from another."""
+    return np.stack([np.asarray(bits.weights), np.asarray(bits.acts)]).tobytes()
 
 
 def make_measure(
@@ -420,7 +432,7 @@ def make_measure(
     done: dict[tuple[bytes, str], evaluation.Score] = {}
 
     def measure(bits: BitConfig, split: str) -> evaluation.Score:
-        choice = np.stack([np.asarray(bits.weights), np.asarray(bits.acts)]).tobytes(), split
+        choice = words_of_bits(bits), split
         if choice not in done:
             done[choice] = evaluate(ready(bits), bits, train.eval_batches(setup, split))
         return done[choice]

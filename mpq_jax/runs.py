@@ -108,7 +108,7 @@ def load_dataset(config: Config) -> data.Dataset:
     name = config["data"]["name"]
     if name not in data.DATASETS:
         raise ValueError(f"config.data.name is {name!r}; known datasets: {sorted(data.DATASETS)}")
-    dataset = data.load(
+    return data.load(
         name,
         batch_size=config["batch_size"],
         seed=config["seed"],
@@ -120,12 +120,6 @@ def load_dataset(config: Config) -> data.Dataset:
         reading=reading_options(config),
         **config["data"][name],
     )
-    if dataset.steps_per_epoch < 1:
-        raise ValueError(
-            f"config.batch_size is {config['batch_size']}, but there are only "
-            f"{dataset.sizes['train']} training images"
-        )
-    return dataset
 
 
 def channels(values: Any) -> tuple[float, ...] | None:

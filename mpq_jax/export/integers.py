@@ -286,7 +286,7 @@ def _tensors(table: LayerTable, variables: supernet.Variables) -> dict[str, np.n
         if not layer.float_weights:
             tensors[f"codes/{layer.name}"] = leaves.pop(f"params/{layer.name}/kernel")
     for norm in {linen.module_of(name.partition("/")[2]) for name in leaves}:
-        names = [_leaf_of(norm, leaf) for leaf in NORM_LEAVES]
+        names = [leaf_of(norm, leaf) for leaf in NORM_LEAVES]
         if all(name in leaves for name in names):
             tensors[f"norms/{norm}"] = np.stack([leaves.pop(name) for name in names])
     tensors |= {f"floats/{name}": leaf for name, leaf in leaves.items()}
@@ -303,7 +303,7 @@ def _variables(table: LayerTable, tensors: dict[str, np.ndarray]) -> supernet.Va
         kind, _, rest = name.partition("/")
         if kind == "norms":
             leaves |= {
-                _leaf_of(rest, leaf): row for leaf, row in zip(NORM_LEAVES, tensor, strict=True)
+                leaf_of(rest, leaf): row for leaf, row in zip(NORM_LEAVES, tensor, strict=True)
             }
         elif kind == "floats":
             leaves[rest] = tensor
@@ -317,7 +317,7 @@ def _variables(table: LayerTable, tensors: dict[str, np.ndarray]) -> supernet.Va
     return supernet.Variables(learned, tree("batch_stats"), jnp.asarray(tensors["signed"]))
 
 
-def _leaf_of(norm: str, leaf: str) -> str:
+def leaf_of(norm: str, leaf: str) -> str:
     """Returns where a leaf of `NORM_LEAVES` stands: collection, path of the norm, name."""
     collection, name = leaf.split("/")
     return "/".join(part for part in (collection, norm, name) if part)
