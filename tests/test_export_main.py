@@ -1,12 +1,14 @@
 """`python -m mpq_jax.export`, called in this process."""
 
 import functools
+import pathlib
 import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import pytest
 from drawing import drawn_variables
 from exporting import make_run
@@ -299,6 +301,46 @@ def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
     other = [out, "--workdir", workdir, "--bits", "uniform:2", "--tolerance", "100"]
     main(["verify", *other, "--dataset", "digits"])
     assert "360 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "network.onnx"])
+def test_a_file_in_its_run_says_of_which_network_it_is(workdir, capsys, name):
+    path = pathlib.Path(workdir) / "exported" / name
+    main(["--workdir", workdir, "--bits", "uniform:2", "--out", str(path)])
+    capsys.readouterr()
+    main(["verify", str(path), "--dataset", "digits"])
+    rows = rows_of(capsys.readouterr().out)
+    (top1,) = (cells for row, cells in rows.items() if row.startswith("top-1"))
+    assert top1[0] == top1[1] and rows["equal predictions"][0] == "100.00%"
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "network.onnx"])
+def test_bits_that_training_found_are_not_asked_for(tmp_path, capsys, name):
+    workdir = make_run(tmp_path / "run", "csq")
+    main(["--workdir", str(workdir), "--out", str(workdir / name)])
+    capsys.readouterr()
+    main(["verify", str(workdir / name)])
+    assert rows_of(capsys.readouterr().out)["equal predictions"][0] == "100.00%"
+
+
+def test_files_that_do_not_say_their_network_are_asked_about(workdir, tmp_path, capsys):
+    path = tmp_path / "network.safetensors"
+    main(["--workdir", workdir, "--bits", "uniform:2", "--out", str(path)])
+    message = failure([path], capsys, ["verify"])
+    assert "--workdir is not given" in message and "lies in no run" in message
+    path = path.with_suffix(".stablehlo")
+    path.write_bytes(b"whatever it is")
+    message = failure([path, "--workdir", workdir], capsys, ["verify"])
+    assert "is StableHLO, which does not say its bits; pass --bits" in message
+    path = path.with_suffix(".onnx")
+    identity = onnx.helper.make_node("Identity", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, [1]) for end in "xy"]
+    graph = onnx.helper.make_graph([identity], "other", ends[:1], ends[1:])
+    operators = [onnx.helper.make_opsetid("", 21)]
+    other = onnx.helper.make_model(graph, opset_imports=operators, ir_version=10)
+    path.write_bytes(other.SerializeToString())
+    message = failure([path, "--workdir", workdir], capsys, ["verify"])
+    assert "so mpq_jax has not written it; pass --bits" in message
 
 
 @pytest.mark.parametrize(

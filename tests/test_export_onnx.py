@@ -13,6 +13,7 @@ import pytest
 from deploying import deploy, some_images
 from onnx import numpy_helper
 
+from mpq_jax import bits as bit_configs
 from mpq_jax.export import deployed as networks
 from mpq_jax.export.onnx_graph import IMAGES, LOGITS, to_onnx
 from mpq_jax.export.onnx_operations import CONVERTERS
@@ -251,8 +252,11 @@ def test_metadata(resnet):
     deployed, model = resnet
     facts = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert facts["mean"] == [0.5] and facts["provenance"] == deployed.provenance
-    assert facts["bits"]["stem_conv"] == {"weights": 8, "acts": None}
-    assert facts["bits"]["head"]["weights"] == int(deployed.bits.weights[-1])
+    assert facts["float"] == {"weights": [], "acts": ["stem_conv"]}
+    text = next(entry.value for entry in model.metadata_props if entry.key == "bits")
+    found = bit_configs.from_json(text, deployed.table.names)
+    for column, wanted in zip(found, deployed.bits, strict=True):
+        np.testing.assert_array_equal(column, wanted)
     assert [x.name for x in model.graph.input] == [IMAGES]
     assert [x.name for x in model.graph.output] == [LOGITS]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"

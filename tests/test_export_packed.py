@@ -142,7 +142,7 @@ def test_a_folded_norm_is_the_norm(deployed):
     assert set(norms) == {layer.norm for layer in deployed.table.layers if layer.norm}
     for name, (multiplier, offset) in norms.items():
         scale, bias, mean, variance = (
-            np.asarray(leaves[packed._leaf_of(name, leaf)], np.float64)
+            np.asarray(leaves[packed.leaf_of(name, leaf)], np.float64)
             for leaf in packed.NORM_LEAVES
         )
         x = np.linspace(-3, 3, 7)[:, None]
@@ -204,6 +204,35 @@ def test_a_file_of_integer_norms_says_what_it_computes(deployed, reference, tmp_
     assert np.mean(found.argmax(-1) == wanted.argmax(-1)) >= 0.9
     with pytest.raises(ValueError, match="norms is 'int'; wanted one of"):
         packed.save(path, deployed, norms="int")
+
+
+def test_norms_of_16_bits_are_rounded_once(deployed, reference, file, tmp_path):
+    path = tmp_path / "network.safetensors"
+    packed.save(path, deployed, norms="half")
+    exact, network = packed.fold_norms(deployed), packed_numpy.read(path)
+    assert set(network.norms) == set(exact)
+    for name, found in network.norms.items():
+        for rounded, numbers in zip(found[:2], exact[name], strict=True):
+            bound = np.maximum(2.0**-11 * np.abs(numbers), 2.0**-25)
+            assert np.all(np.abs(rounded - numbers) <= bound)
+    channels = sum(len(multiplier) for multiplier, _ in exact.values())
+    saved = file.stat().st_size - path.stat().st_size
+    assert abs(saved - 4 * channels) <= 128  # the header says it in other words
+    images, wanted = reference
+    found = logits_of(path, images)
+    assert np.mean(found.argmax(-1) == wanted.argmax(-1)) >= 0.9
+
+
+def test_norms_beyond_16_bits_are_refused(deployed, tmp_path):
+    params = linen.flatten(deployed.variables.learned.params)
+    params["stage0_block0/norm1/bias"] += 1e5
+    learned = deployed.variables.learned._replace(params=linen.unflatten(params))
+    large = deployed._replace(variables=deployed.variables._replace(learned=learned))
+    path = tmp_path / "network.safetensors"
+    with pytest.raises(ValueError, match=r"floats of 16 bits end at 65504; keep its norms as"):
+        packed.save(path, large, norms="half")
+    assert not path.exists()
+    packed.save(path, large)
 
 
 READER = """
@@ -276,11 +305,15 @@ def test_a_file_of_85_kb_is_as_large_as_its_numbers(tmp_path):
     assert kernels > 85_000 and numbers <= size <= 1.03 * numbers
 
 
-@pytest.mark.slow  # eleven million weights
-def test_resnet18_is_as_large_as_the_cost_model_says(tmp_path):
-    deployed = drawn_network(make_model("resnet18", num_classes=1000), (224, 224, 3), mixed_bits)
+@pytest.mark.slow  # millions of weights
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [("resnet18", "float"), ("mobilenet_v2", "half"), ("efficientnet_lite0", "half")],
+)
+def test_large_files_are_as_large_as_the_cost_model_says(tmp_path, name, norms):
+    deployed = drawn_network(make_model(name, num_classes=1000), (224, 224, 3), mixed_bits)
     path = tmp_path / "network.safetensors"
-    packed.save(path, deployed)
+    packed.save(path, deployed, norms=norms)
     kernels = float(costs.model_bytes(deployed.table, deployed.bits))
     assert kernels <= path.stat().st_size <= 1.03 * kernels
 

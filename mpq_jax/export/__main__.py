@@ -1,7 +1,7 @@
 """Networks as files that run outside the trainer: write them, verify them, look into them.
 
 python -m mpq_jax.export --workdir DIR --bits FILE --format packed|onnx|stablehlo --out FILE
-python -m mpq_jax.export verify FILE --workdir DIR --bits FILE
+python -m mpq_jax.export verify FILE [--workdir DIR --bits FILE]
 python -m mpq_jax.export inspect FILE
 """
 
@@ -27,6 +27,19 @@ def read_network(arguments: argparse.Namespace) -> Deployed:
     if not arguments.workdir:
         raise ValueError("--workdir is not given: the run of train.py that the network is of")
     return deployed_networks.load(arguments.workdir, arguments.bits, dataset=moved(arguments))
+
+
+def find_network(arguments: argparse.Namespace, path: pathlib.Path, name: str) -> None:
+    """Fills in the --workdir and --bits of a file that are not given."""
+    if not arguments.workdir:
+        above = [folder for folder in path.resolve().parents if (folder / "config.json").is_file()]
+        if not above:
+            raise ValueError(
+                f"--workdir is not given, and {path} lies in no run; name the run of train.py that "
+                "it is of"
+            )
+        arguments.workdir = str(above[0])
+    arguments.bits = arguments.bits or formats.FORMATS[name].bits(path)
 
 
 def moved(arguments: argparse.Namespace) -> dict[str, str]:
@@ -70,6 +83,7 @@ def check(arguments: argparse.Namespace, console: rich.console.Console) -> None:
     name = format_name(arguments, path)
     if arguments.dataset:
         datasets.split_name(arguments.dataset)  # refuses nonsense at once
+    find_network(arguments, path, name)
     deployed = read_network(arguments)
     report = verify.verify(path, name, deployed, read_dataset(arguments, deployed))
     show(report, formats.FORMATS[name].runtime, console)
@@ -155,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_data_dir(parser)
     add_data_path(parser)
     parser.add_argument("--out", help="the file to write")
-    parser.add_argument("--norms", help=f"packed: {' or '.join(packed.NORMS)} folded norms")
+    parser.add_argument("--norms", help=f"packed: folded norms, {', '.join(packed.NORMS)}")
     parser.add_argument("--opset", type=int, help="onnx: version of its operators")
     parser.set_defaults(run=export)
     commands = parser.add_subparsers(metavar="{verify,inspect}")

@@ -30,6 +30,7 @@ from mpq_jax.quantizers.record import Quantizer
 from mpq_jax.recalibration import recalibrate
 
 UNIFORM = "uniform:"  # `uniform:4`, in place of a bit file: these bits in every layer with a choice
+FOUND = "found by training"  # what the provenance calls bits that nobody gave
 ALONE = {"device_count": 1, "fsdp": 1}  # whatever devices trained, one is enough to export
 
 
@@ -101,7 +102,8 @@ def load(
 
     Args:
         workdir: of the run.
-        bits: a bit file, or "uniform:N", or a configuration; None: the run found its bits itself.
+        bits: a bit file or its text, or "uniform:N", or a configuration; None: the run found its
+            bits itself.
         dataset: options of the run's dataset that are other ones now, such as its `path`.
 
     Raises:
@@ -202,7 +204,7 @@ def _found(setup: runs.Setup, workdir: pathlib.Path, variables: Any):
     chosen = found.table.largest
     tested = norms.find(workdir, found.table, found.variables, chosen)
     origin = "estimated anew" if tested is None else "of the run's own test"
-    more = {"bits": "found by training", "norms": origin, "planes": found.layouts}
+    more = {"bits": FOUND, "norms": origin, "planes": found.layouts}
     return found.table, tested or found.variables, found.quantizer, chosen, more
 
 
@@ -218,6 +220,8 @@ def _read_bits(table: LayerTable, bits: Any) -> tuple[BitConfig, str]:
     elif str(bits).startswith(UNIFORM):
         name = str(bits)
         chosen = _uniform(table, name)
+    elif str(bits).startswith("{"):
+        chosen, name = bit_configs.from_json(str(bits), table.names), "given"
     else:
         path = pathlib.Path(bits)
         if not path.is_file():

@@ -5,6 +5,7 @@ run = FORMATS["onnx"].open(pathlib.Path("digits.onnx"))
 logits = run(images)
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
 
-from mpq_jax.export import onnx_graph, packed, stablehlo
-from mpq_jax.export.deployed import Deployed
+from mpq_jax import bits as bit_configs
+from mpq_jax.bits import BitConfig
+from mpq_jax.export import onnx_graph, packed, packed_numpy, stablehlo
+from mpq_jax.export.deployed import FOUND, Deployed
 
 PROVIDERS = ["CPUExecutionProvider"]  # of ONNX Runtime
 RunImages = Callable[[np.ndarray], np.ndarray]  # normalised float32 images -> logits
@@ -32,6 +36,8 @@ class Format(NamedTuple):
         options: names of further arguments of `write`.
         write: `(path, deployed, **options)` writes a network.
         open: returns what runs a file; raises ValueError where the file is none of these.
+        bits: returns the bit file of the configuration that a file holds, as text; None: training
+            found it. Raises ValueError where files do not say it.
     """
 
     endings: tuple[str, ...]
@@ -39,6 +45,7 @@ class Format(NamedTuple):
     options: tuple[str, ...]
     write: Callable[..., None]
     open: Callable[[pathlib.Path], RunImages]
+    bits: Callable[[pathlib.Path], str | None]
 
 
 def save(
@@ -109,6 +116,15 @@ def _open_packed(path: pathlib.Path) -> RunImages:
     return _on_host(jax.jit(lambda images: packed.logits(network, images)))
 
 
+def _packed_bits(path: pathlib.Path) -> str | None:
+    network = packed_numpy.read(path)
+    if network.provenance.get("bits") == FOUND:
+        return None
+    columns = zip(*((layer.bits, layer.input_bits) for layer in network.layers), strict=True)
+    chosen = BitConfig(*(jnp.array(column, jnp.int32) for column in columns))
+    return bit_configs.to_json(chosen, [layer.name for layer in network.layers])
+
+
 def onnx_options() -> onnxruntime.SessionOptions:
     """Returns options with which ONNX Runtime makes values of integer kernels once, when it loads.
 
@@ -121,15 +137,7 @@ def onnx_options() -> onnxruntime.SessionOptions:
 
 
 def _open_onnx(path: pathlib.Path) -> RunImages:
-    content = _read_bytes(path)
-    try:
-        onnx.checker.check_model(content)
-        session = onnxruntime.InferenceSession(content, onnx_options(), providers=PROVIDERS)
-    except Exception as error:  # both have several kinds of errors, without a common one
-        raise ValueError(
-            f"{path} is no ONNX model that this ONNX Runtime ({onnxruntime.__version__}) can run; "
-            f"it may be damaged or of a newer opset: {error}"
-        ) from error
+    session = _session(path)
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
 
     def run(batch: np.ndarray) -> np.ndarray:
@@ -137,6 +145,28 @@ def _open_onnx(path: pathlib.Path) -> RunImages:
         return np.asarray(found)
 
     return run
+
+
+def _session(path: pathlib.Path) -> onnxruntime.InferenceSession:
+    content = _read_bytes(path)
+    try:
+        onnx.checker.check_model(content)
+        return onnxruntime.InferenceSession(content, onnx_options(), providers=PROVIDERS)
+    except Exception as error:  # both have several kinds of errors, without a common one
+        raise ValueError(
+            f"{path} is no ONNX model that this ONNX Runtime ({onnxruntime.__version__}) can run; "
+            f"it may be damaged or of a newer opset: {error}"
+        ) from error
+
+
+def _onnx_bits(path: pathlib.Path) -> str | None:
+    facts = _session(path).get_modelmeta().custom_metadata_map
+    if not {"bits", "provenance"} <= set(facts):
+        raise ValueError(
+            f"{path} does not say its bits, so mpq_jax has not written it; pass --bits"
+        )
+    found = json.loads(facts["provenance"]).get("bits") == FOUND
+    return None if found else facts["bits"]
 
 
 def _open_stablehlo(path: pathlib.Path) -> RunImages:
@@ -151,12 +181,18 @@ def _open_stablehlo(path: pathlib.Path) -> RunImages:
     return _on_host(jax.jit(exported.call))
 
 
+def _stablehlo_bits(path: pathlib.Path) -> str | None:
+    raise ValueError(f"{path} is StableHLO, which does not say its bits; pass --bits")
+
+
 def _on_host(call: Callable[[np.ndarray], jax.Array]) -> RunImages:
     return lambda images: np.asarray(call(images))
 
 
 FORMATS = {
-    "packed": Format((".safetensors",), "JAX", ("norms",), packed.save, _open_packed),
-    "onnx": Format((".onnx",), "ONNX Runtime", ("opset",), _write_onnx, _open_onnx),
-    "stablehlo": Format((".stablehlo",), "JAX", (), _write_stablehlo, _open_stablehlo),
+    "packed": Format((".safetensors",), "JAX", ("norms",), packed.save, _open_packed, _packed_bits),
+    "onnx": Format((".onnx",), "ONNX Runtime", ("opset",), _write_onnx, _open_onnx, _onnx_bits),
+    "stablehlo": Format(
+        (".stablehlo",), "JAX", (), _write_stablehlo, _open_stablehlo, _stablehlo_bits
+    ),
 }

@@ -30,6 +30,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from mpq_jax import bits as bit_configs
 from mpq_jax.export import program
 from mpq_jax.export.deployed import Deployed
 from mpq_jax.export.onnx_operations import CONVERTERS, PASSING, RESHAPING
@@ -89,8 +90,9 @@ def to_onnx(deployed: Deployed, *, opset: int = OPSET) -> onnx.ModelProto:
     """Writes a network as an ONNX model, which `onnx.checker` has found sound.
 
     Its input `images` is float32 [batch, height, width, channels], normalised as in training, for
-    any batch size; its output `logits` float32 [batch, classes]. Metadata have the bits of each
-    layer, the normalisation and the provenance, as JSON.
+    any batch size; its output `logits` float32 [batch, classes]. Metadata are JSON: `bits`, a bit
+    file; `float`, the layers whose weights or inputs are not quantised; `mean` and `std` of the
+    normalisation; `provenance`.
 
     Args:
         deployed: the network, of a model that computes in float32.
@@ -252,7 +254,7 @@ def _model(
         producer_name="mpq_jax",
         producer_version=importlib.metadata.version("mpq_jax"),
     )
-    helper.set_model_props(model, {key: json.dumps(value) for key, value in _facts(deployed)})
+    helper.set_model_props(model, _facts(deployed))
     return model
 
 
@@ -266,22 +268,13 @@ def _reachable(nodes: Sequence[onnx.NodeProto], output: str) -> list[onnx.NodePr
     return kept[::-1]
 
 
-def _facts(deployed: Deployed) -> list[tuple[str, Any]]:
-    bits = {
-        layer.name: {
-            "weights": None if layer.float_weights else int(weights),
-            "acts": None if layer.float_acts else int(acts),
-        }
-        for layer, weights, acts in zip(
-            deployed.table.layers,
-            np.asarray(deployed.bits.weights),
-            np.asarray(deployed.bits.acts),
-            strict=True,
-        )
+def _facts(deployed: Deployed) -> dict[str, str]:
+    layers = deployed.table.layers
+    plain = {
+        "weights": [layer.name for layer in layers if layer.float_weights],
+        "acts": [layer.name for layer in layers if layer.float_acts],
     }
-    return [
-        ("bits", bits),
-        ("mean", deployed.mean),
-        ("std", deployed.std),
-        ("provenance", deployed.provenance),
-    ]
+    others = {"mean": deployed.mean, "std": deployed.std, "provenance": deployed.provenance}
+    return {"bits": bit_configs.to_json(deployed.bits, deployed.table.names)} | {
+        key: json.dumps(value) for key, value in ({"float": plain} | others).items()
+    }

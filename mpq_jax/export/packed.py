@@ -5,7 +5,7 @@
     logits(network, images)
 
 The integers are those of training bit for bit; norms are folded into one multiplication and one
-addition, in float or in integers. `packed_numpy` reads the same files without JAX.
+addition, in floats of 32 or 16 bits or in integers. `packed_numpy` reads the files without JAX.
 """
 
 import os
@@ -22,14 +22,13 @@ from mpq_jax import linen, supernet
 from mpq_jax.export import container, packed_numpy
 from mpq_jax.export import deployed as deployed_networks
 from mpq_jax.export.deployed import Deployed, LayerCodes
-from mpq_jax.export.integers import check_model
+from mpq_jax.export.integers import NORM_LEAVES, check_model, leaf_of
 from mpq_jax.layer_table import Layer, LayerTable
 from mpq_jax.models import make_model
 from mpq_jax.quantizers import lsq
 
-NORMS = ("float", "integer")  # how folded norms are kept
 MULTIPLIER, OFFSET, SHIFT = (np.iinfo(kind) for kind in (np.int16, np.int32, np.int8))
-NORM_LEAVES = ("params/scale", "params/bias", "batch_stats/mean", "batch_stats/var")
+HALF = np.finfo(np.float16)
 
 
 class Packed(NamedTuple):
@@ -54,13 +53,14 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
     Args:
         path: file to write, usually `*.safetensors`.
         deployed: the network.
-        norms: how folded norms are kept, one of `NORMS`. "integer" rounds them, see `to_integers`.
+        norms: how folded norms are kept, a key of `NORMS`: "float" in 32 bits, "half" in 16, which
+            are wrong by 2^-11 of themselves at most, "integer" as of `to_integers`.
 
     Raises:
-        ValueError: the network has no integers, see `deployed.codes`.
+        ValueError: the network has no integers, see `deployed.codes`, or norms beyond 16 bits.
     """
     if norms not in NORMS:
-        raise ValueError(f"norms is {norms!r}; wanted one of {NORMS}")
+        raise ValueError(f"norms is {norms!r}; wanted one of {tuple(NORMS)}")
     layers = deployed_networks.codes(deployed)
     folded = fold_norms(deployed)
     units = {name: unit for name, unit in _units(deployed.table, layers).items() if name in folded}
@@ -95,7 +95,7 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
     }
     tensors = _layer_tensors(layers) | _float_tensors(deployed, folded)
     if folded:
-        tensors |= NORM_TENSORS[norms](folded, units)
+        tensors |= NORMS[norms](folded, units)
     container.write(
         pathlib.Path(path),
         tensors,
@@ -118,7 +118,7 @@ def fold_norms(deployed: Deployed) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         if norm.axis not in (-1, (-1,)):
             raise ValueError(f"norm {name!r} has its channels at axis {norm.axis}; wanted -1")
         scale, bias, mean, variance = (
-            np.asarray(leaves.get(_leaf_of(name, leaf), default), np.float64)
+            np.asarray(leaves.get(leaf_of(name, leaf), default), np.float64)
             for leaf, default in zip(NORM_LEAVES, (1, 0, 0, 1), strict=True)
         )
         multiplier = np.broadcast_to(scale / np.sqrt(variance + norm.epsilon), mean.shape)
@@ -270,6 +270,18 @@ def _float_norms(folded: dict[str, Any], units: dict[str, float]) -> dict[str, n
     }
 
 
+def _half_norms(folded: dict[str, Any], units: dict[str, float]) -> dict[str, np.ndarray]:
+    for name, numbers in folded.items():
+        largest = np.abs(numbers).max()
+        if largest > HALF.max:
+            raise ValueError(
+                f"norm {name!r} multiplies by or adds up to {largest:.3g}, and floats of 16 bits "
+                f"end at {HALF.max:g}; keep its norms as 'float' or 'integer'"
+            )
+    kept = _float_norms(folded, units)
+    return {name: numbers.astype(np.float16) for name, numbers in kept.items()}
+
+
 def _integer_norms(folded: dict[str, Any], units: dict[str, float]) -> dict[str, np.ndarray]:
     rounded = [
         to_integers(multiplier * units.get(name, 1.0), offset)
@@ -280,13 +292,7 @@ def _integer_norms(folded: dict[str, Any], units: dict[str, float]) -> dict[str,
     return {n: np.concatenate(parts) for n, parts in zip(names, columns, strict=True)}
 
 
-NORM_TENSORS = {"float": _float_norms, "integer": _integer_norms}
-
-
-def _leaf_of(norm: str, leaf: str) -> str:
-    """Returns where a leaf of `NORM_LEAVES` stands: collection, path of the norm, name."""
-    collection, name = leaf.split("/")
-    return "/".join(part for part in (collection, norm, name) if part)
+NORMS = {"float": _float_norms, "half": _half_norms, "integer": _integer_norms}
 
 
 def _fixed_layer(record: dict[str, Any]) -> Layer:
