@@ -427,8 +427,8 @@ def stop(manager, what: str) -> None:
 
 
 @processes.ending_together()
-def main(argv: list[str]) -> None:
-    """Trains."""
+def main(argv: list[str]) -> int:
+    """Trains; returns the exit status."""
     config, workdir = start(argv)
     with recording.CompileCounter() as counter:
         try:
@@ -462,6 +462,7 @@ def main(argv: list[str]) -> None:
             )
         print_corrupt(setup.dataset)
     print_compilations(counter)
+    return 0 if int(state.step) == setup.run.steps else flags.FLAGS.stopped_status
 
 
 def train_loop(
@@ -568,4 +569,7 @@ def must_stop(asked_to_stop: list[int], step: int) -> bool:
 
 if __name__ == "__main__":
     define_flags()
+    flags.DEFINE_integer(
+        "stopped_status", 0, "Exit status of a run that SIGTERM stopped before its end."
+    )
     app.run(main, flags_parser=parse_flags)

@@ -450,6 +450,7 @@ def run_two_processes(flags: tuple[str, ...], workdir: Path, *, stop_after: int)
             *flags,
             "--process_count=2",
             f"--process_index={index}",
+            "--stopped_status=143",
             output=outputs[index],
         )
         for index in range(2)
@@ -462,7 +463,7 @@ def run_two_processes(flags: tuple[str, ...], workdir: Path, *, stop_after: int)
         for process in processes:
             process.kill()
     printed = [output.read_text() for output in outputs]
-    assert codes == [0, 0], printed
+    assert codes == [143, 143], printed
     return printed
 
 
