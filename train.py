@@ -265,7 +265,9 @@ def write_integers(
         table,
         variables,
         model=integers.ModelSpec(
-            config.model.name, setup.dataset.num_classes, config.model.options.to_dict()
+            config.model.name,
+            setup.dataset.num_classes,
+            config.model.options.to_dict() | {"dtype": config.model.dtype},
         ),
         mean=tuple(float(value) for value in setup.dataset.mean),
         std=tuple(float(value) for value in setup.dataset.std),

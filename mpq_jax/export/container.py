@@ -5,6 +5,7 @@ than it.
 """
 
 import base64
+import contextlib
 import json
 import pathlib
 import zlib
@@ -40,10 +41,20 @@ def write(
         "crc32": str(checksum(tensors, text)),
         "content": text,
     }
+    write_whole(path, safetensors.numpy.save(tensors, metadata=metadata))
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file and, where need be, its folder; it appears at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read(

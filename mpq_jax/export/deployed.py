@@ -135,7 +135,7 @@ def load(
         "mpq_jax": importlib.metadata.version("mpq_jax"),
         "jax": jax.__version__,
         "method": config["method"],
-        "model": {"name": config["model"]["name"], "options": config["model"]["options"]},
+        "model": {name: config["model"][name] for name in ("name", "options", "dtype")},
         "config": runs.to_record(config),
         "step": step,
     }

@@ -290,7 +290,7 @@ def _tensors(table: LayerTable, variables: supernet.Variables) -> dict[str, np.n
         if all(name in leaves for name in names):
             tensors[f"norms/{norm}"] = np.stack([leaves.pop(name) for name in names])
     tensors |= {f"floats/{name}": leaf for name, leaf in leaves.items()}
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
 
 
 def _variables(table: LayerTable, tensors: dict[str, np.ndarray]) -> supernet.Variables:

@@ -10,6 +10,7 @@ addition, in floats of 32 or 16 bits or in integers. `packed_numpy` reads the fi
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,7 +29,7 @@ from mpq_jax.models import make_model
 from mpq_jax.quantizers import lsq
 
 MULTIPLIER, OFFSET, SHIFT = (np.iinfo(kind) for kind in (np.int16, np.int32, np.int8))
-HALF = np.finfo(np.float16)
+HALF_EXPONENT = 15  # numbers below 2^15 are floats of 16 bits
 
 
 class Packed(NamedTuple):
@@ -54,16 +55,19 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
         path: file to write, usually `*.safetensors`.
         deployed: the network.
         norms: how folded norms are kept, a key of `NORMS`: "float" in 32 bits, "half" in 16, which
-            are wrong by 2^-11 of themselves at most, "integer" as of `to_integers`.
+            are wrong by 2^-11 of themselves (and those of a norm that are 2^-28 of its largest or
+            less, by 2^-39 of that), "integer" as of `to_integers`.
 
     Raises:
-        ValueError: the network has no integers, see `deployed.codes`, or norms beyond 16 bits.
+        ValueError: the network has no integers, see `deployed.codes`.
     """
     if norms not in NORMS:
         raise ValueError(f"norms is {norms!r}; wanted one of {tuple(NORMS)}")
     layers = deployed_networks.codes(deployed)
-    folded = fold_norms(deployed)
+    calls = _calls(deployed)
+    folded = _fold(deployed, calls)
     units = {name: unit for name, unit in _units(deployed.table, layers).items() if name in folded}
+    kept = NORMS[norms](folded, units)
     provenance = dict(deployed.provenance)
     planes = provenance.pop("planes", {})
     records = [
@@ -74,17 +78,14 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
             "input_signed": one.input_signed,
             "planes": planes.get(one.name, ""),
         }
+        | _geometry(*calls[one.name][:2])
         for layer, one in zip(deployed.table.layers, layers, strict=True)
     ]
     content = {
         "layers": records,
         "norms": [
-            {
-                "path": name,
-                "channels": len(multiplier),
-                "unit": units.get(name, 1.0) if norms == "integer" else 1.0,
-            }
-            for name, (multiplier, _) in folded.items()
+            {"path": name, "channels": len(folded[name][0])} | more
+            for name, more in kept.records.items()
         ],
         "image_shape": deployed.image_shape,
         "num_classes": deployed.num_classes,
@@ -93,9 +94,7 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
         "zero_point": packed_numpy.ZERO_POINT,
         "provenance": provenance,
     }
-    tensors = _layer_tensors(layers) | _float_tensors(deployed, folded)
-    if folded:
-        tensors |= NORMS[norms](folded, units)
+    tensors = _layer_tensors(layers) | _other_tensors(deployed, folded) | kept.tensors
     container.write(
         pathlib.Path(path),
         tensors,
@@ -106,17 +105,20 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
 
 
 def fold_norms(deployed: Deployed) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns every BatchNorm as `x * multiplier + offset`: float64 [channels] each, by path.
+    """Returns the BatchNorms as `x * multiplier + offset`: float64 [channels] each, by path.
 
-    Raises:
-        ValueError: a norm's channels are not the last axis.
+    Norms that are no such thing are left out: those that take statistics of the batch, those with
+    channels on another axis than the last, and those of a class that computes something else.
     """
-    chosen = jax.device_get(deployed_networks.selected(deployed))
-    leaves = linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
+    return _fold(deployed, _calls(deployed))
+
+
+def _fold(deployed: Deployed, calls: "Calls") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    leaves = _leaves(deployed)
     folded = {}
-    for name, norm in _batch_norms(deployed).items():
-        if norm.axis not in (-1, (-1,)):
-            raise ValueError(f"norm {name!r} has its channels at axis {norm.axis}; wanted -1")
+    for name, (norm, _, is_affine) in calls.items():
+        if not isinstance(norm, nn.BatchNorm) or not is_affine:
+            continue
         scale, bias, mean, variance = (
             np.asarray(leaves.get(leaf_of(name, leaf), default), np.float64)
             for leaf, default in zip(NORM_LEAVES, (1, 0, 0, 1), strict=True)
@@ -124,6 +126,12 @@ def fold_norms(deployed: Deployed) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         multiplier = np.broadcast_to(scale / np.sqrt(variance + norm.epsilon), mean.shape)
         folded[name] = (multiplier, bias - mean * multiplier)
     return folded
+
+
+def _leaves(deployed: Deployed) -> dict[str, Any]:
+    """Returns every leaf of the subnet by path, which begins with its collection."""
+    chosen = jax.device_get(deployed_networks.selected(deployed))
+    return linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
 
 
 def to_integers(
@@ -168,7 +176,10 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Pac
             raise ValueError(
                 f"{path} is of a model that is not in mpq_jax.models; call load(path, model=...)"
             )
-        model = make_model(spec["name"], num_classes=network.num_classes, **spec["options"])
+        computed = {name: spec[name] for name in ("dtype",) if name in spec}
+        model = make_model(
+            spec["name"], num_classes=network.num_classes, **computed, **spec["options"]
+        )
     table = LayerTable(tuple(map(_fixed_layer, network.table)), norm_rows="shared")
     check_model(model, table, network.image_shape)
     params = dict(network.floats)
@@ -179,7 +190,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Pac
     steps = [layer.input_step or 1.0 for layer in network.layers]
     selected = supernet.Selected(
         params=jax.tree.map(jnp.asarray, linen.unflatten(params)),
-        batch_stats={},
+        batch_stats=jax.tree.map(jnp.asarray, linen.unflatten(network.stats)),
         act_steps=jnp.asarray(steps, jnp.float32),
         act_bits=jnp.asarray([layer.input_bits for layer in network.layers], jnp.int32),
         signed=jnp.asarray([layer.input_signed for layer in network.layers], bool),
@@ -213,19 +224,58 @@ def logits(packed: Packed, images: Float[Array, "batch ..."]) -> Float[Array, "b
         ).logits
 
 
-def _batch_norms(deployed: Deployed) -> dict[str, nn.BatchNorm]:
-    """Returns the norms of the model by path, in call order."""
-    norms: dict[str, nn.BatchNorm] = {}
+Calls = dict[str, tuple[nn.Module, tuple[int, ...], bool]]  # module, its input's shape, affine
+
+
+def _calls(deployed: Deployed) -> Calls:
+    """Returns the layers and norms that the model calls, by path, in call order."""
+    calls: Calls = {}
 
     def collect(next_call, args, kwargs, context):
-        if isinstance(context.module, nn.BatchNorm):
-            norms[linen.path_name(context.module)] = context.module
+        module = context.module
+        if context.method_name == "__call__" and isinstance(module, (*linen.LAYERS, nn.BatchNorm)):
+            shape = linen.input_of(args, kwargs).shape
+            affine = isinstance(module, nn.BatchNorm) and _is_affine(module, shape, args, kwargs)
+            name = linen.path_name(module)
+            first, first_shape, so_far = calls.get(name, (module, shape, affine))
+            calls[name] = (first, first_shape, so_far and affine)
         return next_call(*args, **kwargs)
 
     images = jax.ShapeDtypeStruct((1, *deployed.image_shape), jnp.float32)
     with nn.intercept_methods(collect):
         jax.eval_shape(lambda x: deployed_networks.logits(deployed, x), images)
-    return norms
+    return calls
+
+
+def _is_affine(norm: nn.BatchNorm, shape: tuple[int, ...], args: tuple, kwargs: dict) -> bool:
+    """Whether a call multiplies and adds one number for each of the last axis' channels."""
+    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    running = nn.merge_param("use_running_average", norm.use_running_average, given)
+    axes = norm.axis if isinstance(norm.axis, tuple | list) else (norm.axis,)
+    last = [axis % len(shape) for axis in axes] == [len(shape) - 1]
+    return type(norm).__call__ is nn.BatchNorm.__call__ and bool(running) and last
+
+
+def _geometry(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns how a layer goes over its input: of a convolution strides, padding and the like."""
+    if not isinstance(module, nn.Conv):
+        return {"strides": [], "padding": [], "dilation": [], "groups": 1}
+    window = np.atleast_1d(module.kernel_size)
+    strides, dilation = (
+        [1 if given is None else int(given)] * len(window)
+        if given is None or isinstance(given, int)
+        else [int(number) for number in given]
+        for given in (module.strides, module.kernel_dilation)
+    )
+    padding: Any = nn.linear.canonicalize_padding(module.padding, len(window))
+    if padding in ("SAME", "SAME_LOWER", "VALID"):
+        reach = (window - 1) * np.array(dilation) + 1
+        inside = shape[-1 - len(window) : -1]
+        padding = jax.lax.padtype_to_pads(inside, reach, strides, padding)
+    if not isinstance(padding, str):
+        padding = [[int(before), int(after)] for before, after in padding]
+    groups = module.feature_group_count
+    return {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
 
 
 def _units(table: LayerTable, layers: list[LayerCodes]) -> dict[str, float]:
@@ -250,46 +300,62 @@ def _layer_tensors(layers: list[LayerCodes]) -> dict[str, np.ndarray]:
     }
 
 
-def _float_tensors(deployed: Deployed, folded: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the parameters that are neither packed nor folded."""
-    params = linen.flatten(jax.device_get(deployed_networks.selected(deployed).params))
+def _other_tensors(deployed: Deployed, folded: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the parameters and the statistics that are neither packed nor folded."""
     packed = {f"{layer.name}/kernel" for layer in deployed.table.layers if not layer.float_weights}
-    return {
-        f"floats/{name}": np.ascontiguousarray(leaf)
-        for name, leaf in params.items()
-        if name not in packed and linen.module_of(name) not in folded
-    }
+    kinds, tensors = {"params": "floats", "batch_stats": "stats"}, {}
+    for path, leaf in _leaves(deployed).items():
+        collection, _, name = path.partition("/")
+        if name not in packed and linen.module_of(name) not in folded:
+            tensors[f"{kinds[collection]}/{name}"] = np.array(leaf, order="C")
+    return tensors
 
 
-def _float_norms(folded: dict[str, Any], units: dict[str, float]) -> dict[str, np.ndarray]:
+class Kept(NamedTuple):
+    """Folded norms as a file keeps them.
+
+    Attributes:
+        tensors: channels of all norms, one after another.
+        records: what the header says of each norm, by path.
+    """
+
+    tensors: dict[str, np.ndarray]
+    records: dict[str, dict[str, Any]]
+
+
+def _joined(columns: Sequence[Sequence[np.ndarray]], *kinds: type) -> dict[str, np.ndarray]:
+    """Returns the columns of all norms by their tensor's name."""
+    if not columns:
+        return {}
+    names = ("norm_multipliers", "norm_offsets", "norm_shifts")[: len(kinds)]
+    parts = zip(names, zip(*columns, strict=True), kinds, strict=True)
+    return {name: np.concatenate(part).astype(kind) for name, part, kind in parts}
+
+
+def _float_norms(folded: dict[str, Any], units: dict[str, float]) -> Kept:
     del units
-    multipliers, offsets = (np.concatenate(parts) for parts in zip(*folded.values(), strict=True))
-    return {
-        "norm_multipliers": multipliers.astype(np.float32),
-        "norm_offsets": offsets.astype(np.float32),
-    }
+    tensors = _joined(list(folded.values()), np.float32, np.float32)
+    return Kept(tensors, {name: {"unit": 1.0} for name in folded})
 
 
-def _half_norms(folded: dict[str, Any], units: dict[str, float]) -> dict[str, np.ndarray]:
+def _half_norms(folded: dict[str, Any], units: dict[str, float]) -> Kept:
+    """Each norm's numbers are scaled by powers of two, so that the largest nearly fill the type."""
+    del units
+    columns, records = [], {}
     for name, numbers in folded.items():
-        largest = np.abs(numbers).max()
-        if largest > HALF.max:
-            raise ValueError(
-                f"norm {name!r} multiplies by or adds up to {largest:.3g}, and floats of 16 bits "
-                f"end at {HALF.max:g}; keep its norms as 'float' or 'integer'"
-            )
-    kept = _float_norms(folded, units)
-    return {name: numbers.astype(np.float16) for name, numbers in kept.items()}
+        exponents = [HALF_EXPONENT - np.frexp(np.abs(one).max())[1] for one in numbers]
+        columns.append([np.ldexp(*one) for one in zip(numbers, exponents, strict=True)])
+        records[name] = {"unit": 1.0, "scales": [float(np.ldexp(1.0, e)) for e in exponents]}
+    return Kept(_joined(columns, np.float16, np.float16), records)
 
 
-def _integer_norms(folded: dict[str, Any], units: dict[str, float]) -> dict[str, np.ndarray]:
-    rounded = [
-        to_integers(multiplier * units.get(name, 1.0), offset)
-        for name, (multiplier, offset) in folded.items()
-    ]
-    names = ("norm_multipliers", "norm_offsets", "norm_shifts")
-    columns = zip(*rounded, strict=True)
-    return {n: np.concatenate(parts) for n, parts in zip(names, columns, strict=True)}
+def _integer_norms(folded: dict[str, Any], units: dict[str, float]) -> Kept:
+    columns, records = [], {}
+    for name, (multiplier, offset) in folded.items():
+        unit = units.get(name, 1.0)
+        columns.append(to_integers(multiplier * unit, offset))
+        records[name] = {"unit": unit}
+    return Kept(_joined(columns, np.int16, np.int32, np.int8), records)
 
 
 NORMS = {"float": _float_norms, "half": _half_norms, "integer": _integer_norms}

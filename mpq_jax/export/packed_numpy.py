@@ -38,6 +38,9 @@ class PackedLayer(NamedTuple):
         input_bits: of the input's codes; of a float input what it is billed at.
         input_signed: whether they are two's complement, or natural binary.
         norm: path of the norm that reads the output, or None.
+        strides, dilation: of a convolution, along each axis of its images; else empty.
+        padding: likewise, before and after them; or how Flax calls what is no zero padding.
+        groups: of a convolution's channels; else 1.
     """
 
     name: str
@@ -52,6 +55,10 @@ class PackedLayer(NamedTuple):
     input_bits: int
     input_signed: bool
     norm: str | None
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...] | str
+    dilation: tuple[int, ...]
+    groups: int
 
 
 class FoldedNorm(NamedTuple):
@@ -79,6 +86,7 @@ class Network(NamedTuple):
     Attributes:
         layers: in call order.
         floats: all other parameters, by path.
+        stats: running statistics of norms that are not folded, by path.
         norms: folded BatchNorms, by path.
         image_shape: height, width and channels of an image.
         num_classes: size of the output.
@@ -89,6 +97,7 @@ class Network(NamedTuple):
 
     layers: list[PackedLayer]
     floats: dict[str, np.ndarray]
+    stats: dict[str, np.ndarray]
     norms: dict[str, FoldedNorm]
     image_shape: tuple[int, ...]
     num_classes: int
@@ -110,11 +119,8 @@ def read(path: str | os.PathLike[str]) -> Network:
     try:
         return Network(
             layers=_layers(tensors, content["layers"]),
-            floats={
-                name.removeprefix("floats/"): tensor
-                for name, tensor in tensors.items()
-                if name.startswith("floats/")
-            },
+            floats=_below("floats/", tensors),
+            stats=_below("stats/", tensors),
             norms=_norms(tensors, content["norms"]),
             image_shape=tuple(content["image_shape"]),
             num_classes=content["num_classes"],
@@ -125,6 +131,14 @@ def read(path: str | os.PathLike[str]) -> Network:
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not hold what its header says: {error}") from error
+
+
+def _below(start: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix(start): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -187,11 +201,22 @@ def _layers(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> li
                 input_bits=record["input_bits"],
                 input_signed=record["input_signed"],
                 norm=record["norm"],
+                **_geometry(record),
             )
         )
     if start != len(words):
         raise ValueError(f"the layers take {start} bytes of words, and there are {len(words)}")
     return layers
+
+
+def _geometry(record: dict[str, Any]) -> dict[str, Any]:
+    padding = record["padding"]
+    return {
+        "strides": tuple(record["strides"]),
+        "padding": padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        "dilation": tuple(record["dilation"]),
+        "groups": record["groups"],
+    }
 
 
 def _norms(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> dict[str, FoldedNorm]:
@@ -207,6 +232,11 @@ def _norms(tensors: dict[str, np.ndarray], records: list[dict[str, Any]]) -> dic
             integers = (multiplier, offset, shifts[part])
             scale = np.ldexp(np.float64(1), -shifts[part].astype(np.int32))
             multiplier, offset = multiplier * scale / unit, offset * scale
+        elif "scales" in record:
+            multiplier, offset = (
+                numbers.astype(np.float64) / scale
+                for numbers, scale in zip((multiplier, offset), record["scales"], strict=True)
+            )
         norms[record["path"]] = FoldedNorm(
             multiplier.astype(np.float32), offset.astype(np.float32), integers, unit
         )
