@@ -56,7 +56,8 @@ def test_a_precision_of_training_keeps_its_statistics(workdirs, deployed):
 
 def test_the_provenance_is_json_without_places_of_files(deployed):
     provenance = json.loads(json.dumps(deployed.provenance))
-    assert provenance["model"] == {"name": "resnet8", "options": {"width": 4}}
+    model = {"name": "resnet8", "options": {"width": 4}, "dtype": "float32"}
+    assert provenance["model"] == model
     assert provenance["config"]["data"]["name"] == "digits"
     assert "init_from" not in provenance["config"] and "path" not in json.dumps(provenance)
     assert (deployed.image_shape, deployed.num_classes) == ((8, 8, 1), 10)

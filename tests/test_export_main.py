@@ -15,7 +15,8 @@ from exporting import make_run
 
 from mpq_jax import bits as bit_configs
 from mpq_jax import data, supernet
-from mpq_jax.export import integers, packed_numpy
+from mpq_jax.export import deployed as networks
+from mpq_jax.export import formats, integers, packed_numpy
 from mpq_jax.export.__main__ import main
 from mpq_jax.layer_table import FIRST_LAST_FLOAT, LayerTable, Rule, bit_rules, trace_layers
 from mpq_jax.models import make_model
@@ -293,17 +294,29 @@ def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
     assert top1[0] == top1[1] and rows["equal predictions"][0] == "100.00%"
     assert float(rows["file, KiB"][0]) < float(rows["file, KiB"][2])
     assert {"latency, batch 1, ms", "latency, batch 64, ms"} <= set(rows)
-    # At other bits it is another network: the table is shown, and the program fails.
     message = failure([out, "--workdir", workdir, "--bits", "uniform:2"], capsys, ["verify"])
-    assert "differs by" in message and "wanted at most 0.05" in message
+    assert "is of another configuration" in message
     main([*network, "--norms", "integer", "--out", out])
     assert packed_numpy.read(out).norms["stage0_block0/norm1"].integers is not None
-    other = [out, "--workdir", workdir, "--bits", "uniform:2", "--tolerance", "100"]
-    main(["verify", *other, "--dataset", "digits"])
-    assert "360 images" in capsys.readouterr().out
+    # Another network of these bits: the table is shown, and the program fails.
+    deployed = networks.load(workdir, "uniform:8")
+    turned = jax.tree.map(lambda leaf: -leaf, deployed.variables.learned.params)
+    learned = deployed.variables.learned._replace(params=turned)
+    other = deployed._replace(variables=deployed.variables._replace(learned=learned))
+    formats.save(out, other, "packed")
+    message = failure([out, *network], capsys, ["verify"])
+    assert "differs by" in message and "wanted at most 0.05" in message
+    main(["verify", out, *network, "--tolerance", "100", "--dataset", "digits"])
+    printed = capsys.readouterr().out
+    assert "360 images" in printed and "no image has the same logits" in printed
 
 
-@pytest.mark.parametrize("name", ["network.safetensors", "network.onnx"])
+every_ending = pytest.mark.parametrize(
+    "name", [f"network.{ending}" for ending in ("safetensors", "onnx", "stablehlo")]
+)
+
+
+@every_ending
 def test_a_file_in_its_run_says_of_which_network_it_is(workdir, capsys, name):
     path = pathlib.Path(workdir) / "exported" / name
     main(["--workdir", workdir, "--bits", "uniform:2", "--out", str(path)])
@@ -314,7 +327,7 @@ def test_a_file_in_its_run_says_of_which_network_it_is(workdir, capsys, name):
     assert top1[0] == top1[1] and rows["equal predictions"][0] == "100.00%"
 
 
-@pytest.mark.parametrize("name", ["network.safetensors", "network.onnx"])
+@every_ending
 def test_bits_that_training_found_are_not_asked_for(tmp_path, capsys, name):
     workdir = make_run(tmp_path / "run", "csq")
     main(["--workdir", str(workdir), "--out", str(workdir / name)])
@@ -323,15 +336,25 @@ def test_bits_that_training_found_are_not_asked_for(tmp_path, capsys, name):
     assert rows_of(capsys.readouterr().out)["equal predictions"][0] == "100.00%"
 
 
+def test_files_of_another_run_and_folders_of_other_programs_are_refused(workdir, tmp_path, capsys):
+    path = tmp_path / "other" / "network.safetensors"
+    other = make_run(tmp_path / "run", "csq")
+    main(["--workdir", workdir, "--bits", "uniform:2", "--out", str(path)])
+    message = failure([path, "--workdir", other], capsys, ["verify"])
+    assert f"{path} does not fit the run in {other}, if it is of that run at all" in message
+    (path.parent / "config.json").write_text('{"architectures": ["ResNet"]}')
+    assert "lies in no run" in failure([path], capsys, ["verify"])
+    named = failure([path, "--workdir", path.parent], capsys, ["verify"])
+    assert "config.json lacks 'data': another version of mpq_jax wrote it" in named
+    bits = failure([path, "--workdir", workdir, "--bits", path], capsys, ["verify"])
+    assert f"{path} is no bit file of this network" in bits
+
+
 def test_files_that_do_not_say_their_network_are_asked_about(workdir, tmp_path, capsys):
     path = tmp_path / "network.safetensors"
     main(["--workdir", workdir, "--bits", "uniform:2", "--out", str(path)])
     message = failure([path], capsys, ["verify"])
     assert "--workdir is not given" in message and "lies in no run" in message
-    path = path.with_suffix(".stablehlo")
-    path.write_bytes(b"whatever it is")
-    message = failure([path, "--workdir", workdir], capsys, ["verify"])
-    assert "is StableHLO, which does not say its bits; pass --bits" in message
     path = path.with_suffix(".onnx")
     identity = onnx.helper.make_node("Identity", ["x"], ["y"])
     ends = [onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, [1]) for end in "xy"]
@@ -340,7 +363,7 @@ def test_files_that_do_not_say_their_network_are_asked_about(workdir, tmp_path, 
     other = onnx.helper.make_model(graph, opset_imports=operators, ir_version=10)
     path.write_bytes(other.SerializeToString())
     message = failure([path, "--workdir", workdir], capsys, ["verify"])
-    assert "so mpq_jax has not written it; pass --bits" in message
+    assert "does not say its bits; pass --bits" in message
 
 
 @pytest.mark.parametrize(
@@ -364,7 +387,7 @@ def test_exports_that_cannot_be_are_refused_in_one_line(workdir, tmp_path, capsy
     assert "dataset 'digits' got unknown options ['path']" in elsewhere
     assert "there is no bit file" in failure([*network, *out, "--bits", "x.json"], capsys, [])
     unfit = ["--bits", "uniform:8", *out, "--opset", "21"]
-    assert "packed has no option ['opset']" in failure([*network, *unfit], capsys, [])
+    assert "packed has no option 'opset'" in failure([*network, *unfit], capsys, [])
     (tmp_path / "file").write_text("a file, no folder")
     inside = ["--bits", "uniform:8", "--out", tmp_path / "file" / "x.safetensors"]
     assert "file" in failure([*network, *inside], capsys, [])

@@ -1,5 +1,6 @@
 """StableHLO programs run without the library, and their kernels are integers in the file."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ import pytest
 from deploying import deploy, some_images
 
 from mpq_jax.export import deployed as networks
-from mpq_jax.export.stablehlo import to_stablehlo
+from mpq_jax.export import seal
+from mpq_jax.export.stablehlo import facts_of, to_stablehlo
 from mpq_jax.models import make_model
 from mpq_jax.models.vit import ViT
 from mpq_jax.quantizers import batch_max, lsq
@@ -56,6 +58,21 @@ def test_another_process_gets_the_same(deployed, written, tmp_path):
     check_equal(np.load(files[2]), logits_of(deployed, images))
 
 
+def test_no_folder_of_the_writing_machine_is_in_the_file(written):
+    for folder in (pathlib.Path(__file__).parents[1], sys.prefix):
+        assert str(folder).encode() not in written
+
+
+def test_other_versions_are_refused(written, tmp_path):
+    path = tmp_path / "net.stablehlo"
+    changed = written.replace(b'"version": 1', b'"version": 2')
+    begin = changed.index(b"mpq_jax crc32 ")
+    opened = changed[: begin + 14] + b"0" * 8 + changed[begin + 22 :]
+    with pytest.raises(ValueError, match="has version 2 of the format, this library reads version"):
+        facts_of(path, seal.sealed(opened))
+    assert facts_of(path, written)["provenance"] == {"model": "ResNetCifar"}
+
+
 def test_any_batch(deployed, written):
     network = jax.export.deserialize(bytearray(written))
     images = some_images(deployed)[:3]
@@ -80,6 +97,26 @@ def test_models_that_ask_for_the_number_of_images():
     images = some_images(deployed)
     check_equal(np.asarray(network.call(images)), logits_of(deployed, images))
     assert network.platforms == ("cpu",)
+
+
+class Mixing(nn.Module):
+    """Logits of an image depend on the others."""
+
+    counted: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape((len(x) if self.counted else -1, 48))
+        return nn.Dense(3, name="dense")(x - jnp.mean(x, 0, keepdims=True))
+
+
+def test_images_that_are_computed_together_stay_so_or_are_refused():
+    deployed = deploy(Mixing(counted=False), (4, 4, 3))
+    network = jax.export.deserialize(bytearray(to_stablehlo(deployed)))
+    images = some_images(deployed)
+    check_equal(np.asarray(network.call(images)), logits_of(deployed, images))
+    with pytest.raises(ValueError, match="computes with several images at once"):
+        to_stablehlo(deployed._replace(model=Mixing(counted=True)))
 
 
 def test_errors_of_the_model_come_through():

@@ -1,5 +1,8 @@
 """What `verify` says of two networks, and that it runs the file itself."""
 
+import os
+import stat
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from exporting import make_run
 from mpq_jax import data
 from mpq_jax.export import datasets, formats, packed, verify
 from mpq_jax.export import deployed as networks
+from mpq_jax.layer_table import LayerTable
 
 
 @pytest.fixture(scope="module")
@@ -114,19 +118,60 @@ def test_formats_are_known_by_the_ending(tmp_path, deployed):
         formats.format_of(tmp_path / "a.pb")
     with pytest.raises(ValueError, match=r"known formats are \['onnx', 'packed', 'stablehlo'\]"):
         formats.save(tmp_path / "a", deployed, "tflite")
-    with pytest.raises(ValueError, match=r"onnx has no option \['norms'\]; its options are"):
+    with pytest.raises(ValueError, match=r"onnx has no option 'norms'; its options: \['opset'\]"):
         formats.save(tmp_path / "a", deployed, "onnx", norms="float")
+    with pytest.raises(ValueError, match=r"norms is 'int'; packed takes \('float', 'half', "):
+        formats.save(tmp_path / "a", deployed, "packed", norms="int")
+    with pytest.raises(ValueError, match=r"opset is 17; onnx takes range\(21, 26\)"):
+        formats.save(tmp_path / "a", deployed, "onnx", opset=17)
+    with pytest.raises(ValueError, match="is a folder; name the file to write in it"):
+        formats.save(tmp_path, deployed, "onnx")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["onnx", "stablehlo"])
-def test_damaged_graphs_are_refused(name, tmp_path):
+def test_what_is_no_graph_is_refused(name, tmp_path):
     path = tmp_path / "graph"
     path.write_bytes(b"this is neither a graph nor a program, and never was one")
-    with pytest.raises(ValueError, match=f"{path} is no .* it may be damaged"):
+    with pytest.raises(ValueError, match=f"{path} is no "):
         formats.FORMATS[name].open(path)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         formats.FORMATS[name].open(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", sorted(formats.FORMATS))
+def test_damage_is_found_wherever_it_is(name, deployed, tmp_path):
+    path = formats.save(tmp_path / "network", deployed, name)
+    content = path.read_bytes()
+    places = np.linspace(0, len(content) - 1, 60).astype(int)
+    damaged = [
+        content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :] for place in places
+    ]
+    for one in (*damaged, content[:-1], content[: len(content) // 2], content + b"x"):
+        path.write_bytes(one)
+        with pytest.raises(ValueError, match=str(path)):
+            formats.FORMATS[name].open(path)
+    path.write_bytes(content)
+    formats.FORMATS[name].open(path)
+
+
+@pytest.mark.parametrize("name", sorted(formats.FORMATS))
+def test_files_of_other_bits_or_layers_are_refused(name, deployed, digits, tmp_path):
+    path = formats.save(tmp_path / "network", deployed, name)
+    other = deployed._replace(bits=deployed.table.uniform(2, 2))
+    with pytest.raises(ValueError, match="have 4 bits in the file and 2 in the network"):
+        verify.verify(path, name, other, digits)
+    layers = [layer._replace(name=f"{layer.name}_") for layer in deployed.table.layers]
+    other = deployed._replace(table=LayerTable(tuple(layers), deployed.table.norm_rows))
+    with pytest.raises(ValueError, match="is of another network: the bit configuration"):
+        verify.check_bits(path, name, other)
+
+
+def test_files_can_be_read_by_all(deployed, file, tmp_path):
+    mask = os.umask(0o022)
+    os.umask(mask)
+    path = formats.save(tmp_path / "network", deployed, "packed")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("name", sorted(formats.FORMATS))

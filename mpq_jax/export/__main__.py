@@ -29,17 +29,28 @@ def read_network(arguments: argparse.Namespace) -> Deployed:
     return deployed_networks.load(arguments.workdir, arguments.bits, dataset=moved(arguments))
 
 
-def find_network(arguments: argparse.Namespace, path: pathlib.Path, name: str) -> None:
-    """Fills in the --workdir and --bits of a file that are not given."""
+def find_network(arguments: argparse.Namespace, path: pathlib.Path, name: str) -> Deployed:
+    """Returns the network that a file is of, by --workdir and --bits or where and what it is."""
     if not arguments.workdir:
-        above = [folder for folder in path.resolve().parents if (folder / "config.json").is_file()]
+        above = [folder for folder in path.resolve().parents if (folder / "checkpoints").is_dir()]
         if not above:
             raise ValueError(
                 f"--workdir is not given, and {path} lies in no run; name the run of train.py that "
                 "it is of"
             )
         arguments.workdir = str(above[0])
-    arguments.bits = arguments.bits or formats.FORMATS[name].bits(path)
+    if arguments.bits:
+        return read_network(arguments)
+    arguments.bits = formats.FORMATS[name].bits(path)
+    if arguments.bits == "":
+        raise ValueError(f"{path} does not say its bits; pass --bits")
+    try:
+        return read_network(arguments)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not fit the run in {arguments.workdir}, if it is of that run at all: "
+            f"{error}"
+        ) from error
 
 
 def moved(arguments: argparse.Namespace) -> dict[str, str]:
@@ -61,9 +72,10 @@ def export(arguments: argparse.Namespace, console: rich.console.Console) -> None
         raise ValueError("--out is not given: the file to write")
     out = pathlib.Path(arguments.out)
     name = format_name(arguments, out)
-    deployed = read_network(arguments)
     options = {"norms": arguments.norms, "opset": arguments.opset}
     given = {option: value for option, value in options.items() if value is not None}
+    formats.check(out, name, given)  # refuses nonsense at once
+    deployed = read_network(arguments)
     formats.save(out, deployed, name, **given)
     kernels = float(costs.model_bytes(deployed.table, deployed.bits))
     size = out.stat().st_size
@@ -83,10 +95,13 @@ def check(arguments: argparse.Namespace, console: rich.console.Console) -> None:
     name = format_name(arguments, path)
     if arguments.dataset:
         datasets.split_name(arguments.dataset)  # refuses nonsense at once
-    find_network(arguments, path, name)
-    deployed = read_network(arguments)
+    deployed = find_network(arguments, path, name)
     report = verify.verify(path, name, deployed, read_dataset(arguments, deployed))
     show(report, formats.FORMATS[name].runtime, console)
+    if not report.agreement.same:
+        console.print(
+            "no image has the same logits, which only norms that are not kept as float32 explain"
+        )
     points = report.agreement.points
     if abs(points) > arguments.tolerance:
         raise ValueError(

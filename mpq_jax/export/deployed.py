@@ -112,9 +112,8 @@ def load(
     """
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
-    own = config["data"].get(config["data"]["name"], {})
-    own.update(dataset or {})
     try:
+        config["data"].get(config["data"]["name"], {}).update(dataset or {})
         setup = runs.build(config | ALONE)
     except KeyError as error:
         raise ValueError(
@@ -161,9 +160,12 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
             f"{workdir} holds no run: there is no {path.name} in it; pass the --workdir of train.py"
         )
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no config of a run of train.py")
+    return config
 
 
 def _finished_state(setup: runs.Setup, workdir: pathlib.Path) -> tuple[int, Any]:
@@ -226,7 +228,10 @@ def _read_bits(table: LayerTable, bits: Any) -> tuple[BitConfig, str]:
         path = pathlib.Path(bits)
         if not path.is_file():
             raise FileNotFoundError(f"there is no bit file {path}; search.py writes bits_*.json")
-        chosen, name = bit_configs.from_json(path.read_text(), table.names), path.name
+        try:
+            chosen, name = bit_configs.from_json(path.read_text(), table.names), path.name
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise ValueError(f"{path} is no bit file of this network: {error}") from error
     table.check(chosen)
     return chosen, name
 

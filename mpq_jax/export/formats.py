@@ -8,7 +8,7 @@ logits = run(images)
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import onnxruntime
 
 from mpq_jax import bits as bit_configs
 from mpq_jax.bits import BitConfig
-from mpq_jax.export import onnx_graph, packed, packed_numpy, stablehlo
+from mpq_jax.export import container, onnx_graph, packed, packed_numpy, seal, stablehlo
 from mpq_jax.export.deployed import FOUND, Deployed
 
 PROVIDERS = ["CPUExecutionProvider"]  # of ONNX Runtime
@@ -33,16 +33,16 @@ class Format(NamedTuple):
     Attributes:
         endings: of file names that are taken for it.
         runtime: what `open` runs it with.
-        options: names of further arguments of `write`.
+        options: further arguments of `write`, and their values.
         write: `(path, deployed, **options)` writes a network.
         open: returns what runs a file; raises ValueError where the file is none of these.
         bits: returns the bit file of the configuration that a file holds, as text; None: training
-            found it. Raises ValueError where files do not say it.
+            found it; "": the file does not say it, since another program wrote it.
     """
 
     endings: tuple[str, ...]
     runtime: str
-    options: tuple[str, ...]
+    options: Mapping[str, Container[Any]]
     write: Callable[..., None]
     open: Callable[[pathlib.Path], RunImages]
     bits: Callable[[pathlib.Path], str | None]
@@ -65,14 +65,23 @@ def save(
     Raises:
         ValueError: an unknown format or option, or a network that it cannot hold.
     """
-    check_name(format_name)
-    known = FORMATS[format_name].options
-    foreign = sorted(set(options) - set(known))
-    if foreign:
-        raise ValueError(f"{format_name} has no option {foreign}; its options are {list(known)}")
     path = pathlib.Path(path)
+    check(path, format_name, options)
     FORMATS[format_name].write(path, deployed, **options)
     return path
+
+
+def check(path: pathlib.Path, format_name: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where a network cannot be written as, or to, what was asked for."""
+    check_name(format_name)
+    known = FORMATS[format_name].options
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{format_name} has no option {name!r}; its options: {list(known)}")
+        if value not in known[name]:
+            raise ValueError(f"{name} is {value!r}; {format_name} takes {known[name]}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the file to write in it")
 
 
 def check_name(format_name: str) -> None:
@@ -90,13 +99,6 @@ def format_of(path: pathlib.Path) -> str:
     raise ValueError(f"{path} ends like no known format: {endings}; name its format")
 
 
-def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
 def _read_bytes(path: pathlib.Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -104,11 +106,17 @@ def _read_bytes(path: pathlib.Path) -> bytes:
 
 
 def _write_onnx(path: pathlib.Path, deployed: Deployed, **options: Any) -> None:
-    _write_bytes(path, onnx_graph.to_onnx(deployed, **options).SerializeToString())
+    model = onnx_graph.to_onnx(deployed, **options)
+    onnx.helper.set_model_props(
+        model, {entry.key: entry.value for entry in model.metadata_props} | {"checksum": seal.SEAL}
+    )
+    content = seal.sealed(model.SerializeToString())
+    _session(content, "the network became a graph that ONNX Runtime does not run; use StableHLO")
+    container.write_whole(path, content)
 
 
 def _write_stablehlo(path: pathlib.Path, deployed: Deployed) -> None:
-    _write_bytes(path, stablehlo.to_stablehlo(deployed))
+    container.write_whole(path, stablehlo.to_stablehlo(deployed))
 
 
 def _open_packed(path: pathlib.Path) -> RunImages:
@@ -137,7 +145,7 @@ def onnx_options() -> onnxruntime.SessionOptions:
 
 
 def _open_onnx(path: pathlib.Path) -> RunImages:
-    session = _session(path)
+    session = _read_onnx(path)
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
 
     def run(batch: np.ndarray) -> np.ndarray:
@@ -147,42 +155,47 @@ def _open_onnx(path: pathlib.Path) -> RunImages:
     return run
 
 
-def _session(path: pathlib.Path) -> onnxruntime.InferenceSession:
+def _read_onnx(path: pathlib.Path) -> onnxruntime.InferenceSession:
     content = _read_bytes(path)
+    seal.check(path, content)
+    what = "is no ONNX model that can be run here; it may be damaged or of a newer opset"
+    return _session(content, f"{path} {what}")
+
+
+def _session(content: bytes, otherwise: str) -> onnxruntime.InferenceSession:
     try:
         onnx.checker.check_model(content)
         return onnxruntime.InferenceSession(content, onnx_options(), providers=PROVIDERS)
     except Exception as error:  # both have several kinds of errors, without a common one
-        raise ValueError(
-            f"{path} is no ONNX model that this ONNX Runtime ({onnxruntime.__version__}) can run; "
-            f"it may be damaged or of a newer opset: {error}"
-        ) from error
+        version = onnxruntime.__version__
+        raise ValueError(f"{otherwise} (ONNX Runtime {version}): {error}") from error
 
 
 def _onnx_bits(path: pathlib.Path) -> str | None:
-    facts = _session(path).get_modelmeta().custom_metadata_map
+    facts = _read_onnx(path).get_modelmeta().custom_metadata_map
     if not {"bits", "provenance"} <= set(facts):
-        raise ValueError(
-            f"{path} does not say its bits, so mpq_jax has not written it; pass --bits"
-        )
+        return ""
     found = json.loads(facts["provenance"]).get("bits") == FOUND
     return None if found else facts["bits"]
 
 
 def _open_stablehlo(path: pathlib.Path) -> RunImages:
     content = _read_bytes(path)
+    stablehlo.facts_of(path, content)
     try:
         exported = jax.export.deserialize(bytearray(content))
-    except Exception as error:  # of many kinds, according to what is damaged
+        exported.mlir_module()
+    except Exception as error:  # of many kinds, according to what is wrong
         raise ValueError(
-            f"{path} is no program that JAX {jax.__version__} can read; it may be damaged, or "
-            f"written by a JAX that is too old or too new: {error}"
+            f"{path} is no program that JAX {jax.__version__} can read; it may be written by a "
+            f"JAX that is too old or too new: {error}"
         ) from error
     return _on_host(jax.jit(exported.call))
 
 
 def _stablehlo_bits(path: pathlib.Path) -> str | None:
-    raise ValueError(f"{path} is StableHLO, which does not say its bits; pass --bits")
+    facts = stablehlo.facts_of(path, _read_bytes(path))
+    return None if facts["provenance"].get("bits") == FOUND else facts["bits"]
 
 
 def _on_host(call: Callable[[np.ndarray], jax.Array]) -> RunImages:
@@ -190,9 +203,23 @@ def _on_host(call: Callable[[np.ndarray], jax.Array]) -> RunImages:
 
 
 FORMATS = {
-    "packed": Format((".safetensors",), "JAX", ("norms",), packed.save, _open_packed, _packed_bits),
-    "onnx": Format((".onnx",), "ONNX Runtime", ("opset",), _write_onnx, _open_onnx, _onnx_bits),
+    "packed": Format(
+        (".safetensors",),
+        "JAX",
+        {"norms": tuple(packed.NORMS)},
+        packed.save,
+        _open_packed,
+        _packed_bits,
+    ),
+    "onnx": Format(
+        (".onnx",),
+        "ONNX Runtime",
+        {"opset": range(onnx_graph.OPSETS[0], onnx_graph.OPSETS[1] + 1)},
+        _write_onnx,
+        _open_onnx,
+        _onnx_bits,
+    ),
     "stablehlo": Format(
-        (".stablehlo",), "JAX", (), _write_stablehlo, _open_stablehlo, _stablehlo_bits
+        (".stablehlo",), "JAX", {}, _write_stablehlo, _open_stablehlo, _stablehlo_bits
     ),
 }

@@ -16,6 +16,8 @@ from mpq_jax.quantizers.record import ActQuantizer
 
 BATCH = "batch"  # name of the size that may vary
 MARK = "mpq_jax_input:"  # begins the name of the place where a layer's input is quantised
+TRIED = 8  # images with which it is tried whether a model computes each image alone
+ROUNDING = 1e-3  # part of an image's largest logit that rounding may move one by
 
 
 class InputCodes(NamedTuple):
@@ -116,7 +118,11 @@ def for_any_batch(call: Callable, variables: Any, images: jax.ShapeDtypeStruct) 
     """Returns `call(variables, images)` in a form that can be traced for any number of images.
 
     That is the call itself, unless the model needs the number (`len(x)`, `int(x.shape[0])`); then
-    it is called with one image, mapped over the batch, which gives the same logits.
+    it is called with one image, mapped over the batch, which gives the same logits where a model
+    computes each image alone.
+
+    Raises:
+        ValueError: the model needs the number and computes with several images at once.
     """
     try:
         jax.eval_shape(call, variables, images)
@@ -126,5 +132,25 @@ def for_any_batch(call: Callable, variables: Any, images: jax.ShapeDtypeStruct) 
             jax.eval_shape(alone, variables, images)
         except Exception:
             raise error from None
+        _check_alone(call, alone, variables, images)
         return alone
     return call
+
+
+def _check_alone(
+    call: Callable, alone: Callable, variables: Any, images: jax.ShapeDtypeStruct
+) -> None:
+    """Raises ValueError where images together give other logits than each of them alone.
+
+    A few of them may, where rounding takes an input of a layer to another code.
+    """
+    drawn = jax.random.normal(jax.random.key(0), (TRIED, *images.shape[1:]), images.dtype)
+    together, apart = (np.asarray(jax.jit(one)(variables, drawn)) for one in (call, alone))
+    worst = np.abs(together - apart).max(-1) / np.abs(together).max(-1)
+    if np.median(worst) > ROUNDING:
+        raise ValueError(
+            "the model needs the number of images (as len(x) or int(x.shape[0])) and computes with "
+            "several images at once, statistics of a batch for instance, so no program of any "
+            "number of images is made of it: write -1 for the number (reshape), or compute each "
+            "image alone"
+        )

@@ -10,20 +10,27 @@ What it writes is what `jax.export` serialises, so it runs without this library:
 
 Kernels are constants of 4, 8 or 16 bits, made into floats while the program runs; inputs of layers
 are quantised as in training. JAX promises to read such files for six months after they were
-written, and to run them on the platforms that they were written for alone.
+written, and to run them on the platforms that they were written for alone. Behind the program
+stands a line of JSON, which JAX does not read: what the file holds, and a checksum.
 """
 
-from collections.abc import Sequence
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
 
+from mpq_jax import bits as bit_configs
 from mpq_jax.export import deployed as deployed_networks
-from mpq_jax.export import program
+from mpq_jax.export import program, seal
 from mpq_jax.export.deployed import Deployed, LayerCodes
 
+FORMAT = "mpq_jax.stablehlo"
+VERSION = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
 CODE_TYPES = {4: jnp.int4, 8: jnp.int8, 16: jnp.int16}  # by the bits that they have room for
 
@@ -59,8 +66,60 @@ def to_stablehlo(deployed: Deployed, *, platforms: Sequence[str] = PLATFORMS) ->
     def logits(images: jax.Array) -> jax.Array:
         return any_batch((), images)
 
-    exported = jax.export.export(jax.jit(logits), platforms=tuple(platforms))(images)
-    return bytes(exported.serialize())
+    with _without_paths():
+        exported = jax.export.export(jax.jit(logits), platforms=tuple(platforms))(images)
+        written = bytes(exported.serialize())
+    facts = {
+        "format": FORMAT,
+        "version": VERSION,
+        "checksum": seal.SEAL,
+        "bits": bit_configs.to_json(deployed.bits, deployed.table.names),
+        "mean": deployed.mean,
+        "std": deployed.std,
+        "provenance": deployed.provenance,
+    }
+    return seal.sealed(written + b"\n" + json.dumps(facts).encode())
+
+
+def facts_of(path: pathlib.Path, content: bytes) -> dict[str, Any]:
+    """Returns what stands behind the program of a file.
+
+    Raises:
+        ValueError: the file is damaged, of another kind or of another version.
+    """
+    seal.check(path, content)
+    try:
+        facts = json.loads(content[content.rindex(b"\n{") :])
+    except ValueError:
+        facts = {}
+    if facts.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is no StableHLO program of mpq_jax, or was cut off: the line that should "
+            "stand at its end is not there; copy or write it again"
+        )
+    if facts["version"] != VERSION:
+        raise ValueError(
+            f"{path} has version {facts['version']} of the format, this library reads version "
+            f"{VERSION}; update mpq_jax"
+        )
+    return facts
+
+
+@contextlib.contextmanager
+def _without_paths() -> Iterator[None]:
+    """Leaves the folders of source files, which would say where on a machine it was, out."""
+    settings = {
+        "jax_hlo_source_file_canonicalization_regex": ".*/",
+        "jax_include_full_tracebacks_in_locations": False,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def _stored(layer: LayerCodes) -> jax.Array:

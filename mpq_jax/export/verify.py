@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mpq_jax import bits as bit_configs
 from mpq_jax import data
 from mpq_jax.export import deployed as deployed_networks
 from mpq_jax.export import formats
@@ -93,9 +94,11 @@ def verify(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or of another kind, or the dataset does not fit.
+        ValueError: the file is damaged or of another kind or of other bits, or the dataset does not
+            fit.
     """
     check_dataset(deployed, dataset)
+    check_bits(path, format_name, deployed)
     run = formats.FORMATS[format_name].open(path)
     trained = jax.jit(lambda images: deployed_networks.logits(deployed, images))
     agreement = compare(run, lambda images: np.asarray(trained(images)), batches(deployed, dataset))
@@ -114,6 +117,24 @@ def verify(
         {size: found["exported"] for size, found in seconds.items()},
         {size: found["float"] for size, found in seconds.items()},
     )
+
+
+def check_bits(path: pathlib.Path, format_name: str, deployed: Deployed) -> None:
+    """Raises ValueError where a file says that it is of other layers or bits than the network."""
+    text = formats.FORMATS[format_name].bits(path)
+    if not text:
+        return
+    try:
+        found = bit_configs.from_json(text, deployed.table.names)
+    except ValueError as error:
+        raise ValueError(f"{path} is of another network: {error}") from error
+    for kind, mine, theirs in zip(found._fields, found, deployed.bits, strict=True):
+        for name, bits, wanted in zip(deployed.table.names, mine, theirs, strict=True):
+            if bits != wanted:
+                raise ValueError(
+                    f"{path} is of another configuration: {kind} of {name!r} have {int(bits)} bits "
+                    f"in the file and {int(wanted)} in the network that it is held against"
+                )
 
 
 def check_dataset(deployed: Deployed, dataset: data.Dataset) -> None:
