@@ -197,3 +197,8 @@ def test_path_of_a_nested_module():
 
     Outer().apply({}, jnp.ones(1))
     assert paths == ["", "stage_0/block0", "stage_1"]
+
+
+def test_names_with_the_separator_are_refused():
+    with pytest.raises(ValueError, match="'conv/kernel/scale' has a '/' in its name"):
+        linen.flatten({"norm": {"conv/kernel/scale": jnp.ones(2)}})
