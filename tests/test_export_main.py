@@ -311,28 +311,35 @@ def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
     assert "360 images" in printed and "no image has the same logits" in printed
 
 
-every_ending = pytest.mark.parametrize(
-    "name", [f"network.{ending}" for ending in ("safetensors", "onnx", "stablehlo")]
-)
+def export_all(workdir, *network):
+    """Writes a run's network in every format; returns the files by format."""
+    paths = {}
+    for name, one in formats.FORMATS.items():
+        paths[name] = pathlib.Path(workdir) / "exported" / f"network{one.endings[0]}"
+        main(["--workdir", str(workdir), *network, "--out", str(paths[name])])
+    return paths
 
 
-@every_ending
-def test_a_file_in_its_run_says_of_which_network_it_is(workdir, capsys, name):
-    path = pathlib.Path(workdir) / "exported" / name
-    main(["--workdir", workdir, "--bits", "uniform:2", "--out", str(path)])
+def test_files_in_their_run_say_of_which_network_they_are(workdir, capsys):
+    paths = export_all(workdir, "--bits", "uniform:2")
+    bits = networks.load(workdir, "uniform:2").bits
+    for name, path in paths.items():
+        said = formats.FORMATS[name].bits(path)
+        found = networks.load(workdir, said).bits
+        assert all(map(np.array_equal, found, bits))
     capsys.readouterr()
-    main(["verify", str(path), "--dataset", "digits"])
+    main(["verify", str(paths["onnx"]), "--dataset", "digits"])
     rows = rows_of(capsys.readouterr().out)
     (top1,) = (cells for row, cells in rows.items() if row.startswith("top-1"))
     assert top1[0] == top1[1] and rows["equal predictions"][0] == "100.00%"
 
 
-@every_ending
-def test_bits_that_training_found_are_not_asked_for(tmp_path, capsys, name):
+def test_bits_that_training_found_are_not_asked_for(tmp_path, capsys):
     workdir = make_run(tmp_path / "run", "csq")
-    main(["--workdir", str(workdir), "--out", str(workdir / name)])
+    paths = export_all(workdir)
+    assert [formats.FORMATS[name].bits(path) for name, path in paths.items()] == [None] * 3
     capsys.readouterr()
-    main(["verify", str(workdir / name)])
+    main(["verify", str(paths["packed"])])
     assert rows_of(capsys.readouterr().out)["equal predictions"][0] == "100.00%"
 
 
