@@ -85,13 +85,13 @@ def flatten(tree: Any) -> dict[str, Any]:
     """Returns the leaves of nested dicts by path, `stage1/block0/conv1/kernel`; of any kind.
 
     Raises:
-        ValueError: a name has a "/" in it, as those of `nn.WeightNorm` have.
+        ValueError: a name has a "/" in it, as those of `nn.WeightNorm`.
     """
     flat: Any = flax.traverse_util.flatten_dict(tree)
     for name in {name for path in flat for name in path if "/" in name}:
         raise ValueError(
             f"the variable {name!r} has a '/' in its name, which stands between names here; name "
-            "it otherwise (flax.linen.WeightNorm cannot, and is not supported)"
+            "it otherwise (WeightNorm and SpectralNorm of Flax cannot, and are not supported)"
         )
     return {"/".join(path): leaf for path, leaf in flat.items()}
 

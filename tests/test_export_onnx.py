@@ -4,6 +4,7 @@ import json
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.extend.core.primitives
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,10 @@ from onnx import numpy_helper
 
 from mpq_jax import bits as bit_configs
 from mpq_jax.export import deployed as networks
+from mpq_jax.export import onnx_graph
 from mpq_jax.export.onnx_graph import IMAGES, LOGITS, to_onnx
 from mpq_jax.export.onnx_operations import CONVERTERS
+from mpq_jax.export.onnx_pointwise import unary
 from mpq_jax.export.onnx_values import Tensor, Unsupported
 from mpq_jax.export.onnx_writer import Graph
 from mpq_jax.export.program import InputCodes
@@ -313,6 +316,22 @@ class Each(nn.Module):
         return jnp.concatenate([z.reshape(x.shape[0], -1).astype(jnp.float32) for z in found], -1)
 
 
+TABLE = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+SEED = jax.random.key(1)
+AROUND = ((0, 0), (1, 1), (1, 0), (0, 0))
+
+
+def whole(x):
+    return jnp.asarray(4 * x).astype(jnp.int32)
+
+
+def dilated_pool(x):
+    window, ones, padding = (1, 2, 2, 1), (1,) * 4, ((0, 0), (1, 1), (1, 0), (0, 0))
+    return jax.lax.reduce_window(
+        x, -np.inf, jax.lax.max, window, ones, padding, window_dilation=(1, 2, 2, 1)
+    )
+
+
 POINTWISE = {
     "neg": lambda x: -x,
     "reversed subtraction": lambda x: 3 - x,
@@ -355,12 +374,63 @@ MOVING = {
     "table": lambda x: jnp.einsum("bhwc,wk->bkhc", x, np.eye(4, 3, dtype=np.float32)),
     "table first": lambda x: jnp.einsum("wk,bhwc->kbch", np.eye(4, 3, dtype=np.float32), x).mean(0),
     "outer": lambda x: x[:, 0, 0, :, None] * x[:, 1, 1, None, :],
+    "edges": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 0), (0, 0)), mode="edge"),
+    "nothing": lambda x: (
+        jnp.concatenate([x[:, :0], x, x[:, 4:]], 1) + x[:, :0].sum((1, 2, 3)).sum()
+    ),
+    "paired table": lambda x: jax.lax.dot_general(TABLE, x, (((1,), (3,)), ((0,), (2,)))).sum(0).T,
+    "vector": lambda x: x @ TABLE[0] + jax.lax.dot_general(x, TABLE, (((2, 3), (0, 1)), ((), ()))),
+    "nothing summed": lambda x: jax.lax.dot_general(x, TABLE[0], (((), ()), ((), ()))),
+}
+# ONNX's operators are not for all types, and ONNX Runtime's for fewer.
+OF_TYPES = {
+    "bits": lambda x: (whole(x) & 5) + (whole(x) | 2) - (~whole(x) ^ whole(x[:, ::-1])),
+    "larger bool": lambda x: jnp.maximum(x > 0.5, x < -0.5),
+    "smaller bool": lambda x: jnp.minimum(x > -0.5, x < 0.5),
+    "where of bools": lambda x: jnp.where(x > 0, x > 0.5, x < -0.5),
+    "order of bools": lambda x: ((x > 0) < (x < 0.5)) | ((x > 0.2) >= (x > 1)) & (x > 0.1),
+    "extremes of bools": lambda x: (x > 0).max(1) & (x > -0.5).min(1),
+    "integers": lambda x: whole(x) @ whole(TABLE).T + whole(x).max(-1) + whole(x[..., :4]) ** 3,
+    "exclusive": lambda x: (x > 0) ^ (x > 1),
+}
+POOLS = {
+    # ONNX Runtime would make such zeros the padding of the pool, unless they have their axes listed
+    "zeros before maxima": lambda x: nn.max_pool(jnp.pad(x - 3, AROUND), (2, 2)),
+    "many zeros before means": lambda x: nn.avg_pool(jnp.pad(x, 3), (2, 2))[3:-3],
+    "beyond the window": lambda x: nn.avg_pool(x, (2, 2), (1, 1), ((3, 3), (2, 3))),
+    "maxima of nothing": lambda x: jnp.maximum(
+        nn.max_pool(x, (2, 2), padding=((3, 0), (0, 0))), -9
+    ),
+    "dilated": lambda x: jnp.maximum(dilated_pool(x[:, :1]), -9),
+}
+OF_THE_BATCH = {
+    "mean": lambda x: x - x.mean(0) + x.mean(),
+    "first image": lambda x: x - x[0] + x[:1],
+    "another image": lambda x: x - jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]))])[:-1],
+    "size": lambda x: x * x.shape[0] + jnp.float32(2 * x.shape[0]),
+    "dynamic kernel": lambda x: jax.lax.conv(
+        x, x[:, :2, :2].mean(0)[None].repeat(4, 1), (1, 1), "SAME"
+    ),
+}
+RANDOM = {
+    "key": lambda x: x @ jax.random.normal(jax.random.key(0), (6, 3)),
+    "old key": lambda x: x + jax.random.uniform(jax.random.PRNGKey(0), (4, 6)),
+    "split keys": lambda x: x + jax.vmap(jax.random.normal)(jax.random.split(SEED, 6)),
+}
+GROUPS = {
+    "pointwise": POINTWISE,
+    "moving": MOVING,
+    "types": OF_TYPES,
+    "pools": POOLS,
+    "batch": OF_THE_BATCH,
+    "random": RANDOM,
 }
 
 
 @pytest.mark.usefixtures("lenient")
-@pytest.mark.parametrize("group", [POINTWISE, MOVING], ids=["pointwise", "moving"])
-def test_functions(group):
+@pytest.mark.parametrize("name", GROUPS)
+def test_functions(name):
+    group = GROUPS[name]
     model, shape = Each(tuple(group.values())), (4, 4, 3)
     deployed = deploy(model, shape)
     images = some_images(deployed, 4)
@@ -391,6 +461,27 @@ UNSUPPORTED = {
     "pool over channels": (
         lambda x: jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 2, 2, 2), (1,) * 4, "VALID"),
         "pools along all axes but",
+    ),
+    "pool of integers": (
+        lambda x: jax.lax.reduce_window(
+            whole(x), np.int32(0), jax.lax.add, (1, 2, 2, 1), (1,) * 4, "SAME"
+        ),
+        "pools int32 .*ONNX pools float32",
+    ),
+    "product of bools": (lambda x: jax.lax.dot(x[0, 0] > 0, TABLE.T > 0), "makes bool by 'dot_gen"),
+    "convolution of integers": (
+        lambda x: jax.lax.conv(whole(x), jnp.ones((2, 4, 1, 1), jnp.int32), (1, 1), "SAME"),
+        "makes int32 by 'conv_general_dilated'; ONNX takes float32",
+    ),
+    "last image": (lambda x: x - x[-1:], "size batch - 1, .*StableHLO"),
+    "third image": (
+        lambda x: x - x[2][None],
+        "the model's own call does what depends on the number of images, .*StableHLO",
+    ),
+    "next image": (lambda x: x - jnp.roll(x, 1, 0), r"size mod\(- 1, batch\), .*StableHLO"),
+    "branches": (
+        lambda x: jax.lax.cond(jnp.mean(x) > 0, lambda x: x, lambda x: 2 * x, x),
+        "primitive 'cond'.*StableHLO",
     ),
 }
 
@@ -430,6 +521,32 @@ def test_changed_kernels_are_refused():
         to_onnx(deploy(Masked(), (4, 4, 3)))
 
 
+class Paired(nn.Module):
+    """Has a kernel of its own for each row of the image."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = jnp.swapaxes(nn.relu(nn.Conv(6, (3, 3), name="conv")(x)), 0, 1)
+        y = nn.DenseGeneral((2, 3), axis=(-2, -1), batch_dims=(0,), name="rows")(y)
+        y = nn.DenseGeneral(5, axis=(-1,), batch_dims=(0, 2), name="places")(y)
+        return nn.Dense(10, name="last")(nn.relu(y).swapaxes(0, 2).reshape(x.shape[0], -1))
+
+
+def test_kernels_with_paired_axes(lenient):
+    deployed = deploy(Paired(), (4, 5, 3))
+    made, images = to_onnx(deployed), some_images(deployed)
+    check_equal(run(made, images), logits_of(deployed, images))
+    for layer in networks.codes(deployed)[1:]:
+        stored = constants_of(made)[f"{layer.name}/codes"].astype(np.int32)
+        np.testing.assert_array_equal(stored.ravel(), layer.codes.ravel())
+
+
+def test_what_the_checker_refuses_is_unsupported(monkeypatch):
+    monkeypatch.setitem(CONVERTERS, "tanh", unary("Not"))
+    with pytest.raises(Unsupported, match=r"onnx.checker says .*Not.*unsupported type.*StableHLO"):
+        to_onnx(deploy(Each((jnp.square,)), (4, 4, 3)))
+
+
 def test_inputs_without_step_sizes_are_refused():
     model, shape = MODELS["resnet8"]
     quantizer = lsq.QUANTIZER._replace(acts=batch_max.ACTS)
@@ -440,7 +557,12 @@ def test_inputs_without_step_sizes_are_refused():
 def test_converters_are_of_primitives_that_there_are():
     places = (jax.lax, jax.extend.core.primitives)
     found = [value for place in places for value in vars(place).values()]
-    assert CONVERTERS.keys() <= {p.name for p in found if isinstance(p, jax.extend.core.Primitive)}
+    names = {p.name for p in found if isinstance(p, jax.extend.core.Primitive)}
+    (batch,) = jax.export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, 2), jnp.float32)
+    (size,) = jax.make_jaxpr(lambda x: jnp.asarray(x.shape[0]))(shape).eqns[:1]
+    assert size.primitive.name == onnx_graph.SIZE  # no module has it
+    assert CONVERTERS.keys() <= names | {onnx_graph.SIZE}
 
 
 @pytest.mark.slow

@@ -7,13 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from mpq_jax.export.onnx_pointwise import constant_of, elementwise, is_one, number_of
+from mpq_jax.export.onnx_pointwise import (
+    constant_of,
+    elementwise,
+    is_one,
+    number_of,
+    of_type,
+)
 from mpq_jax.export.onnx_values import (
     Constant,
     Shape,
     Tensor,
     Unsupported,
     Value,
+    is_known,
 )
 from mpq_jax.export.onnx_writer import Graph
 
@@ -123,12 +130,17 @@ def stack(graph: Graph, equation: Any, *values: Value) -> Value:
 def _joined(
     graph: Graph, equation: Any, tensors: list[Tensor], shapes: Sequence[Shape], axis: int
 ) -> Tensor:
+    """Writes arrays one after another along an axis; those without values are left out."""
     variables = [tensor for tensor in tensors if tensor.name not in graph.constants]
     order = (variables or tensors)[0].order
     names = [
-        graph.arranged(tensor, shape, order) for tensor, shape in zip(tensors, shapes, strict=True)
+        graph.arranged(tensor, shape, order)
+        for tensor, shape in zip(tensors, shapes, strict=True)
+        if not is_known(shape[axis]) or shape[axis] > 0
     ]
     out = tuple(equation.outvars[0].aval.shape)
+    if len(names) == 1:
+        return Tensor(names[0], out, order)
     return Tensor(graph.add("Concat", names, axis=order.index(axis)), out, order)
 
 
@@ -157,20 +169,35 @@ def pad(graph: Graph, equation: Any, value: Value, filling: Value) -> Value:
             "jnp.pad and jnp.repeat"
         )
     tensor = _whole(graph, value, equation.invars[0].aval.shape)
-    sizes = [int(config[axis][side]) for side in (0, 1) for axis in tensor.order]
-    inputs = [graph.constant(np.array(sizes, np.int64)), graph.tensor(filling).name]
-    name = graph.add("Pad", [tensor.name, *inputs])
+    sizes = [(int(config[axis][0]), int(config[axis][1])) for axis in tensor.order]
+    name = _padded(graph, tensor.name, sizes, graph.tensor(filling).name)
     return Tensor(name, tuple(equation.outvars[0].aval.shape), tensor.order)
+
+
+def _padded(graph: Graph, name: str, sizes: Sequence[tuple[int, int]], filling: str) -> str:
+    """Writes a padding; `sizes`: before and after, by axis of the graph.
+
+    The axes are listed, or else ONNX Runtime makes zeros the padding of a pool that follows, where
+    they would be -inf (max), would not count (means), or are more than a pool may have.
+    """
+    pads = graph.constant(np.array(sizes, np.int64).T.reshape(-1))
+    return graph.add("Pad", [name, pads, filling, graph.constant(np.arange(len(sizes)))])
+
+
+def size(graph: Graph, equation: Any) -> Value:
+    """Converts `dim_as_value`: a size that depends on the batch's, as a number."""
+    name = graph.add("Squeeze", [graph.sizes([equation.params["dim"]])])
+    return of_type(graph, Tensor(name, (), ()), str(equation.outvars[0].aval.dtype))
 
 
 def _sliced(graph: Graph, tensor: Tensor, cuts: Mapping[int, tuple[Any, ...]]) -> Tensor:
     """Returns part of a tensor; `cuts` has start, end and step by axis of the program."""
     if not cuts:
         return tensor
-    starts, ends, steps = np.array(list(cuts.values()), np.int64).T
+    starts, ends, steps = zip(*cuts.values(), strict=True)
     axes = [tensor.order.index(axis) for axis in cuts]
-    lists = [graph.constant(part) for part in (starts, ends, np.array(axes), steps)]
-    sizes = {axis: len(range(*cut)) for axis, cut in cuts.items()}
+    lists = [graph.sizes(part) for part in (starts, ends, axes, steps)]
+    sizes = {axis: -((start - end) // step) for axis, (start, end, step) in cuts.items()}
     shape = tuple(sizes.get(axis, size) for axis, size in enumerate(tensor.shape))
     return dataclasses.replace(tensor, name=graph.add("Slice", [tensor.name, *lists]), shape=shape)
 
@@ -284,19 +311,29 @@ def _placed(graph: Graph, equation: Any, tensor: Tensor, rows: dict[int, int]) -
     return _with(graph, Tensor(tensor.name, tuple(out[axis] for axis in held), order), missing)
 
 
-def _pool(graph: Graph, equation: Any, value: Value, op: str, **attributes: Any) -> Tensor:
+def _pool(
+    graph: Graph, equation: Any, value: Value, op: str, filling: float, **attributes: Any
+) -> Tensor:
+    """Writes a pooling; `filling`: what stands for the values around an array."""
     params, shape = equation.params, equation.invars[0].aval.shape
     window, strides = params["window_dimensions"], params["window_strides"]
     pads, dilations = params["padding"], params["window_dilation"]
+    dtype = equation.invars[0].aval.dtype
+    if dtype != np.float32 or min(map(min, pads)) < 0:
+        raise Unsupported(
+            f"{graph.here} pools {dtype} with padding {pads}; ONNX pools float32 with padding of "
+            "0 or more: convert or slice its input"
+        )
     still = [
         axis
         for axis in range(len(shape))
         if (window[axis], strides[axis], *pads[axis]) == (1, 1, 0, 0)
     ]
-    if len(still) < 2 or len(shape) < 3 or set(params["base_dilation"]) != {1}:
+    if len(still) < 2 or not 3 <= len(shape) <= 5 or set(params["base_dilation"]) != {1}:
         raise Unsupported(
             f"{graph.here} pools over a window of {window}, strides {strides}; ONNX "
-            "pools along all axes but images and channels, undilated: export to StableHLO instead"
+            "pools along all axes but images and channels, one to three of them, of undilated "
+            "inputs: export to StableHLO instead"
         )
     tensor = graph.tensor(value)
     first = [axis for axis in tensor.order[:2] if axis in still]
@@ -304,6 +341,11 @@ def _pool(graph: Graph, equation: Any, value: Value, op: str, **attributes: Any)
     order = (*front, *(axis for axis in range(len(shape)) if axis not in front))
     name = graph.arranged(tensor, shape, order)
     inner = order[2:]
+    if any(max(pads[axis]) >= (window[axis] if dilations[axis] == 1 else 1) for axis in inner):
+        # ONNX Runtime wants every window of a pool to see a value.
+        sizes = [(int(pads[axis][0]), int(pads[axis][1])) for axis in order]
+        name = _padded(graph, name, sizes, graph.constant(np.asarray(filling, np.float32)))
+        pads = [(0, 0)] * len(shape)
     attributes |= {
         "kernel_shape": [int(window[axis]) for axis in inner],
         "strides": [int(strides[axis]) for axis in inner],
@@ -315,11 +357,11 @@ def _pool(graph: Graph, equation: Any, value: Value, op: str, **attributes: Any)
 
 def max_pool(graph: Graph, equation: Any, value: Value) -> Value:
     """Converts `reduce_window_max`."""
-    return _pool(graph, equation, value, "MaxPool")
+    return _pool(graph, equation, value, "MaxPool", -np.inf)
 
 
 def sum_pool(graph: Graph, equation: Any, value: Value) -> Value:
     """Converts `reduce_window_sum`."""
-    mean = _pool(graph, equation, value, "AveragePool", count_include_pad=1)
+    mean = _pool(graph, equation, value, "AveragePool", 0.0, count_include_pad=1)
     size = math.prod(equation.params["window_dimensions"])
     return elementwise("Mul", graph, equation, mean, constant_of(size))

@@ -24,6 +24,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +60,7 @@ CALLS = (  # primitives that call programs; the names of some depend on JAX's ve
     "remat2",
 )
 CALLED = ("jaxpr", "call_jaxpr")  # their parameters
+SIZE = "dim_as_value"  # has no operands and yet is not known: a size that depends on the batch's
 BY_NUMPY = {  # primitives of norms: of these JAX would compile a program for each shape
     "add": lambda _, x, y: x + y,
     "sub": lambda _, x, y: x - y,
@@ -116,7 +118,12 @@ def to_onnx(deployed: Deployed, *, opset: int = OPSET) -> onnx.ModelProto:
     last = graph.arranged(logits, out, range(len(out)))
     graph.nodes.append(helper.make_node("Identity", [last], [LOGITS], name=LOGITS))
     model = _model(deployed, graph, opset, traced.images, out)
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise Unsupported(
+            f"the graph is no ONNX: onnx.checker says {str(error)!r}; export to StableHLO instead"
+        ) from error
     return model
 
 
@@ -124,7 +131,7 @@ def _argument(traced: program.Program, name: str, value: np.ndarray) -> Value:
     layer = traced.layers.get(name.removeprefix("params/").removesuffix("/kernel"))
     if layer is not None and layer.codes is not None and name.endswith("/kernel"):
         return Kernel(layer, layer.codes)
-    return Constant(np.asarray(value))
+    return Constant(_array(value))
 
 
 def _run(
@@ -133,10 +140,11 @@ def _run(
     """Writes the equations of a program to the graph; returns its results.
 
     What is read once may stay lazy, so that its reader can take it in; what is read more often is
-    written down.
+    written down. What results in no values reads none, whatever its operands are.
     """
     graph, values = sources.graph, {}
-    used = [var for equation in jaxpr.eqns for var in equation.invars] + list(jaxpr.outvars)
+    reading = [equation for equation in jaxpr.eqns if not _is_empty(equation)]
+    used = [var for equation in reading for var in equation.invars] + list(jaxpr.outvars)
     uses = collections.Counter(var for var in used if not _is_literal(var))
 
     def keep(var: Any, value: Value) -> None:
@@ -150,7 +158,7 @@ def _run(
         return values[var]
 
     for var, const in zip(jaxpr.constvars, consts, strict=True):
-        keep(var, Constant(np.asarray(const)))
+        keep(var, Constant(_array(const)))
     for var, value in zip(jaxpr.invars, arguments, strict=True):
         keep(var, value)
     for equation in jaxpr.eqns:
@@ -158,10 +166,28 @@ def _run(
             continue
         inside = f"{scope}/{equation.source_info.name_stack}".strip("/")
         graph.scope = inside.partition("/")[2]  # without the name of the model's class
-        results = _convert(sources, equation, [read(var) for var in equation.invars], inside)
+        if _is_empty(equation):
+            results = [_nothing(var.aval) for var in equation.outvars]
+        else:
+            operands = [read(var) for var in equation.invars]
+            results = _for_any_batch(sources, equation, operands, inside)
         for var, result in zip(equation.outvars, results, strict=True):
             keep(var, result)
     return [read(var) for var in jaxpr.outvars]
+
+
+def _for_any_batch(
+    sources: Sources, equation: Any, operands: list[Value], scope: str
+) -> list[Value]:
+    """Returns the results of one equation, or says that it needs the number of images."""
+    try:
+        return _convert(sources, equation, operands, scope)
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise Unsupported(
+            f"{sources.graph.here} does what depends on the number of images, by "
+            f"{equation.primitive.name!r}, and an ONNX graph leaves that number open: "
+            "export to StableHLO instead"
+        ) from error
 
 
 def _convert(sources: Sources, equation: Any, operands: list[Value], scope: str) -> list[Value]:
@@ -177,11 +203,11 @@ def _convert(sources: Sources, equation: Any, operands: list[Value], scope: str)
         return [sources.graph.to_code(operands[0], codes)]
     first = operands[0] if operands else None
     if isinstance(first, Kernel) and name in PASSING + RESHAPING:
-        return [first._replace(codes=_computed(equation, [first.codes])[0])]
+        return [first._replace(codes=np.asarray(_computed(equation, [first.codes])[0]))]
     if isinstance(first, Coded) and name in PASSING + RESHAPING:
         (inside,) = _convert(sources, equation, [first.inside], scope)
         return [first._replace(inside=inside)]
-    known = all(isinstance(operand, Constant) for operand in operands)
+    known = all(isinstance(operand, Constant) for operand in operands) and name != SIZE
     if known and all(_is_static(var.aval.shape) for var in equation.outvars):
         arrays = [operand.array for operand in operands if isinstance(operand, Constant)]
         return [Constant(array) for array in _computed(equation, arrays)]
@@ -209,14 +235,32 @@ def _check(equation: Any, here: str) -> None:
 def _computed(equation: Any, arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Returns what an equation makes of known numbers."""
     whole = [
-        np.broadcast_to(array, var.aval.shape)
+        array if array.shape == var.aval.shape else np.broadcast_to(array, var.aval.shape)
         for array, var in zip(arrays, equation.invars, strict=True)
     ]
     if equation.primitive.name in BY_NUMPY:
         return [np.asarray(BY_NUMPY[equation.primitive.name](equation.params, *whole))]
     results = equation.primitive.bind(*map(jnp.asarray, whole), **equation.params)
     listed = results if equation.primitive.multiple_results else [results]
-    return [np.asarray(result) for result in listed]
+    return [_array(result) for result in listed]
+
+
+def _array(value: Any) -> Any:
+    """Returns an array as NumPy's, or as it is where it is of random keys, which NumPy lacks."""
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value
+    return np.asarray(value)
+
+
+def _nothing(aval: Any) -> Constant:
+    """Returns what has no values: an array in which the size of some axis is 0."""
+    return Constant(np.zeros([size if is_known(size) else 1 for size in aval.shape], aval.dtype))
+
+
+def _is_empty(equation: Any) -> bool:
+    """Whether an equation results in no values."""
+    shapes = [var.aval.shape for var in equation.outvars]
+    return all(any(is_known(size) and size == 0 for size in shape) for shape in shapes)
 
 
 def _is_literal(var: Any) -> bool:

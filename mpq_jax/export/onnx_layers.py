@@ -15,6 +15,7 @@ from mpq_jax.export.onnx_values import (
     Tensor,
     Unsupported,
     Value,
+    is_known,
 )
 from mpq_jax.export.onnx_writer import Graph
 
@@ -22,6 +23,7 @@ from mpq_jax.export.onnx_writer import Graph
 def convolution(graph: Graph, equation: Any, x: Value, weights: Value) -> Value:
     """Converts `conv_general_dilated`."""
     params = equation.params
+    _check_types(graph, equation, ["float32"])
     if set(params["lhs_dilation"]) - {1} or params["batch_group_count"] != 1:
         raise Unsupported(
             f"{graph.here} convolves with dilated inputs (a transposed convolution) or "
@@ -51,6 +53,16 @@ def convolution(graph: Graph, equation: Any, x: Value, weights: Value) -> Value:
     return write(graph.arranged(weights, equation.invars[1].aval.shape, kernel_axes))
 
 
+def _check_types(graph: Graph, equation: Any, types: Sequence[str]) -> None:
+    """Raises Unsupported where not all operands and the result are of one of some types."""
+    found = {str(var.aval.dtype) for var in (*equation.invars, *equation.outvars)}
+    if len(found) > 1 or not found <= set(types):
+        raise Unsupported(
+            f"{graph.here} multiplies and makes {' and '.join(sorted(found))} by "
+            f"{equation.primitive.name!r}; ONNX takes {' or '.join(types)}: convert before"
+        )
+
+
 class _Side(NamedTuple):
     """One operand of a product, and which of its axes are summed over, paired, or left."""
 
@@ -70,6 +82,8 @@ class _Side(NamedTuple):
 
 def dot(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
     """Converts `dot_general`: a layer where one side is known, else a product of two tensors."""
+    _check_types(graph, equation, ["float32", "int32"])
+    is_float = equation.outvars[0].aval.dtype == np.float32
     summed, paired = equation.params["dimension_numbers"]
     sides = [
         _Side(value, equation.invars[i].aval.shape, tuple(summed[i]), tuple(paired[i]))
@@ -77,7 +91,8 @@ def dot(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
     ]
     out = equation.outvars[0].aval.shape
     for x, known in (sides, sides[::-1]):
-        if isinstance(known.value, Kernel | Constant) and not known.paired and known.free:
+        is_layer = isinstance(known.value, Kernel | Constant) and all(map(is_known, known.shape))
+        if is_float and is_layer:
             return _dense(graph, x, known, out, turned=x is not sides[0])
     return _matmul(graph, sides[0], sides[1], out)
 
@@ -96,28 +111,38 @@ def _input(
 
 
 def _dense(graph: Graph, x: _Side, known: _Side, out: Shape, *, turned: bool) -> Product:
-    """Returns `x @ weights`; `turned`: the axes of the weights come first in the result."""
+    """Returns `x @ weights`, with weights of their own for each place along paired axes.
+
+    `turned`: the axes of the weights come before those of `x` in the result.
+    """
     assert isinstance(known.value, Kernel | Constant)
-    batch, height = x.sizes(x.free), math.prod(known.sizes(known.summed))
+    pairs, height = known.sizes(known.paired), math.prod(known.sizes(known.summed))
+    matrix = (*pairs, height, math.prod(known.sizes(known.free)))
+    turn = [*known.paired, *known.summed, *known.free]
     weights = _changed(
-        known.value,
-        lambda array: array.transpose([*known.summed, *known.free]).reshape(height, -1),
-        known.shape,
+        known.value, lambda array: array.transpose(turn).reshape(matrix), known.shape
     )
-    matrices = (*batch, height) if len(x.summed) > 1 else None
-    rows = _input(graph, x.value, x.shape, [*x.free, *x.summed], matrices)
+    batch = x.sizes(x.free)
+    flat = [math.prod(batch)] if pairs else batch  # MatMul pairs all axes but the last two
+    rows = _input(
+        graph,
+        x.value,
+        x.shape,
+        [*x.paired, *x.free, *x.summed],
+        None if len(x.summed) == 1 and len(flat) == len(batch) else (*pairs, *flat, height),
+    )
     axes = list(range(len(out)))
-    start = len(known.free) if turned else 0
-    kept = axes[start : start + len(batch)]
+    start = len(pairs) + (len(known.free) if turned else 0)
+    kept = axes[: len(pairs)] + axes[start : start + len(batch)]
     channels = [axis for axis in axes if axis not in kept]
 
     def write(weights: str) -> Tensor:
         name = graph.add("MatMul", [rows, weights])
-        if len(channels) > 1:
-            name = graph.reshaped(name, (*batch, *(out[axis] for axis in channels)))
+        if len(channels) != 1 or len(flat) != len(batch):
+            name = graph.reshaped(name, tuple(out[axis] for axis in (*kept, *channels)))
         return Tensor(name, out, (*kept, *channels))
 
-    return _product(graph, weights, 1, tuple(channels), out, write)
+    return _product(graph, weights, len(pairs) + 1, tuple(channels), out, write)
 
 
 def _matmul(graph: Graph, left: _Side, right: _Side, out: Shape) -> Tensor:

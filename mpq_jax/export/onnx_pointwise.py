@@ -67,6 +67,27 @@ def binary(op: str) -> Callable:
     return functools.partial(elementwise, op)
 
 
+def bitwise(op: str) -> Callable:
+    """Returns the converter to an operation of bools, or of the bits of integers."""
+
+    def convert(graph: Graph, equation: Any, *values: Value) -> Value:
+        is_bool = equation.invars[0].aval.dtype == np.bool_
+        return elementwise(op if is_bool else f"Bitwise{op}", graph, equation, *values)
+
+    return convert
+
+
+def comparison(op: str) -> Callable:
+    """Returns the converter to a comparison of order, which ONNX lacks for bools."""
+
+    def convert(graph: Graph, equation: Any, *values: Value) -> Value:
+        if equation.invars[0].aval.dtype == np.bool_:
+            values = tuple(of_type(graph, value, "int32") for value in values)
+        return elementwise(op, graph, equation, *values)
+
+    return convert
+
+
 def number_of(value: Value) -> float | None:
     """Returns the number that a constant is, or None where it is no constant or has several."""
     if not isinstance(value, Constant) or value.array.size != 1:
@@ -129,7 +150,8 @@ def maximum(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
     for value, bound in ((left, number_of(right)), (right, number_of(left))):
         if bound is not None and equation.outvars[0].aval.dtype == np.float32:
             return value if bound == -np.inf else graph.clipped(value, bound, np.inf)
-    return elementwise("Max", graph, equation, left, right)
+    is_bool = equation.outvars[0].aval.dtype == np.bool_
+    return elementwise("Or" if is_bool else "Max", graph, equation, left, right)
 
 
 def minimum(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
@@ -137,7 +159,8 @@ def minimum(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
     for value, bound in ((left, number_of(right)), (right, number_of(left))):
         if bound is not None and equation.outvars[0].aval.dtype == np.float32:
             return value if bound == np.inf else graph.clipped(value, -np.inf, bound)
-    return elementwise("Min", graph, equation, left, right)
+    is_bool = equation.outvars[0].aval.dtype == np.bool_
+    return elementwise("And" if is_bool else "Min", graph, equation, left, right)
 
 
 def clamp(graph: Graph, equation: Any, low: Value, value: Value, high: Value) -> Value:
@@ -202,12 +225,18 @@ def round_even(graph: Graph, equation: Any, value: Value) -> Value:
 
 
 def select(graph: Graph, equation: Any, which: Value, *cases: Value) -> Value:
-    """Converts `select_n`."""
+    """Converts `select_n`; ONNX Runtime selects from integers, but not from bools."""
+    number = number_of(which)
+    if number is not None:
+        return cases[int(number)]
     if len(cases) != 2 or equation.invars[0].aval.dtype != np.bool_:
         raise Unsupported(
             f"{graph.here} selects from {len(cases)} cases; ONNX has two: use jnp.where"
         )
-    return elementwise("Where", graph, equation, which, cases[1], cases[0])
+    if equation.outvars[0].aval.dtype != np.bool_:
+        return elementwise("Where", graph, equation, which, cases[1], cases[0])
+    no, yes = (of_type(graph, case, "int32") for case in cases)
+    return of_type(graph, elementwise("Where", graph, equation, which, yes, no), "bool")
 
 
 def cast(graph: Graph, equation: Any, value: Value) -> Value:
@@ -215,6 +244,11 @@ def cast(graph: Graph, equation: Any, value: Value) -> Value:
     dtype = str(equation.params["new_dtype"])
     if dtype == str(equation.invars[0].aval.dtype):
         return value
+    return of_type(graph, value, dtype)
+
+
+def of_type(graph: Graph, value: Value, dtype: str) -> Tensor:
+    """Writes a change of type."""
     tensor = graph.tensor(value)
     return dataclasses.replace(tensor, name=graph.add("Cast", [tensor.name], to=TYPES[dtype]))
 

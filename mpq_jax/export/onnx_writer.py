@@ -227,7 +227,7 @@ class Graph:
         times = size // self._batch
         if not is_known(times) or times * self._batch != size:
             raise Unsupported(
-                f"{self.here} makes an array with an axis of size {size}; wanted a "
+                f"{self.here} makes an axis of size {size}, or computes with that number; wanted a "
                 "multiple of the batch size: export to StableHLO instead"
             )
         return (
