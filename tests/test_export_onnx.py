@@ -318,7 +318,12 @@ class Each(nn.Module):
 
 TABLE = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 SEED = jax.random.key(1)
-AROUND = ((0, 0), (1, 1), (1, 0), (0, 0))
+AROUND, FAR = ((0, 0), (1, 1), (1, 0), (0, 0)), ((0, 0), (3, 3), (3, 0), (0, 0))
+
+
+def turned(x):
+    """Undoes what `Each` does, so that no transposition comes between."""
+    return x.swapaxes(1, 2)
 
 
 def whole(x):
@@ -378,8 +383,11 @@ MOVING = {
     "nothing": lambda x: (
         jnp.concatenate([x[:, :0], x, x[:, 4:]], 1) + x[:, :0].sum((1, 2, 3)).sum()
     ),
-    "paired table": lambda x: jax.lax.dot_general(TABLE, x, (((1,), (3,)), ((0,), (2,)))).sum(0).T,
-    "vector": lambda x: x @ TABLE[0] + jax.lax.dot_general(x, TABLE, (((2, 3), (0, 1)), ((), ()))),
+    "paired table": lambda x: jax.lax.dot_general(TABLE, x, (((1,), (3,)), ((0,), (2,)))).sum(0),
+    "paired tables": lambda x: jax.lax.dot_general(
+        x, TABLE[:, :, None] * TABLE[:, None], (((3,), (1,)), ((1,), (0,)))
+    ).sum(0),
+    "vector": lambda x: x @ TABLE[0],
     "nothing summed": lambda x: jax.lax.dot_general(x, TABLE[0], (((), ()), ((), ()))),
 }
 # ONNX's operators are not for all types, and ONNX Runtime's for fewer.
@@ -390,27 +398,27 @@ OF_TYPES = {
     "where of bools": lambda x: jnp.where(x > 0, x > 0.5, x < -0.5),
     "order of bools": lambda x: ((x > 0) < (x < 0.5)) | ((x > 0.2) >= (x > 1)) & (x > 0.1),
     "extremes of bools": lambda x: (x > 0).max(1) & (x > -0.5).min(1),
-    "integers": lambda x: whole(x) @ whole(TABLE).T + whole(x).max(-1) + whole(x[..., :4]) ** 3,
+    "integers": lambda x: (
+        whole(x) @ whole(TABLE).T + whole(x).max(-1)[..., None] + whole(x[..., :4]) ** 3
+    ),
     "exclusive": lambda x: (x > 0) ^ (x > 1),
 }
 POOLS = {
-    # ONNX Runtime would make such zeros the padding of the pool, unless they have their axes listed
-    "zeros before maxima": lambda x: nn.max_pool(jnp.pad(x - 3, AROUND), (2, 2)),
-    "many zeros before means": lambda x: nn.avg_pool(jnp.pad(x, 3), (2, 2))[3:-3],
+    # ONNX Runtime would make such zeros the padding of the pool, were their axes not listed.
+    "zeros before maxima": lambda x: nn.max_pool(jnp.pad(turned(x - 3), AROUND), (2, 2)),
+    "many zeros before means": lambda x: nn.avg_pool(jnp.pad(turned(x), FAR), (2, 2)),
     "beyond the window": lambda x: nn.avg_pool(x, (2, 2), (1, 1), ((3, 3), (2, 3))),
     "maxima of nothing": lambda x: jnp.maximum(
         nn.max_pool(x, (2, 2), padding=((3, 0), (0, 0))), -9
     ),
-    "dilated": lambda x: jnp.maximum(dilated_pool(x[:, :1]), -9),
+    "dilated": lambda x: dilated_pool(x[:, :1]) == -np.inf,
 }
 OF_THE_BATCH = {
     "mean": lambda x: x - x.mean(0) + x.mean(),
     "first image": lambda x: x - x[0] + x[:1],
     "another image": lambda x: x - jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]))])[:-1],
     "size": lambda x: x * x.shape[0] + jnp.float32(2 * x.shape[0]),
-    "dynamic kernel": lambda x: jax.lax.conv(
-        x, x[:, :2, :2].mean(0)[None].repeat(4, 1), (1, 1), "SAME"
-    ),
+    "dynamic kernel": lambda x: jax.lax.conv(x, x.mean(0)[None, :, :2, :2], (1, 1), "SAME"),
 }
 RANDOM = {
     "key": lambda x: x @ jax.random.normal(jax.random.key(0), (6, 3)),
@@ -457,7 +465,10 @@ UNSUPPORTED = {
     ),
     "halves": (lambda x: jax.lax.round(x), "rounds halves away from zero"),
     "bfloat16": (lambda x: x.astype(jnp.bfloat16), 'made with dtype="float32"'),
-    "inner padding": (lambda x: jax.lax.pad(x, 0.0, [(0, 0, 1)] * 4), "between values"),
+    "inner padding": (
+        lambda x: jax.lax.pad(x, 0.0, [(0, 0, i) for i in (0, 1, 0, 0)]),
+        "between values",
+    ),
     "pool over channels": (
         lambda x: jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 2, 2, 2), (1,) * 4, "VALID"),
         "pools along all axes but",
@@ -468,7 +479,10 @@ UNSUPPORTED = {
         ),
         "pools int32 .*ONNX pools float32",
     ),
-    "product of bools": (lambda x: jax.lax.dot(x[0, 0] > 0, TABLE.T > 0), "makes bool by 'dot_gen"),
+    "product of bools": (
+        lambda x: jax.lax.dot_general(x > 0, TABLE > 0, (((3,), (1,)), ((), ()))),
+        "makes bool by 'dot_gen",
+    ),
     "convolution of integers": (
         lambda x: jax.lax.conv(whole(x), jnp.ones((2, 4, 1, 1), jnp.int32), (1, 1), "SAME"),
         "makes int32 by 'conv_general_dilated'; ONNX takes float32",
@@ -526,10 +540,10 @@ class Paired(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = jnp.swapaxes(nn.relu(nn.Conv(6, (3, 3), name="conv")(x)), 0, 1)
+        y = nn.relu(nn.Conv(6, (3, 3), name="conv")(x)).swapaxes(0, 1)
         y = nn.DenseGeneral((2, 3), axis=(-2, -1), batch_dims=(0,), name="rows")(y)
-        y = nn.DenseGeneral(5, axis=(-1,), batch_dims=(0, 2), name="places")(y)
-        return nn.Dense(10, name="last")(nn.relu(y).swapaxes(0, 2).reshape(x.shape[0], -1))
+        y = nn.DenseGeneral(5, batch_dims=(0, 1), name="places")(y.swapaxes(1, 2))
+        return nn.Dense(10, name="last")(nn.relu(y).transpose(2, 0, 1, 3).reshape(len(x), -1))
 
 
 def test_kernels_with_paired_axes(lenient):

@@ -232,7 +232,7 @@ def _check(equation: Any, here: str) -> None:
             )
 
 
-def _computed(equation: Any, arrays: list[np.ndarray]) -> list[np.ndarray]:
+def _computed(equation: Any, arrays: list[Any]) -> list[Any]:
     """Returns what an equation makes of known numbers."""
     whole = [
         array if array.shape == var.aval.shape else np.broadcast_to(array, var.aval.shape)

@@ -32,7 +32,10 @@ def is_known(size: Any) -> bool:
 
 
 class Constant(NamedTuple):
-    """A known value; axes of size 1 stand for as many repetitions as are wanted."""
+    """A known value; axes of size 1 stand for as many repetitions as are wanted.
+
+    Random keys, which NumPy lacks, are an array of JAX.
+    """
 
     array: np.ndarray
 
