@@ -464,7 +464,7 @@ UNSUPPORTED = {
         "transposed convolution",
     ),
     "halves": (lambda x: jax.lax.round(x), "rounds halves away from zero"),
-    "bfloat16": (lambda x: x.astype(jnp.bfloat16), 'made with dtype="float32"'),
+    "bfloat16": (lambda x: x.astype(jnp.bfloat16), "or train with config.model.dtype"),
     "inner padding": (
         lambda x: jax.lax.pad(x, 0.0, [(0, 0, i) for i in (0, 1, 0, 0)]),
         "between values",

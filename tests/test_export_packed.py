@@ -17,7 +17,7 @@ from exporting import make_run, some_digits
 
 from mpq_jax import costs, linen, supernet
 from mpq_jax.export import deployed as networks
-from mpq_jax.export import packed, packed_numpy
+from mpq_jax.export import folding, packed, packed_numpy
 from mpq_jax.layer_table import LayerTable, bit_rules, trace_layers
 from mpq_jax.models import make_model
 from mpq_jax.quantizers import double_rounding, lsq
@@ -44,6 +44,10 @@ def reference(deployed):
     """Test images, and the logits that training has for them."""
     images, _ = some_digits(deployed)
     return images, np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
+
+
+def fold_norms(deployed):
+    return folding.fold(deployed, folding.calls_of(deployed))
 
 
 def logits_of(path, images):
@@ -137,53 +141,11 @@ def test_logits_are_those_of_training(file, reference):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
 
 
-def test_a_folded_norm_is_the_norm(deployed):
-    chosen = networks.selected(deployed)
-    leaves = linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
-    norms = packed.fold_norms(deployed)
-    assert set(norms) == {layer.norm for layer in deployed.table.layers if layer.norm}
-    for name, (multiplier, offset) in norms.items():
-        scale, bias, mean, variance = (
-            np.asarray(leaves[packed.leaf_of(name, leaf)], np.float64)
-            for leaf in packed.NORM_LEAVES
-        )
-        x = np.linspace(-3, 3, 7)[:, None]
-        wanted = (x - mean) / np.sqrt(variance + 1e-5) * scale + bias  # Flax's default epsilon
-        np.testing.assert_allclose(x * multiplier + offset, wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_integer_norms_are_within_their_bound():
-    generator = np.random.default_rng(0)
-    multiplier = np.concatenate(
-        [
-            generator.normal(size=200) * 10.0 ** generator.uniform(-9, 4, 200),
-            [0.0, 0.0, 1.0, -2.0, 1e-30],
-        ]
-    )
-    offset = np.concatenate(
-        [
-            generator.normal(size=200) * 10.0 ** generator.uniform(-6, 4, 200),
-            [0.0, 3.5, 0.0, 1e-20, -7.0],
-        ]
-    )
-    m, o, shift = packed.to_integers(multiplier, offset)
-    assert (m.dtype, o.dtype, shift.dtype) == (np.int16, np.int32, np.int8)
-    half = np.exp2(-(shift.astype(float) + 1))
-    assert np.all(np.abs(np.ldexp(m.astype(float), -shift.astype(int)) - multiplier) <= half)
-    assert np.all(np.abs(np.ldexp(o.astype(float), -shift.astype(int)) - offset) <= half)
-    # One more bit of shift would be too much for one of the two: nothing is given away.
-    full = (np.abs(m.astype(int)) >= 2**14 - 1) | (np.abs(o.astype(int)) >= 2**30 - 1)
-    assert np.all(full | (shift == 127))
-    sums = generator.integers(-(2**20), 2**20, (50, 1))
-    found = (sums * m.astype(float) + o) / np.exp2(shift.astype(float))
-    assert np.all(np.abs(found - (sums * multiplier + offset)) <= (np.abs(sums) + 1) * half)
-
-
 def test_a_file_of_integer_norms_says_what_it_computes(deployed, reference, tmp_path):
     path = tmp_path / "network.safetensors"
     packed.save(path, deployed, norms="integer")
     network, layers = packed_numpy.read(path), networks.codes(deployed)
-    exact = packed.fold_norms(deployed)
+    exact = fold_norms(deployed)
     steps = {layer.name: layer for layer in layers}
     for table_layer in deployed.table.layers:
         if table_layer.norm is None:
@@ -211,7 +173,7 @@ def test_a_file_of_integer_norms_says_what_it_computes(deployed, reference, tmp_
 def test_norms_of_16_bits_are_rounded_once(deployed, reference, file, tmp_path):
     path = tmp_path / "network.safetensors"
     packed.save(path, deployed, norms="half")
-    exact, network = packed.fold_norms(deployed), packed_numpy.read(path)
+    exact, network = fold_norms(deployed), packed_numpy.read(path)
     assert set(network.norms) == set(exact)
     for name, found in network.norms.items():
         for rounded, numbers in zip(found[:2], exact[name], strict=True):
@@ -234,7 +196,7 @@ def test_norms_of_16_bits_are_as_fine_wherever_their_numbers_lie(deployed, tmp_p
     scaled = deployed._replace(variables=deployed.variables._replace(learned=learned))
     path = tmp_path / "network.safetensors"
     packed.save(path, scaled, norms="half")
-    exact, network = packed.fold_norms(scaled), packed_numpy.read(path)
+    exact, network = fold_norms(scaled), packed_numpy.read(path)
     for name, found in network.norms.items():
         for rounded, numbers in zip(found[:2], exact[name], strict=True):
             bound = np.maximum(2.0**-11 * np.abs(numbers), 2.0**-39 * np.abs(numbers).max())
@@ -348,16 +310,16 @@ def test_numpy_and_safetensors_are_enough_to_read(deployed, file, tmp_path):
             assert found[f"step/{layer.name}"] == layer.step
             if layer.codes is not None:
                 np.testing.assert_array_equal(found[f"codes/{layer.name}"], layer.codes)
-        for name, (multiplier, _) in packed.fold_norms(deployed).items():
+        for name, (multiplier, _) in fold_norms(deployed).items():
             np.testing.assert_array_equal(found[f"norm/{name}"], multiplier.astype(np.float32))
         assert len(found) == len(layers) + sum(x.codes is not None for x in layers) + len(
-            packed.fold_norms(deployed)
+            fold_norms(deployed)
         )
 
 
 def bytes_beside_kernels(deployed):
     """Bytes of numbers that the cost model leaves out: norms, biases and step sizes."""
-    folded = packed.fold_norms(deployed)
+    folded = fold_norms(deployed)
     norms = sum(len(multiplier) for multiplier, _ in folded.values())
     params = linen.flatten(deployed.variables.learned.params)
     biases = sum(

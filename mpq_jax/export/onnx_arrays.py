@@ -1,15 +1,12 @@
-"""JAX's primitives in ONNX: those that reduce, reshape, cut and join arrays."""
+"""JAX's primitives in ONNX: those that reduce, reshape, cut, pad and join arrays."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mpq_jax.export.onnx_pointwise import (
-    constant_of,
-    elementwise,
     is_one,
     number_of,
     of_type,
@@ -170,11 +167,11 @@ def pad(graph: Graph, equation: Any, value: Value, filling: Value) -> Value:
         )
     tensor = _whole(graph, value, equation.invars[0].aval.shape)
     sizes = [(int(config[axis][0]), int(config[axis][1])) for axis in tensor.order]
-    name = _padded(graph, tensor.name, sizes, graph.tensor(filling).name)
+    name = padded(graph, tensor.name, sizes, graph.tensor(filling).name)
     return Tensor(name, tuple(equation.outvars[0].aval.shape), tensor.order)
 
 
-def _padded(graph: Graph, name: str, sizes: Sequence[tuple[int, int]], filling: str) -> str:
+def padded(graph: Graph, name: str, sizes: Sequence[tuple[int, int]], filling: str) -> str:
     """Writes a padding; `sizes`: before and after, by axis of the graph.
 
     The axes are listed, or else ONNX Runtime makes zeros the padding of a pool that follows, where
@@ -309,59 +306,3 @@ def _placed(graph: Graph, equation: Any, tensor: Tensor, rows: dict[int, int]) -
     turn = [held.index(place[axis]) for axis in kept]
     order = tuple(turn[axis] for axis in tensor.order)
     return _with(graph, Tensor(tensor.name, tuple(out[axis] for axis in held), order), missing)
-
-
-def _pool(
-    graph: Graph, equation: Any, value: Value, op: str, filling: float, **attributes: Any
-) -> Tensor:
-    """Writes a pooling; `filling`: what stands for the values around an array."""
-    params, shape = equation.params, equation.invars[0].aval.shape
-    window, strides = params["window_dimensions"], params["window_strides"]
-    pads, dilations = params["padding"], params["window_dilation"]
-    dtype = equation.invars[0].aval.dtype
-    if dtype != np.float32 or min(map(min, pads)) < 0:
-        raise Unsupported(
-            f"{graph.here} pools {dtype} with padding {pads}; ONNX pools float32 with padding of "
-            "0 or more: convert or slice its input"
-        )
-    still = [
-        axis
-        for axis in range(len(shape))
-        if (window[axis], strides[axis], *pads[axis]) == (1, 1, 0, 0)
-    ]
-    if len(still) < 2 or not 3 <= len(shape) <= 5 or set(params["base_dilation"]) != {1}:
-        raise Unsupported(
-            f"{graph.here} pools over a window of {window}, strides {strides}; ONNX "
-            "pools along all axes but images and channels, one to three of them, of undilated "
-            "inputs: export to StableHLO instead"
-        )
-    tensor = graph.tensor(value)
-    first = [axis for axis in tensor.order[:2] if axis in still]
-    front = first if len(first) == 2 else [still[0], still[-1]]
-    order = (*front, *(axis for axis in range(len(shape)) if axis not in front))
-    name = graph.arranged(tensor, shape, order)
-    inner = order[2:]
-    if any(max(pads[axis]) >= (window[axis] if dilations[axis] == 1 else 1) for axis in inner):
-        # ONNX Runtime wants every window of a pool to see a value.
-        sizes = [(int(pads[axis][0]), int(pads[axis][1])) for axis in order]
-        name = _padded(graph, name, sizes, graph.constant(np.asarray(filling, np.float32)))
-        pads = [(0, 0)] * len(shape)
-    attributes |= {
-        "kernel_shape": [int(window[axis]) for axis in inner],
-        "strides": [int(strides[axis]) for axis in inner],
-        "dilations": [int(dilations[axis]) for axis in inner],
-        "pads": [int(pads[axis][side]) for side in (0, 1) for axis in inner],
-    }
-    return Tensor(graph.add(op, [name], **attributes), tuple(equation.outvars[0].aval.shape), order)
-
-
-def max_pool(graph: Graph, equation: Any, value: Value) -> Value:
-    """Converts `reduce_window_max`."""
-    return _pool(graph, equation, value, "MaxPool", -np.inf)
-
-
-def sum_pool(graph: Graph, equation: Any, value: Value) -> Value:
-    """Converts `reduce_window_sum`."""
-    mean = _pool(graph, equation, value, "AveragePool", 0.0, count_include_pad=1)
-    size = math.prod(equation.params["window_dimensions"])
-    return elementwise("Mul", graph, equation, mean, constant_of(size))

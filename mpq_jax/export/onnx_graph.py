@@ -227,8 +227,8 @@ def _check(equation: Any, here: str) -> None:
     for var in (*equation.invars, *equation.outvars):
         if str(var.aval.dtype) not in TYPES:
             raise Unsupported(
-                f"{here} computes in {var.aval.dtype}; the ONNX export takes "
-                f'{", ".join(TYPES)}: export the model made with dtype="float32"'
+                f"{here} computes in {var.aval.dtype}; the ONNX export takes {', '.join(TYPES)}: "
+                "export to StableHLO, or train with config.model.dtype='float32'"
             )
 
 

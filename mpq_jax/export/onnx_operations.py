@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mpq_jax.export import onnx_arrays, onnx_layers, onnx_pointwise
+from mpq_jax.export import onnx_arrays, onnx_layers, onnx_pointwise, onnx_pools
 from mpq_jax.export.onnx_values import Value
 
 PASSING = (  # they hand on what they get; kernels pass them as integers
@@ -62,8 +62,8 @@ CONVERTERS: dict[str, Callable[..., Value | list[Value]]] = {
     "reduce_max": onnx_arrays.reduce("ReduceMax"),
     "reduce_min": onnx_arrays.reduce("ReduceMin"),
     "reduce_prod": onnx_arrays.reduce("ReduceProd"),
-    "reduce_window_max": onnx_arrays.max_pool,
-    "reduce_window_sum": onnx_arrays.sum_pool,
+    "reduce_window_max": onnx_pools.max_pool,
+    "reduce_window_sum": onnx_pools.sum_pool,
     "reshape": onnx_arrays.reshape,
     "broadcast_in_dim": onnx_arrays.broadcast,
     "squeeze": onnx_arrays.squeeze,
