@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
