@@ -353,6 +353,13 @@ def test_files_of_another_run_and_folders_of_other_programs_are_refused(workdir,
     assert "lies in no run" in failure([path], capsys, ["verify"])
     named = failure([path, "--workdir", path.parent], capsys, ["verify"])
     assert "config.json lacks 'data': another version of mpq_jax wrote it" in named
+    for text in ('{"data": "digits"}', '{"data": null}', "[]"):
+        (path.parent / "config.json").write_text(text)
+        named = failure([path, "--workdir", path.parent], capsys, ["verify"])
+        assert "config.json is" in named and "of train.py" in named
+    (path.parent / "config.json").write_bytes(b"\xff")
+    named = failure([path, "--workdir", path.parent], capsys, ["verify"])
+    assert "config.json is damaged: it is not JSON" in named
     bits = failure([path, "--workdir", workdir, "--bits", path], capsys, ["verify"])
     assert f"{path} is no bit file of this network" in bits
 

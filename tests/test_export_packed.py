@@ -251,6 +251,7 @@ def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
         "OwnNorm_0",
     }
     assert network.floats["PReLU_0/negative_slope"].shape == ()
+    assert network.layers[-1].input_dilation == () and network.layers[0].input_dilation == (1, 1)
     found = [(x.strides, x.padding, x.dilation, x.groups) for x in network.layers]
     assert found == [
         ((2, 2), ((1, 1), (1, 1)), (1, 1), 1),
@@ -425,5 +426,9 @@ def test_a_model_of_ones_own_is_given_to_load(tmp_path):
     with pytest.raises(ValueError, match=r"call load\(path, model=...\)"):
         packed.load(path)
     assert packed.load(path, model=model).network.provenance["bits"] == "drawn"
+    for named in ("mine", {"name": "resnet8"}):
+        packed.save(path, deployed._replace(provenance={"model": named}))
+        with pytest.raises(ValueError, match=r"call load\(path, model=...\)"):
+            packed.load(path)
     with pytest.raises(ValueError, match="these layers differ"):
         packed.load(path, model=make_model("resnet8", num_classes=10, width=8))

@@ -99,6 +99,22 @@ def test_models_that_ask_for_the_number_of_images():
     assert network.platforms == ("cpu",)
 
 
+class Silent(nn.Module):
+    """Asks for the number of images, and says nothing, or that a class cannot be."""
+
+    @nn.compact
+    def __call__(self, x):
+        logits = nn.Dense(3, name="dense")(x.reshape((len(x), 48)))
+        return jnp.concatenate([0 * logits, jnp.full_like(logits[:, :1], -jnp.inf)], 1)
+
+
+def test_logits_of_zero_and_infinity_are_equal_to_themselves():
+    deployed = deploy(Silent(), (4, 4, 3))
+    network = jax.export.deserialize(bytearray(to_stablehlo(deployed)))
+    images = some_images(deployed)
+    np.testing.assert_array_equal(network.call(images), logits_of(deployed, images))
+
+
 class Mixing(nn.Module):
     """Logits of an image depend on the others."""
 

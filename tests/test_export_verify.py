@@ -1,6 +1,7 @@
 """What `verify` says of two networks, and that it runs the file itself."""
 
 import os
+import pathlib
 import stat
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from exporting import make_run
 
 from mpq_jax import data
-from mpq_jax.export import datasets, formats, packed, verify
+from mpq_jax.export import datasets, formats, packed, seal, verify
 from mpq_jax.export import deployed as networks
 from mpq_jax.layer_table import LayerTable
 
@@ -120,12 +121,16 @@ def test_formats_are_known_by_the_ending(tmp_path, deployed):
         formats.save(tmp_path / "a", deployed, "tflite")
     with pytest.raises(ValueError, match=r"onnx has no option 'norms'; its options: \['opset'\]"):
         formats.save(tmp_path / "a", deployed, "onnx", norms="float")
-    with pytest.raises(ValueError, match=r"norms is 'int'; packed takes \('float', 'half', "):
+    with pytest.raises(ValueError, match=r"norms is 'int'; packed takes \['float', 'half', "):
         formats.save(tmp_path / "a", deployed, "packed", norms="int")
-    with pytest.raises(ValueError, match=r"opset is 17; onnx takes range\(21, 26\)"):
+    with pytest.raises(ValueError, match=r"opset is 17; onnx takes \[21, 22, 23, 24, 25\]"):
         formats.save(tmp_path / "a", deployed, "onnx", opset=17)
-    with pytest.raises(ValueError, match="is a folder; name the file to write in it"):
-        formats.save(tmp_path, deployed, "onnx")
+    for path in (tmp_path, pathlib.Path("/dev/null")):
+        with pytest.raises(ValueError, match="is a folder or a device; name a file"):
+            formats.save(path, deployed, "onnx")
+    for provenance in (["me"], {"copied": seal.SEAL}):
+        with pytest.raises(ValueError, match="wanted a JSON object, without checksums of other"):
+            formats.save(tmp_path / "a", deployed._replace(provenance=provenance), "onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -147,6 +152,7 @@ def test_damage_is_found_wherever_it_is(name, deployed, tmp_path):
     damaged = [
         content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :] for place in places
     ]
+    damaged += [content.replace(b"mpq_jax crc32", b"mpq_jax crc23")] * (name != "packed")
     for one in (*damaged, content[:-1], content[: len(content) // 2], content + b"x"):
         path.write_bytes(one)
         with pytest.raises(ValueError, match=str(path)):
@@ -167,11 +173,14 @@ def test_files_of_other_bits_or_layers_are_refused(name, deployed, digits, tmp_p
         verify.check_bits(path, name, other)
 
 
-def test_files_can_be_read_by_all(deployed, file, tmp_path):
+def test_files_can_be_read_by_all_and_links_stay_links(deployed, tmp_path):
     mask = os.umask(0o022)
     os.umask(mask)
-    path = formats.save(tmp_path / "network", deployed, "packed")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "network")
+    formats.save(link, deployed, "packed")
+    assert link.is_symlink()
+    assert stat.S_IMODE((tmp_path / "network").stat().st_mode) == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("name", sorted(formats.FORMATS))

@@ -46,6 +46,7 @@ def write(
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
     """Writes a file and, where need be, its folder; it appears at once or not at all."""
+    path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     try:

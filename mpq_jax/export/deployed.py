@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from mpq_jax import bits as bit_configs
 from mpq_jax import checkpoints, linen, runs, supernet
 from mpq_jax.bits import BitConfig
-from mpq_jax.export import norms
+from mpq_jax.export import norms, seal
 from mpq_jax.layer_table import FLOAT_BITS, MOST_BITS, LayerTable
 from mpq_jax.methods.record import Found
 from mpq_jax.quantizers import batch_max
@@ -120,6 +120,8 @@ def load(
             f"{workdir / 'config.json'} lacks {error}: another version of mpq_jax wrote it; export "
             "with that version"
         ) from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{workdir / 'config.json'} is of no run of train.py: {error}") from error
     asked = _asked(setup, workdir, bits)  # refuses nonsense before anything is read
     step, state = _finished_state(setup, workdir)
     variables = runs.whole_variables(setup, state)
@@ -161,7 +163,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of the text's encoding, or of JSON
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no config of a run of train.py")
@@ -363,6 +365,11 @@ def _codes(
 
 def check(deployed: Deployed) -> None:
     """Raises ValueError where the network cannot be written as integers and step sizes."""
+    if not isinstance(deployed.provenance, dict) or seal.BEGIN in json.dumps(deployed.provenance):
+        raise ValueError(
+            f"provenance is {deployed.provenance!r}; wanted a JSON object, without checksums of "
+            "other files"
+        )
     if deployed.quantizer.acts is batch_max.ACTS:
         raise ValueError(
             "the inputs of layers are scaled by the largest value of each batch ('batch_max') and "

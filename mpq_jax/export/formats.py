@@ -8,7 +8,7 @@ logits = run(images)
 import json
 import os
 import pathlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from mpq_jax.bits import BitConfig
 from mpq_jax.export import container, onnx_graph, packed, packed_numpy, seal, stablehlo
 from mpq_jax.export.deployed import FOUND, Deployed
 
+CHECKSUM = "checksum"  # key of the metadata of ONNX files
 PROVIDERS = ["CPUExecutionProvider"]  # of ONNX Runtime
 RunImages = Callable[[np.ndarray], np.ndarray]  # normalised float32 images -> logits
 
@@ -42,7 +43,7 @@ class Format(NamedTuple):
 
     endings: tuple[str, ...]
     runtime: str
-    options: Mapping[str, Container[Any]]
+    options: Mapping[str, Collection[Any]]
     write: Callable[..., None]
     open: Callable[[pathlib.Path], RunImages]
     bits: Callable[[pathlib.Path], str | None]
@@ -79,9 +80,9 @@ def check(path: pathlib.Path, format_name: str, options: Mapping[str, Any]) -> N
         if name not in known:
             raise ValueError(f"{format_name} has no option {name!r}; its options: {list(known)}")
         if value not in known[name]:
-            raise ValueError(f"{name} is {value!r}; {format_name} takes {known[name]}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name the file to write in it")
+            raise ValueError(f"{name} is {value!r}; {format_name} takes {list(known[name])}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a folder or a device; name a file")
 
 
 def check_name(format_name: str) -> None:
@@ -108,7 +109,7 @@ def _read_bytes(path: pathlib.Path) -> bytes:
 def _write_onnx(path: pathlib.Path, deployed: Deployed, **options: Any) -> None:
     model = onnx_graph.to_onnx(deployed, **options)
     onnx.helper.set_model_props(
-        model, {entry.key: entry.value for entry in model.metadata_props} | {"checksum": seal.SEAL}
+        model, {entry.key: entry.value for entry in model.metadata_props} | {CHECKSUM: seal.SEAL}
     )
     content = seal.sealed(model.SerializeToString())
     _session(content, "the network became a graph that ONNX Runtime does not run; use StableHLO")
@@ -157,9 +158,12 @@ def _open_onnx(path: pathlib.Path) -> RunImages:
 
 def _read_onnx(path: pathlib.Path) -> onnxruntime.InferenceSession:
     content = _read_bytes(path)
-    seal.check(path, content)
+    is_sealed = seal.check(path, content)
     what = "is no ONNX model that can be run here; it may be damaged or of a newer opset"
-    return _session(content, f"{path} {what}")
+    session = _session(content, f"{path} {what}")
+    if not is_sealed and CHECKSUM in session.get_modelmeta().custom_metadata_map:
+        raise ValueError(f"{path} is damaged: its {CHECKSUM} is none; copy or write it again")
+    return session
 
 
 def _session(content: bytes, otherwise: str) -> onnxruntime.InferenceSession:
@@ -173,7 +177,7 @@ def _session(content: bytes, otherwise: str) -> onnxruntime.InferenceSession:
 
 def _onnx_bits(path: pathlib.Path) -> str | None:
     facts = _read_onnx(path).get_modelmeta().custom_metadata_map
-    if not {"bits", "provenance"} <= set(facts):
+    if CHECKSUM not in facts:
         return ""
     found = json.loads(facts["provenance"]).get("bits") == FOUND
     return None if found else facts["bits"]

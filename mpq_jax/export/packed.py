@@ -113,8 +113,8 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Pac
     """
     network = packed_numpy.read(path)
     if model is None:
-        spec = network.provenance.get("model") or {}
-        if not spec.get("name"):
+        spec = network.provenance.get("model")
+        if not isinstance(spec, dict) or not {"name", "options"} <= set(spec) or not spec["name"]:
             raise ValueError(
                 f"{path} is of a model that is not in mpq_jax.models; call load(path, model=...)"
             )
@@ -169,13 +169,15 @@ def logits(packed: Packed, images: Float[Array, "batch ..."]) -> Float[Array, "b
 def _geometry(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     """Returns how a layer goes over its input: of a convolution strides, padding and the like."""
     if not isinstance(module, nn.Conv):
-        return {"strides": [], "padding": [], "dilation": [], "groups": 1}
+        return dict.fromkeys(("strides", "padding", "dilation", "input_dilation"), []) | {
+            "groups": 1
+        }
     window = np.atleast_1d(module.kernel_size)
-    strides, dilation = (
+    strides, dilation, spread = (
         [1 if given is None else int(given)] * len(window)
         if given is None or isinstance(given, int)
         else [int(number) for number in given]
-        for given in (module.strides, module.kernel_dilation)
+        for given in (module.strides, module.kernel_dilation, module.input_dilation)
     )
     padding: Any = nn.linear.canonicalize_padding(module.padding, len(window))
     if padding in ("SAME", "SAME_LOWER", "VALID"):
@@ -184,8 +186,13 @@ def _geometry(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
         padding = jax.lax.padtype_to_pads(inside, reach, strides, padding)
     if not isinstance(padding, str):
         padding = [[int(before), int(after)] for before, after in padding]
-    groups = module.feature_group_count
-    return {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+    return {
+        "strides": strides,
+        "padding": padding,
+        "dilation": dilation,
+        "input_dilation": spread,
+        "groups": module.feature_group_count,
+    }
 
 
 def _layer_tensors(layers: list[LayerCodes]) -> dict[str, np.ndarray]:

@@ -39,6 +39,7 @@ class PackedLayer(NamedTuple):
         input_signed: whether they are two's complement, or natural binary.
         norm: path of the norm that reads the output, or None.
         strides, dilation: of a convolution, along each axis of its images; else empty.
+        input_dilation: likewise; beyond 1 there are zeros between its inputs.
         padding: likewise, before and after them; or how Flax calls what is no zero padding.
         groups: of a convolution's channels; else 1.
     """
@@ -58,6 +59,7 @@ class PackedLayer(NamedTuple):
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...] | str
     dilation: tuple[int, ...]
+    input_dilation: tuple[int, ...]
     groups: int
 
 
@@ -215,6 +217,7 @@ def _geometry(record: dict[str, Any]) -> dict[str, Any]:
         "strides": tuple(record["strides"]),
         "padding": padding if isinstance(padding, str) else tuple(map(tuple, padding)),
         "dilation": tuple(record["dilation"]),
+        "input_dilation": tuple(record["input_dilation"]),
         "groups": record["groups"],
     }
 

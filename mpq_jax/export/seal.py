@@ -8,9 +8,9 @@ import pathlib
 import re
 import zlib
 
-_BEGIN, _OPEN = "mpq_jax crc32 ", "00000000"
-SEAL = _BEGIN + _OPEN  # to be written into a file once, where its format holds text
-_PATTERN = re.compile(_BEGIN.encode() + rb"[0-9a-f]{8}")
+BEGIN = "mpq_jax crc32 "  # of every seal; then eight digits
+SEAL = f"{BEGIN}00000000"  # to be written into a file once, where its format holds text
+_PATTERN = re.compile(BEGIN.encode() + rb"[0-9a-f]{8}")
 
 
 def sealed(content: bytes) -> bytes:
@@ -19,16 +19,18 @@ def sealed(content: bytes) -> bytes:
     return content.replace(SEAL.encode(), _closed(content))
 
 
-def check(path: pathlib.Path, content: bytes) -> None:
-    """Raises ValueError where a file has a seal that is not its own; files without pass."""
-    for found in _PATTERN.findall(content):
+def check(path: pathlib.Path, content: bytes) -> bool:
+    """Returns whether a file has a seal; raises ValueError where it is not its own."""
+    seals = _PATTERN.findall(content)
+    for found in seals:
         opened = content.replace(found, SEAL.encode())
         if found != _closed(opened):
             raise ValueError(
                 f"{path} is not what mpq_jax wrote: its checksum is wrong. It was damaged, then "
                 "copy or write it again, or changed by another program"
             )
+    return bool(seals)
 
 
 def _closed(content: bytes) -> bytes:
-    return f"{_BEGIN}{zlib.crc32(content):08x}".encode()
+    return f"{BEGIN}{zlib.crc32(content):08x}".encode()

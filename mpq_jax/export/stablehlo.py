@@ -87,12 +87,12 @@ def facts_of(path: pathlib.Path, content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, of another kind or of another version.
     """
-    seal.check(path, content)
+    is_sealed = seal.check(path, content)
     try:
         facts = json.loads(content[content.rindex(b"\n{") :])
     except ValueError:
         facts = {}
-    if facts.get("format") != FORMAT:
+    if not is_sealed or facts.get("format") != FORMAT:
         raise ValueError(
             f"{path} is no StableHLO program of mpq_jax, or was cut off: the line that should "
             "stand at its end is not there; copy or write it again"
