@@ -3,12 +3,16 @@
 import collections
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
 METRICS = "metrics.jsonl"
+FLUSH_SECONDS = 30.0  # after which TensorBoard can see what was written
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -24,18 +28,25 @@ class MetricWriter:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         temporary.replace(path)
         self._lines = path.open("a")
-        self._board: Any = tensorboardX.SummaryWriter(
-            str(directory / "tensorboard"),
-            purge_step=first_step,
-            max_queue=0,  # unlimited: its thread dies of a full disk, and then a put would block
-        )
+        # Not SummaryWriter: its thread dies of a full disk, and the program waits for it for ever.
+        board = directory / "tensorboard"
+        board.mkdir(exist_ok=True)
+        self._board, self._flushed = EventsWriter(str(board / "events")), time.monotonic()
+        started = SessionLog(status=SessionLog.START)  # tells TensorBoard to drop what comes later
+        self._add(first_step, session_log=started)
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._board.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes named scalars of a step."""
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
         self._lines.flush()
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+            self._add(step, summary=summary.scalar(name, value))
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self._board.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes the files."""

@@ -103,6 +103,14 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
     assert scalars == [(0, "loss", 0.0), (3, "loss", 0.75)]
 
 
+def test_tensorboard_is_told_where_a_run_goes_on(tmp_path):
+    write(tmp_path, 4, [4])
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    first, begun, _ = read_events(file)
+    assert first.file_version == "brain.Event:2"
+    assert (begun.step, begun.session_log.status) == (4, event_pb2.SessionLog.START)
+
+
 def test_compile_counter_counts_by_name_while_it_is_open():
     @jax.jit
     def doubled_for_the_counter(x):
@@ -149,7 +157,6 @@ except OSError as error:
 
 
 def test_a_full_disk_is_an_error_and_not_a_wait_without_end(tmp_path):
-    """TensorBoard's thread dies of it first; what is put into its queue then stays there."""
     process = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
         + ['mount -t tmpfs -o size=1m none "$4" && exec "$@"', "sh", sys.executable, "-c", FULL]
