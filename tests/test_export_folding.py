@@ -5,16 +5,21 @@ from deploying import deploy
 
 from mpq_jax import linen
 from mpq_jax.export import deployed as networks
-from mpq_jax.export import folding
+from mpq_jax.export import folding, program
 from mpq_jax.export.integers import NORM_LEAVES, leaf_of
 from mpq_jax.models import make_model
+
+
+def fold(deployed):
+    variables = program.flat_variables(networks.selected(deployed))
+    return folding.fold(variables, folding.calls_of(deployed))
 
 
 def test_a_folded_norm_is_the_norm():
     deployed = deploy(make_model("resnet8", num_classes=10, width=4), (8, 8, 3), turned=0.5)
     chosen = networks.selected(deployed)
     leaves = linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
-    norms = folding.fold(deployed, folding.calls_of(deployed))
+    norms = fold(deployed)
     assert set(norms) == {layer.norm for layer in deployed.table.layers if layer.norm}
     for name, (multiplier, offset) in norms.items():
         scale, bias, mean, variance = (
@@ -55,7 +60,7 @@ def test_integer_norms_are_within_their_bound():
 def test_units_are_the_worth_of_sums_of_whole_numbers():
     deployed = deploy(make_model("resnet8", num_classes=10, width=4), (8, 8, 3))
     layers = networks.codes(deployed)
-    folded = folding.fold(deployed, folding.calls_of(deployed))
+    folded = fold(deployed)
     units = folding.units_of(deployed.table, layers, folded)
     assert set(units) == set(folded) - {"stem_norm"}  # whose layer reads float images
     for layer, one in zip(deployed.table.layers, layers, strict=True):

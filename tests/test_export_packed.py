@@ -17,7 +17,7 @@ from exporting import make_run, some_digits
 
 from mpq_jax import costs, linen, supernet
 from mpq_jax.export import deployed as networks
-from mpq_jax.export import folding, packed, packed_numpy
+from mpq_jax.export import folding, packed, packed_numpy, program
 from mpq_jax.layer_table import LayerTable, bit_rules, trace_layers
 from mpq_jax.models import make_model
 from mpq_jax.quantizers import double_rounding, lsq
@@ -47,7 +47,8 @@ def reference(deployed):
 
 
 def fold_norms(deployed):
-    return folding.fold(deployed, folding.calls_of(deployed))
+    variables = program.flat_variables(networks.selected(deployed))
+    return folding.fold(variables, folding.calls_of(deployed))
 
 
 def logits_of(path, images):

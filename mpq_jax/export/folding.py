@@ -1,6 +1,6 @@
 """BatchNorms as one multiplication and one addition, and how a file keeps these numbers.
 
-folded = fold(deployed, calls_of(deployed))   # multipliers and offsets by path of the norm
+folded = fold(variables, calls_of(deployed))  # multipliers and offsets by path of the norm
 kept = NORMS["integer"](folded, units_of(table, codes, folded))
 """
 
@@ -54,33 +54,27 @@ def _is_affine(norm: nn.BatchNorm, shape: tuple[int, ...], args: tuple, kwargs: 
     return type(norm).__call__ is nn.BatchNorm.__call__ and bool(running) and last
 
 
-def fold(deployed: Deployed, calls: Calls) -> Folded:
+def fold(variables: dict[str, Any], calls: Calls) -> Folded:
     """Returns the BatchNorms as `x * multiplier + offset`: float64 [channels] each, by path.
 
     Norms that are no such thing are left out: those that take statistics of the batch, those with
     channels on another axis than the last, and those of a class that computes something else.
 
     Args:
-        deployed: the network.
+        variables: of the network, on the host, as by `program.flat_variables`.
         calls: of its layers and norms.
     """
-    held, folded = leaves(deployed), {}
+    folded = {}
     for name, (norm, _, is_affine) in calls.items():
         if not isinstance(norm, nn.BatchNorm) or not is_affine:
             continue
         scale, bias, mean, variance = (
-            np.asarray(held.get(leaf_of(name, leaf), default), np.float64)
+            np.asarray(variables.get(leaf_of(name, leaf), default), np.float64)
             for leaf, default in zip(NORM_LEAVES, (1, 0, 0, 1), strict=True)
         )
         multiplier = np.broadcast_to(scale / np.sqrt(variance + norm.epsilon), mean.shape)
         folded[name] = (multiplier, bias - mean * multiplier)
     return folded
-
-
-def leaves(deployed: Deployed) -> dict[str, Any]:
-    """Returns every leaf of the subnet by path, which begins with its collection."""
-    chosen = jax.device_get(deployed_networks.selected(deployed))
-    return linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
 
 
 def units_of(table: LayerTable, layers: list[LayerCodes], folded: Folded) -> dict[str, float]:

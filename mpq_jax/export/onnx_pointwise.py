@@ -95,14 +95,22 @@ def number_of(value: Value) -> float | None:
     return float(value.array.reshape(()))
 
 
-def add(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
-    """Converts `add`, into the bias of a layer where it is one."""
-    for product, other in ((left, right), (right, left)):
-        if isinstance(product, Product) and isinstance(other, Constant):
-            folded = shifted(product, other.array)
-            if folded is not None:
-                return folded
-    return elementwise("Add", graph, equation, left, right)
+def into_product(op: str, fold: Callable[[Product, np.ndarray], Product | None]) -> Callable:
+    """Returns the converter to a sum or a product, which `fold` takes into a layer if it can."""
+
+    def convert(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+        for product, other in ((left, right), (right, left)):
+            if isinstance(product, Product) and isinstance(other, Constant):
+                folded = fold(product, other.array)
+                if folded is not None:
+                    return folded
+        return elementwise(op, graph, equation, left, right)
+
+    return convert
+
+
+add = into_product("Add", shifted)  # into the bias of a layer
+multiply = into_product("Mul", scaled)  # into the worth of its codes
 
 
 def subtract(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
@@ -113,16 +121,6 @@ def subtract(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
     elif isinstance(left, Constant) and isinstance(right, Product):
         folded = shifted(_negative(right), left.array)
     return elementwise("Sub", graph, equation, left, right) if folded is None else folded
-
-
-def multiply(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
-    """Converts `mul`, into the worth of a layer's codes where it is one number per channel."""
-    for product, other in ((left, right), (right, left)):
-        if isinstance(product, Product) and isinstance(other, Constant):
-            folded = scaled(product, other.array)
-            if folded is not None:
-                return folded
-    return elementwise("Mul", graph, equation, left, right)
 
 
 def divide(graph: Graph, equation: Any, left: Value, right: Value) -> Value:

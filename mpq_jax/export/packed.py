@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mpq_jax import linen, supernet
-from mpq_jax.export import container, folding, packed_numpy
+from mpq_jax.export import container, folding, packed_numpy, program
 from mpq_jax.export import deployed as deployed_networks
 from mpq_jax.export.deployed import Deployed, LayerCodes
 from mpq_jax.export.folding import NORMS
@@ -62,7 +62,8 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
         raise ValueError(f"norms is {norms!r}; wanted one of {tuple(NORMS)}")
     layers = deployed_networks.codes(deployed)
     calls = folding.calls_of(deployed)
-    folded = folding.fold(deployed, calls)
+    variables = jax.device_get(program.flat_variables(deployed_networks.selected(deployed)))
+    folded = folding.fold(variables, calls)
     kept = NORMS[norms](folded, folding.units_of(deployed.table, layers, folded))
     provenance = dict(deployed.provenance)
     planes = provenance.pop("planes", {})
@@ -90,7 +91,8 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
         "zero_point": packed_numpy.ZERO_POINT,
         "provenance": provenance,
     }
-    tensors = _layer_tensors(layers) | _other_tensors(deployed, folded) | kept.tensors
+    others = _other_tensors(deployed.table, variables, folded)
+    tensors = _layer_tensors(layers) | others | kept.tensors
     container.write(
         pathlib.Path(path),
         tensors,
@@ -204,11 +206,13 @@ def _layer_tensors(layers: list[LayerCodes]) -> dict[str, np.ndarray]:
     }
 
 
-def _other_tensors(deployed: Deployed, folded: dict[str, Any]) -> dict[str, np.ndarray]:
+def _other_tensors(
+    table: LayerTable, variables: dict[str, Any], folded: folding.Folded
+) -> dict[str, np.ndarray]:
     """Returns the parameters and the statistics that are neither packed nor folded."""
-    packed = {f"{layer.name}/kernel" for layer in deployed.table.layers if not layer.float_weights}
+    packed = {f"{layer.name}/kernel" for layer in table.layers if not layer.float_weights}
     kinds, tensors = {"params": "floats", "batch_stats": "stats"}, {}
-    for path, leaf in folding.leaves(deployed).items():
+    for path, leaf in variables.items():
         collection, _, name = path.partition("/")
         if name not in packed and linen.module_of(name) not in folded:
             tensors[f"{kinds[collection]}/{name}"] = np.array(leaf, order="C")
