@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import linen, recording, supernet
-from mpq_jax.export import integers
-from mpq_jax.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.export.packed import integers
 from mpq_jax.models import make_model
+from mpq_jax.program import linen
 from mpq_jax.quantizers import double_rounding
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.training import metrics
 
 CANDIDATES, IMAGES, CLASSES = (8, 6, 4, 2), 4, 1000
 
@@ -61,7 +63,7 @@ def main():
     print(f"{sizes.file / numbers - 1:+.3%} over its numbers; one byte per quantised weight")
     switches = {bits: [] for bits in artifact.precisions}
     forwards = {bits: [] for bits in artifact.precisions}
-    with recording.CompileCounter() as counter:
+    with metrics.CompileCounter() as counter:
         for turn in range(arguments.rounds + 1):
             for bits in artifact.precisions:
                 selected, switch_ms = timed(artifact.switch, bits)

@@ -56,11 +56,12 @@ def step_program(model_name: str, pixels: int, parts, *, subnets: int) -> tuple[
     import jax
     import jax.numpy as jnp
 
-    from mpq_jax import linen, sharding
-    from mpq_jax.layer_table import bit_rules, trace_layers
     from mpq_jax.methods import rfquant
-    from mpq_jax.methods.record import Run
+    from mpq_jax.methods.base import Run
     from mpq_jax.models import make_model
+    from mpq_jax.parallel import mesh as sharding
+    from mpq_jax.program import linen
+    from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
     shape = (pixels, pixels, 3)
     model = make_model(model_name, num_classes=10)
@@ -105,8 +106,8 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-    from mpq_jax import sharding
-    from mpq_jax.methods.parts import Parts
+    from mpq_jax.parallel import mesh as sharding
+    from mpq_jax.parallel.grad_accumulation import Parts
 
     mesh = sharding.make_mesh()
     ways = {

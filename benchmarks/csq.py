@@ -21,10 +21,12 @@ import numpy as np
 
 from benchmarks.fashion import Bench, append, cell, read
 from configs.csq import fashion_mnist
-from mpq_jax import costs, evaluation, report
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import Rule
 from mpq_jax.methods import METHODS
+from mpq_jax.reporting import plots
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import Rule
+from mpq_jax.tasks import evaluation
 
 TARGETS, MIDDLE = (2, 3, 4), 3
 FLOAT_INPUTS = Rule(pattern="block", acts=32, float_acts=True)
@@ -170,13 +172,13 @@ def main():
         if row["seed"] == 0 and row["variant"] in {f"CSQ {target}" for target in TARGETS}:
             target = row["variant"].split()[1]
             path = out / f"growth_{target}.png"
-            report.plot_growth(list(row["layouts"]), row["history"], path=path)
+            plots.plot_growth(list(row["layouts"]), row["history"], path=path)
             table = Bench(arguments.data_dir, 0, 1).table((8,), first=(FLOAT_INPUTS,))
             counted = {
                 kind: BitConfig(jnp.asarray(bits, jnp.int32), table.largest.acts)
                 for kind, bits in row["bits"].items()
             }
-            report.plot_scheme(table, counted, path=out / f"scheme_{target}.png")
+            plots.plot_scheme(table, counted, path=out / f"scheme_{target}.png")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import linen
-from mpq_jax.layer_table import FIRST_LAST_SAME, bit_rules, trace_layers
-from mpq_jax.methods import csq, plain
+from mpq_jax.methods import csq, float_training
+from mpq_jax.methods.base import Run
 from mpq_jax.methods.csq import network as networks
-from mpq_jax.methods.record import Run
 from mpq_jax.models import make_model
-from mpq_jax.quantizers.csq import BitPlanes, plane_gates, significances
+from mpq_jax.program import linen
+from mpq_jax.quantizers.bit_planes import BitPlanes, plane_gates, significances
+from mpq_jax.supernet.layer_table import FIRST_LAST_SAME, bit_rules, trace_layers
 
 MB = 1e6
 CSQ_OPTIONS = {"acts": "lsq", "act_bits": 32, "ticket": 0.9, "harden": 1.0}
@@ -63,7 +63,7 @@ def make_step(name: str, arguments):
     table = trace_layers(model, shape, rules=rules)
     run = Run(epochs=10, steps_per_epoch=100, prepare=lambda batch, key: batch["image"])
     if STEPS[name] is None:
-        method = plain.make(model, table, plain.Options(), run)
+        method = float_training.make(model, table, float_training.Options(), run)
     else:
         method = csq.FAMILY.make(model, table, csq.Options(**CSQ_OPTIONS), run)
     images = jax.random.normal(jax.random.key(0), (arguments.batch, *shape))

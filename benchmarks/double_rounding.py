@@ -19,9 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.fashion import Bench, append, cell, read
-from mpq_jax.layer_table import FIRST_LAST_FLOAT
 from mpq_jax.methods import METHODS
 from mpq_jax.methods.double_rounding import Options, learner, multi
+from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT
 
 CANDIDATES = (8, 6, 4, 2)
 ALONE = {f"{bits} bits alone": (bits,) for bits in CANDIDATES}

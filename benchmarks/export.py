@@ -17,13 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import costs, linen, runs, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.export import deployed as deployed_networks
-from mpq_jax.export import formats, packed, verify
-from mpq_jax.layer_table import bit_rules, trace_layers
+from mpq_jax.export import exported_model as deployed_networks
+from mpq_jax.export import formats, verify
+from mpq_jax.export.packed import format
 from mpq_jax.models import make_model
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
+from mpq_jax.supernet import costs, supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.training import experiment
 
 FILES = (  # format, options, what the table calls it
     ("packed", {}, "packed"),
@@ -66,7 +69,7 @@ def print_verified(networks: list[str], repeats: int) -> None:
         below = pathlib.Path(workdir) / bits
         given = str(below) if bits and below.is_file() else bits or None
         deployed = deployed_networks.load(workdir, given)
-        dataset = runs.load_dataset(deployed_networks.read_config(pathlib.Path(workdir)))
+        dataset = experiment.load_dataset(deployed_networks.read_config(pathlib.Path(workdir)))
         for kind, options, label in FILES:
             with tempfile.TemporaryDirectory() as folder:
                 path = pathlib.Path(folder) / f"network{formats.FORMATS[kind].endings[0]}"
@@ -106,16 +109,16 @@ def mixed(name: str) -> deployed_networks.Deployed:
 
 
 def print_sizes() -> None:
-    columns = (f"file with {norms} norms, over the kernels" for norms in packed.NORMS)
+    columns = (f"file with {norms} norms, over the kernels" for norms in format.NORMS)
     print_head(("network", "kernels by `model_bytes`", *columns))
     for name in LARGE:
         deployed = mixed(name)
         kernels = float(costs.model_bytes(deployed.table, deployed.bits))
         cells = []
-        for norms in packed.NORMS:
+        for norms in format.NORMS:
             with tempfile.TemporaryDirectory() as folder:
                 path = pathlib.Path(folder) / "network.safetensors"
-                packed.save(path, deployed, norms=norms)
+                format.save(path, deployed, norms=norms)
                 size = path.stat().st_size
             cells.append(f"{size:,}, {size / kernels - 1:+.2%}")
         print_row(name, f"{kernels:,.0f}", *cells)

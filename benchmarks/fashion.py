@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import data, evaluation, linen
-from mpq_jax.layer_table import bit_rules, trace_layers
+from mpq_jax import data
 from mpq_jax.methods import METHODS
-from mpq_jax.methods.record import Run
+from mpq_jax.methods.base import Run
 from mpq_jax.models import make_model
-from mpq_jax.recalibration import recalibrate
-from mpq_jax.search import evaluate as search_evaluate
+from mpq_jax.program import linen
+from mpq_jax.supernet import scoring as search_evaluate
+from mpq_jax.supernet.bn_recalibration import recalibrate
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.tasks import evaluation
 
 # Held out: two thirds of the training images, so that many runs fit a two-core machine.
 HELDOUT, BATCH, CALIBRATION_BATCHES, RECALIBRATION_BATCHES = 2 / 3, 128, 8, 56

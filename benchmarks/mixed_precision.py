@@ -21,14 +21,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.double_rounding import CANDIDATES
 from benchmarks.fashion import Bench, append, cell, read
-from mpq_jax import costs, sensitivity, supernet, ties
-from mpq_jax.layer_table import FIRST_LAST_FLOAT
 from mpq_jax.methods import METHODS
 from mpq_jax.methods.double_rounding import MixedOptions, Options
-from mpq_jax.search import evaluate as search_evaluate
 from mpq_jax.search import greedy, ilp
 from mpq_jax.search.objectives import OBJECTIVES
-from mpq_jax.search.space import Budget, Limit
+from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.supernet import costs, sensitivity, supernet, tied_layers
+from mpq_jax.supernet import scoring as search_evaluate
+from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT
 
 ROULETTES = ("published", "uniform")
 BUDGETS = (7.0, 6.0, 5.0, 4.0, 3.0)  # mean bits
@@ -58,7 +58,7 @@ def train(bench: Bench, table, start, roulette: str) -> dict:
     scores = {name: accuracy(variables, bits, "test") for name, bits in uniform.items()}
     # Random configurations of equal bits for weights and input: what the supernet is for.
     generator = np.random.default_rng(0)
-    allowed = costs.allowed_pairs(ties.tie_acts_to_weights(method.table))
+    allowed = costs.allowed_pairs(tied_layers.tie_acts_to_weights(method.table))
     random = [_drawn(generator, method.table, allowed) for _ in range(RANDOM)]
     scores[f"mean of {RANDOM} random"] = float(
         np.mean([accuracy(variables, bits, "test") for bits in random])
@@ -78,7 +78,7 @@ def _drawn(generator, table, allowed):
 
 
 def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, float]:
-    table = ties.tie_acts_to_weights(method.table)
+    table = tied_layers.tie_acts_to_weights(method.table)
     score = search_evaluate.make_score(
         bench.model, table, variables, metric="loss", quantizer=method.quantizer
     )
@@ -118,7 +118,7 @@ def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, f
 
 
 def by_greedy(bench: Bench, method, variables, accuracy) -> dict[str, float]:
-    table = ties.tie_acts_to_weights(method.table)
+    table = tied_layers.tie_acts_to_weights(method.table)
     score = search_evaluate.make_score(
         bench.model, table, variables, metric="error", quantizer=method.quantizer
     )

@@ -15,12 +15,12 @@ import time
 import jax
 
 from benchmarks.fashion import Bench, append, cell, read
-from mpq_jax import bits as bit_configs
-from mpq_jax import costs
 from mpq_jax.methods import rfquant
-from mpq_jax.search import evaluate as search_evaluate
 from mpq_jax.search import greedy
-from mpq_jax.search.space import Budget, Limit
+from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import costs
+from mpq_jax.supernet import scoring as search_evaluate
 
 OFF = {"freeze_ratio_start": 0.0, "freeze_ratio_end": 0.0, "idm_weight": 0.0}
 VARIANTS = {

@@ -26,12 +26,13 @@ def measure(arguments) -> None:
     import jax
     import numpy as np
 
-    from mpq_jax import linen, sharding
-    from mpq_jax.layer_table import bit_rules, trace_layers
     from mpq_jax.methods import rfquant
-    from mpq_jax.methods.parts import Parts
-    from mpq_jax.methods.record import Run
+    from mpq_jax.methods.base import Run
     from mpq_jax.models import make_model
+    from mpq_jax.parallel import mesh as sharding
+    from mpq_jax.parallel.grad_accumulation import Parts
+    from mpq_jax.program import linen
+    from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
     fsdp = jax.device_count() if arguments.split else 1
     parts = Parts(sharding.make_mesh(fsdp=fsdp))
@@ -82,11 +83,12 @@ def print_sizes() -> None:
     import jax.numpy as jnp
     from jax.sharding import AbstractMesh, AxisType
 
-    from mpq_jax import linen, sharding
-    from mpq_jax.layer_table import bit_rules, trace_layers
     from mpq_jax.methods import rfquant
-    from mpq_jax.methods.record import Run
+    from mpq_jax.methods.base import Run
     from mpq_jax.models import make_model
+    from mpq_jax.parallel import mesh as sharding
+    from mpq_jax.program import linen
+    from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
     def per_device(state, devices: int) -> float:
         mesh = AbstractMesh((devices,), (sharding.STATE_AXIS,), axis_types=(AxisType.Auto,))

@@ -22,14 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import costs, linen, sharding, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import bit_rules, trace_layers
 from mpq_jax.models import make_model
+from mpq_jax.parallel import mesh as sharding
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
-from mpq_jax.recording import CompileCounter
-from mpq_jax.search import evaluate, greedy, prefixes, segments
-from mpq_jax.search.space import Budget, Limit, Space, words_of
+from mpq_jax.search import greedy, prefix_scoring, segments
+from mpq_jax.search.problem import Budget, Limit, Space, words_of
+from mpq_jax.supernet import costs, scoring, supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.training.metrics import CompileCounter
 
 NETWORKS = {"resnet20": (32, 128), "resnet18": (64, 32)}  # pixels, batch
 VMAPPED = ("resnet20",)  # of ResNet-18, one configuration takes minutes by vmap
@@ -58,19 +60,19 @@ class Case:
         genes = [gene for gene in self.space.genes if gene % 2 == 0]
         return self.space.config(self.space.neighbours(self.space.uniform(5), genes))
 
-    def score(self) -> evaluate.BatchScore:
-        return evaluate.make_score(self.model, self.table, self.variables, metric="loss")
+    def score(self) -> scoring.BatchScore:
+        return scoring.make_score(self.model, self.table, self.variables, metric="loss")
 
-    def prefix_score(self) -> evaluate.BatchScore:
+    def prefix_score(self) -> scoring.BatchScore:
         cut = segments.find_segments(self.model, self.table, self.shape)
-        return prefixes.make_prefix_score(
+        return prefix_scoring.make_prefix_score(
             self.model, self.table, self.variables, cut, metric="loss"
         )
 
     def loss(self, variables, bits, images):
         selected = supernet.select(self.table, variables, bits, quantizer=lsq.QUANTIZER)
         out = supernet.apply(self.model, self.table, selected, images, train=True)
-        return evaluate.mean_loss(out.logits, self.labels, jnp.zeros(()))
+        return scoring.mean_loss(out.logits, self.labels, jnp.zeros(()))
 
 
 def in_turn(works: dict, rounds: int) -> dict[str, np.ndarray]:
@@ -235,7 +237,7 @@ def print_on_devices(rounds: int) -> None:
     works = {}
     for count in DEVICES:
         mesh = sharding.make_mesh(count)
-        score = evaluate.make_score(
+        score = scoring.make_score(
             case.model,
             case.table,
             sharding.replicate(case.variables, mesh),

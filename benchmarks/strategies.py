@@ -21,14 +21,14 @@ import numpy as np
 import scipy.stats
 
 from benchmarks.fashion import Bench, append, cell, read
-from mpq_jax import costs, supernet
-from mpq_jax.bits import BitConfig
 from mpq_jax.methods import METHODS
 from mpq_jax.models import make_model
-from mpq_jax.search import evaluate, prefixes
+from mpq_jax.search import prefix_scoring
+from mpq_jax.search.problem import Budget, Limit, Space
 from mpq_jax.search.random import into_budget
-from mpq_jax.search.space import Budget, Limit, Space
 from mpq_jax.search.strategies import STRATEGIES
+from mpq_jax.supernet import costs, scoring, supernet
+from mpq_jax.supernet.bits import BitConfig
 
 LEVELS = {"4-bit level": 4.0, "3-bit level": 3.0, "2.5-bit level": 2.5}
 SCORES = 400  # per budget, about; the greedy descent takes what it takes
@@ -84,7 +84,7 @@ def search(bench: Bench, table, variables, name: str, seed: int, accuracy) -> di
     strategy, options = VARIANTS[name]
     metric = METRICS.get(name, "kl")
     score = bench.on_heldout(
-        prefixes.make_fast_score(
+        prefix_scoring.make_fast_score(
             bench.model, table, variables, bench.dataset.image_shape, metric=metric
         ),
         IMAGES,
@@ -137,8 +137,8 @@ def correlations(bench: Bench, table, variables, accuracy) -> dict[str, list[flo
     calibration = bench.recalibration_images(8)
     found = {}
     for norms in ("batch", "recalibrated"):
-        for metric in evaluate.METRICS:
-            score = evaluate.make_score(
+        for metric in scoring.METRICS:
+            score = scoring.make_score(
                 bench.model,
                 table,
                 variables,

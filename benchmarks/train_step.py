@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import linen
-from mpq_jax.layer_table import bit_rules, trace_layers
-from mpq_jax.methods import plain, rfquant
-from mpq_jax.methods.record import Run
+from mpq_jax.methods import float_training, rfquant
+from mpq_jax.methods.base import Run
 from mpq_jax.models import make_model
+from mpq_jax.program import linen
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
 ONE_SUBNET = {
     "random_subnets": 0,
@@ -48,7 +48,7 @@ def make_step(name: str, arguments):
     table = trace_layers(model, shape, rules=bit_rules())
     run = Run(epochs=10, steps_per_epoch=100, prepare=lambda batch, key: batch["image"])
     if name == "float":
-        method = plain.make(model, table, plain.Options(), run)
+        method = float_training.make(model, table, float_training.Options(), run)
     else:
         changes = ONE_SUBNET if name == "one subnet" else EVERYTHING
         options = rfquant.Options(subnet_loop=arguments.loop, **changes)

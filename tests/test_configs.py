@@ -12,15 +12,15 @@ from ml_collections import ConfigDict
 from configs import default
 from configs.csq import digits as csq_digits
 from mpq_jax.data import DATASETS, Reading
-from mpq_jax.layer_table import FIRST_LAST, Rule, bit_rules, trace_layers
 from mpq_jax.methods import METHODS
+from mpq_jax.methods.base import Run
 from mpq_jax.methods.csq.options import SharedOptions
 from mpq_jax.methods.csq.phases import make_phases
-from mpq_jax.methods.record import Run
 from mpq_jax.models import make_model
-from mpq_jax.search.evaluate import METRICS, NORMS
 from mpq_jax.search.objectives import OBJECTIVES
 from mpq_jax.search.strategies import STRATEGIES
+from mpq_jax.supernet.layer_table import FIRST_LAST, Rule, bit_rules, trace_layers
+from mpq_jax.supernet.scoring import METRICS, NORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(

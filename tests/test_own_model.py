@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from mpq_jax import costs, linen
-from mpq_jax.evaluation import make_evaluate
-from mpq_jax.layer_table import bit_rules, trace_layers
-from mpq_jax.methods import plain, rfquant
-from mpq_jax.methods.record import Run
-from mpq_jax.recalibration import recalibrate
-from mpq_jax.recording import CompileCounter
+from mpq_jax.methods import float_training, rfquant
+from mpq_jax.methods.base import Run
+from mpq_jax.program import linen
 from mpq_jax.search import greedy
-from mpq_jax.search.evaluate import make_score, on_drawn_images
-from mpq_jax.search.space import Budget, Limit
+from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.bn_recalibration import recalibrate
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.scoring import make_score, on_drawn_images
+from mpq_jax.tasks.evaluation import make_evaluate
+from mpq_jax.training.metrics import CompileCounter
 
 BATCH, STEPS_PER_EPOCH, EPOCHS = 96, 8, 10
 TRAIN_IMAGES = 1344  # of 1797; the others are tested on
@@ -78,7 +79,7 @@ def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
     test = [{"image": images[TRAIN_IMAGES:], "label": labels[TRAIN_IMAGES:], "weight": weight}]
 
     variables = jax.jit(lambda key: linen.init_variables(MODEL, key, (8, 8, 1)))(jax.random.key(0))
-    floats = plain.make(MODEL, TABLE, plain.Options(), RUN)
+    floats = float_training.make(MODEL, TABLE, float_training.Options(), RUN)
     state, _ = train(floats, floats.init(variables, images[:BATCH]), batches)
     float_score = make_evaluate(floats.predict, lambda x: x)(floats.variables(state), None, test)
 

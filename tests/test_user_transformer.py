@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import latency, linen, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import bit_rules, trace_layers
 from mpq_jax.methods import rfquant
-from mpq_jax.methods.record import Run
+from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant import terms
 from mpq_jax.models.vit import attention
-from mpq_jax.search.evaluate import make_score
-from mpq_jax.search.prefixes import make_fast_score
+from mpq_jax.program import linen
+from mpq_jax.search.prefix_scoring import make_fast_score
+from mpq_jax.supernet import latency, supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.scoring import make_score
 
 SHAPE, PATCH, DIM, HEADS, TOKENS = (4, 4, 2), 2, 6, 3, 4
 SIZE = DIM // HEADS

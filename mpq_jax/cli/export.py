@@ -12,13 +12,17 @@ import sys
 import rich.console
 import rich.table
 
-from mpq_jax import costs, data, runs
-from mpq_jax.checkpoint_files import DamagedCheckpointError
-from mpq_jax.export import datasets, formats, inspection, packed, verify
-from mpq_jax.export import deployed as deployed_networks
-from mpq_jax.export.deployed import Deployed
+from mpq_jax import data
+from mpq_jax.cli import datasets, inspect
+from mpq_jax.export import exported_model as deployed_networks
+from mpq_jax.export import formats, verify
+from mpq_jax.export.exported_model import Deployed
+from mpq_jax.export.packed import format
+from mpq_jax.supernet import costs
+from mpq_jax.training import experiment
+from mpq_jax.training.checkpoints.files import DamagedCheckpointError
 
-KIB = inspection.KIB
+KIB = inspect.KIB
 BITS = "bit file of a search, or uniform:N; none for a run that found its bits itself"
 
 
@@ -115,7 +119,7 @@ def read_dataset(arguments: argparse.Namespace, deployed: Deployed) -> data.Data
     if not arguments.dataset:
         config = deployed_networks.read_config(pathlib.Path(arguments.workdir))
         config["data"][config["data"]["name"]].update(moved(arguments))
-        return runs.load_dataset(config)
+        return experiment.load_dataset(config)
     return datasets.load(
         arguments.dataset,
         deployed.provenance["config"]["data"],
@@ -184,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_data_dir(parser)
     add_data_path(parser)
     parser.add_argument("--out", help="the file to write")
-    parser.add_argument("--norms", help=f"packed: folded norms, {', '.join(packed.NORMS)}")
+    parser.add_argument("--norms", help=f"packed: folded norms, {', '.join(format.NORMS)}")
     parser.add_argument("--opset", type=int, help="onnx: version of its operators")
     parser.set_defaults(run=export)
     commands = parser.add_subparsers(metavar="{verify,inspect}")
@@ -208,7 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_data_dir(command)
     add_dataset(command)
     command.add_argument("--bits", nargs="*", default=[], help="bit files to evaluate as well")
-    command.set_defaults(run=inspection.inspect)
+    command.set_defaults(run=inspect.inspect)
     return parser
 
 

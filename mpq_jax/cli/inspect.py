@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import rich.console
 import rich.table
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import costs, data, evaluation
-from mpq_jax.bits import BitConfig
-from mpq_jax.export import datasets, integers
+from mpq_jax import data
+from mpq_jax.cli import datasets
+from mpq_jax.export.packed import integers
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.tasks import evaluation
 
 KIB = 2**10
 

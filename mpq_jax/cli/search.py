@@ -26,33 +26,25 @@ import rich.table
 from absl import app
 from jax.experimental import multihost_utils
 
-import train
-from mpq_jax import bits as bit_configs
-from mpq_jax import (
-    checkpoints,
-    costs,
-    data,
-    evaluation,
-    page,
-    processes,
-    recording,
-    report,
-    sensitivity,
-    sharding,
-    supernet,
-    ties,
-)
-from mpq_jax.bits import BitConfig
-from mpq_jax.export import norms
-from mpq_jax.layer_table import LayerTable
+from mpq_jax import data
+from mpq_jax.cli import train
+from mpq_jax.export import norm_statistics
 from mpq_jax.methods import METHODS
-from mpq_jax.quantizers.record import Quantizer
-from mpq_jax.recalibration import recalibrate
-from mpq_jax.search import evaluate as search_evaluate
-from mpq_jax.search import ilp, objectives, pareto, prefixes, tolerance
-from mpq_jax.search.history import History
-from mpq_jax.search.space import Budget, Found, Limit, Score, Space, Step, words_of
+from mpq_jax.parallel import distributed, mesh
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.reporting import html, plots
+from mpq_jax.search import ilp, objectives, pareto, prefix_scoring, tolerance
+from mpq_jax.search.problem import Budget, Found, Limit, Score, Space, Step, words_of
+from mpq_jax.search.score_cache import History
 from mpq_jax.search.strategies import STRATEGIES
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import costs, sensitivity, supernet, tied_layers
+from mpq_jax.supernet import scoring as search_evaluate
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.bn_recalibration import recalibrate
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.tasks import evaluation
+from mpq_jax.training import checkpoints, metrics
 
 # Units of each budget kind, the largest first; the first that the cost of a model reaches is used.
 COST_UNITS = {
@@ -244,7 +236,7 @@ def make_scorer(setup: train.Setup, config: Config, variables) -> Score:
     images = make_images(setup, config)
     recalibrated = config.search.norms == "recalibrated"
     assert setup.run.images is not None  # train.build gives it
-    score = prefixes.make_fast_score(
+    score = prefix_scoring.make_fast_score(
         setup.model,
         setup.table,
         variables,
@@ -275,7 +267,7 @@ def make_images(setup: train.Setup, config: Config) -> Callable[[Any], tuple[Any
         generator = np.random.default_rng([*words, jax.process_index()])
         chosen = generator.choice(len(images), local, replace=False)
         batch = {"image": images[chosen], "label": labels[chosen]}
-        batch = sharding.global_batch(batch, setup.mesh)
+        batch = mesh.global_batch(batch, setup.mesh)
         return setup.normalize(batch["image"]), batch["label"]
 
     return lambda key: drawn(words_of(key))
@@ -361,7 +353,7 @@ def layer_traces(setup: train.Setup, config: Config, variables) -> np.ndarray:
     plain = supernet.plain(setup.table, variables, setup.table.largest)
     count = max(1, config.search.trace_images // config.batch_size)
     read = setup.dataset.train_batches(0, steps=count)
-    batches = [sharding.global_batch(batch, setup.mesh) for batch in read]
+    batches = [mesh.global_batch(batch, setup.mesh) for batch in read]
     prepared = [batch | {"image": setup.normalize(batch["image"])} for batch in batches]
     traces = sensitivity.layer_traces(
         setup.model,
@@ -500,10 +492,10 @@ def make_candidates(
     bills: dict[str, Bill],
     groups: dict[str, dict[str, BitConfig]],
     measure: Callable[[BitConfig, str], evaluation.Score],
-) -> list[page.Candidate]:
+) -> list[html.Candidate]:
     """Tests configurations, given by group and name."""
     return [
-        page.Candidate(
+        html.Candidate(
             name=name,
             group=group,
             bits=bits,
@@ -516,7 +508,7 @@ def make_candidates(
     ]
 
 
-def hypervolume_of(candidates: list[page.Candidate], bill: Bill, largest: BitConfig) -> float:
+def hypervolume_of(candidates: list[html.Candidate], bill: Bill, largest: BitConfig) -> float:
     """Returns how much of cost and error the searched configurations leave, as a part of all."""
     searched = [one for one in candidates if one.group == "searched"]
     most = bill.of(largest)
@@ -543,7 +535,7 @@ def file_name(budget: str) -> str:
 
 
 def write_results(
-    directory: pathlib.Path, content: page.Content, path: list[Step], found: dict[str, BitConfig]
+    directory: pathlib.Path, content: html.Content, path: list[Step], found: dict[str, BitConfig]
 ) -> None:
     """Writes bits as JSON by budget, tables as CSV, plots, and the report."""
     table, (unit, label) = content.table, content.unit
@@ -565,20 +557,20 @@ def write_results(
         writer.writerow(Step._fields)
         writer.writerows(path)
     rows = [
-        report.Row(one.name, one.group, one.accuracy, one.costs[content.budget] / unit)
+        plots.Row(one.name, one.group, one.accuracy, one.costs[content.budget] / unit)
         for one in content.candidates
     ]
     if content.float_accuracy is not None:
-        rows.append(report.Row("float", "float", content.float_accuracy, None))
+        rows.append(plots.Row("float", "float", content.float_accuracy, None))
     for ending in ("png", "svg"):
-        report.plot_frontier(
+        plots.plot_frontier(
             rows, cost_label=f"cost ({label})", path=directory / f"frontier.{ending}"
         )
-        report.plot_bits(table, found, path=directory / f"bits.{ending}")
-    page.write_page(content, directory / "report.html")
+        plots.plot_bits(table, found, path=directory / f"bits.{ending}")
+    html.write_page(content, directory / "report.html")
 
 
-def print_results(content: page.Content) -> None:
+def print_results(content: html.Content) -> None:
     """Prints the table of results, the most expensive configuration first."""
     unit, label = content.unit
     shown = rich.table.Table("configuration", "mean w bits", label, "test accuracy")
@@ -592,18 +584,18 @@ def print_results(content: page.Content) -> None:
     console.print(shown)
 
 
-@processes.ending_together()
+@distributed.ending_together()
 def main(argv: list[str]) -> None:
     """Searches, evaluates, writes and prints."""
     config, workdir = train.start(argv)
     path: list[Step] = []
     timings: dict[str, float] = {}
-    with recording.CompileCounter() as counter:
+    with metrics.CompileCounter() as counter:
         try:
             check_words(config)
             setup = train.build(config)
             if config.search.tied:
-                setup = setup._replace(table=ties.tie_acts_to_weights(setup.table))
+                setup = setup._replace(table=tied_layers.tie_acts_to_weights(setup.table))
             space = Space(setup.table, setup.table.candidates, setup.table.mask)
             if setup.dataset.sizes["heldout"] == 0:
                 raise ValueError("config.data.heldout_fraction is 0: nothing to search on")
@@ -652,7 +644,7 @@ def main(argv: list[str]) -> None:
             candidates = make_candidates(bills, groups, measure)
             float_accuracy = test_float(config, setup)
         tested = {
-            name: norms.of(setup.table, sharding.to_host(ready(bits)), bits)
+            name: norm_statistics.of(setup.table, mesh.to_host(ready(bits)), bits)
             for name, bits in (uniform | found).items()
         }
         train.write_norms(workdir / "search" / "norms.safetensors", setup.table, tested)
@@ -666,7 +658,7 @@ def main(argv: list[str]) -> None:
             with timed(timings, "sensitivity"):
                 rises = objectives.measured_rises(score, space, jax.random.key(config.seed))
     scored = [(bill.of(bits), value) for bits, value in history.configs]
-    content = page.Content(
+    content = html.Content(
         title=f"{config.model.name} on {setup.dataset.name}",
         table=setup.table,
         budget=bill.kind,
@@ -692,6 +684,7 @@ def main(argv: list[str]) -> None:
     train.print_compilations(counter)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Defines the flags of searching, parses them and searches."""
     train.define_flags()
     app.run(main, flags_parser=train.parse_flags)

@@ -24,25 +24,22 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import (
-    checkpoints,
-    costs,
-    data,
-    evaluation,
-    finite,
-    processes,
-    published,
-    recording,
-    report,
-    sharding,
-)
-from mpq_jax.export import integers, norms
-from mpq_jax.layer_table import LayerTable
+from mpq_jax import data
+from mpq_jax.export import norm_statistics
+from mpq_jax.export.packed import integers
 from mpq_jax.methods import METHODS, Method
-from mpq_jax.methods.record import Found
-from mpq_jax.quantizers.record import Quantizer
-from mpq_jax.runs import (
+from mpq_jax.methods.base import Found
+from mpq_jax.models import pretrained
+from mpq_jax.parallel import distributed, mesh
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.reporting import plots
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.tasks import evaluation
+from mpq_jax.training import checkpoints, nonfinite
+from mpq_jax.training import metrics as recording
+from mpq_jax.training.experiment import (
     Setup,
     abstract_state,
     build,
@@ -77,7 +74,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_count", None, "Processes of the run; None: ask the cluster.")
     flags.DEFINE_integer("process_index", None, "Number of this process; None: ask the cluster.")
     flags.DEFINE_integer(
-        "lost_after", processes.LOST_AFTER, "Seconds until a silent process ends all others."
+        "lost_after", distributed.LOST_AFTER, "Seconds until a silent process ends all others."
     )
     flags.mark_flags_as_required(["config", "workdir"])
 
@@ -107,7 +104,7 @@ def start(argv: list[str]) -> tuple[Config, pathlib.Path]:
         sys.exit(f"error: {argv[1:]} are not flags; write --config=FILE --config.key=value")
     if flags.FLAGS.distributed:
         try:
-            processes.join(
+            distributed.join(
                 flags.FLAGS.coordinator,
                 flags.FLAGS.process_count,
                 flags.FLAGS.process_index,
@@ -115,14 +112,14 @@ def start(argv: list[str]) -> tuple[Config, pathlib.Path]:
             )
         except RuntimeError as error:
             sys.exit(f"error: {error}")
-        print(processes.describe(), flush=True)  # of each process: does it see all the others?
+        print(distributed.describe(), flush=True)  # of each process: does it see all the others?
     console.quiet = jax.process_index() != 0
     return flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
 
 
 def initial_state(setup: Setup, config: Config) -> Any:
     """Returns the state that training starts from, on all devices."""
-    replicated = sharding.replicated(setup.mesh)
+    replicated = mesh.replicated(setup.mesh)
     check_start(config)
     if config.init_from:
         variables = starting_variables(setup, setup.method, config)
@@ -131,10 +128,10 @@ def initial_state(setup: Setup, config: Config) -> Any:
         variables = jax.jit(draw, out_shardings=replicated)(jax.random.key(config.seed))
     read = list(setup.dataset.train_batches(0, steps=config.calibration_batches))
     whole = {name: np.concatenate([one[name] for one in read]) for name in ("image", "label")}
-    batch = sharding.global_batch(whole, setup.mesh)
+    batch = mesh.global_batch(whole, setup.mesh)
     images = jax.jit(setup.normalize)(batch["image"])
     state = setup.method.init(variables, images, batch["label"])
-    kept = sharding.state_shardings(state, setup.mesh)
+    kept = mesh.state_shardings(state, setup.mesh)
     return jax.jit(lambda state: state, out_shardings=kept)(state)
 
 
@@ -147,15 +144,15 @@ def starting_variables(setup: Setup, method: Method, config: Config) -> Any:
     except ValueError as error:
         raise ValueError(f"config.init_from is {config.init_from!r}: {error}") from error
     console.print(f"starting from {origin}")
-    return sharding.replicate(found, setup.mesh)
+    return mesh.replicate(found, setup.mesh)
 
 
 def read_start(setup: Setup, config: Config) -> tuple[str, dict[str, Any]]:
     """Returns what to call config.init_from, and the best of a finished run or a file's weights."""
     path = pathlib.Path(config.init_from)
-    if path.suffix in published.SUFFIXES and not path.is_dir():
+    if path.suffix in pretrained.SUFFIXES and not path.is_dir():
         image_shape, options = setup.dataset.image_shape, config.model.options
-        found = published.import_torch(config.model.name, path, image_shape=image_shape, **options)
+        found = pretrained.import_torch(config.model.name, path, image_shape=image_shape, **options)
         return f"the weights in {path}", found
     step, saved = checkpoints.load_best(path / "checkpoints")
     return f"the run in {path}, step {step}", saved
@@ -257,7 +254,7 @@ def write_integers(
     """Writes a network as integers and says so, if they are all that its precisions need."""
     if not integers.can_store(quantizer):
         return
-    variables = sharding.to_host(variables)
+    variables = mesh.to_host(variables)
     if jax.process_index() != 0:
         return
     sizes = integers.save(
@@ -282,10 +279,12 @@ def write_integers(
     )
 
 
-def write_norms(path: pathlib.Path, table: LayerTable, tested: dict[str, norms.Tested]) -> None:
+def write_norms(
+    path: pathlib.Path, table: LayerTable, tested: dict[str, norm_statistics.Tested]
+) -> None:
     """Writes the norm statistics that configurations were tested with, for `mpq_jax.export`."""
     if jax.process_index() == 0:
-        norms.save(path, table, tested)
+        norm_statistics.save(path, table, tested)
 
 
 def write_found(setup: Setup, config: Config, workdir: pathlib.Path, found: Found) -> None:
@@ -296,12 +295,12 @@ def write_found(setup: Setup, config: Config, workdir: pathlib.Path, found: Foun
         for name, bits in found.bits.items():
             file = directory / f"bits_{name}.json"
             file.write_text(bit_configs.to_json(bits, setup.table.names))
-        report.write_scheme(setup.table, found.bits, found.layouts, directory / "scheme.csv")
-        report.plot_scheme(setup.table, found.bits, path=directory / "scheme.png")
+        plots.write_scheme(setup.table, found.bits, found.layouts, directory / "scheme.csv")
+        plots.plot_scheme(setup.table, found.bits, path=directory / "scheme.png")
         entries = recording.read_metrics(workdir)
-        report.plot_growth(setup.table.names, entries, path=directory / "growth.png")
+        plots.plot_growth(setup.table.names, entries, path=directory / "growth.png")
     bits = found.table.largest
-    tested = {"found": norms.of(found.table, sharding.to_host(found.variables), bits)}
+    tested = {"found": norm_statistics.of(found.table, mesh.to_host(found.variables), bits)}
     write_norms(directory / "norms.safetensors", found.table, tested)
     path = workdir / "integers.safetensors"
     write_integers(setup, config, path, found.table, found.variables, found.quantizer)
@@ -398,7 +397,7 @@ def print_corrupt(dataset: data.Dataset) -> None:
 
 def eval_batches(setup: Setup, split: str) -> Iterator[dict[str, jax.Array]]:
     """Returns an iterator of a split's batches as global arrays."""
-    return sharding.prefetch_to_device(setup.dataset.eval_batches(split), setup.mesh)
+    return mesh.prefetch_to_device(setup.dataset.eval_batches(split), setup.mesh)
 
 
 def mean_metrics(collected: list[dict[str, Any]]) -> dict[str, float]:
@@ -408,7 +407,7 @@ def mean_metrics(collected: list[dict[str, Any]]) -> dict[str, float]:
 
 def stop_if_diverged(manager, collected: list[dict[str, Any]], done: int) -> None:
     """Stops the program if a metric of the last steps is not finite, and names the first such."""
-    bad = finite.first_bad_step(collected)
+    bad = nonfinite.first_bad_step(collected)
     if bad:
         place, values = bad
         shown = ", ".join(f"{name} is {value}" for name, value in sorted(values.items()))
@@ -428,7 +427,7 @@ def stop(manager, what: str) -> None:
     )
 
 
-@processes.ending_together()
+@distributed.ending_together()
 def main(argv: list[str]) -> int:
     """Trains; returns the exit status."""
     config, workdir = start(argv)
@@ -474,7 +473,7 @@ def train_loop(
     method, run = setup.method, setup.run
     next_step = first_step + 1
     writer = recording.MetricWriter(workdir, first_step=next_step) if not console.quiet else None
-    batches = sharding.prefetch_to_device(setup.dataset.train_batches(first_step), setup.mesh)
+    batches = mesh.prefetch_to_device(setup.dataset.train_batches(first_step), setup.mesh)
     key = jax.random.key(config.seed)
     asked_to_stop: list[int] = []
     alone = jax.process_count() == 1  # otherwise JAX listens, and tells all processes
@@ -513,8 +512,8 @@ def train_loop(
             if log_now or save_now:  # only here does the host wait for the devices
                 collected = jax.device_get(collected)
                 stop_if_diverged(manager, collected, done)
-            if save_now and (leaves := finite.bad_leaves(state)):
-                stop(manager, f"step {done} left {finite.shorten(leaves)} not finite")
+            if save_now and (leaves := nonfinite.bad_leaves(state)):
+                stop(manager, f"step {done} left {nonfinite.shorten(leaves)} not finite")
             if log_now:
                 scalars = mean_metrics(collected)
                 now = time.perf_counter()
@@ -569,7 +568,8 @@ def must_stop(asked_to_stop: list[int], step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Defines the flags of training, parses them and trains."""
     define_flags()
     flags.DEFINE_integer(
         "stopped_status", 0, "Exit status of a run that SIGTERM stopped before its end."

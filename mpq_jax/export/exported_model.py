@@ -19,15 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import checkpoints, linen, runs, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.export import norms, seal
-from mpq_jax.layer_table import FLOAT_BITS, MOST_BITS, LayerTable
-from mpq_jax.methods.record import Found
+from mpq_jax.export import checksum, norm_statistics
+from mpq_jax.methods.base import Found
+from mpq_jax.program import linen
 from mpq_jax.quantizers import batch_max
-from mpq_jax.quantizers.record import Quantizer
-from mpq_jax.recalibration import recalibrate
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.bn_recalibration import recalibrate
+from mpq_jax.supernet.layer_table import FLOAT_BITS, MOST_BITS, LayerTable
+from mpq_jax.training import checkpoints, experiment
 
 UNIFORM = "uniform:"  # `uniform:4`, in place of a bit file: these bits in every layer with a choice
 FOUND = "found by training"  # what the provenance calls bits that nobody gave
@@ -114,7 +116,7 @@ def load(
     config = read_config(workdir)
     try:
         config["data"].get(config["data"]["name"], {}).update(dataset or {})
-        setup = runs.build(config | ALONE)
+        setup = experiment.build(config | ALONE)
     except KeyError as error:
         raise ValueError(
             f"{workdir / 'config.json'} lacks {error}: another version of mpq_jax wrote it; export "
@@ -124,7 +126,7 @@ def load(
         raise ValueError(f"{workdir / 'config.json'} is of no run of train.py: {error}") from error
     asked = _asked(setup, workdir, bits)  # refuses nonsense before anything is read
     step, state = _finished_state(setup, workdir)
-    variables = runs.whole_variables(setup, state)
+    variables = experiment.whole_variables(setup, state)
     if asked is None:
         table, variables, quantizer, chosen, more = _found(setup, workdir, variables)
     else:
@@ -137,7 +139,7 @@ def load(
         "jax": jax.__version__,
         "method": config["method"],
         "model": {name: config["model"][name] for name in ("name", "options", "dtype")},
-        "config": runs.to_record(config),
+        "config": experiment.to_record(config),
         "step": step,
     }
     return Deployed(
@@ -170,12 +172,12 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def _finished_state(setup: runs.Setup, workdir: pathlib.Path) -> tuple[int, Any]:
+def _finished_state(setup: experiment.Setup, workdir: pathlib.Path) -> tuple[int, Any]:
     directory = workdir / "checkpoints"
     if not directory.is_dir():
         raise FileNotFoundError(f"{workdir} holds no checkpoints; run train.py there first")
     with checkpoints.open_manager(directory) as manager:
-        restored = checkpoints.restore_latest(manager, runs.abstract_state(setup))
+        restored = checkpoints.restore_latest(manager, experiment.abstract_state(setup))
     step = restored[0] if restored else 0
     if restored is None or step < setup.run.steps:
         raise ValueError(
@@ -184,7 +186,9 @@ def _finished_state(setup: runs.Setup, workdir: pathlib.Path) -> tuple[int, Any]
     return restored
 
 
-def _asked(setup: runs.Setup, workdir: pathlib.Path, bits: Any) -> tuple[BitConfig, str] | None:
+def _asked(
+    setup: experiment.Setup, workdir: pathlib.Path, bits: Any
+) -> tuple[BitConfig, str] | None:
     """Returns the configuration that was asked for and its name; None: the run found its own."""
     if setup.method.found is not None:
         if bits is not None:
@@ -201,12 +205,12 @@ def _asked(setup: runs.Setup, workdir: pathlib.Path, bits: Any) -> tuple[BitConf
     return _read_bits(setup.table, bits)
 
 
-def _found(setup: runs.Setup, workdir: pathlib.Path, variables: Any):
+def _found(setup: experiment.Setup, workdir: pathlib.Path, variables: Any):
     """Returns what a run found: table, network, quantiser, bits, and more of its provenance."""
     assert setup.method.found is not None
     found: Found = setup.method.found(variables)
     chosen = found.table.largest
-    tested = norms.find(workdir, found.table, found.variables, chosen)
+    tested = norm_statistics.find(workdir, found.table, found.variables, chosen)
     origin = "estimated anew" if tested is None else "of the run's own test"
     more = {"bits": FOUND, "norms": origin, "planes": found.layouts}
     return found.table, tested or found.variables, found.quantizer, chosen, more
@@ -248,14 +252,14 @@ def _uniform(table: LayerTable, name: str) -> BitConfig:
 
 
 def _with_norms(
-    setup: runs.Setup,
+    setup: experiment.Setup,
     workdir: pathlib.Path,
     variables: supernet.Variables,
     quantizer: Quantizer,
     bits: BitConfig,
 ) -> tuple[supernet.Variables, str]:
     """Returns the network with the norm statistics that belong to its bits, and whence they are."""
-    tested = norms.find(workdir, setup.table, variables, bits)
+    tested = norm_statistics.find(workdir, setup.table, variables, bits)
     if tested is not None:
         return tested, "of the search's test"
     for name, evaluated in setup.method.eval_bits.items():
@@ -365,7 +369,9 @@ def _codes(
 
 def check(deployed: Deployed) -> None:
     """Raises ValueError where the network cannot be written as integers and step sizes."""
-    if not isinstance(deployed.provenance, dict) or seal.BEGIN in json.dumps(deployed.provenance):
+    if not isinstance(deployed.provenance, dict) or checksum.BEGIN in json.dumps(
+        deployed.provenance
+    ):
         raise ValueError(
             f"provenance is {deployed.provenance!r}; wanted a JSON object, without checksums of "
             "other files"

@@ -18,10 +18,12 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from mpq_jax import bits as bit_configs
-from mpq_jax.bits import BitConfig
-from mpq_jax.export import container, onnx_graph, packed, packed_numpy, seal, stablehlo
-from mpq_jax.export.deployed import FOUND, Deployed
+from mpq_jax.export import checksum, safetensors_file, stablehlo
+from mpq_jax.export.exported_model import FOUND, Deployed
+from mpq_jax.export.onnx import graph
+from mpq_jax.export.packed import format, numpy_reader
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet.bits import BitConfig
 
 CHECKSUM = "checksum"  # key of the metadata of ONNX files
 PROVIDERS = ["CPUExecutionProvider"]  # of ONNX Runtime
@@ -107,26 +109,27 @@ def _read_bytes(path: pathlib.Path) -> bytes:
 
 
 def _write_onnx(path: pathlib.Path, deployed: Deployed, **options: Any) -> None:
-    model = onnx_graph.to_onnx(deployed, **options)
+    model = graph.to_onnx(deployed, **options)
     onnx.helper.set_model_props(
-        model, {entry.key: entry.value for entry in model.metadata_props} | {CHECKSUM: seal.SEAL}
+        model,
+        {entry.key: entry.value for entry in model.metadata_props} | {CHECKSUM: checksum.SEAL},
     )
-    content = seal.sealed(model.SerializeToString())
+    content = checksum.sealed(model.SerializeToString())
     _session(content, "the network became a graph that ONNX Runtime does not run; use StableHLO")
-    container.write_whole(path, content)
+    safetensors_file.write_whole(path, content)
 
 
 def _write_stablehlo(path: pathlib.Path, deployed: Deployed) -> None:
-    container.write_whole(path, stablehlo.to_stablehlo(deployed))
+    safetensors_file.write_whole(path, stablehlo.to_stablehlo(deployed))
 
 
 def _open_packed(path: pathlib.Path) -> RunImages:
-    network = packed.load(path)
-    return _on_host(jax.jit(lambda images: packed.logits(network, images)))
+    network = format.load(path)
+    return _on_host(jax.jit(lambda images: format.logits(network, images)))
 
 
 def _packed_bits(path: pathlib.Path) -> str | None:
-    network = packed_numpy.read(path)
+    network = numpy_reader.read(path)
     if network.provenance.get("bits") == FOUND:
         return None
     columns = zip(*((layer.bits, layer.input_bits) for layer in network.layers), strict=True)
@@ -158,7 +161,7 @@ def _open_onnx(path: pathlib.Path) -> RunImages:
 
 def _read_onnx(path: pathlib.Path) -> onnxruntime.InferenceSession:
     content = _read_bytes(path)
-    is_sealed = seal.check(path, content)
+    is_sealed = checksum.check(path, content)
     what = "is no ONNX model that can be run here; it may be damaged or of a newer opset"
     session = _session(content, f"{path} {what}")
     if not is_sealed and CHECKSUM in session.get_modelmeta().custom_metadata_map:
@@ -210,15 +213,15 @@ FORMATS = {
     "packed": Format(
         (".safetensors",),
         "JAX",
-        {"norms": tuple(packed.NORMS)},
-        packed.save,
+        {"norms": tuple(format.NORMS)},
+        format.save,
         _open_packed,
         _packed_bits,
     ),
     "onnx": Format(
         (".onnx",),
         "ONNX Runtime",
-        {"opset": range(onnx_graph.OPSETS[0], onnx_graph.OPSETS[1] + 1)},
+        {"opset": range(graph.OPSETS[0], graph.OPSETS[1] + 1)},
         _write_onnx,
         _open_onnx,
         _onnx_bits,

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import linen, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.export import container
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.export import safetensors_file
+from mpq_jax.program import linen
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 FORMAT = "mpq_jax.norms"
 VERSION = 1
@@ -52,7 +53,7 @@ def save(path: pathlib.Path, table: LayerTable, tested: dict[str, Tested]) -> No
         tensors |= {f"{index}/{leaf}": value for leaf, value in one.stats.items()}
         entries.append({"name": name, "learned": one.learned} | _columns(one.bits))
     content = {"layers": table.names, "tested": entries}
-    container.write(path, tensors, content, kind=FORMAT, version=VERSION)
+    safetensors_file.write(path, tensors, content, kind=FORMAT, version=VERSION)
 
 
 def _columns(bits: BitConfig) -> dict[str, list[int]]:
@@ -77,7 +78,7 @@ def find(
     for path in (workdir / name for name in FILES):
         if not path.is_file():
             continue
-        tensors, content = container.read(path, kind=FORMAT, version=VERSION)
+        tensors, content = safetensors_file.read(path, kind=FORMAT, version=VERSION)
         for index, entry in enumerate(content["tested"]):
             if all(entry[name] == wanted[name] for name in wanted):
                 start = f"{index}/"

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mpq_jax import linen, supernet
-from mpq_jax.export import deployed as deployed_networks
-from mpq_jax.export.deployed import Deployed, LayerCodes
-from mpq_jax.quantizers.record import ActQuantizer
+from mpq_jax.export import exported_model as deployed_networks
+from mpq_jax.export.exported_model import Deployed, LayerCodes
+from mpq_jax.program import linen
+from mpq_jax.quantizers.base import ActQuantizer
+from mpq_jax.supernet import supernet
 
 BATCH = "batch"  # name of the size that may vary
 MARK = "mpq_jax_input:"  # begins the name of the place where a layer's input is quantised

@@ -24,10 +24,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from mpq_jax import bits as bit_configs
-from mpq_jax.export import deployed as deployed_networks
-from mpq_jax.export import program, seal
-from mpq_jax.export.deployed import Deployed, LayerCodes
+from mpq_jax.export import checksum, program
+from mpq_jax.export import exported_model as deployed_networks
+from mpq_jax.export.exported_model import Deployed, LayerCodes
+from mpq_jax.supernet import bits as bit_configs
 
 FORMAT = "mpq_jax.stablehlo"
 VERSION = 1
@@ -72,13 +72,13 @@ def to_stablehlo(deployed: Deployed, *, platforms: Sequence[str] = PLATFORMS) ->
     facts = {
         "format": FORMAT,
         "version": VERSION,
-        "checksum": seal.SEAL,
+        "checksum": checksum.SEAL,
         "bits": bit_configs.to_json(deployed.bits, deployed.table.names),
         "mean": deployed.mean,
         "std": deployed.std,
         "provenance": deployed.provenance,
     }
-    return seal.sealed(written + b"\n" + json.dumps(facts).encode())
+    return checksum.sealed(written + b"\n" + json.dumps(facts).encode())
 
 
 def facts_of(path: pathlib.Path, content: bytes) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def facts_of(path: pathlib.Path, content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, of another kind or of another version.
     """
-    is_sealed = seal.check(path, content)
+    is_sealed = checksum.check(path, content)
     try:
         facts = json.loads(content[content.rindex(b"\n{") :])
     except ValueError:

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mpq_jax import bits as bit_configs
 from mpq_jax import data
-from mpq_jax.export import deployed as deployed_networks
+from mpq_jax.export import exported_model as deployed_networks
 from mpq_jax.export import formats
-from mpq_jax.export.deployed import Deployed
+from mpq_jax.export.exported_model import Deployed
 from mpq_jax.export.formats import RunImages
+from mpq_jax.supernet import bits as bit_configs
 
 LATENCY_BATCHES = (1, 64)  # images
 REPEATS = 15  # times that a latency is measured, of which the median is taken

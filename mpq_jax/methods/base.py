@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 from jaxtyping import Array, Key
 
-from mpq_jax import supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.methods.parts import Parts
-from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.parallel.grad_accumulation import Parts
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 PyTree = Any
 Batch = dict[str, Array]  # "image" [batch, ...] as the data gives it, "label" int32 [batch]

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from mpq_jax import linen, losses, optim
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.methods.parts import gathered, gradient_of_parts, kept, reduced
-from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
-from mpq_jax.methods.starting import float_variables
+from mpq_jax.methods import optim
+from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.warm_start import float_variables
+from mpq_jax.parallel.grad_accumulation import gathered, gradient_of_parts, kept, reduced
+from mpq_jax.program import linen
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.tasks import classification
 
 PyTree = Any
 OPTIMIZERS = ("sgd", "adamw")
@@ -86,8 +88,10 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
             dropout_key=dropout_key,
             part=run.parts.seen,
         )
-        loss = losses.cross_entropy(logits, examples["label"], smoothing=options.label_smoothing)
-        metrics = {"loss": loss, "accuracy": losses.accuracy(logits, examples["label"])}
+        loss = classification.cross_entropy(
+            logits, examples["label"], smoothing=options.label_smoothing
+        )
+        metrics = {"loss": loss, "accuracy": classification.accuracy(logits, examples["label"])}
         return loss, (batch_stats, metrics, ())
 
     def float_train_step(state: TrainState, batch: Batch, key):

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpq_jax import linen, supernet
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.program import linen
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import LayerTable
 
 PyTree = Any
 SHOWN_DIFFERENCES = 5

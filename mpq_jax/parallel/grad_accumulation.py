@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Key
 
-from mpq_jax import linen, sharding
+from mpq_jax.parallel import mesh as sharding
+from mpq_jax.program import linen
 
 PyTree = Any
 Body = Callable[[PyTree, Array], tuple[PyTree, PyTree]]

@@ -1,7 +1,7 @@
 """Quantisers: arrays in, arrays out. `QUANTIZERS` lists what a supernet can be built from."""
 
 from mpq_jax.quantizers import double_rounding, lsq
-from mpq_jax.quantizers.record import ActQuantizer, Quantizer, WeightQuantizer
+from mpq_jax.quantizers.base import ActQuantizer, Quantizer, WeightQuantizer
 
 QUANTIZERS: dict[str, Quantizer] = {
     "lsq": lsq.QUANTIZER,

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.record import ActQuantizer
+from mpq_jax.quantizers.base import ActQuantizer
 
 CLIP = 6.0  # ReLU6 of the published code
 CLIPPED_ABOVE = 3  # bits; up to here, and for float inputs, that code clips by PACT instead

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.record import Quantizer, WeightQuantizer
+from mpq_jax.quantizers.base import Quantizer, WeightQuantizer
 
 HIGHEST = (2, 16)  # smallest and largest `highest`, but for kernels of nothing but zeros
 NO_BITS = 0  # `highest` of such a kernel: its one code is zero

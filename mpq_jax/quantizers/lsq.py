@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from jaxtyping import ArrayLike as AnyArray  # accepts Python and NumPy numbers as well
 
-from mpq_jax.quantizers.record import ActQuantizer, Quantizer, WeightQuantizer
+from mpq_jax.quantizers.base import ActQuantizer, Quantizer, WeightQuantizer
 
 MIN_STEP_SIZE = 1e-8  # keeps x / step_size finite for an all-zero tensor, and steps positive
 

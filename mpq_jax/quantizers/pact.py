@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.record import ActQuantizer
+from mpq_jax.quantizers.base import ActQuantizer
 
 FIRST_CLIP = 10.0  # first alpha, in the units of the values; of CSQ's published code
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Key
 
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.search import ilp
-from mpq_jax.search import space as spaces
+from mpq_jax.search import problem as spaces
+from mpq_jax.search.problem import Budget, Found, Score, Space, Step, Watch
 from mpq_jax.search.random import distinct, generator_of, into_budget
-from mpq_jax.search.space import Budget, Found, Score, Space, Step, Watch
+from mpq_jax.supernet.layer_table import LayerTable
 
 ATTEMPTS = 10  # times as many as wanted: mutations and crossovers that are made at most
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Key
 
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.search import ilp
-from mpq_jax.search import space as spaces
-from mpq_jax.search.space import ACTS, WEIGHTS, Budget, Found, Score, Space, Step, Watch
+from mpq_jax.search import problem as spaces
+from mpq_jax.search.problem import ACTS, WEIGHTS, Budget, Found, Score, Space, Step, Watch
+from mpq_jax.supernet.layer_table import LayerTable
 
 ERROR_WEIGHT = 1.5  # published weight of the error against the cost
 WEIGHT_PHASE_TARGET = 0.95  # published: part of the anchor's cost at which the phase changes

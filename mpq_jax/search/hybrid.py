@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Key
 
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.search import exchange, ilp, objectives
-from mpq_jax.search import space as spaces
-from mpq_jax.search.space import Budget, Found, Score, Space, Watch
+from mpq_jax.search import ilp, objectives, tabu
+from mpq_jax.search import problem as spaces
+from mpq_jax.search.problem import Budget, Found, Score, Space, Watch
+from mpq_jax.supernet.layer_table import LayerTable
 
 
 def search(
@@ -68,7 +68,7 @@ def search(
         )
         state = space.state_of(start.bits)
         now = float(spaces.scored(score, space, [state], key)[0])
-        state, now = exchange.improve(
+        state, now = tabu.improve(
             score,
             space,
             budget,

@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Array, Key
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.costs import allowed_pairs
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.search import objectives
-from mpq_jax.search import space as spaces
-from mpq_jax.search.space import Budget, Found, Limit, Score, Space, Step, Watch
+from mpq_jax.search import problem as spaces
+from mpq_jax.search.problem import Budget, Found, Limit, Score, Space, Step, Watch
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.costs import allowed_pairs
+from mpq_jax.supernet.layer_table import LayerTable
 
 # HiGHS takes 1e-6 for zero, in gaps of the objective and in rows. The largest step of one layer is
 # scaled to these numbers, so that what it neglects is 1e-12 and 1e-9 of that step.

@@ -6,10 +6,10 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax.costs import allowed_pairs
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.search import space as spaces
-from mpq_jax.search.space import Score, Space
+from mpq_jax.search import problem as spaces
+from mpq_jax.search.problem import Score, Space
+from mpq_jax.supernet.costs import allowed_pairs
+from mpq_jax.supernet.layer_table import LayerTable
 
 
 def measured_rises(score: Score, space: Space, key: Key[Array, ""]) -> np.ndarray:

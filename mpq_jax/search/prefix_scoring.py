@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mpq_jax import supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.record import Quantizer
-from mpq_jax.search import evaluate, segments
-from mpq_jax.search.evaluate import BatchScore
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.search import segments
 from mpq_jax.search.segments import Segments
+from mpq_jax.supernet import scoring, supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.scoring import BatchScore
 
 MEMORY = 2**31  # bytes of intermediate activations that are held at once
 TOGETHER = {"cpu": 1}  # inputs of one call by backend: on CPU, larger convolutions are no faster
@@ -71,10 +71,10 @@ def make_prefix_score(
             the same bits. 1: never; None: 1 on CPU, where it costs time, 8 elsewhere.
         quantised: kernels from `evaluate.quantise_all`; None: they are made here.
     """
-    evaluate.check(metric, norms, None)
+    scoring.check(metric, norms, None)
     if quantised is None:
-        quantised = evaluate.quantise_all(table, variables.learned, quantizer=quantizer)
-    measure = jax.jit(evaluate.METRICS[metric])
+        quantised = scoring.quantise_all(table, variables.learned, quantizer=quantizer)
+    measure = jax.jit(scoring.METRICS[metric])
     most = together or TOGETHER.get(jax.default_backend(), MOST_TOGETHER)
     last = len(cut.parts) - 1
 
@@ -183,9 +183,9 @@ def make_fast_score(
         quantizer: of kernels and inputs.
         memory: see `make_prefix_score`.
     """
-    evaluate.check(metric, norms, calibration)
-    quantised = evaluate.quantise_all(table, variables.learned, quantizer=quantizer)
-    one_by_one = evaluate.make_score(
+    scoring.check(metric, norms, calibration)
+    quantised = scoring.quantise_all(table, variables.learned, quantizer=quantizer)
+    one_by_one = scoring.make_score(
         model,
         table,
         variables,

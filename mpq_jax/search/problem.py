@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 Score = Callable[[BitConfig, Key[Array, ""]], Float[Any, " configs"]]
 """`score(configs, key)`: one number per configuration, smaller is better. The key decides on which

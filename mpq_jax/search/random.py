@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Key
 
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.search import ilp
-from mpq_jax.search import space as spaces
-from mpq_jax.search.space import Budget, Found, Score, Space, Step, Watch
+from mpq_jax.search import problem as spaces
+from mpq_jax.search.problem import Budget, Found, Score, Space, Step, Watch
+from mpq_jax.supernet.layer_table import LayerTable
 
 PER_SCORE = 64  # configurations that are scored at once
 

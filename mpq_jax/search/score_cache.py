@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.search.space import Score
+from mpq_jax.search.problem import Score
+from mpq_jax.supernet.bits import BitConfig
 
 FORMAT, VERSION = "mpq_jax.scores", 1
 

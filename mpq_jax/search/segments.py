@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from mpq_jax import linen, supernet
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.program import linen
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import LayerTable
 
 START = "segment_start"  # name under which the input of the next segment is recorded
 MARK = "mpq_jax_cut:"  # begins the names that the analysis gives to inputs of modules

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from mpq_jax.search import evolution, exchange, greedy, hybrid, ilp, random
-from mpq_jax.search.space import Found
+from mpq_jax.search import evolution, greedy, hybrid, ilp, random, tabu
+from mpq_jax.search.problem import Found
 
 STRATEGIES: dict[str, Callable[..., list[Found]]] = {
     "greedy": greedy.search,
-    "exchange": exchange.search,
+    "exchange": tabu.search,
     "evolution": evolution.search,
     "random": random.search,
     "ilp": ilp.search,

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Key
 
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.search import greedy, ilp
-from mpq_jax.search import space as spaces
-from mpq_jax.search.space import Budget, Found, Score, Space, Step, Watch
+from mpq_jax.search import problem as spaces
+from mpq_jax.search.problem import Budget, Found, Score, Space, Step, Watch
+from mpq_jax.supernet.layer_table import LayerTable
 
 LEAST_RISE = 1e-9  # of a score: of moves that cost nothing, the one that saves most
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpq_jax.bits import BitConfig
+from mpq_jax.supernet.bits import BitConfig
 
 
 class Tried(NamedTuple):

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mpq_jax import linen, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 PyTree = Any
 MOMENTS = "moments"  # name under which they are recorded during a call

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 BITS_PER_BYTE = 8
 LATENCY_FORMAT = "mpq_jax.latency"

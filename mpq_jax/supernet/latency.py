@@ -39,9 +39,10 @@ import rich.console
 import rich.table
 from jaxtyping import Array
 
-from mpq_jax import costs, linen
-from mpq_jax.layer_table import MOST_BITS, LayerTable, trace_layers
 from mpq_jax.models import MODELS, make_model
+from mpq_jax.program import linen
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.layer_table import MOST_BITS, LayerTable, trace_layers
 
 Pair = tuple[int, int]  # bits of weights and of the input
 STORAGE = ((4, "int4"), (8, "int8"), (MOST_BITS, "int16"))  # most bits of codes, and their type

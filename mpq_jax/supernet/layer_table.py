@@ -13,8 +13,8 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import linen
-from mpq_jax.bits import BitConfig, largest
+from mpq_jax.program import linen
+from mpq_jax.supernet.bits import BitConfig, largest
 
 DEFAULT_CANDIDATES = (6, 5, 4, 3, 2)  # RFQuant's published search space (w2-6 a2-6)
 MOST_BITS, FLOAT_BITS = 16, 32  # of codes; and what a float tensor may be billed at

@@ -11,13 +11,13 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mpq_jax import supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.record import Quantizer
-from mpq_jax.recalibration import norm_statistics
-from mpq_jax.search.space import Score, words_of
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.search.problem import Score, words_of
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.bn_recalibration import norm_statistics
+from mpq_jax.supernet.layer_table import LayerTable
 
 BatchScore = Callable[[BitConfig, Array, Array], Float[Array, " configs"]]
 NORMS = ("batch", "recalibrated", "stored")

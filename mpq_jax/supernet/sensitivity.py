@@ -12,10 +12,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax import linen, losses, supernet
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.tasks import classification
 
 PROBES_PER_CALL = 4  # on two CPU cores, ResNet-8: per probe 5-15 % less work than one at a time
 
@@ -264,4 +266,4 @@ class _KernelLoss:
             "batch_stats": inputs.batch_stats,
         }
         logits, _ = linen.forward(self.model, variables, inputs.images, train=False)
-        return losses.cross_entropy(logits, inputs.labels, smoothing=0.0)
+        return classification.cross_entropy(logits, inputs.labels, smoothing=0.0)

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax import linen
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 PyTree = Any
 IN, OUT = "input", "output"  # names under which arrays are recorded during a call

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.supernet.layer_table import LayerTable
 
 KINDS = ("weights", "acts")  # the two entries of a layer, 2 * layer and 2 * layer + 1
 

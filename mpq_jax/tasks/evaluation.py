@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from mpq_jax.bits import BitConfig
+from mpq_jax.supernet.bits import BitConfig
 
 PyTree = Any
 Name = TypeVar("Name")

@@ -13,12 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mpq_jax import data, linen, sharding, ties
-from mpq_jax.layer_table import FIRST_LAST, LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax import data
 from mpq_jax.methods import METHODS, Method
-from mpq_jax.methods.parts import Parts
-from mpq_jax.methods.record import Run
+from mpq_jax.methods.base import Run
 from mpq_jax.models import make_model
+from mpq_jax.parallel import mesh as sharding
+from mpq_jax.parallel.grad_accumulation import Parts
+from mpq_jax.program import linen
+from mpq_jax.supernet import tied_layers
+from mpq_jax.supernet.layer_table import FIRST_LAST, LayerTable, Rule, bit_rules, trace_layers
 
 COUNTS = ("epochs", "batch_size", "accumulate", "log_every", "calibration_batches")
 LOCAL_KEYS = ("path", "data_dir")  # options of datasets that are places on one machine
@@ -64,9 +67,9 @@ def build(config: Config) -> Setup:
         **config["model"]["options"],
     )
     table = trace_layers(model, dataset.image_shape, rules=rules)
-    table = ties.tie_matching(table, config["bits"]["groups"])
+    table = tied_layers.tie_matching(table, config["bits"]["groups"])
     if config["bits"]["shared_inputs"]:
-        table = ties.tie_shared_inputs(table)
+        table = tied_layers.tie_shared_inputs(table)
 
     def normalize(images):
         return data.normalize(images, mean=dataset.mean, std=dataset.std)

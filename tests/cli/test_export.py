@@ -10,17 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
-from drawing import drawn_variables
-from exporting import make_run
+from helpers.finished_runs import make_run
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import data, supernet
-from mpq_jax.export import deployed as networks
-from mpq_jax.export import formats, integers, packed_numpy
-from mpq_jax.export.__main__ import main
-from mpq_jax.layer_table import FIRST_LAST_FLOAT, LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax import data
+from mpq_jax.cli.export import main
+from mpq_jax.export import exported_model as networks
+from mpq_jax.export import formats
+from mpq_jax.export.packed import integers, numpy_reader
 from mpq_jax.models import make_model
 from mpq_jax.quantizers import double_rounding
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, LayerTable, Rule, bit_rules, trace_layers
 
 MODEL = make_model("resnet8", num_classes=10, width=4)
 SHAPE = (8, 8, 1)
@@ -297,7 +299,7 @@ def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
     message = failure([out, "--workdir", workdir, "--bits", "uniform:2"], capsys, ["verify"])
     assert "is of another configuration" in message
     main([*network, "--norms", "integer", "--out", out])
-    assert packed_numpy.read(out).norms["stage0_block0/norm1"].integers is not None
+    assert numpy_reader.read(out).norms["stage0_block0/norm1"].integers is not None
     # Another network of these bits: the table is shown, and the program fails.
     deployed = networks.load(workdir, "uniform:8")
     turned = jax.tree.map(lambda leaf: -leaf, deployed.variables.learned.params)

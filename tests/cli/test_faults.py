@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from test_programs import (
+from helpers.programs import (
     ROOT,
     TOLERANCES,
     entries,
@@ -29,11 +29,12 @@ from test_programs import (
     wait_for,
 )
 
-import train
 from configs import digits
-from mpq_jax import checkpoints, data
-from mpq_jax.methods.record import Run
-from mpq_jax.sharding import make_mesh
+from mpq_jax import data
+from mpq_jax.cli import train
+from mpq_jax.methods.base import Run
+from mpq_jax.parallel.mesh import make_mesh
+from mpq_jax.training import checkpoints
 
 EPOCH_STEPS = 17  # 1,437 training images, a fifth of them held out, in batches of 64
 STEPS = 2 * EPOCH_STEPS

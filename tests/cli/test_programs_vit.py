@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from test_programs import entries, run
+from helpers.programs import entries, run
 
 TINY = (
     "--config.model.options.dim=32",

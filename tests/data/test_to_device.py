@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mpq_jax import sharding
+from mpq_jax.parallel import mesh as sharding
 
 
 def make_batches(count, taken):

@@ -1,18 +1,19 @@
 """Norms folded into a multiplication and an addition, and how closely files keep them."""
 
 import numpy as np
-from deploying import deploy
+from helpers.exported_models import deploy
 
-from mpq_jax import linen
-from mpq_jax.export import deployed as networks
-from mpq_jax.export import folding, program
-from mpq_jax.export.integers import NORM_LEAVES, leaf_of
+from mpq_jax.export import exported_model as networks
+from mpq_jax.export import program
+from mpq_jax.export.packed import bn_folding
+from mpq_jax.export.packed.integers import NORM_LEAVES, leaf_of
 from mpq_jax.models import make_model
+from mpq_jax.program import linen
 
 
 def fold(deployed):
     variables = program.flat_variables(networks.selected(deployed))
-    return folding.fold(variables, folding.calls_of(deployed))
+    return bn_folding.fold(variables, bn_folding.calls_of(deployed))
 
 
 def test_a_folded_norm_is_the_norm():
@@ -44,7 +45,7 @@ def test_integer_norms_are_within_their_bound():
             [0.0, 3.5, 0.0, 1e-20, -7.0],
         ]
     )
-    m, o, shift = folding.to_integers(multiplier, offset)
+    m, o, shift = bn_folding.to_integers(multiplier, offset)
     assert (m.dtype, o.dtype, shift.dtype) == (np.int16, np.int32, np.int8)
     half = np.exp2(-(shift.astype(float) + 1))
     assert np.all(np.abs(np.ldexp(m.astype(float), -shift.astype(int)) - multiplier) <= half)
@@ -61,7 +62,7 @@ def test_units_are_the_worth_of_sums_of_whole_numbers():
     deployed = deploy(make_model("resnet8", num_classes=10, width=4), (8, 8, 3))
     layers = networks.codes(deployed)
     folded = fold(deployed)
-    units = folding.units_of(deployed.table, layers, folded)
+    units = bn_folding.units_of(deployed.table, layers, folded)
     assert set(units) == set(folded) - {"stem_norm"}  # whose layer reads float images
     for layer, one in zip(deployed.table.layers, layers, strict=True):
         if layer.norm in units:
@@ -69,5 +70,5 @@ def test_units_are_the_worth_of_sums_of_whole_numbers():
 
 
 def test_a_network_without_norms_has_nothing_to_keep():
-    for keep in folding.NORMS.values():
+    for keep in bn_folding.NORMS.values():
         assert keep({}, {}) == ({}, {})

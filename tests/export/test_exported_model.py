@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exporting import make_config, make_run, some_digits
+from helpers.finished_runs import make_config, make_run, some_digits
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import linen, runs, supernet
-from mpq_jax.export import deployed as networks
-from mpq_jax.export import norms
+from mpq_jax.export import exported_model as networks
+from mpq_jax.export import norm_statistics
+from mpq_jax.program import linen
 from mpq_jax.quantizers import batch_max, double_rounding, lsq
-from mpq_jax.recalibration import recalibrate
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bn_recalibration import recalibrate
+from mpq_jax.training import experiment
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def copy_of(workdir, directory):
 def test_a_precision_of_training_keeps_its_statistics(workdirs, deployed):
     assert deployed.provenance["norms"] == "of training, w4a4"
     assert deployed.provenance["bits"] == "uniform:4"
-    setup = runs.build(make_config("double_rounding"))
+    setup = experiment.build(make_config("double_rounding"))
     step, state = networks._finished_state(setup, workdirs("double_rounding"))
     assert deployed.provenance["step"] == step == setup.run.steps
     images, _ = some_digits(deployed, 16)
@@ -64,7 +66,7 @@ def test_the_provenance_is_json_without_places_of_files(deployed):
 
 
 def test_what_no_one_tested_is_estimated_anew_as_the_search_does(workdirs, tmp_path):
-    workdir, setup = workdirs("rfquant"), runs.build(make_config("rfquant"))
+    workdir, setup = workdirs("rfquant"), experiment.build(make_config("rfquant"))
     bits = mixed(setup.table)
     file = tmp_path / "bits.json"
     file.write_text(bit_configs.to_json(bits, setup.table.names))
@@ -85,14 +87,17 @@ def test_what_no_one_tested_is_estimated_anew_as_the_search_does(workdirs, tmp_p
 
 def test_statistics_of_the_search_are_taken_as_they_were_tested(workdirs, tmp_path):
     workdir = copy_of(workdirs("double_rounding"), tmp_path)
-    setup = runs.build(make_config("double_rounding"))
+    setup = experiment.build(make_config("double_rounding"))
     table, variables = setup.table, networks._finished_state(setup, workdir)[1].variables
     other, bits = mixed(table, 1), mixed(table, 2)
     moved = variables._replace(
         batch_stats=jax.tree.map(lambda leaf: leaf + 0.25, variables.batch_stats)
     )
-    tested = {"one": norms.of(table, variables, other), "two": norms.of(table, moved, bits)}
-    norms.save(workdir / "search" / "norms.safetensors", table, tested)
+    tested = {
+        "one": norm_statistics.of(table, variables, other),
+        "two": norm_statistics.of(table, moved, bits),
+    }
+    norm_statistics.save(workdir / "search" / "norms.safetensors", table, tested)
     found = networks.load(workdir, bits)
     assert found.provenance["norms"] == "of the search's test"
     rows = supernet.plain(table, found.variables, bits)["batch_stats"]
@@ -102,11 +107,13 @@ def test_statistics_of_the_search_are_taken_as_they_were_tested(workdirs, tmp_pa
     changed = variables._replace(
         learned=variables.learned._replace(act_steps=variables.learned.act_steps * 2)
     )
-    norms.save(
-        workdir / "search" / "norms.safetensors", table, {"two": norms.of(table, changed, bits)}
+    norm_statistics.save(
+        workdir / "search" / "norms.safetensors",
+        table,
+        {"two": norm_statistics.of(table, changed, bits)},
     )
-    assert norms.find(workdir, table, variables, bits) is None
-    assert norms.find(workdir, table, changed, bits) is not None
+    assert norm_statistics.find(workdir, table, variables, bits) is None
+    assert norm_statistics.find(workdir, table, changed, bits) is not None
 
 
 def test_a_damaged_file_of_statistics_is_refused(workdirs, tmp_path):
@@ -129,8 +136,8 @@ def test_a_run_that_found_its_bits_is_loaded_without_any(workdirs, tmp_path):
     moved = found.variables._replace(
         batch_stats=jax.tree.map(lambda leaf: leaf + 0.25, found.variables.batch_stats)
     )
-    tested = {"found": norms.of(found.table, moved, found.bits)}
-    norms.save(workdir / "scheme" / "norms.safetensors", found.table, tested)
+    tested = {"found": norm_statistics.of(found.table, moved, found.bits)}
+    norm_statistics.save(workdir / "scheme" / "norms.safetensors", found.table, tested)
     again = networks.load(workdir)
     assert again.provenance["norms"] == "of the run's own test"
     jax.tree.map(np.testing.assert_array_equal, again.variables, moved)

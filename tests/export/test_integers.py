@@ -13,13 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import linen, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.export import container, integers
-from mpq_jax.layer_table import (
+from mpq_jax.export import safetensors_file
+from mpq_jax.export.packed import integers
+from mpq_jax.models import make_model
+from mpq_jax.program import linen
+from mpq_jax.quantizers import double_rounding, lsq
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.bn_recalibration import recalibrate
+from mpq_jax.supernet.layer_table import (
     FIRST_LAST_8BIT,
     FIRST_LAST_FLOAT,
     LayerTable,
@@ -27,11 +32,8 @@ from mpq_jax.layer_table import (
     bit_rules,
     trace_layers,
 )
-from mpq_jax.models import make_model
-from mpq_jax.quantizers import double_rounding, lsq
-from mpq_jax.recalibration import recalibrate
-from mpq_jax.recording import CompileCounter
-from mpq_jax.search.evaluate import make_score
+from mpq_jax.supernet.scoring import make_score
+from mpq_jax.training.metrics import CompileCounter
 
 SHAPE = (8, 8, 2)
 IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(4, *SHAPE)), jnp.float32)
@@ -540,7 +542,7 @@ def rewritten(source, target, *, metadata=None, **changes):
     tensors = safetensors.numpy.load_file(source)
     tensors = {name: x for name, x in (tensors | changes).items() if x is not None}
     held, _, _ = parse(source)
-    held |= {"crc32": str(container.checksum(tensors, held["content"]))} | (metadata or {})
+    held |= {"crc32": str(safetensors_file.checksum(tensors, held["content"]))} | (metadata or {})
     safetensors.numpy.save_file(tensors, target, metadata=held)
     return target
 

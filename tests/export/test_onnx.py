@@ -11,23 +11,23 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from deploying import deploy, some_images
+from helpers.exported_models import deploy, some_images
 from onnx import numpy_helper
 
-from mpq_jax import bits as bit_configs
-from mpq_jax.export import deployed as networks
-from mpq_jax.export import onnx_graph
-from mpq_jax.export.onnx_graph import IMAGES, LOGITS, to_onnx
-from mpq_jax.export.onnx_operations import CONVERTERS
-from mpq_jax.export.onnx_pointwise import unary
-from mpq_jax.export.onnx_values import Tensor, Unsupported
-from mpq_jax.export.onnx_writer import Graph
+from mpq_jax.export import exported_model as networks
+from mpq_jax.export.onnx import graph as onnx_graph
+from mpq_jax.export.onnx.graph import IMAGES, LOGITS, to_onnx
+from mpq_jax.export.onnx.ops import CONVERTERS
+from mpq_jax.export.onnx.ops_pointwise import unary
+from mpq_jax.export.onnx.values import Tensor, Unsupported
+from mpq_jax.export.onnx.writer import Graph
 from mpq_jax.export.program import InputCodes
-from mpq_jax.layer_table import Rule
 from mpq_jax.models import make_model
 from mpq_jax.models.mobilenet_v2 import MobileNetV2, Stage
 from mpq_jax.models.vit import ViT
 from mpq_jax.quantizers import batch_max, lsq
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet.layer_table import Rule
 
 # Sums are rounded in another order and norms are folded: some float32 roundings in all, part of
 # the largest logit. The images are such that no input of a layer changes its code by them.

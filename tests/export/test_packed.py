@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from deploying import deploy, some_images
-from drawing import drawn_variables
-from exporting import make_run, some_digits
+from helpers.exported_models import deploy, some_images
+from helpers.finished_runs import make_run, some_digits
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import costs, linen, supernet
-from mpq_jax.export import deployed as networks
-from mpq_jax.export import folding, packed, packed_numpy, program
-from mpq_jax.layer_table import LayerTable, bit_rules, trace_layers
+from mpq_jax.export import exported_model as networks
+from mpq_jax.export import program
+from mpq_jax.export.packed import bn_folding, format, numpy_reader
 from mpq_jax.models import make_model
+from mpq_jax.program import linen
 from mpq_jax.quantizers import double_rounding, lsq
+from mpq_jax.supernet import costs, supernet
+from mpq_jax.supernet.layer_table import LayerTable, bit_rules, trace_layers
 
 # Folding multiplies and adds float32 numbers in another order, a few roundings in all:
 ROUNDING = 1e-5  # part of the largest logit, as long as no input of a layer changes its code
@@ -35,7 +37,7 @@ def deployed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def file(deployed, tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "network.safetensors"
-    packed.save(path, deployed)
+    format.save(path, deployed)
     return path
 
 
@@ -48,12 +50,12 @@ def reference(deployed):
 
 def fold_norms(deployed):
     variables = program.flat_variables(networks.selected(deployed))
-    return folding.fold(variables, folding.calls_of(deployed))
+    return bn_folding.fold(variables, bn_folding.calls_of(deployed))
 
 
 def logits_of(path, images):
-    network = packed.load(path)
-    return np.asarray(jax.jit(lambda x: packed.logits(network, x))(images))
+    network = format.load(path)
+    return np.asarray(jax.jit(lambda x: format.logits(network, x))(images))
 
 
 def drawn_network(model, shape, bits_of, *, rows="shared", quantizer=lsq.QUANTIZER):
@@ -89,33 +91,33 @@ def test_packing_is_dense_and_comes_back(bits):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     codes = generator.integers(low, high, (3, 7, 5), endpoint=True)
     codes.flat[:2] = low, high
-    words = packed_numpy.pack(codes, bits)
+    words = numpy_reader.pack(codes, bits)
     assert words.dtype == np.uint8 and len(words) == -(-codes.size * bits // 8)
-    found = packed_numpy.unpack(words, bits, codes.shape)
+    found = numpy_reader.unpack(words, bits, codes.shape)
     assert found.dtype == (np.int8 if bits <= 8 else np.int16)
     np.testing.assert_array_equal(found, codes)
 
 
 def test_the_stream_begins_with_the_lowest_bits():
     # 3 bits each: 1 = 001, -1 = 111, 2 = 010, read from the right: 010 111 001, then filled up.
-    words = packed_numpy.pack(np.array([1, -1, 2]), 3)
+    words = numpy_reader.pack(np.array([1, -1, 2]), 3)
     assert [f"{word:08b}" for word in words] == ["10111001", "00000000"]
 
 
 def test_a_kernel_of_zeros_takes_nothing():
-    assert len(packed_numpy.pack(np.zeros((4, 4), np.int32), 0)) == 0
-    found = packed_numpy.unpack(np.zeros(0, np.uint8), 0, (4, 4))
+    assert len(numpy_reader.pack(np.zeros((4, 4), np.int32), 0)) == 0
+    found = numpy_reader.unpack(np.zeros(0, np.uint8), 0, (4, 4))
     np.testing.assert_array_equal(found, np.zeros((4, 4), np.int8))
 
 
 @pytest.mark.parametrize(("code", "bits"), [(4, 3), (-5, 3), (1, 0), (128, 8)])
 def test_codes_that_do_not_fit_are_refused(code, bits):
     with pytest.raises(ValueError, match=f"do not fit into {bits} bits"):
-        packed_numpy.pack(np.array([0, code]), bits)
+        numpy_reader.pack(np.array([0, code]), bits)
 
 
 def test_codes_come_back_bit_for_bit(deployed, file):
-    network = packed_numpy.read(file)
+    network = numpy_reader.read(file)
     for layer, wanted in zip(network.layers, networks.codes(deployed), strict=True):
         assert (layer.name, layer.kind) == (wanted.name, wanted.kind)
         assert (layer.bits, layer.input_bits, layer.input_signed, layer.zero_point) == (
@@ -144,8 +146,8 @@ def test_logits_are_those_of_training(file, reference):
 
 def test_a_file_of_integer_norms_says_what_it_computes(deployed, reference, tmp_path):
     path = tmp_path / "network.safetensors"
-    packed.save(path, deployed, norms="integer")
-    network, layers = packed_numpy.read(path), networks.codes(deployed)
+    format.save(path, deployed, norms="integer")
+    network, layers = numpy_reader.read(path), networks.codes(deployed)
     exact = fold_norms(deployed)
     steps = {layer.name: layer for layer in layers}
     for table_layer in deployed.table.layers:
@@ -168,13 +170,13 @@ def test_a_file_of_integer_norms_says_what_it_computes(deployed, reference, tmp_
     # Rounded norms move inputs over the border of a code here and there, so logits differ.
     assert np.mean(found.argmax(-1) == wanted.argmax(-1)) >= 0.9
     with pytest.raises(ValueError, match="norms is 'int'; wanted one of"):
-        packed.save(path, deployed, norms="int")
+        format.save(path, deployed, norms="int")
 
 
 def test_norms_of_16_bits_are_rounded_once(deployed, reference, file, tmp_path):
     path = tmp_path / "network.safetensors"
-    packed.save(path, deployed, norms="half")
-    exact, network = fold_norms(deployed), packed_numpy.read(path)
+    format.save(path, deployed, norms="half")
+    exact, network = fold_norms(deployed), numpy_reader.read(path)
     assert set(network.norms) == set(exact)
     for name, found in network.norms.items():
         for rounded, numbers in zip(found[:2], exact[name], strict=True):
@@ -196,8 +198,8 @@ def test_norms_of_16_bits_are_as_fine_wherever_their_numbers_lie(deployed, tmp_p
     learned = deployed.variables.learned._replace(params=linen.unflatten(params))
     scaled = deployed._replace(variables=deployed.variables._replace(learned=learned))
     path = tmp_path / "network.safetensors"
-    packed.save(path, scaled, norms="half")
-    exact, network = fold_norms(scaled), packed_numpy.read(path)
+    format.save(path, scaled, norms="half")
+    exact, network = fold_norms(scaled), numpy_reader.read(path)
     for name, found in network.norms.items():
         for rounded, numbers in zip(found[:2], exact[name], strict=True):
             bound = np.maximum(2.0**-11 * np.abs(numbers), 2.0**-39 * np.abs(numbers).max())
@@ -242,8 +244,8 @@ class Odd(nn.Module):
 def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
     deployed = deploy(Odd(), (11, 9, 2), turned=0.5)
     path = tmp_path / "network.safetensors"
-    packed.save(path, deployed)
-    network = packed_numpy.read(path)
+    format.save(path, deployed)
+    network = numpy_reader.read(path)
     assert set(network.norms) == {"folded"}
     assert {linen.module_of(name) for name in network.stats} == {
         "batch",
@@ -263,8 +265,8 @@ def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
     ]
     images = some_images(deployed)
     wanted = np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
-    ready = packed.load(path, model=Odd())
-    logits = np.asarray(jax.jit(lambda x: packed.logits(ready, x))(images))
+    ready = format.load(path, model=Odd())
+    logits = np.asarray(jax.jit(lambda x: format.logits(ready, x))(images))
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
 
 
@@ -272,8 +274,8 @@ def test_a_network_computes_in_the_type_that_it_was_trained_in(tmp_path):
     workdir = make_run(tmp_path / "run", "rfquant", **{"model.dtype": "bfloat16"})
     deployed = networks.load(workdir, "uniform:4")
     path = tmp_path / "network.safetensors"
-    packed.save(path, deployed)
-    assert packed.load(path).model == deployed.model
+    format.save(path, deployed)
+    assert format.load(path).model == deployed.model
     images, _ = some_digits(deployed)
     wanted = np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
     found = logits_of(path, images)
@@ -285,14 +287,14 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        light = ("mpq_jax", "mpq_jax.export", "mpq_jax.export.container",
-                 "mpq_jax.export.packed_numpy")
+        light = ("mpq_jax", "mpq_jax.export", "mpq_jax.export.safetensors_file",
+                 "mpq_jax.export.packed", "mpq_jax.export.packed.numpy_reader")
         if top == "mpq_jax" and name not in light or top in (
             "jax", "jaxlib", "flax", "jaxtyping", "optax", "onnx", "scipy", "ml_dtypes"
         ):
             raise ImportError(f"{name} is not to be imported")
 sys.meta_path.insert(0, Refuse())
-from mpq_jax.export import packed_numpy
+from mpq_jax.export.packed import numpy_reader as packed_numpy
 import numpy
 network = packed_numpy.read(sys.argv[1])
 held = {f"codes/{x.name}": x.codes for x in network.layers if x.codes is not None}
@@ -304,7 +306,7 @@ numpy.savez(sys.argv[2], **held)
 
 def test_numpy_and_safetensors_are_enough_to_read(deployed, file, tmp_path):
     out = tmp_path / "read.npz"
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", READER, file, out], check=True, cwd=root, timeout=120)
     with np.load(out) as found:
         layers = networks.codes(deployed)
@@ -343,7 +345,7 @@ def test_a_file_of_85_kb_is_as_large_as_its_numbers(tmp_path):
     # 3 % are the header's: names and kinds of layers, and where the file comes from.
     deployed = drawn_network(make_model("resnet20", num_classes=10), (32, 32, 3), mixed_bits)
     path = tmp_path / "network.safetensors"
-    packed.save(path, deployed)
+    format.save(path, deployed)
     kernels = float(costs.model_bytes(deployed.table, deployed.bits))
     numbers = kernels + bytes_beside_kernels(deployed)
     size = path.stat().st_size
@@ -358,7 +360,7 @@ def test_a_file_of_85_kb_is_as_large_as_its_numbers(tmp_path):
 def test_large_files_are_as_large_as_the_cost_model_says(tmp_path, name, norms):
     deployed = drawn_network(make_model(name, num_classes=1000), (224, 224, 3), mixed_bits)
     path = tmp_path / "network.safetensors"
-    packed.save(path, deployed, norms=norms)
+    format.save(path, deployed, norms=norms)
     kernels = float(costs.model_bytes(deployed.table, deployed.bits))
     assert kernels <= path.stat().st_size <= 1.03 * kernels
 
@@ -376,8 +378,8 @@ def test_layers_of_bit_planes_keep_their_bits_and_planes(tmp_path):
     planes = {"stage0_block0/conv1": "00000000", "stage1_block0/conv1": "10000010"}
     deployed = deployed._replace(provenance=deployed.provenance | {"planes": planes})
     path = tmp_path / "network.safetensors"
-    packed.save(path, deployed)
-    layers = {layer.name: layer for layer in packed_numpy.read(path).layers}
+    format.save(path, deployed)
+    layers = {layer.name: layer for layer in numpy_reader.read(path).layers}
     assert {name: layers[name].bits for name in wanted} == wanted
     assert {name: layers[name].planes for name in layers if layers[name].planes} == planes
     for layer in networks.codes(deployed):
@@ -395,12 +397,12 @@ def test_damage_is_found(file, tmp_path):
         damaged[place] ^= 1
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged: its checksum is wrong"):
-            packed.load(path)
+            format.load(path)
     path.write_bytes(content[:-7])
     with pytest.raises(ValueError, match="no whole safetensors file"):
-        packed.load(path)
+        format.load(path)
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        packed.load(tmp_path / "nothing")
+        format.load(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -416,20 +418,20 @@ def test_other_versions_and_kinds_are_refused(file, tmp_path, change, message):
     path = tmp_path / "network.safetensors"
     safetensors.numpy.save_file(safetensors.numpy.load_file(file), path, metadata=metadata | change)
     with pytest.raises(ValueError, match=message):
-        packed.load(path)
+        format.load(path)
 
 
 def test_a_model_of_ones_own_is_given_to_load(tmp_path):
     model = make_model("resnet8", num_classes=10, width=4)
     deployed = drawn_network(model, (8, 8, 1), mixed_bits)
     path = tmp_path / "network.safetensors"
-    packed.save(path, deployed)
+    format.save(path, deployed)
     with pytest.raises(ValueError, match=r"call load\(path, model=...\)"):
-        packed.load(path)
-    assert packed.load(path, model=model).network.provenance["bits"] == "drawn"
+        format.load(path)
+    assert format.load(path, model=model).network.provenance["bits"] == "drawn"
     for named in ("mine", {"name": "resnet8"}):
-        packed.save(path, deployed._replace(provenance={"model": named}))
+        format.save(path, deployed._replace(provenance={"model": named}))
         with pytest.raises(ValueError, match=r"call load\(path, model=...\)"):
-            packed.load(path)
+            format.load(path)
     with pytest.raises(ValueError, match="these layers differ"):
-        packed.load(path, model=make_model("resnet8", num_classes=10, width=8))
+        format.load(path, model=make_model("resnet8", num_classes=10, width=8))

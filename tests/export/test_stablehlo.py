@@ -10,10 +10,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deploying import deploy, some_images
+from helpers.exported_models import deploy, some_images
 
-from mpq_jax.export import deployed as networks
-from mpq_jax.export import seal
+from mpq_jax.export import checksum
+from mpq_jax.export import exported_model as networks
 from mpq_jax.export.stablehlo import facts_of, to_stablehlo
 from mpq_jax.models import make_model
 from mpq_jax.models.vit import ViT
@@ -59,7 +59,7 @@ def test_another_process_gets_the_same(deployed, written, tmp_path):
 
 
 def test_no_folder_of_the_writing_machine_is_in_the_file(written):
-    for folder in (pathlib.Path(__file__).parents[1], sys.prefix):
+    for folder in (pathlib.Path(__file__).parents[2], sys.prefix):
         assert str(folder).encode() not in written
 
 
@@ -69,7 +69,7 @@ def test_other_versions_are_refused(written, tmp_path):
     begin = changed.index(b"mpq_jax crc32 ")
     opened = changed[: begin + 14] + b"0" * 8 + changed[begin + 22 :]
     with pytest.raises(ValueError, match="has version 2 of the format, this library reads version"):
-        facts_of(path, seal.sealed(opened))
+        facts_of(path, checksum.sealed(opened))
     assert facts_of(path, written)["provenance"] == {"model": "ResNetCifar"}
 
 

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exporting import make_run
+from helpers.finished_runs import make_run
 
 from mpq_jax import data
-from mpq_jax.export import datasets, formats, packed, seal, verify
-from mpq_jax.export import deployed as networks
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.cli import datasets
+from mpq_jax.export import checksum, formats, verify
+from mpq_jax.export import exported_model as networks
+from mpq_jax.export.packed import format
+from mpq_jax.supernet.layer_table import LayerTable
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_formats_are_known_by_the_ending(tmp_path, deployed):
     for path in (tmp_path, pathlib.Path("/dev/null")):
         with pytest.raises(ValueError, match="is a folder or a device; name a file"):
             formats.save(path, deployed, "onnx")
-    for provenance in (["me"], {"copied": seal.SEAL}):
+    for provenance in (["me"], {"copied": checksum.SEAL}):
         with pytest.raises(ValueError, match="wanted a JSON object, without checksums of other"):
             formats.save(tmp_path / "a", deployed._replace(provenance=provenance), "onnx")
     assert not list(tmp_path.iterdir())
@@ -215,7 +217,7 @@ def test_images_are_read_as_training_read_them(digits, monkeypatch):
 
 def test_packed_files_of_the_float_twin_are_larger_by_the_bits(deployed, tmp_path, file):
     path = tmp_path / "float.safetensors"
-    packed.save(path, networks.float_twin(deployed))
+    format.save(path, networks.float_twin(deployed))
     quantised = [x for x in deployed.table.layers if not x.float_weights]
     saved = sum(layer.params * (32 - 4) // 8 for layer in quantised)
     # Each float kernel is a tensor of its own, whose name and place take about 100 bytes.

@@ -2,13 +2,14 @@
 
 import jax.numpy as jnp
 import numpy as np
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.export.deployed import Deployed
-from mpq_jax.layer_table import LayerTable, bit_rules, trace_layers
+from mpq_jax.export.exported_model import Deployed
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable, bit_rules, trace_layers
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 REACH = 2.0  # largest value of a layer's input that has a code

@@ -4,12 +4,13 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
 from configs import digits
 from configs.csq import use as use_csq
 from configs.double_rounding import use as use_double_rounding
-from mpq_jax import checkpoints, data, runs
+from mpq_jax import data
+from mpq_jax.training import checkpoints, experiment
 
 WIDTH = 4
 USES = {
@@ -35,7 +36,7 @@ def make_config(method, **changes):
 def make_run(workdir, method, *, done=True, **changes):
     """Writes what train.py leaves of a finished run (or one that has just begun)."""
     config = make_config(method, **changes)
-    setup = runs.build(config)
+    setup = experiment.build(config)
     batch = next(iter(setup.dataset.train_batches(0)))
     images = setup.normalize(jnp.asarray(batch["image"][:64]))
     start = drawn_variables(setup.model, setup.dataset.image_shape, seed=0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import linen
+from mpq_jax.program import linen
 
 
 def drawn_variables(model, shape, seed):

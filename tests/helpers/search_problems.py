@@ -7,9 +7,10 @@ import math
 import jax
 import numpy as np
 
-from mpq_jax.layer_table import Layer, LayerTable
-from mpq_jax.search.space import Budget, Limit
-from mpq_jax.ties import tie_acts_to_weights
+from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import Layer, LayerTable
+from mpq_jax.supernet.tied_layers import tie_acts_to_weights
 
 KEY = jax.random.key(3)
 
@@ -137,3 +138,18 @@ class Recorder:
 
 def never(configs, key):
     raise AssertionError("nothing should be scored")
+
+
+def scores_of(score, bits):
+    return score(BitConfig(*np.moveaxis(np.asarray(bits), -1, 0)))
+
+
+def shifted(seed):
+    """Rugged, each time in another way."""
+
+    def score(configs, key=None):
+        bits = bits_of(configs).astype(np.float64)
+        waves = np.random.default_rng(seed).normal(size=(*bits.shape[-2:], 8))
+        return additive(configs) + 0.3 * np.sin(np.einsum("...lc,lck->...k", bits, waves)).sum(-1)
+
+    return score

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax.layer_table import bit_rules, trace_layers
 from mpq_jax.methods import METHODS
-from mpq_jax.methods.record import Run
+from mpq_jax.methods.base import Run
 from mpq_jax.models.resnet import ResNet
 from mpq_jax.models.vit import ViT
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
 SHAPE = (4, 4, 1)
 KEY = jax.random.key(1)

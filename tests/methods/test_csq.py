@@ -15,19 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import costs, linen, recording, sharding, supernet
-from mpq_jax.export import integers
-from mpq_jax.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
+from mpq_jax.export.packed import integers
 from mpq_jax.methods import csq
+from mpq_jax.methods.base import Method, Run
 from mpq_jax.methods.csq import Options, UniformOptions, method, network
 from mpq_jax.methods.csq.network import Gates
-from mpq_jax.methods.record import Method, Run
+from mpq_jax.parallel import mesh as sharding
+from mpq_jax.program import linen
 from mpq_jax.quantizers import batch_max, double_rounding
-from mpq_jax.quantizers import csq as quantizer
-from mpq_jax.quantizers.csq import BitPlanes
+from mpq_jax.quantizers import bit_planes as quantizer
+from mpq_jax.quantizers.bit_planes import BitPlanes
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import costs, supernet
+from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
+from mpq_jax.training import metrics as recording
 
 SHAPE, PLANES = (4, 4, 2), 4
 GROWN = ("grown1", "grown2")
@@ -1045,11 +1048,11 @@ import pickle, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-from mpq_jax import processes, sharding
+from mpq_jax.parallel import distributed as processes, mesh as sharding
 
 address, index, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 processes.join(address, 2, index)
-import test_methods_csq as tests
+import test_csq as tests
 
 half = tests.BATCH // 2
 found = tests.run_on(sharding.make_mesh(), slice(index * half, (index + 1) * half))
@@ -1084,7 +1087,10 @@ def test_two_processes_train_and_find_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)]),
+    }
     paths = [tmp_path / str(index) for index in range(2)]
     processes = [
         subprocess.Popen(

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from mpq_jax import models
-from mpq_jax.layer_table import FIRST_LAST_SAME, bit_rules, trace_layers
 from mpq_jax.methods import METHODS, csq
+from mpq_jax.methods.base import Run
 from mpq_jax.methods.csq import budget, method, network, phases
 from mpq_jax.methods.csq.budget import Budget
 from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
-from mpq_jax.methods.record import Run
-from mpq_jax.quantizers.csq import BitPlanes
+from mpq_jax.quantizers.bit_planes import BitPlanes
+from mpq_jax.supernet.layer_table import FIRST_LAST_SAME, bit_rules, trace_layers
 
 
 def sigmoid(x):

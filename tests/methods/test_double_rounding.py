@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.datasets
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen, recording, supernet
-from mpq_jax.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
 from mpq_jax.methods import METHODS, double_rounding
+from mpq_jax.methods.base import Run
 from mpq_jax.methods.double_rounding import MixedOptions, Options, learner, mixed, multi
-from mpq_jax.methods.record import Run
+from mpq_jax.program import linen
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
+from mpq_jax.training import metrics as recording
 
 CHOICES = (4, 3, 2)  # with factors 1, 0.5 and 0.1
 HIGHEST = 4

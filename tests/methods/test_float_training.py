@@ -3,12 +3,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen
-from mpq_jax.layer_table import trace_layers
-from mpq_jax.methods import METHODS, plain
-from mpq_jax.methods.record import Run
+from mpq_jax.methods import METHODS, float_training
+from mpq_jax.methods.base import Run
+from mpq_jax.program import linen
+from mpq_jax.supernet.layer_table import trace_layers
 
 
 class Net(nn.Module):
@@ -41,7 +41,7 @@ def batch():
 
 
 def make(**options):
-    return plain.make(MODEL, TABLE, plain.Options(**options), RUN)
+    return float_training.make(MODEL, TABLE, float_training.Options(**options), RUN)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_adamw_moves_by_signs_and_decays_kernels_alone(variables, batch):
 
 def test_unknown_optimizers_are_refused():
     with pytest.raises(ValueError, match=r"optimizer is 'adam'; wanted one of \('sgd', 'adamw'\)"):
-        plain.Options(optimizer="adam")
+        float_training.Options(optimizer="adam")
 
 
 def test_epochs_bring_no_events(trained):
@@ -130,4 +130,4 @@ def test_epochs_bring_no_events(trained):
 def test_all_methods_are_listed():
     names = ["csq", "csq_uniform", "double_rounding", "double_rounding_mixed", "plain", "rfquant"]
     assert sorted(METHODS) == names
-    assert METHODS["plain"].options is plain.Options
+    assert METHODS["plain"].options is float_training.Options

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from mpq_jax.optim import (
+from mpq_jax.methods.optim import (
     alrs,
     ema_decay,
     precision_factor,

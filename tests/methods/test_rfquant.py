@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import linen, recording, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import Rule, bit_rules, trace_layers
 from mpq_jax.methods import rfquant
-from mpq_jax.methods.record import Run
+from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant import freezing, method, terms
 from mpq_jax.methods.rfquant.options import Options, published
+from mpq_jax.program import linen
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
+from mpq_jax.training import metrics as recording
 
 CHOICES = (4, 3, 2)
 KEY = jax.random.key(0)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import checkpoints, supernet
-from mpq_jax.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
-from mpq_jax.methods.starting import float_variables, supernet_or_float_variables
+from mpq_jax.methods.warm_start import float_variables, supernet_or_float_variables
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.training import checkpoints
 
 SHAPE = (6, 6, 2)
 

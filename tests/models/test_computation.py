@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen, supernet
-from mpq_jax.layer_table import bit_rules, trace_layers
 from mpq_jax.models import MODELS, computation, efficientnet_lite, make_model, mobilenet_v2
 from mpq_jax.models.efficientnet_lite import EfficientNetLite
 from mpq_jax.models.mobilenet_v2 import MobileNetV2
@@ -17,8 +15,11 @@ from mpq_jax.models.resnet import BottleneckBlock, ResNet
 from mpq_jax.models.resnet_cifar import ResNetCifar
 from mpq_jax.models.vgg import VGG
 from mpq_jax.models.vit import ViT
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
 from mpq_jax.search import segments
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
 SHAPE = (8, 8, 1)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, *SHAPE)), jnp.float32)

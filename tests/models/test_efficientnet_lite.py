@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen
-from mpq_jax.layer_table import trace_layers
 from mpq_jax.models import make_model
 from mpq_jax.models.efficientnet_lite import SIZES, Block, EfficientNetLite, repeats_of
+from mpq_jax.program import linen
+from mpq_jax.supernet.layer_table import trace_layers
 
 PUBLISHED = {  # parameters: timm, tf_efficientnet_lite0 to 4; the authors print 4.7 M to 13.0 M
     "efficientnet_lite0": 4_652_008,

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax import linen
-from mpq_jax.layer_table import trace_layers
 from mpq_jax.models import MODELS, make_model
 from mpq_jax.models.mobilenet_v2 import InvertedResidual, Stage, scale_channels
 from mpq_jax.models.resnet import BasicBlock, BottleneckBlock
 from mpq_jax.models.resnet_cifar import Block, ResNetCifar
 from mpq_jax.models.vgg import VGG
+from mpq_jax.program import linen
+from mpq_jax.supernet.layer_table import trace_layers
 
 
 @functools.cache

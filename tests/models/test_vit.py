@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen
-from mpq_jax.layer_table import trace_layers
 from mpq_jax.models import make_model
 from mpq_jax.models.vit import ViT, attention
+from mpq_jax.program import linen
+from mpq_jax.supernet.layer_table import trace_layers
 
 SHAPE, PATCH, DIM, DEPTH, HEADS = (8, 12, 2), 4, 8, 2, 2
 TOKENS = (8 // PATCH) * (12 // PATCH) + 1

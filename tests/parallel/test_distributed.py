@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from mpq_jax import processes
+from mpq_jax.parallel import distributed
 
 LOST_AFTER = 20  # seconds; a healthy process on a busy machine is never silent for so long
 
@@ -16,15 +16,15 @@ LOST_AFTER = 20  # seconds; a healthy process on a busy machine is never silent 
 def test_joining_after_jax_is_in_use_says_what_to_do():
     jax.devices()
     with pytest.raises(RuntimeError, match="(?s)before any JAX calls.*process_count=1.*start them"):
-        processes.join("localhost:1", 1, 0)
+        distributed.join("localhost:1", 1, 0)
 
 
 def test_a_process_alone_fails_and_ends_as_usual():
-    assert processes.describe() == "process 0 of 1: 8 of 8 cpu devices"
-    with processes.ending_together():
+    assert distributed.describe() == "process 0 of 1: 8 of 8 cpu devices"
+    with distributed.ending_together():
         pass
     for error in (ValueError("mine"), SystemExit("error: mine"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as raised, processes.ending_together():
+        with pytest.raises(type(error)) as raised, distributed.ending_together():
             raise error
         assert raised.value is error
 
@@ -34,7 +34,7 @@ import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
 import jax.numpy as jnp
-from mpq_jax import processes, sharding
+from mpq_jax.parallel import distributed as processes, mesh as sharding
 
 address, index, mode, lost_after = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 

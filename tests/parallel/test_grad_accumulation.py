@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from benchmarks.collectives import Sent, collectives
-from mpq_jax import linen, sharding
-from mpq_jax.layer_table import FIRST_LAST_8BIT, Rule, trace_layers
-from mpq_jax.methods import METHODS, parts
-from mpq_jax.methods.parts import Parts
-from mpq_jax.methods.record import Run
+from mpq_jax.methods import METHODS
+from mpq_jax.methods.base import Run
+from mpq_jax.parallel import grad_accumulation
+from mpq_jax.parallel import mesh as sharding
+from mpq_jax.parallel.grad_accumulation import Parts
+from mpq_jax.program import linen
+from mpq_jax.supernet.layer_table import FIRST_LAST_8BIT, Rule, trace_layers
 
 SHAPE, BATCH = (4, 4, 2), 32
 
@@ -69,7 +71,7 @@ def test_gradient_of_parts_is_that_of_micro_batches_one_after_another(batch, mes
 
     @jax.jit
     def divided_gradient(params, stats, examples):
-        gradient, stats, metrics, (logits, keys) = parts.gradient_of_parts(
+        gradient, stats, metrics, (logits, keys) = grad_accumulation.gradient_of_parts(
             divided,
             loss_of(divided),
             params,
@@ -78,7 +80,7 @@ def test_gradient_of_parts_is_that_of_micro_batches_one_after_another(batch, mes
             examples,
             jax.random.key(3),
         )
-        return gradient, parts.reduced(divided, gradient), stats, metrics, logits, keys
+        return gradient, grad_accumulation.reduced(divided, gradient), stats, metrics, logits, keys
 
     own, found, stats, metrics, logits, keys = divided_gradient(
         start["params"], start["batch_stats"], sharding.global_batch(batch, mesh)
@@ -110,13 +112,13 @@ def test_micro_batches_are_the_same_images_on_any_number_of_devices():
     examples = jnp.arange(24)
     for count in (1, 2, 3):
         whole = [
-            np.asarray(parts.micro_batch(Parts(micro_batches=count), examples, i))
+            np.asarray(grad_accumulation.micro_batch(Parts(micro_batches=count), examples, i))
             for i in range(count)
         ]
         shares = [
             np.concatenate(
                 [
-                    parts.micro_batch(Parts(micro_batches=count), share, i)
+                    grad_accumulation.micro_batch(Parts(micro_batches=count), share, i)
                     for share in jnp.split(examples, 4)
                 ]
             )
@@ -125,11 +127,13 @@ def test_micro_batches_are_the_same_images_on_any_number_of_devices():
         np.testing.assert_array_equal(whole, shares)
         stacked = jnp.stack([jnp.asarray(part) for part in whole])
         np.testing.assert_array_equal(
-            parts.put_together(Parts(micro_batches=count), stacked), np.arange(24)
+            grad_accumulation.put_together(Parts(micro_batches=count), stacked), np.arange(24)
         )
 
 
-@pytest.mark.parametrize("loop", [parts.called, parts.unrolled, parts.scanned])
+@pytest.mark.parametrize(
+    "loop", [grad_accumulation.called, grad_accumulation.unrolled, grad_accumulation.scanned]
+)
 def test_loops_agree_with_scan(loop):
     def body(carry, index):
         return carry + index.astype(jnp.float32), {"square": index**2}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.sharding import (
+from mpq_jax.parallel.mesh import (
     SMALLEST_SPLIT,
     batch_sharded,
     global_batch,
@@ -102,7 +102,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 import numpy as np
-from mpq_jax import checkpoints, processes, sharding
+from mpq_jax.parallel import distributed as processes, mesh as sharding
+from mpq_jax.training import checkpoints
 
 address, index, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 processes.join(address, 2, index)

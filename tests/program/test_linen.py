@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax import linen
+from mpq_jax.program import linen
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpq_jax.quantizers import batch_max
-from mpq_jax.quantizers.record import ActQuantizer
+from mpq_jax.quantizers.base import ActQuantizer
 
 BITS = (2, 3, 4, 8)
 IGNORED = jnp.float32(123.0)  # a step size

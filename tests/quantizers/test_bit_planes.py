@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.quantizers import csq
-from mpq_jax.quantizers.csq import BitPlanes
+from mpq_jax.quantizers import bit_planes as csq
+from mpq_jax.quantizers.bit_planes import BitPlanes
 
 SHAPE = (3, 2, 4)
 

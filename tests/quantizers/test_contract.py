@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpq_jax.quantizers import QUANTIZERS, lsq
-from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.quantizers.base import Quantizer
 
 BITS = range(2, 9)
 STEP = np.float32(0.3)  # no power of two: quotients are rounded

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mpq_jax.quantizers import lsq, pact
-from mpq_jax.quantizers.record import ActQuantizer
+from mpq_jax.quantizers.base import ActQuantizer
 
 BITS = (2, 3, 4, 8)
 STEPS = (np.float32(0.25), np.float32(0.3), np.float32(0.007))

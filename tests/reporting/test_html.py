@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax import costs
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable, Rule, bit_rules, trace_layers
-from mpq_jax.page import Candidate, Content, charts, layers, numbers, verdict, write_page
+from mpq_jax.reporting.html import Candidate, Content, charts, layers, numbers, verdict, write_page
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable, Rule, bit_rules, trace_layers
 
 LAYERS = 5
 

@@ -10,10 +10,10 @@ import matplotlib
 import numpy as np
 import pytest
 
-from mpq_jax import report
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
-from mpq_jax.report import Row
+from mpq_jax.reporting import plots
+from mpq_jax.reporting.plots import Row
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
 
 
 class Net(nn.Module):
@@ -72,13 +72,13 @@ def grown_entries(epochs=3):
 
 def draw(kind, path):
     if kind == "frontier":
-        report.plot_frontier(ROWS, cost_label="GBitOPs per image", path=path)
+        plots.plot_frontier(ROWS, cost_label="GBitOPs per image", path=path)
     elif kind == "bits":
-        report.plot_bits(TABLE, CONFIGS, path=path)
+        plots.plot_bits(TABLE, CONFIGS, path=path)
     elif kind == "scheme":
-        report.plot_scheme(FLOAT_END, SCHEME, path=path)
+        plots.plot_scheme(FLOAT_END, SCHEME, path=path)
     else:
-        report.plot_growth(TABLE.names, grown_entries(), path=path)
+        plots.plot_growth(TABLE.names, grown_entries(), path=path)
 
 
 @pytest.mark.parametrize("kind", ["frontier", "bits", "scheme", "growth"])
@@ -123,14 +123,14 @@ def test_the_frontier_names_every_result_and_its_axes(tmp_path):
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[1:3], ROWS[3:4]])
 def test_the_frontier_does_with_part_of_the_results(tmp_path, rows):
-    report.plot_frontier(rows, cost_label="bytes", path=tmp_path / "plot.png")
+    plots.plot_frontier(rows, cost_label="bytes", path=tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_a_scheme_is_written_line_by_line(tmp_path):
     path = tmp_path / "scheme.csv"
     layouts = {"convolution1": "1101", "convolution3": "0000"}
-    report.write_scheme(FLOAT_END, SCHEME, layouts, path)
+    plots.write_scheme(FLOAT_END, SCHEME, layouts, path)
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
@@ -149,7 +149,7 @@ def test_a_scheme_is_written_line_by_line(tmp_path):
 def figures(monkeypatch):
     """The figures that are drawn, which are not written."""
     drawn = []
-    monkeypatch.setattr(report.Figure, "savefig", lambda figure, *args, **how: drawn.append(figure))
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *args, **how: drawn.append(figure))
     return drawn
 
 
@@ -175,7 +175,7 @@ def test_the_plot_of_a_scheme_has_a_bar_for_each_number_of_bits(figures, tmp_pat
 
 def test_a_scheme_without_any_plane_is_drawn(tmp_path):
     nothing = scheme(0, 0, 0, 0, 0, 0, 32)
-    report.plot_scheme(FLOAT_END, {"planes": nothing}, path=tmp_path / "plot.png")
+    plots.plot_scheme(FLOAT_END, {"planes": nothing}, path=tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
@@ -196,7 +196,7 @@ def curves(axes):
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_the_plot_of_growth_shows_planes_means_and_gates_of_every_epoch(figures, tmp_path, epochs):
-    report.plot_growth(TABLE.names, grown_entries(epochs), path=tmp_path / "plot.png")
+    plots.plot_growth(TABLE.names, grown_entries(epochs), path=tmp_path / "plot.png")
     layers, means, gates = figures[0].axes[:3]
     (image,) = layers.images
     np.testing.assert_array_equal(image.get_array(), PLANES[:, :epochs])
@@ -211,13 +211,13 @@ def test_the_plot_of_growth_shows_planes_means_and_gates_of_every_epoch(figures,
 
 @pytest.mark.parametrize("entries", [grown_entries(1), grown_entries(1)[:2], []])
 def test_growth_of_one_epoch_or_of_none_is_drawn(tmp_path, entries):
-    report.plot_growth(TABLE.names, entries, path=tmp_path / "plot.png")
+    plots.plot_growth(TABLE.names, entries, path=tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_importing_the_library_leaves_the_users_plots_alone():
     code = (
-        "import matplotlib; matplotlib.use('svg'); import mpq_jax.report; "
+        "import matplotlib; matplotlib.use('svg'); import mpq_jax.reporting.plots; "
         "assert matplotlib.get_backend() == 'svg', matplotlib.get_backend()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

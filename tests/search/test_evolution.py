@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from searching import (
+from helpers.search_problems import (
     FREE,
     KEY,
     Recorder,
@@ -14,8 +14,8 @@ from searching import (
     rugged,
 )
 
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.search import evolution
+from mpq_jax.supernet.layer_table import LayerTable
 
 BITS = (6, 5, 4, 3, 2)
 LARGE = LayerTable(tuple(layer(f"layer{i}", BITS, BITS) for i in range(10)))  # 5^20

@@ -4,13 +4,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from searching import KEY, layer
+from helpers.search_problems import KEY, layer
 
-from mpq_jax import costs
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable, Rule, bit_rules, trace_layers
 from mpq_jax.search import greedy, ilp
-from mpq_jax.search.space import Budget, Limit, Space
+from mpq_jax.search.problem import Budget, Limit, Space
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable, Rule, bit_rules, trace_layers
 
 
 class Deep(nn.Module):

@@ -1,7 +1,19 @@
 import numpy as np
 import pytest
-from searching import FREE, KEY, TABLES, Recorder, all_bits, billed, bits_of, budget, limit, rugged
-from test_search_exchange import scores_of, shifted
+from helpers.search_problems import (
+    FREE,
+    KEY,
+    TABLES,
+    Recorder,
+    all_bits,
+    billed,
+    bits_of,
+    budget,
+    limit,
+    rugged,
+    scores_of,
+    shifted,
+)
 
 from mpq_jax.search import hybrid, ilp
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax import costs
-from mpq_jax.layer_table import Layer, LayerTable
 from mpq_jax.search import ilp, objectives
-from mpq_jax.search.space import Limit
-from mpq_jax.ties import tie_acts_to_weights
+from mpq_jax.search.problem import Limit
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.layer_table import Layer, LayerTable
+from mpq_jax.supernet.tied_layers import tie_acts_to_weights
 
 CHOICES = (6, 4, 3, 2)
 

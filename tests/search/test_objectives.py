@@ -4,14 +4,14 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from searching import FREE as TABLE
-from searching import KEY, TABLES, Recorder, additive, all_bits, layer, rugged
+from helpers.search_problems import FREE as TABLE
+from helpers.search_problems import KEY, TABLES, Recorder, additive, all_bits, layer, rugged
 
-from mpq_jax import costs
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.search import ilp, objectives
-from mpq_jax.search.space import Limit, Space
+from mpq_jax.search.problem import Limit, Space
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 RULES = costs.allowed_pairs(TABLE)
 SHAPE = RULES.shape

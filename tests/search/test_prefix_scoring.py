@@ -6,18 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
-from ticking import tick, ticks_of
+from helpers.call_counts import tick, ticks_of
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import costs, linen, sharding, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import bit_rules, trace_layers
-from mpq_jax.recording import CompileCounter
-from mpq_jax.search import greedy, prefixes
-from mpq_jax.search.evaluate import make_score
-from mpq_jax.search.prefixes import make_fast_score, make_prefix_score, shared_work
+from mpq_jax.parallel import mesh as sharding
+from mpq_jax.program import linen
+from mpq_jax.search import greedy, prefix_scoring
+from mpq_jax.search.prefix_scoring import make_fast_score, make_prefix_score, shared_work
+from mpq_jax.search.problem import Budget, Limit
 from mpq_jax.search.segments import find_segments
-from mpq_jax.search.space import Budget, Limit
+from mpq_jax.supernet import costs, supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.scoring import make_score
+from mpq_jax.training.metrics import CompileCounter
 
 SHAPE, BATCH = (8, 8, 3), 16
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, *SHAPE)), jnp.float32)
@@ -232,7 +234,7 @@ def test_models_of_a_user(model):
 # What is computed, and what is held.
 
 
-@pytest.mark.parametrize(("together", "memory"), [(1, 1), (2, prefixes.MEMORY)])
+@pytest.mark.parametrize(("together", "memory"), [(1, 1), (2, prefix_scoring.MEMORY)])
 def test_every_beginning_is_computed_once(made, together, memory):
     score = make_prefix_score(
         Net(ticking=True), TABLE, made, CUT, metric="loss", together=together, memory=memory
@@ -284,7 +286,7 @@ def test_memory_is_kept_within_its_bound(made, score, monkeypatch):
     wanted = score(config(bits), IMAGES, LABELS)
     one = 4 * 4 * 4 * BATCH * 4  # bytes of what blocks one and two return
     most = {}
-    for memory in (1, 12 * one, prefixes.MEMORY):
+    for memory in (1, 12 * one, prefix_scoring.MEMORY):
         held = Held()
         monkeypatch.setattr(jax, "jit", held.jit)
         limited = make_prefix_score(
@@ -298,7 +300,7 @@ def test_memory_is_kept_within_its_bound(made, score, monkeypatch):
     logits = 3 * 4 * BATCH
     assert most[1] <= 2 * one + 2 * logits
     assert most[12 * one] <= 12 * one
-    assert most[prefixes.MEMORY] > 2 * 12 * one  # so that there was something to keep back
+    assert most[prefix_scoring.MEMORY] > 2 * 12 * one  # so that there was something to keep back
 
 
 def test_images_are_split_over_devices(made, score):
@@ -354,7 +356,7 @@ def test_beginnings_are_shared_where_it_is_worth_it(made):
     different[:, 0] = np.array(np.meshgrid([4, 3, 2], [4, 3, 2])).reshape(2, -1).T
     assert shared_work(TABLE, CUT, config(different)) == 1
     assert programs_of(fast, different) == {"score_configs"}
-    assert shared_work(TABLE, CUT, config(POPULATIONS["neighbours"])) < prefixes.WORTH_SHARING
+    assert shared_work(TABLE, CUT, config(POPULATIONS["neighbours"])) < prefix_scoring.WORTH_SHARING
     assert programs_of(fast, POPULATIONS["neighbours"]) == {"run_segment"}
     found = fast(config(POPULATIONS["neighbours"]), IMAGES, LABELS)
     np.testing.assert_allclose(found, naive("loss", "batch")["neighbours"], **TOLERANCE)

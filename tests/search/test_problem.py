@@ -4,12 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from searching import FREE, KEY, TABLES, all_bits, billed, bits_of, budget, cost_table, layer, limit
+from helpers.search_problems import (
+    FREE,
+    KEY,
+    TABLES,
+    all_bits,
+    billed,
+    bits_of,
+    budget,
+    cost_table,
+    layer,
+    limit,
+)
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.search import space as spaces
-from mpq_jax.search.space import Limit, Space
+from mpq_jax.search import problem as spaces
+from mpq_jax.search.problem import Limit, Space
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 BITS = np.array(FREE.candidates)
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from searching import (
+from helpers.search_problems import (
     FREE,
     KEY,
     TABLES,
@@ -15,9 +15,9 @@ from searching import (
     rugged,
 )
 
+from mpq_jax.search import problem as spaces
 from mpq_jax.search import random
-from mpq_jax.search import space as spaces
-from mpq_jax.search.space import Space
+from mpq_jax.search.problem import Space
 
 TOTALS = billed(FREE, all_bits(FREE))
 HALF = float((TOTALS.min() + TOTALS.max()) / 2)

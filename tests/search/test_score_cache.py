@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from searching import (
+from helpers.search_problems import (
     FREE,
     KEY,
     QUICK,
@@ -18,9 +18,9 @@ from searching import (
     rugged,
 )
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.search.history import History
+from mpq_jax.search.score_cache import History
 from mpq_jax.search.strategies import STRATEGIES
+from mpq_jax.supernet.bits import BitConfig
 
 OF = {"supernet": "abc", "metric": "loss", "images": [1, 2]}
 OTHER_KEY = jax.random.key(4)

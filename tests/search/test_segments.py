@@ -6,18 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import bit_rules, trace_layers
 from mpq_jax.models.mobilenet_v2 import MobileNetV2, Stage
 from mpq_jax.models.resnet import BasicBlock, BottleneckBlock, ResNet
 from mpq_jax.models.resnet_cifar import ResNetCifar
 from mpq_jax.models.vgg import VGG
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
 from mpq_jax.search import segments
 from mpq_jax.search.segments import find_segments
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
 SHAPE, BATCH = (8, 8, 3), 6
 

@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from searching import (
+from helpers.search_problems import (
     FIXED,
     FREE,
     KEY,
@@ -24,9 +24,9 @@ from searching import (
     rugged,
 )
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.search.space import Limit
+from mpq_jax.search.problem import Limit
 from mpq_jax.search.strategies import STRATEGIES
+from mpq_jax.supernet.bits import BitConfig
 
 SCORES = {"rugged": rugged, "constant": constant}
 DESCENTS = ("greedy", "exchange")  # which take no lower bounds

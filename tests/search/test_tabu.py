@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from searching import (
+from helpers.search_problems import (
     FREE,
     KEY,
     TABLES,
@@ -14,10 +14,11 @@ from searching import (
     budget,
     limit,
     rugged,
+    scores_of,
+    shifted,
 )
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.search import exchange
+from mpq_jax.search import tabu
 
 PARTS = (0.75, 0.5, 0.25)
 
@@ -29,24 +30,9 @@ def budgets_of(table, parts=PARTS):
 
 
 def search(score, table=FREE, parts=PARTS, **options):
-    return exchange.search(
+    return tabu.search(
         score, table, table.candidates, table.mask, budgets_of(table, parts), KEY, **options
     )
-
-
-def scores_of(score, bits):
-    return score(BitConfig(*np.moveaxis(np.asarray(bits), -1, 0)))
-
-
-def shifted(seed):
-    """Rugged, each time in another way."""
-
-    def score(configs, key=None):
-        bits = bits_of(configs).astype(np.float64)
-        waves = np.random.default_rng(seed).normal(size=(*bits.shape[-2:], 8))
-        return additive(configs) + 0.3 * np.sin(np.einsum("...lc,lck->...k", bits, waves)).sum(-1)
-
-    return score
 
 
 def lowered(table, bits):
@@ -166,7 +152,7 @@ def test_exchanges_stay_within_all_limits():
         for kind in ("bitops", "bytes", "act_bytes")
     ]
     steps = []
-    (found,) = exchange.search(
+    (found,) = tabu.search(
         rugged, table, table.candidates, table.mask, [budget("all", *limits)], KEY,
         watch=steps.append,
     )  # fmt: skip

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from mpq_jax.bits import BitConfig
 from mpq_jax.search.tolerance import cheapest_within
+from mpq_jax.supernet.bits import BitConfig
 
 LOW, HIGH = 20.0, 800.0
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.bits import (
+from mpq_jax.supernet.bits import (
     BitConfig,
     check_mask,
     from_json,

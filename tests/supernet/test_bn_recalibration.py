@@ -3,12 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import bit_rules, trace_layers
-from mpq_jax.recalibration import recalibrate
+from mpq_jax.program import linen
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.bn_recalibration import recalibrate
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
 BITS = BitConfig(jnp.array([8, 3, 8], jnp.int32), jnp.array([8, 2, 8], jnp.int32))
 SHAPE = (8, 8, 2)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.bits import BitConfig, sample
-from mpq_jax.costs import (
+from mpq_jax.models import make_model
+from mpq_jax.supernet.bits import BitConfig, sample
+from mpq_jax.supernet.costs import (
     COSTS,
     act_bytes,
     allowed_pairs,
@@ -20,8 +21,7 @@ from mpq_jax.costs import (
     model_bytes,
     total,
 )
-from mpq_jax.layer_table import Rule, bit_rules, trace_layers
-from mpq_jax.models import make_model
+from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
 
 GIGA, MIB = 1e9, 2**20
 

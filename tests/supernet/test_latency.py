@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax import costs, latency
-from mpq_jax.layer_table import bit_rules, trace_layers
 from mpq_jax.models import make_model
+from mpq_jax.supernet import costs, latency
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
 
 class Net(nn.Module):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax import costs
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import (
+from mpq_jax.models import make_model
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import (
     DEFAULT_CANDIDATES,
     FIRST_LAST,
     FIRST_LAST_8BIT,
@@ -19,7 +20,6 @@ from mpq_jax.layer_table import (
     bit_rules,
     trace_layers,
 )
-from mpq_jax.models import make_model
 
 ANY = (Rule(),)  # says nothing: every layer takes the default candidates
 

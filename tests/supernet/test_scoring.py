@@ -5,17 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
-from ticking import tick, ticks_of
+from helpers.call_counts import tick, ticks_of
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import sharding, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import bit_rules, trace_layers
+from mpq_jax.parallel import mesh as sharding
 from mpq_jax.quantizers import QUANTIZERS
-from mpq_jax.recalibration import recalibrate
-from mpq_jax.recording import CompileCounter
-from mpq_jax.search import evaluate
-from mpq_jax.search.evaluate import make_score
+from mpq_jax.supernet import scoring, supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.bn_recalibration import recalibrate
+from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.scoring import make_score
+from mpq_jax.training.metrics import CompileCounter
 
 
 class Net(nn.Module):
@@ -149,10 +149,10 @@ def score(made):
 
 def test_any_number_of_configurations_is_one_compilation(made, score):
     score(configs(1), IMAGES, LABELS)
-    many = configs(5, 2 * evaluate.PER_CALL + 6)
+    many = configs(5, 2 * scoring.PER_CALL + 6)
     wanted = naive(made, many, "loss")
     with CompileCounter() as counter:
-        for count in (1, 2, evaluate.PER_CALL, evaluate.PER_CALL + 1, len(many.weights)):
+        for count in (1, 2, scoring.PER_CALL, scoring.PER_CALL + 1, len(many.weights)):
             found = score(jax.tree.map(lambda leaf, n=count: leaf[:n], many), IMAGES, LABELS)
             assert found.shape == (count,)
             np.testing.assert_allclose(found, wanted[:count], rtol=1e-5)
@@ -180,7 +180,7 @@ def test_configurations_are_split_over_devices(made, score, devices):
     mesh = sharding.make_mesh(devices)
     split = make_score(MODEL, TABLE, made, metric="loss", mesh=mesh)
     images, labels = sharding.replicate((IMAGES, LABELS), mesh)
-    many = configs(5, evaluate.PER_CALL + 3)  # neither number is a multiple of the devices
+    many = configs(5, scoring.PER_CALL + 3)  # neither number is a multiple of the devices
     found = split(many, images, labels)
     np.testing.assert_array_equal(found, score(many, IMAGES, LABELS))
     few = jax.tree.map(lambda leaf: leaf[:3], many)

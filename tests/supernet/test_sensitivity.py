@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen, sharding, supernet
-from mpq_jax.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.parallel import mesh as sharding
+from mpq_jax.program import linen
 from mpq_jax.quantizers import double_rounding, lsq
-from mpq_jax.recording import CompileCounter
-from mpq_jax.sensitivity import hessian_trace, instability, layer_traces, weight_errors
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.supernet.sensitivity import hessian_trace, instability, layer_traces, weight_errors
+from mpq_jax.training.metrics import CompileCounter
 
 BITS = np.array([6, 5, 4, 3, 2])
 ALL = np.ones(5, bool)

@@ -3,18 +3,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import drawn_variables
+from helpers.random_variables import drawn_variables
 
-from mpq_jax import linen, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import (
+from mpq_jax.program import linen
+from mpq_jax.quantizers import QUANTIZERS, double_rounding, lsq
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import (
     FIRST_LAST_8BIT,
     FIRST_LAST_FLOAT,
     Rule,
     bit_rules,
     trace_layers,
 )
-from mpq_jax.quantizers import QUANTIZERS, double_rounding, lsq
 
 CHOICES = (4, 3, 2)
 PAIRS = [(w, a) for w in CHOICES for a in CHOICES]

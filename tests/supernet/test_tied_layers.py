@@ -5,12 +5,12 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from searching import layer
+from helpers.search_problems import layer
 
-from mpq_jax import costs
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.ties import tie_acts_to_weights, tie_matching, tie_shared_inputs
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.tied_layers import tie_acts_to_weights, tie_matching, tie_shared_inputs
 
 TABLE = LayerTable(
     (

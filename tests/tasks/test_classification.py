@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.losses import accuracy, cross_entropy, kl_to_teacher
+from mpq_jax.tasks.classification import accuracy, cross_entropy, kl_to_teacher
 
 RANDOM = np.random.default_rng(0)
 LOGITS = (3 * RANDOM.normal(size=(7, 5))).astype(np.float32)

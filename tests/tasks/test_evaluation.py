@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.evaluation import make_evaluate, make_evaluate_all
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.tasks.evaluation import make_evaluate, make_evaluate_all
 
 CLASSES = 3
 

@@ -17,8 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from mpq_jax import checkpoint_files
-from mpq_jax.checkpoints import (
+from mpq_jax.parallel.mesh import batch_sharded, make_mesh, replicate, replicated
+from mpq_jax.training.checkpoints import (
     DamagedCheckpointError,
     FailedSaveError,
     MismatchedCheckpointError,
@@ -32,7 +32,7 @@ from mpq_jax.checkpoints import (
     restore_step,
     save,
 )
-from mpq_jax.sharding import batch_sharded, make_mesh, replicate, replicated
+from mpq_jax.training.checkpoints import files as checkpoint_files
 
 
 class State(NamedTuple):
@@ -404,8 +404,9 @@ import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
-from mpq_jax import finite, processes, sharding
-from mpq_jax.checkpoints import abstract, open_manager, restore_latest, save
+from mpq_jax.parallel import distributed as processes, mesh as sharding
+from mpq_jax.training import nonfinite as finite
+from mpq_jax.training.checkpoints import abstract, open_manager, restore_latest, save
 
 address, index, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 processes.join(address, 2, index)
@@ -477,7 +478,8 @@ FULL = """
 import os, sys
 import jax
 import numpy as np
-from mpq_jax.checkpoints import FailedSaveError, abstract, open_manager, restore_latest, save
+from mpq_jax.training.checkpoints import FailedSaveError, abstract, open_manager
+from mpq_jax.training.checkpoints import restore_latest, save
 
 def state(step):
     return {"x": jax.numpy.asarray(np.random.default_rng(step).normal(size=size).astype("f4"))}
@@ -550,7 +552,7 @@ def test_a_failed_save_is_raised_wherever_somebody_waits(tmp_path, monkeypatch):
 SAVER = """
 import sys
 import jax.numpy as jnp
-from mpq_jax.checkpoints import open_manager, save
+from mpq_jax.training.checkpoints import open_manager, save
 
 with open_manager(sys.argv[1], keep_last=2, keep_best=0) as manager:
     for step in range(int(sys.argv[2]), 10**6):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mpq_jax.recording import METRICS, CompileCounter, MetricWriter, read_metrics
+from mpq_jax.training.metrics import METRICS, CompileCounter, MetricWriter, read_metrics
 
 
 def lines(directory):
@@ -141,7 +141,7 @@ def test_compile_counter_stops_counting_after_an_error():
 
 FULL = """
 import os, pathlib, sys, time
-from mpq_jax.recording import MetricWriter
+from mpq_jax.training.metrics import MetricWriter
 
 directory = pathlib.Path(sys.argv[1])
 writer = MetricWriter(directory, first_step=1)

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.finite import bad_leaves, first_bad_step, shorten
-from mpq_jax.sharding import batch_sharded, make_mesh
+from mpq_jax.parallel.mesh import batch_sharded, make_mesh
+from mpq_jax.training.nonfinite import bad_leaves, first_bad_step, shorten
 
 
 def scalars(**values: float) -> dict[str, np.ndarray]:

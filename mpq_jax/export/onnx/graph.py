@@ -31,21 +31,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from mpq_jax import bits as bit_configs
 from mpq_jax.export import program
-from mpq_jax.export.deployed import Deployed
-from mpq_jax.export.onnx_operations import CONVERTERS, PASSING, RESHAPING
-from mpq_jax.export.onnx_pointwise import TYPES
-from mpq_jax.export.onnx_values import (
-    Coded,
-    Constant,
-    Kernel,
-    Tensor,
-    Unsupported,
-    Value,
-    is_known,
-)
-from mpq_jax.export.onnx_writer import Graph
+from mpq_jax.export.exported_model import Deployed
+from mpq_jax.export.onnx.ops import CONVERTERS, PASSING, RESHAPING
+from mpq_jax.export.onnx.ops_pointwise import TYPES
+from mpq_jax.export.onnx.values import Coded, Constant, Kernel, Tensor, Unsupported, Value, is_known
+from mpq_jax.export.onnx.writer import Graph
+from mpq_jax.supernet import bits as bit_configs
 
 OPSET = 21  # the first with tensors of 4 bits; that of 2 bits is 25
 OPSETS = (21, 25)

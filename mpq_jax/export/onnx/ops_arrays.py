@@ -6,20 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mpq_jax.export.onnx_pointwise import (
-    is_one,
-    number_of,
-    of_type,
-)
-from mpq_jax.export.onnx_values import (
-    Constant,
-    Shape,
-    Tensor,
-    Unsupported,
-    Value,
-    is_known,
-)
-from mpq_jax.export.onnx_writer import Graph
+from mpq_jax.export.onnx.ops_pointwise import is_one, number_of, of_type
+from mpq_jax.export.onnx.values import Constant, Shape, Tensor, Unsupported, Value, is_known
+from mpq_jax.export.onnx.writer import Graph
 
 
 def reduce(op: str) -> Callable:

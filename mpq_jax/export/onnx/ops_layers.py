@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax.export.onnx_values import (
+from mpq_jax.export.onnx.values import (
     Coded,
     Constant,
     Kernel,
@@ -17,7 +17,7 @@ from mpq_jax.export.onnx_values import (
     Value,
     is_known,
 )
-from mpq_jax.export.onnx_writer import Graph
+from mpq_jax.export.onnx.writer import Graph
 
 
 def convolution(graph: Graph, equation: Any, x: Value, weights: Value) -> Value:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from onnx import TensorProto
 
-from mpq_jax.export.onnx_values import (
+from mpq_jax.export.onnx.values import (
     Constant,
     Product,
     Tensor,
@@ -19,7 +19,7 @@ from mpq_jax.export.onnx_values import (
     scaled,
     shifted,
 )
-from mpq_jax.export.onnx_writer import Graph
+from mpq_jax.export.onnx.writer import Graph
 
 TYPES = {
     "float32": TensorProto.FLOAT,

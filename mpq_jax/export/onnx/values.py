@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Union
 
 import numpy as np
 
-from mpq_jax.export.deployed import LayerCodes
+from mpq_jax.export.exported_model import LayerCodes
 from mpq_jax.export.program import InputCodes
 
 Shape = tuple[Any, ...]  # sizes are integers, or expressions of the batch size

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from mpq_jax.export.onnx_values import (
+from mpq_jax.export.onnx.values import (
     Bounded,
     Coded,
     Constant,

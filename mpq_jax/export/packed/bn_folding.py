@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import linen
-from mpq_jax.export import deployed as deployed_networks
-from mpq_jax.export.deployed import Deployed, LayerCodes
-from mpq_jax.export.integers import NORM_LEAVES, leaf_of
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.export import exported_model as deployed_networks
+from mpq_jax.export.exported_model import Deployed, LayerCodes
+from mpq_jax.export.packed.integers import NORM_LEAVES, leaf_of
+from mpq_jax.program import linen
+from mpq_jax.supernet.layer_table import LayerTable
 
 MULTIPLIER, OFFSET, SHIFT = (np.iinfo(kind) for kind in (np.int16, np.int32, np.int8))
 HALF_EXPONENT = 15  # numbers below 2^15 are floats of 16 bits

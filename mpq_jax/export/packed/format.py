@@ -18,15 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mpq_jax import linen, supernet
-from mpq_jax.export import container, folding, packed_numpy, program
-from mpq_jax.export import deployed as deployed_networks
-from mpq_jax.export.deployed import Deployed, LayerCodes
-from mpq_jax.export.folding import NORMS
-from mpq_jax.export.integers import check_model
-from mpq_jax.layer_table import Layer, LayerTable
+from mpq_jax.export import exported_model as deployed_networks
+from mpq_jax.export import program, safetensors_file
+from mpq_jax.export.exported_model import Deployed, LayerCodes
+from mpq_jax.export.packed import bn_folding, numpy_reader
+from mpq_jax.export.packed.bn_folding import NORMS
+from mpq_jax.export.packed.integers import check_model
 from mpq_jax.models import make_model
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import Layer, LayerTable
 
 
 class Packed(NamedTuple):
@@ -42,7 +44,7 @@ class Packed(NamedTuple):
     model: nn.Module
     table: LayerTable
     selected: supernet.Selected
-    network: packed_numpy.Network
+    network: numpy_reader.Network
 
 
 def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "float") -> None:
@@ -61,10 +63,10 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
     if norms not in NORMS:
         raise ValueError(f"norms is {norms!r}; wanted one of {tuple(NORMS)}")
     layers = deployed_networks.codes(deployed)
-    calls = folding.calls_of(deployed)
+    calls = bn_folding.calls_of(deployed)
     variables = jax.device_get(program.flat_variables(deployed_networks.selected(deployed)))
-    folded = folding.fold(variables, calls)
-    kept = NORMS[norms](folded, folding.units_of(deployed.table, layers, folded))
+    folded = bn_folding.fold(variables, calls)
+    kept = NORMS[norms](folded, bn_folding.units_of(deployed.table, layers, folded))
     provenance = dict(deployed.provenance)
     planes = provenance.pop("planes", {})
     records = [
@@ -88,17 +90,17 @@ def save(path: str | os.PathLike[str], deployed: Deployed, *, norms: str = "floa
         "num_classes": deployed.num_classes,
         "mean": deployed.mean,
         "std": deployed.std,
-        "zero_point": packed_numpy.ZERO_POINT,
+        "zero_point": numpy_reader.ZERO_POINT,
         "provenance": provenance,
     }
     others = _other_tensors(deployed.table, variables, folded)
     tensors = _layer_tensors(layers) | others | kept.tensors
-    container.write(
+    safetensors_file.write(
         pathlib.Path(path),
         tensors,
         content,
-        kind=packed_numpy.FORMAT,
-        version=packed_numpy.VERSION,
+        kind=numpy_reader.FORMAT,
+        version=numpy_reader.VERSION,
     )
 
 
@@ -113,7 +115,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Pac
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of another kind or version, or of another model.
     """
-    network = packed_numpy.read(path)
+    network = numpy_reader.read(path)
     if model is None:
         spec = network.provenance.get("model")
         if not isinstance(spec, dict) or not {"name", "options"} <= set(spec) or not spec["name"]:
@@ -198,7 +200,7 @@ def _geometry(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _layer_tensors(layers: list[LayerCodes]) -> dict[str, np.ndarray]:
-    words = [packed_numpy.pack(one.codes, one.bits) for one in layers if one.codes is not None]
+    words = [numpy_reader.pack(one.codes, one.bits) for one in layers if one.codes is not None]
     return {
         "words": np.concatenate([np.zeros(0, np.uint8), *words]),
         "steps": np.array([one.step for one in layers], np.float32),
@@ -207,7 +209,7 @@ def _layer_tensors(layers: list[LayerCodes]) -> dict[str, np.ndarray]:
 
 
 def _other_tensors(
-    table: LayerTable, variables: dict[str, Any], folded: folding.Folded
+    table: LayerTable, variables: dict[str, Any], folded: bn_folding.Folded
 ) -> dict[str, np.ndarray]:
     """Returns the parameters and the statistics that are neither packed nor folded."""
     packed = {f"{layer.name}/kernel" for layer in table.layers if not layer.float_weights}

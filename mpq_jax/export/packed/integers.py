@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mpq_jax import linen, models, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.export import container
-from mpq_jax.layer_table import Layer, LayerTable, trace_layers
+from mpq_jax import models
+from mpq_jax.export import safetensors_file
+from mpq_jax.program import linen
 from mpq_jax.quantizers import double_rounding
-from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import Layer, LayerTable, trace_layers
 
 FORMAT = "mpq_jax.integers"
 VERSION = 1
@@ -238,7 +240,7 @@ def save(
         "config": config or {},
     }
     path = pathlib.Path(path)
-    container.write(path, tensors, content, kind=FORMAT, version=VERSION)
+    safetensors_file.write(path, tensors, content, kind=FORMAT, version=VERSION)
     return _sizes(tensors, path)
 
 
@@ -255,7 +257,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Art
         ValueError: the file is damaged, of another kind or of a newer version.
     """
     path = pathlib.Path(path)
-    tensors, content = container.read(path, kind=FORMAT, version=VERSION)
+    tensors, content = safetensors_file.read(path, kind=FORMAT, version=VERSION)
     table = LayerTable(
         tuple(_layer(values) for values in content["layers"]),
         content["norm_rows"],

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax.export import container
+from mpq_jax.export import safetensors_file
 
 FORMAT = "mpq_jax.packed"
 VERSION = 1
@@ -117,7 +117,7 @@ def read(path: str | os.PathLike[str]) -> Network:
         ValueError: the file is damaged, of another kind or of another version.
     """
     path = pathlib.Path(path)
-    tensors, content = container.read(path, kind=FORMAT, version=VERSION)
+    tensors, content = safetensors_file.read(path, kind=FORMAT, version=VERSION)
     try:
         return Network(
             layers=_layers(tensors, content["layers"]),

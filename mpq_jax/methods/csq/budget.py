@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from mpq_jax.quantizers import csq
-from mpq_jax.quantizers.csq import BitPlanes
+from mpq_jax.quantizers import bit_planes
+from mpq_jax.quantizers.bit_planes import BitPlanes
 
 DECIDED = 4.0  # |temperature x logit| from which a gate counts as decided: f is 0.018 or 0.982
 MARGIN = 0.1  # least logit of a mask once the scheme is fixed: decided from temperature 40 on
@@ -40,7 +40,9 @@ def shares(sizes: dict[str, int], *, average: str) -> dict[str, float]:
 
 def active(planes: dict[str, BitPlanes], *, contiguous: bool) -> dict[str, Array]:
     """Returns which planes of each layer are on."""
-    return {name: csq.active_planes(one, contiguous=contiguous) for name, one in planes.items()}
+    return {
+        name: bit_planes.active_planes(one, contiguous=contiguous) for name, one in planes.items()
+    }
 
 
 def mean_planes(
@@ -79,7 +81,7 @@ def regulariser(
     """
     mean = mean_planes(planes, budget.shares, contiguous=budget.contiguous)
     gates = {
-        name: jnp.sum(csq.plane_gates(one.mask, temperature, contiguous=budget.contiguous))
+        name: jnp.sum(bit_planes.plane_gates(one.mask, temperature, contiguous=budget.contiguous))
         for name, one in planes.items()
     }
     opened = sum((budget.shares[name] * gate for name, gate in gates.items()), jnp.float32(0))
@@ -132,7 +134,7 @@ def reachable(
 
 def scheme(mask: np.ndarray, *, contiguous: bool) -> np.ndarray:
     """Returns which planes are on, as `csq.planes_on`, on the host."""
-    return np.asarray(csq.planes_on(mask, contiguous=contiguous))
+    return np.asarray(bit_planes.planes_on(mask, contiguous=contiguous))
 
 
 def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:

@@ -12,9 +12,8 @@ import optax
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax import costs, linen, losses, optim, sharding, supernet
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.methods import parts
+from mpq_jax.methods import optim
+from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.csq import budget as budgets
 from mpq_jax.methods.csq import network as networks
 from mpq_jax.methods.csq import phases as times
@@ -22,9 +21,13 @@ from mpq_jax.methods.csq.budget import Budget
 from mpq_jax.methods.csq.network import Gates, Learned, Network, Variables
 from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
 from mpq_jax.methods.csq.phases import Phases
-from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
-from mpq_jax.methods.starting import float_variables
-from mpq_jax.quantizers import batch_max, csq
+from mpq_jax.methods.warm_start import float_variables
+from mpq_jax.parallel import grad_accumulation, mesh
+from mpq_jax.program import linen
+from mpq_jax.quantizers import batch_max, bit_planes
+from mpq_jax.supernet import costs, supernet
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.tasks import classification
 
 PyTree = Any
 SOFT, HARD = "soft", "hard"  # what evaluation may ask for: soft bits, or everything decided
@@ -85,7 +88,7 @@ class Plan(NamedTuple):
     growth: Growth | None
 
     @property
-    def divided(self) -> parts.Parts:
+    def divided(self) -> grad_accumulation.Parts:
         """How a batch is divided; scales of inputs that are those of the batch need all of it."""
         alone = self.network.acts is not batch_max.ACTS
         return self.run.parts._replace(by_device=alone)
@@ -241,8 +244,8 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
             part=divided.seen,
         )
         labels = examples["label"]
-        task = losses.cross_entropy(out.logits, labels, smoothing=options.label_smoothing)
-        metrics = {"loss": task, "accuracy": losses.accuracy(out.logits, labels)}
+        task = classification.cross_entropy(out.logits, labels, smoothing=options.label_smoothing)
+        metrics = {"loss": task, "accuracy": classification.accuracy(out.logits, labels)}
         if growth is not None:
             planes = learned.by_layer
             task += weight * budgets.regulariser(planes, growth.budget, wanted, gates.temperature)
@@ -252,24 +255,24 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
     if growth is not None:
         wanted = wanted_mean(plan, growth, state.step)
         weight = jnp.where(state.fixed, 0.0, growth.options.budget_weight)
-    gradient, batch_stats, metrics, _ = parts.gradient_of_parts(
+    gradient, batch_stats, metrics, _ = grad_accumulation.gradient_of_parts(
         divided,
         loss_of,
-        parts.gathered(divided, state.learned),
+        grad_accumulation.gathered(divided, state.learned),
         (state.signed, gates, weight, wanted),
         state.batch_stats,
         {"image": plan.run.prepare(batch, image_key), "label": batch["label"]},
         dropout_key,
     )
     updates, opt_state = optimizer.update(
-        parts.reduced(divided, gradient), state.opt_state, state.learned
+        grad_accumulation.reduced(divided, gradient), state.opt_state, state.learned
     )
     moved = jax.tree.map(jnp.add, state.learned, _thawed(updates, state))
     learned = _kept_positive(moved)
     new = state._replace(
         step=state.step + 1, learned=learned, batch_stats=batch_stats, opt_state=opt_state
     )
-    return parts.kept(divided, new), metrics | {"temperature": gates.temperature}
+    return grad_accumulation.kept(divided, new), metrics | {"temperature": gates.temperature}
 
 
 def wanted_mean(plan: Plan, growth: Growth, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -283,7 +286,7 @@ def wanted_mean(plan: Plan, growth: Growth, step: Int[Array, ""]) -> Float[Array
 def _thawed(updates: Learned, state: TrainState) -> Learned:
     """Returns the updates without those of what is fixed: masks, later bits."""
 
-    def of_layer(planes: csq.BitPlanes) -> csq.BitPlanes:
+    def of_layer(planes: bit_planes.BitPlanes) -> bit_planes.BitPlanes:
         return planes._replace(
             positive=jnp.where(state.hard, 0, planes.positive),
             negative=jnp.where(state.hard, 0, planes.negative),
@@ -297,7 +300,7 @@ def _thawed(updates: Learned, state: TrainState) -> Learned:
 def _kept_positive(learned: Learned) -> Learned:
     """Returns what was learned with positive scales and step sizes."""
     planes = {
-        name: one._replace(scale=jnp.maximum(one.scale, csq.SMALLEST_SCALE))
+        name: one._replace(scale=jnp.maximum(one.scale, bit_planes.SMALLEST_SCALE))
         for name, one in learned.by_layer.items()
     }
     around = supernet.with_positive_steps(learned.around, least=LEAST_STEP)
@@ -319,7 +322,7 @@ def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, di
 
 def _with_ticket(growth: Growth, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     budget, planes = growth.budget, state.learned.by_layer
-    masks = sharding.to_host({name: one.mask for name, one in planes.items()})
+    masks = mesh.to_host({name: one.mask for name, one in planes.items()})
     met = budgets.meet(masks, budget)
     before, after = (
         {name: budgets.scheme(mask, contiguous=budget.contiguous) for name, mask in both.items()}
@@ -343,7 +346,9 @@ def _placed_like(old: Array, new: Array) -> Array:
     return jax.device_put(new, old.sharding) if old.committed else jnp.asarray(new)
 
 
-def _fixed(options: Options, planes: csq.BitPlanes, mask: np.ndarray) -> csq.BitPlanes:
+def _fixed(
+    options: Options, planes: bit_planes.BitPlanes, mask: np.ndarray
+) -> bit_planes.BitPlanes:
     """Returns a layer's planes with the masks of its scheme, and with the bits that it starts from.
 
     When the temperature starts anew, so do the bits: from the weights that all planes together
@@ -351,8 +356,8 @@ def _fixed(options: Options, planes: csq.BitPlanes, mask: np.ndarray) -> csq.Bit
     """
     if not (options.rewind and options.rewind_bits):
         return planes._replace(mask=jnp.asarray(mask))
-    whole = csq.hard_weights(planes._replace(mask=jnp.ones_like(planes.mask)))
-    return csq.on_scheme(sharding.to_host(whole), mask)
+    whole = bit_planes.hard_weights(planes._replace(mask=jnp.ones_like(planes.mask)))
+    return bit_planes.on_scheme(mesh.to_host(whole), mask)
 
 
 def _reach(plan: Plan, growth: Growth, state: TrainState, step: int) -> dict[str, float]:
@@ -364,7 +369,7 @@ def _reach(plan: Plan, growth: Growth, state: TrainState, step: int) -> dict[str
     )
     if not any(before < at <= now for at in WARN_AT):
         return {}
-    masks = sharding.to_host({name: one.mask for name, one in state.learned.by_layer.items()})
+    masks = mesh.to_host({name: one.mask for name, one in state.learned.by_layer.items()})
     low, high = budgets.reachable(masks, budget.shares, now, contiguous=budget.contiguous)
     if low - budgets.TOLERANCE <= budget.target <= high + budgets.TOLERANCE:
         return {}
@@ -442,7 +447,7 @@ def _labels(learned: Learned) -> Any:
         lambda leaf: "kernels" if leaf.ndim > 1 else "others", learned.around.params
     )
     planes = {
-        name: csq.BitPlanes("planes", "planes", "masks", "scales")  # pyright: ignore[reportArgumentType]
+        name: bit_planes.BitPlanes("planes", "planes", "masks", "scales")  # pyright: ignore[reportArgumentType]
         for name in learned.by_layer
     }
     return Learned(supernet.Learned(params, "steps", "acts"), linen.unflatten(planes))

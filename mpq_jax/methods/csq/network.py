@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax import linen, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import FLOAT_BITS, MOST_BITS, LayerTable
-from mpq_jax.methods.record import Found
-from mpq_jax.quantizers import batch_max, csq, double_rounding, lsq
-from mpq_jax.quantizers.csq import BitPlanes
-from mpq_jax.quantizers.record import ActQuantizer, Quantizer
-from mpq_jax.recalibration import norm_statistics
+from mpq_jax.methods.base import Found
+from mpq_jax.program import linen
+from mpq_jax.quantizers import batch_max, bit_planes, double_rounding, lsq
+from mpq_jax.quantizers.base import ActQuantizer, Quantizer
+from mpq_jax.quantizers.bit_planes import BitPlanes
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.bn_recalibration import norm_statistics
+from mpq_jax.supernet.layer_table import FLOAT_BITS, MOST_BITS, LayerTable
 
 PyTree = Any
 
@@ -160,7 +161,7 @@ def init(
     )
     params = linen.flatten(made.learned.params)
     planes = {
-        layer.name: csq.from_float(
+        layer.name: bit_planes.from_float(
             params.pop(f"{layer.name}/kernel"),
             planes=layer.highest,
             literal=literal,
@@ -176,10 +177,10 @@ def init(
 
 def kernel(planes: BitPlanes, gates: Gates, *, contiguous: bool) -> Array:
     """Returns a layer's weights, as far as its gates are decided; one program for all phases."""
-    soft = csq.plane_gates(planes.mask, gates.temperature, contiguous=contiguous)
-    on = csq.active_planes(planes, contiguous=contiguous).astype(soft.dtype)
-    made = csq.combine(planes, jnp.where(gates.fixed, on, soft), gates.temperature)
-    return jnp.where(gates.hard, csq.hard_weights(planes, contiguous=contiguous), made)
+    soft = bit_planes.plane_gates(planes.mask, gates.temperature, contiguous=contiguous)
+    on = bit_planes.active_planes(planes, contiguous=contiguous).astype(soft.dtype)
+    made = bit_planes.combine(planes, jnp.where(gates.fixed, on, soft), gates.temperature)
+    return jnp.where(gates.hard, bit_planes.hard_weights(planes, contiguous=contiguous), made)
 
 
 def select(
@@ -270,7 +271,9 @@ def hard_statistics(
 def plane_bits(network: Network, learned: Learned) -> BitConfig:
     """Returns the active planes of each layer; of a layer that is not made of planes, its bits."""
     counts = {
-        name: jnp.sum(csq.active_planes(planes, contiguous=network.contiguous), dtype=jnp.int32)
+        name: jnp.sum(
+            bit_planes.active_planes(planes, contiguous=network.contiguous), dtype=jnp.int32
+        )
         for name, planes in learned.by_layer.items()
     }
     weights = [counts.get(layer.name, layer.highest) for layer in network.table.layers]
@@ -279,7 +282,7 @@ def plane_bits(network: Network, learned: Learned) -> BitConfig:
 
 def layout(network: Network, planes: BitPlanes) -> str:
     """Returns which planes are active, the most significant first: "11010000"."""
-    on = np.asarray(csq.active_planes(planes, contiguous=network.contiguous))
+    on = np.asarray(bit_planes.active_planes(planes, contiguous=network.contiguous))
     return "".join("01"[int(one)] for one in on[::-1])
 
 
@@ -300,7 +303,7 @@ def found(network: Network, variables: Variables) -> Found:
     """
     table, learned = network.table, variables.learned
     kernels = {
-        name: csq.codes(planes, contiguous=network.contiguous)
+        name: bit_planes.codes(planes, contiguous=network.contiguous)
         for name, planes in learned.by_layer.items()
     }
     params = linen.flatten(learned.around.params)

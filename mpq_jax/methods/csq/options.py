@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from mpq_jax.layer_table import FLOAT_BITS, MOST_BITS
 from mpq_jax.quantizers import batch_max, lsq, pact
-from mpq_jax.quantizers.record import ActQuantizer
+from mpq_jax.quantizers.base import ActQuantizer
+from mpq_jax.supernet.layer_table import FLOAT_BITS, MOST_BITS
 
 ACT_QUANTIZERS: dict[str, ActQuantizer] = {
     "lsq": lsq.ACTS,

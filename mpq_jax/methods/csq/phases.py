@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mpq_jax import optim
-from mpq_jax.methods.record import Run
+from mpq_jax.methods import optim
+from mpq_jax.methods.base import Run
 
 
 class Phases(NamedTuple):

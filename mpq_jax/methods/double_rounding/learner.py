@@ -11,12 +11,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from mpq_jax import linen, losses, optim, supernet
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.methods import parts
+from mpq_jax.methods import optim
+from mpq_jax.methods.base import Run
 from mpq_jax.methods.double_rounding.options import PLAIN_RATE, Options
-from mpq_jax.methods.parts import Parts
-from mpq_jax.methods.record import Run
+from mpq_jax.parallel import grad_accumulation
+from mpq_jax.parallel.grad_accumulation import Parts
+from mpq_jax.program import linen
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.tasks import classification
 
 PyTree = Any
 
@@ -93,7 +96,7 @@ def _gradient(
     teacher,
 ) -> tuple[Gradient, Array, dict[str, Array]]:
     quantizer, scale = options.quantizer, options.scale_step_gradient
-    variables = parts.gathered(divided, variables)
+    variables = grad_accumulation.gathered(divided, variables)
 
     def loss_of(learned, shared, batch_stats, examples, dropout_key):
         bits, signed = shared
@@ -116,15 +119,15 @@ def _gradient(
             dropout_key=dropout_key,
             part=divided.seen,
         )
-        loss = losses.cross_entropy(out.logits, labels, smoothing=options.label_smoothing)
-        metrics = {"loss": loss, "accuracy": losses.accuracy(out.logits, labels)}
+        loss = classification.cross_entropy(out.logits, labels, smoothing=options.label_smoothing)
+        metrics = {"loss": loss, "accuracy": classification.accuracy(out.logits, labels)}
         if teacher is not None:
-            metrics["kl"] = losses.kl_to_teacher(out.logits, teacher)
+            metrics["kl"] = classification.kl_to_teacher(out.logits, teacher)
             loss += options.distill_weight * (metrics["kl"] - loss)
         stats = supernet.scatter_batch_stats(table, batch_stats, bits, out.batch_stats)
         return loss, (stats, metrics, out.logits)
 
-    gradient, stats, metrics, logits = parts.gradient_of_parts(
+    gradient, stats, metrics, logits = grad_accumulation.gradient_of_parts(
         divided,
         loss_of,
         variables.learned,
@@ -176,7 +179,7 @@ def _move(
 ):
     rate = rates(step)
     updates, opt_state = optimizer.update(
-        parts.reduced(divided, gradient.learned),
+        grad_accumulation.reduced(divided, gradient.learned),
         opt_state,
         variables.learned,
         used=gradient.used,
@@ -190,7 +193,7 @@ def _move(
         "scale_rate": optax.tree_utils.tree_get(opt_state, "learning_rate"),
         "scale_gradient": optax.tree_utils.tree_get(opt_state, "mean_gradient"),
     }
-    return *parts.kept(divided, (moved, opt_state)), scalars
+    return *grad_accumulation.kept(divided, (moved, opt_state)), scalars
 
 
 def make_optimizer(

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import sensitivity, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.double_rounding import multi
 from mpq_jax.methods.double_rounding.learner import make_learner
 from mpq_jax.methods.double_rounding.options import MixedOptions
-from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
-from mpq_jax.methods.starting import supernet_or_float_variables
+from mpq_jax.methods.warm_start import supernet_or_float_variables
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import sensitivity, supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 PyTree = Any
 

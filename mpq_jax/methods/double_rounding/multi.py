@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from mpq_jax import supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.double_rounding.learner import Example, Gradient, Learner, make_learner
 from mpq_jax.methods.double_rounding.options import Options
-from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
-from mpq_jax.methods.starting import float_variables
+from mpq_jax.methods.warm_start import float_variables
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 PyTree = Any
 

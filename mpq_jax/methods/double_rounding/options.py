@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from mpq_jax import bits, optim
+from mpq_jax.methods import optim
 from mpq_jax.quantizers import double_rounding
-from mpq_jax.quantizers.record import Quantizer
+from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.supernet import bits
 
 QUANTIZERS: dict[tuple[str, str], Quantizer] = {
     ("shared", "round"): double_rounding.QUANTIZER,

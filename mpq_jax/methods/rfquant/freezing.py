@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from mpq_jax import sensitivity, supernet
-from mpq_jax.layer_table import LayerTable
 from mpq_jax.methods.rfquant.options import Options
+from mpq_jax.supernet import sensitivity, supernet
+from mpq_jax.supernet.layer_table import LayerTable
 
 
 def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:

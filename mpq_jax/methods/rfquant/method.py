@@ -10,17 +10,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax import bits as bit_configs
-from mpq_jax import linen, losses, optim, supernet
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
-from mpq_jax.methods import parts
-from mpq_jax.methods.parts import Parts
-from mpq_jax.methods.record import Batch, Method, MethodFamily, Run
+from mpq_jax.methods import optim
+from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.rfquant import freezing, terms
 from mpq_jax.methods.rfquant.options import Options
-from mpq_jax.methods.starting import float_variables
+from mpq_jax.methods.warm_start import float_variables
+from mpq_jax.parallel import grad_accumulation as parts
+from mpq_jax.parallel.grad_accumulation import Parts
+from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.tasks import classification
 
 PyTree = Any
 
@@ -288,11 +291,13 @@ def _max_subnet(
             images,
             dropout_key,
         )
-        loss = losses.cross_entropy(logits, labels, smoothing=setting.options.label_smoothing)
+        loss = classification.cross_entropy(
+            logits, labels, smoothing=setting.options.label_smoothing
+        )
         return loss, (stats, Teacher(logits, features))
 
     (loss, (stats, teacher)), own = jax.value_and_grad(loss_of, has_aux=True)(variables.learned)
-    metrics = {"loss_max": loss, "accuracy_max": losses.accuracy(teacher.logits, labels)}
+    metrics = {"loss_max": loss, "accuracy_max": classification.accuracy(teacher.logits, labels)}
     carry = Carry(parts.plus(carry.gradient, own), stats)
     return carry, teacher, parts.mean_over_devices(setting.parts, metrics)
 
@@ -317,11 +322,13 @@ def _random_subnet(
         logits, stats, features = _forward(
             setting, learned, carry.batch_stats, variables.signed, bits, images, dropout_key
         )
-        hard_loss = losses.cross_entropy(logits, labels, smoothing=options.label_smoothing)
-        metrics = {"loss": hard_loss, "accuracy": losses.accuracy(logits, labels)}
+        hard_loss = classification.cross_entropy(logits, labels, smoothing=options.label_smoothing)
+        metrics = {"loss": hard_loss, "accuracy": classification.accuracy(logits, labels)}
         loss = hard_loss
         if soft > 0:
-            metrics["kl"] = losses.kl_to_teacher(logits, jax.lax.stop_gradient(teacher.logits))
+            metrics["kl"] = classification.kl_to_teacher(
+                logits, jax.lax.stop_gradient(teacher.logits)
+            )
             loss = (1 - soft) * hard_loss + soft * metrics["kl"]
         if options.idm_weight > 0:
             metrics["idm"] = terms.information_distortion(

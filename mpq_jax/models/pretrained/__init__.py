@@ -5,8 +5,8 @@ array of a model stands in it (`naming`, and one module for each family of model
 comparison of the two (`importing`). No PyTorch is needed, except to open its pickled files.
 """
 
-from mpq_jax.published.files import SUFFIXES, read_tensors
-from mpq_jax.published.importing import (
+from mpq_jax.models.pretrained.files import SUFFIXES, read_tensors
+from mpq_jax.models.pretrained.importing import (
     NAMINGS,
     MismatchedWeightsError,
     from_tensors,

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpq_jax import linen
 from mpq_jax.models import make_model
-from mpq_jax.published import inverted_residuals, resnets, vgg, vit
-from mpq_jax.published.files import Tensors, read_tensors
-from mpq_jax.published.naming import Naming, Source
+from mpq_jax.models.pretrained import inverted_residuals, resnets, vgg, vit
+from mpq_jax.models.pretrained.files import Tensors, read_tensors
+from mpq_jax.models.pretrained.naming import Naming, Source
+from mpq_jax.program import linen
 
 IMAGENET_SHAPE = (224, 224, 3)
 HEAD = "params/head"  # of every model; its last axis are the classes

@@ -5,7 +5,7 @@ Our stages are the rows of the papers' tables, as timm's are; the others count b
 
 from collections.abc import Iterable
 
-from mpq_jax.published.naming import Naming, Source, module_in, renamed, split_block
+from mpq_jax.models.pretrained.naming import Naming, Source, module_in, renamed, split_block
 
 
 def torchvision(paths: Iterable[str]) -> dict[str, Source]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpq_jax import linen
+from mpq_jax.program import linen
 
 BLOCK = re.compile(r"stage(\d+)_block(\d+)/(\w+)")  # module of a block, as our models name it
 LEAVES = {  # our name of an array in a module -> PyTorch's

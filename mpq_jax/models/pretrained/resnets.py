@@ -2,7 +2,7 @@
 
 import functools
 
-from mpq_jax.published.naming import Naming, renamed, split_block
+from mpq_jax.models.pretrained.naming import Naming, renamed, split_block
 
 
 def _name(module: str, *, shortcut: str, head: str) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from mpq_jax.published.naming import Naming, Source, module_in, same_arrays
+from mpq_jax.models.pretrained.naming import Naming, Source, module_in, same_arrays
 
 PART = re.compile(r"stage(\d+)_(conv|norm)(\d+)")
 LAYER = 3  # places that a convolution takes in the sequence: itself, its norm, its activation

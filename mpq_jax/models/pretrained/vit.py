@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mpq_jax.published.naming import (
+from mpq_jax.models.pretrained.naming import (
     LEAVES,
     Naming,
     Source,

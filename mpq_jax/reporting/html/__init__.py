@@ -10,8 +10,8 @@ from typing import Any
 
 import jinja2
 
-from mpq_jax.page import charts, layers, numbers, verdict
-from mpq_jax.page.content import Candidate, Content
+from mpq_jax.reporting.html import charts, layers, numbers, verdict
+from mpq_jax.reporting.html.content import Candidate, Content
 
 __all__ = ["Candidate", "Content", "write_page"]
 WIDE_PLOT, PLOT, SMALL_PLOT = (1080, 400), (720, 400), (360, 380)  # alone, beside another, narrow

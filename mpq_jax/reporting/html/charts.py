@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from mpq_jax.page.content import Candidate, Content
-from mpq_jax.page.numbers import minus, percent, quantity
+from mpq_jax.reporting.html.content import Candidate, Content
+from mpq_jax.reporting.html.numbers import minus, percent, quantity
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 MARGINS = (54.0, 14.0, 16.0, 46.0)  # left, top, right, bottom: room for the axes' labels

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import LayerTable
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
 
 ROUNDING = 1e-6  # relative: a budget is often the cost of uniform bits, summed in another order
 

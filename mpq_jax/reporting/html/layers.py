@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import Layer, LayerTable
-from mpq_jax.page.content import Content
-from mpq_jax.page.numbers import COUNTS, METRICS, minus, percent, plain, quantity
+from mpq_jax.reporting.html.content import Content
+from mpq_jax.reporting.html.numbers import COUNTS, METRICS, minus, percent, plain, quantity
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import Layer, LayerTable
 
 TENSORS = ("weights", "activations")
 SHADES = 9  # of a heat map; the template has as many colours of each kind

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpq_jax.bits import BitConfig
-from mpq_jax.layer_table import FLOAT_BITS, LayerTable
-from mpq_jax.page.content import ROUNDING, Candidate, Content
-from mpq_jax.page.numbers import EQUAL, UNITS, percent, quantity
+from mpq_jax.reporting.html.content import ROUNDING, Candidate, Content
+from mpq_jax.reporting.html.numbers import EQUAL, UNITS, percent, quantity
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import FLOAT_BITS, LayerTable
 
 
 class Standing(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 from etils.epath import Path
 
-from mpq_jax import checkpoint_files as files
+from mpq_jax.training.checkpoints import files
 
 
 class FailedSaveError(OSError):

@@ -12,8 +12,6 @@ or is reported as damaged.
         save(manager, step, state, metric=accuracy)
 
 Directories are local or mounted ones; in a run of several processes, shared by all of them.
-
-`import_torch` reads weights that others published; `mpq_jax.published` says how.
 """
 
 import math
@@ -28,11 +26,9 @@ from etils.epath import Path
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from mpq_jax import checkpoint_files as files
-from mpq_jax.checkpoint_failures import FailedSaveError as FailedSaveError
-from mpq_jax.checkpoint_failures import Manager, explained_failures
-from mpq_jax.checkpoint_files import DamagedCheckpointError
-from mpq_jax.published import import_torch as import_torch
+from mpq_jax.training.checkpoints import files
+from mpq_jax.training.checkpoints.errors import Manager, explained_failures
+from mpq_jax.training.checkpoints.files import DamagedCheckpointError
 
 SHOWN_DIFFERENCES = 5  # an error names so many leaves; other configurations change hundreds
 

@@ -1,0 +1,1 @@
+"""Export to ONNX graphs with integer kernels."""

@@ -1,0 +1,1 @@
+"""Integer kernels packed at their bit-widths in one safetensors file."""

@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, shardings, distributed start-up, gradient accumulation."""

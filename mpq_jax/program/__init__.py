@@ -1,0 +1,1 @@
+"""Models as pure functions: the adapters of module libraries."""

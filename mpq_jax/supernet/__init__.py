@@ -1,0 +1,1 @@
+"""The supernet: bit-widths, layer tables, sampling, selection, costs and sensitivity."""

@@ -1,0 +1,1 @@
+"""Training runs: experiments, the training loop, metrics and checkpoints."""

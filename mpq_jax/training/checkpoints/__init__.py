@@ -1,0 +1,31 @@
+"""Checkpoints with checksums: written in the background, verified when restored."""
+
+from mpq_jax.training.checkpoints.errors import FailedSaveError
+from mpq_jax.training.checkpoints.files import DamagedCheckpointError
+from mpq_jax.training.checkpoints.manager import (
+    MismatchedCheckpointError,
+    abstract,
+    load_best,
+    load_latest,
+    load_step,
+    open_manager,
+    restore_best,
+    restore_latest,
+    restore_step,
+    save,
+)
+
+__all__ = [
+    "DamagedCheckpointError",
+    "FailedSaveError",
+    "MismatchedCheckpointError",
+    "abstract",
+    "load_best",
+    "load_latest",
+    "load_step",
+    "open_manager",
+    "restore_best",
+    "restore_latest",
+    "restore_step",
+    "save",
+]
