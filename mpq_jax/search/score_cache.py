@@ -20,7 +20,7 @@ from mpq_jax.supernet.bits import BitConfig
 FORMAT, VERSION = "mpq_jax.scores", 1
 
 
-class History:
+class ScoreCache:
     """The scores of a supernet's configurations.
 
     Attributes:
