@@ -108,7 +108,7 @@ def complaint(name, imported):
             if is_inside(name, package) and theirs not in allowed:
                 return f"{name} imports {imported}; it may only import {sorted(allowed)}"
     elif name == "mpq_jax.quantizers.record":
-        return f"{name} imports {imported}; every quantiser imports it"
+        return f"{name} imports {imported}; every quantizer imports it"
     if mine == theirs or SAME_PACKAGE.get(mine) == theirs or ORDER[theirs] < ORDER[mine]:
         return None
     return f"{name} ({ORDER[mine]}) imports {imported} ({ORDER[theirs]}): wanted a smaller number"

@@ -16,13 +16,13 @@ from mpq_jax.quantizers.base import ActQuantizer
 from mpq_jax.supernet import supernet
 
 BATCH = "batch"  # name of the size that may vary
-MARK = "mpq_jax_input:"  # begins the name of the place where a layer's input is quantised
+MARK = "mpq_jax_input:"  # begins the name of the place where a layer's input is quantized
 TRIED = 8  # images with which it is tried whether a model computes each image alone
 ROUNDING = 1e-3  # part of an image's largest logit that rounding may move one by
 
 
 class InputCodes(NamedTuple):
-    """How the input of a layer is quantised: codes of LSQ, `round(clip(x / step))`.
+    """How the input of a layer is quantized: codes of LSQ, `round(clip(x / step))`.
 
     Attributes:
         step: width of a code.
@@ -55,7 +55,7 @@ class Program(NamedTuple):
 
 
 def trace(deployed: Deployed) -> Program:
-    """Traces the network; where an input is quantised stands a mark instead of the arithmetic.
+    """Traces the network; where an input is quantized stands a mark instead of the arithmetic.
 
     Raises:
         ValueError: the network has no integers, see `deployed.codes`.
@@ -88,14 +88,14 @@ def trace(deployed: Deployed) -> Program:
     )
 
 
-def flat_variables(chosen: supernet.Selected) -> dict[str, Any]:
+def flat_variables(chosen: supernet.Subnet) -> dict[str, Any]:
     """Returns parameters and statistics of a subnet by path, `params/conv/kernel`."""
     return linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
 
 
 def forward(
     deployed: Deployed,
-    chosen: supernet.Selected,
+    chosen: supernet.Subnet,
     variables: dict[str, Any],
     images: jax.Array,
     *,

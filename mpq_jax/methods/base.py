@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 from jaxtyping import Array, Key
 
-from mpq_jax.parallel.grad_accumulation import Parts
+from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -22,7 +22,7 @@ class Run(NamedTuple):
     Attributes:
         epochs: passes over the training data.
         steps_per_epoch: batches of one pass.
-        prepare: `(batch, key) -> float images`, augmentation and normalisation, traceable.
+        prepare: `(batch, key) -> float images`, augmentation and normalization, traceable.
         images: reads training images and prepares them, [batches, batch, ...], for methods that
             estimate norm statistics anew; None: they are left as training has them.
         parts: how every batch is divided among devices, and into micro-batches.
@@ -32,11 +32,11 @@ class Run(NamedTuple):
     steps_per_epoch: int
     prepare: Callable[[Batch, Key[Array, ""]], Array]
     images: Callable[[], Array] | None = None
-    parts: Parts = Parts()
+    parts: BatchPartition = BatchPartition()
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
 
@@ -52,7 +52,7 @@ class Found(NamedTuple):
     """
 
     table: LayerTable
-    variables: supernet.Variables
+    variables: supernet.SupernetState
     quantizer: Quantizer
     bits: dict[str, BitConfig]
     layouts: dict[str, str]
@@ -63,7 +63,7 @@ class Method(NamedTuple):
 
     Attributes:
         table: the layers as the method uses them; search and costs must use this table.
-        init: `(start variables, normalised images, labels) -> state`. Some methods do without
+        init: `(start variables, normalized images, labels) -> state`. Some methods do without
             labels. The state is a pytree of arrays with a field `step`; it holds all that a
             resumed run needs.
         train_step: `(state, batch, key) -> (state, metrics)`, compiled inside; it consumes the
@@ -73,8 +73,8 @@ class Method(NamedTuple):
         eval_bits: names and configurations worth evaluating while training; None: the model
             has no bits. Methods that find bits themselves have something of their own instead.
         variables: `state -> variables`, what evaluation, search and export act on: the float
-            model's `{"params", "batch_stats"}`, `supernet.Variables`, or what `found` takes.
-        predict: `(variables, bits, normalised images) -> logits` in evaluation mode, traceable;
+            model's `{"params", "batch_stats"}`, `supernet.SupernetState`, or what `found` takes.
+        predict: `(variables, bits, normalized images) -> logits` in evaluation mode, traceable;
             bits as in `eval_bits`.
         quantizer: of kernels and inputs; None: the model has no bits.
         read: `(checkpoint, float variables or their shapes) -> start variables`: what `init` takes
@@ -110,12 +110,12 @@ class MethodFamily(NamedTuple):
     Attributes:
         options: frozen dataclass of all hyperparameters, checked on construction.
         make: builds the method.
-        successor_of: name of the method whose network it may start from, beside a float model.
-        inherited: options that must be those of that method's run, as its numbers mean nothing
+        warm_starts_from: name of the method whose network it may start from, beside a float model.
+        must_match: options that must be those of that method's run, as its numbers mean nothing
             under others.
     """
 
     options: type
     make: MakeMethod
-    successor_of: str | None = None
-    inherited: tuple[str, ...] = ()
+    warm_starts_from: str | None = None
+    must_match: tuple[str, ...] = ()

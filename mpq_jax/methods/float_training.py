@@ -1,4 +1,4 @@
-"""Float training: the baseline, and the start of every quantised run."""
+"""Float training: the baseline, and the start of every quantized run."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from mpq_jax.methods import optim
 from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
 from mpq_jax.methods.warm_start import float_variables
-from mpq_jax.parallel.grad_accumulation import gathered, gradient_of_parts, kept, reduced
+from mpq_jax.parallel.grad_accumulation import gathered, kept, partitioned_gradient, reduced
 from mpq_jax.program import linen
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.tasks import classification
@@ -97,7 +97,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
     def float_train_step(state: TrainState, batch: Batch, key):
         image_key, dropout_key = jax.random.split(key)
         examples = {"image": run.prepare(batch, image_key), "label": batch["label"]}
-        gradient, batch_stats, metrics, _ = gradient_of_parts(
+        gradient, batch_stats, metrics, _ = partitioned_gradient(
             run.parts,
             loss_of,
             gathered(run.parts, state.params),
@@ -131,7 +131,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
 
 
 def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the optimiser that the options name, at the rates of a schedule."""
+    """Returns the optimizer that the options name, at the rates of a schedule."""
     decay = optax.add_decayed_weights(options.weight_decay, mask=_is_kernel)
     if options.optimizer == "adamw":
         return optax.chain(optim.scale_by_adam(), decay, optax.scale_by_learning_rate(schedule))

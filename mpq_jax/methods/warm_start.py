@@ -37,7 +37,7 @@ def supernet_or_float_variables(table: LayerTable, saved: dict[str, Any], wanted
 
     Args:
         table: layers of the network that is going to be trained.
-        saved: the checkpoint as nested dicts; of the same candidates and the same quantiser, which
+        saved: the checkpoint as nested dicts; of the same candidates and the same quantizer, which
             it does not say itself.
         wanted: float variables of the model, or their shapes.
 
@@ -47,12 +47,12 @@ def supernet_or_float_variables(table: LayerTable, saved: dict[str, Any], wanted
     if "variables" not in saved:
         return float_variables(saved, wanted)
     held = saved["variables"]
-    variables = supernet.Variables(
-        supernet.Learned(**held["learned"]), held.get("batch_stats", {}), held["signed"]
+    variables = supernet.SupernetState(
+        supernet.TrainableParams(**held["trainable"]), held.get("batch_stats", {}), held["signed"]
     )
     _check_shapes(
-        {"weight_steps": variables.learned.weight_steps},
-        {"weight_steps": jnp.zeros((len(table), len(table.candidates)))},
+        {"weight_step_sizes": variables.trainable.weight_step_sizes},
+        {"weight_step_sizes": jnp.zeros((len(table), len(table.candidates)))},
     )
     narrow = jax.eval_shape(lambda found: supernet.plain(table, found, table.largest), variables)
     _check_shapes(narrow, {name: wanted.get(name, {}) for name in narrow})
@@ -67,6 +67,6 @@ def _check_shapes(found: PyTree, wanted: PyTree) -> None:
     if shapes != wanted_shapes:
         other = sorted(dict(shapes.items() ^ wanted_shapes.items()))[:SHOWN_DIFFERENCES]
         raise ValueError(
-            "it is of another model than config.model, or of other bits or norm_rows: these "
+            "it is of another model than config.model, or of other bits or bn_banks: these "
             f"differ: {', '.join(other)}"
         )

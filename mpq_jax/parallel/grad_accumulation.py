@@ -25,7 +25,7 @@ SHARED = PartitionSpec()  # the same on every device
 OWN = PartitionSpec("each")  # every device has its part of the leading axis
 
 
-class Parts(NamedTuple):
+class BatchPartition(NamedTuple):
     """How a batch is divided.
 
     Attributes:
@@ -62,8 +62,8 @@ class Parts(NamedTuple):
         return linen.Part(self.axis, self.devices * self.micro_batches)
 
 
-def on_each_device(
-    parts: Parts, function: Callable, takes: Sequence[PyTree], gives: PyTree
+def shard_map_over_devices(
+    parts: BatchPartition, function: Callable, takes: Sequence[PyTree], gives: PyTree
 ) -> Callable:
     """Returns `function` run by every device for itself; with one device, as it is.
 
@@ -86,7 +86,7 @@ def on_each_device(
     )
 
 
-def micro_batch(parts: Parts, examples: PyTree, index: Array | int) -> PyTree:
+def micro_batch(parts: BatchPartition, examples: PyTree, index: Array | int) -> PyTree:
     """Returns one micro-batch: every `parts.micro_batches`-th example, on any number of devices."""
     if parts.micro_batches == 1:
         return examples
@@ -95,14 +95,14 @@ def micro_batch(parts: Parts, examples: PyTree, index: Array | int) -> PyTree:
     )
 
 
-def put_together(parts: Parts, stacked: PyTree) -> PyTree:
+def merge_micro_batches(parts: BatchPartition, stacked: PyTree) -> PyTree:
     """Returns what was computed of every example, [count, examples, ...], in the batch's order."""
     if parts.micro_batches == 1:
         return jax.tree.map(lambda leaf: leaf[0], stacked)
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), stacked)
 
 
-def key_of_part(parts: Parts, key: Key[Array, ""], index: Array) -> Key[Array, ""]:
+def shard_key(parts: BatchPartition, key: Key[Array, ""], index: Array) -> Key[Array, ""]:
     """Returns a key of this device's micro-batch alone; for dropout."""
     if parts.micro_batches > 1:
         key = jax.random.fold_in(key, index)
@@ -111,12 +111,12 @@ def key_of_part(parts: Parts, key: Key[Array, ""], index: Array) -> Key[Array, "
     return key
 
 
-def mean_over_devices(parts: Parts, values: PyTree) -> PyTree:
-    """Returns the mean over the devices; inside `on_each_device`."""
+def mean_over_devices(parts: BatchPartition, values: PyTree) -> PyTree:
+    """Returns the mean over the devices; inside `shard_map_over_devices`."""
     return values if parts.axis is None else jax.lax.pmean(values, parts.axis)
 
 
-def no_gradient(parts: Parts, learned: PyTree) -> PyTree:
+def no_gradient(parts: BatchPartition, trainable: PyTree) -> PyTree:
     """Returns zeros to add each device's gradient to: a leading axis of devices."""
 
     def zeros(leaf):
@@ -125,38 +125,38 @@ def no_gradient(parts: Parts, learned: PyTree) -> PyTree:
             return made
         return jax.lax.with_sharding_constraint(made, sharding.batch_sharded(parts.mesh))
 
-    return jax.tree.map(zeros, learned)
+    return jax.tree.map(zeros, trainable)
 
 
 def plus(gradient: PyTree, own: PyTree) -> PyTree:
-    """Adds a device's gradient to its row; inside `on_each_device`."""
+    """Adds a device's gradient to its row; inside `shard_map_over_devices`."""
     return jax.tree.map(lambda total, leaf: total + leaf[None], gradient, own)
 
 
-def reduced(parts: Parts, gradient: PyTree) -> PyTree:
+def reduced(parts: BatchPartition, gradient: PyTree) -> PyTree:
     """Returns the mean over all parts of the batch: the one reduction over the devices."""
     number = parts.devices * parts.micro_batches
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / number, gradient)
 
 
-def gathered(parts: Parts, tree: PyTree) -> PyTree:
+def gathered(parts: BatchPartition, tree: PyTree) -> PyTree:
     """Returns parts of a sharded state whole on every device; traceable."""
     if parts.mesh is None or not parts.shares_state:
         return tree
     return jax.lax.with_sharding_constraint(tree, sharding.replicated(parts.mesh))
 
 
-def kept(parts: Parts, state: PyTree) -> PyTree:
+def kept(parts: BatchPartition, state: PyTree) -> PyTree:
     """Returns a training state laid out as it is kept between steps; traceable."""
     if parts.mesh is None or not parts.shares_state:
         return state
     return jax.lax.with_sharding_constraint(state, sharding.state_shardings(state, parts.mesh))
 
 
-def gradient_of_parts(
-    parts: Parts,
+def partitioned_gradient(
+    parts: BatchPartition,
     loss_of: Callable,
-    learned: PyTree,
+    trainable: PyTree,
     shared: PyTree,
     batch_stats: PyTree,
     examples: PyTree,
@@ -168,7 +168,7 @@ def gradient_of_parts(
         parts: how the batch is divided.
         loss_of: `(learned, shared, batch_stats, examples, key) -> (loss, (batch_stats, metrics,
             of_examples))` of a micro-batch; calls the model with `parts.seen`.
-        learned: what to differentiate by.
+        trainable: what to differentiate by.
         shared: whatever else the loss needs; the same on every device.
         batch_stats: norm statistics; each micro-batch starts from those of the one before.
         examples: arrays of the whole batch.
@@ -179,19 +179,19 @@ def gradient_of_parts(
         example, in the batch's order.
     """
 
-    def on_device(learned, shared, batch_stats, examples, key):
+    def on_device(trainable, shared, batch_stats, examples, key):
         def body(carry, index):
             gradient, stats = carry
             own, (stats, metrics, of_examples) = jax.grad(loss_of, has_aux=True)(
-                learned,
+                trainable,
                 shared,
                 stats,
                 micro_batch(parts, examples, index),
-                key_of_part(parts, key, index),
+                shard_key(parts, key, index),
             )
             return (plus(gradient, own), stats), (metrics, of_examples)
 
-        start = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), learned)
+        start = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), trainable)
         loop = unrolled if jax.default_backend() == "cpu" else scanned
         (gradient, stats), (metrics, of_examples) = loop(
             body, (start, batch_stats), parts.micro_batches
@@ -201,12 +201,12 @@ def gradient_of_parts(
             gradient,
             stats,
             mean_over_devices(parts, means),
-            put_together(parts, of_examples),
+            merge_micro_batches(parts, of_examples),
         )
 
     takes, gives = (SHARED, SHARED, SHARED, OWN, SHARED), (OWN, SHARED, SHARED, OWN)
-    mapped = on_each_device(parts, on_device, takes, gives)
-    return mapped(learned, shared, batch_stats, examples, key)
+    mapped = shard_map_over_devices(parts, on_device, takes, gives)
+    return mapped(trainable, shared, batch_stats, examples, key)
 
 
 def called(body: Body, carry: PyTree, count: int) -> tuple[PyTree, PyTree]:

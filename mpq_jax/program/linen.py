@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 TRAIN_FLAGS = ("train", "training", "is_training")
 EVAL_FLAGS = ("deterministic", "use_running_average")
-LAYERS = (nn.Conv, nn.Dense, nn.DenseGeneral)  # what has a kernel that can be quantised
+LAYERS = (nn.Conv, nn.Dense, nn.DenseGeneral)  # what has a kernel that can be quantized
 FLOAT32_NORMS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 RECORDS = "mpq_jax_records"  # variable collection of what interceptors write down
 

@@ -118,7 +118,7 @@ class _Descent:
         while spaces.excess(budget, self.state) > 0:
             if phase == WEIGHTS and self._weight_price(budget, self.state) <= target:
                 phase = ACTS
-            if not len(self._lower(budget, self._neighbours(phase))):
+            if not len(self._lower(budget, self._neighbors(phase))):
                 phase = 1 - phase  # nothing to lower here: the other tensor has to pay
                 target = -np.inf
             watch(self._take_best(budget, phase, self._moves(budget, phase)))
@@ -139,23 +139,23 @@ class _Descent:
         nearest = min(known, key=lambda place: abs(np.log(prices[place])))
         return WEIGHT_PHASE_TARGET * self._weight_price(budget, anchors[nearest])
 
-    def _neighbours(self, phase: int) -> np.ndarray:
+    def _neighbors(self, phase: int) -> np.ndarray:
         """Returns the states with one gene of a phase one candidate down or up."""
         genes = [gene for gene in self.space.genes if self.space.column(gene) == phase]
-        return self.space.neighbours(self.state, genes)
+        return self.space.neighbors(self.state, genes)
 
     def _lower(self, budget: Budget, states: np.ndarray) -> np.ndarray:
         return states[spaces.excess(budget, states) < spaces.excess(budget, self.state)]
 
     def _moves(self, budget: Budget, phase: int) -> np.ndarray:
-        """Returns the neighbours that may be moved to; never none if the phase can go down."""
-        neighbours = self._neighbours(phase)
-        neighbours = neighbours[np.isfinite(spaces.excess(budget, neighbours))]
-        is_new = [state.tobytes() not in self.visited for state in neighbours]
-        new = neighbours[np.array(is_new, bool)]
+        """Returns the neighbors that may be moved to; never none if the phase can go down."""
+        neighbors = self._neighbors(phase)
+        neighbors = neighbors[np.isfinite(spaces.excess(budget, neighbors))]
+        is_new = [state.tobytes() not in self.visited for state in neighbors]
+        new = neighbors[np.array(is_new, bool)]
         new_lower = self._lower(budget, new)
         if not len(new_lower):
-            lower = self._lower(budget, neighbours)
+            lower = self._lower(budget, neighbors)
             # On a plateau, or where no single move has a cost, the nearest within the budget.
             return lower if len(lower) else ilp.nearest(self.space, budget, self.state)[None]
         return new if self.since_lowest < self.patience else new_lower

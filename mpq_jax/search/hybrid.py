@@ -1,6 +1,6 @@
-"""An integer programme on measured sensitivities, refined by exchanges.
+"""An integer program on measured sensitivities, refined by exchanges.
 
-The programme knows the whole network at once but takes the losses of layers for a sum; exchanges
+The program knows the whole network at once but takes the losses of layers for a sum; exchanges
 know what layers do together but only nearby.
 """
 
@@ -29,7 +29,7 @@ def search(
     tenure: int = 4,
     watch: Watch = spaces.nobody,
 ) -> list[Found]:
-    """Starts each budget from the best scored solution of its programme, then exchanges bits.
+    """Starts each budget from the best scored solution of its program, then exchanges bits.
 
     Args:
         score: see `space.Score`; all is scored with one key.
@@ -42,7 +42,7 @@ def search(
         rounds: see `exchange.search`, as for the other two.
         proposals: exchanges that are scored in a round.
         tenure: rounds during which what was exchanged stays.
-        watch: called after every programme and every exchange.
+        watch: called after every program and every exchange.
 
     Returns:
         One configuration per budget, in their order.

@@ -1,7 +1,7 @@
-"""Chooses the bits of all layers at once: a 0/1 integer programme, solved exactly by HiGHS.
+"""Chooses the bits of all layers at once: a 0/1 integer program, solved exactly by HiGHS.
 
 A layer takes one pair (weight bits, activation bits); objective and costs are tables of what each
-layer adds at each pair, so any sum over layers can be minimised or bounded. `solve` lists the best
+layer adds at each pair, so any sum over layers can be minimized or bounded. `solve` lists the best
 solutions without evaluating anything; `search` measures the objective, and the best solutions.
 
 References:
@@ -58,7 +58,7 @@ def search(
     solutions: int = 8,
     watch: Watch = spaces.nobody,
 ) -> list[Found]:
-    """Solves a programme per budget and returns the best scored of its best solutions.
+    """Solves a program per budget and returns the best scored of its best solutions.
 
     Args:
         score: see `space.Score`; all is scored with one key.
@@ -67,7 +67,7 @@ def search(
         mask: bool [layers, 2, choices], what may be chosen (normally `table.mask`).
         budgets: what to keep within.
         key: random key.
-        objective: float64 [layers, weight choices, activation choices] to minimise the sum of, such
+        objective: float64 [layers, weight choices, activation choices] to minimize the sum of, such
             as `objectives.hawq`; None: how much the score rises if one entry alone is lowered from
             the largest configuration, measured here.
         solutions: how many of the best are scored, by budget; 1: none is.
@@ -94,7 +94,7 @@ def search(
         place = int(np.argmin(scores))
         found[budget.name] = spaces.result(space, budget, states[place], scores[place])
         cost = found[budget.name].costs[budget.limits[0].name]
-        watch(Step("programme", f"solution {place + 1} of {len(best)}", cost, float(scores[place])))
+        watch(Step("program", f"solution {place + 1} of {len(best)}", cost, float(scores[place])))
     return spaces.in_order(budgets, found)
 
 
@@ -140,7 +140,7 @@ def solve(
 
     Args:
         table: the layers.
-        objective: float64 [layers, weight choices, activation choices] to minimise the sum of;
+        objective: float64 [layers, weight choices, activation choices] to minimize the sum of;
             infinity: not allowed.
         limits: one or more.
         allowed: bool of that shape, besides what rules and ties of the table forbid; None: all.
@@ -182,11 +182,11 @@ def _in_order(
     constraints = [LinearConstraint(one_each.astype(np.float64), 1, 1)]
     constraints += [_row(limit, pairs) for limit in limits]
     constraints += _ties(table, layer, pair)
-    to_minimise = _scaled(objective, pairs, OBJECTIVE_SIZE)[0][pairs]
+    to_minimize = _scaled(objective, pairs, OBJECTIVE_SIZE)[0][pairs]
     while True:
         result = milp(
-            to_minimise,
-            integrality=np.ones_like(to_minimise),
+            to_minimize,
+            integrality=np.ones_like(to_minimize),
             bounds=Bounds(0, 1),
             constraints=constraints,
             options={"mip_rel_gap": 0},
@@ -194,7 +194,7 @@ def _in_order(
         if result.status == INFEASIBLE:
             return
         if not result.success:
-            raise RuntimeError(f"the integer programme was not solved: {result.message}")
+            raise RuntimeError(f"the integer program was not solved: {result.message}")
         values = np.zeros((len(pairs), pairs[0].size))
         values[layer, pair] = result.x
         choice = values.argmax(1)

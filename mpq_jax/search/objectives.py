@@ -1,4 +1,4 @@
-"""What an integer programme minimises: tables of what each layer loses at each of its bits."""
+"""What an integer program minimizes: tables of what each layer loses at each of its bits."""
 
 from collections.abc import Callable
 
@@ -51,8 +51,10 @@ def additive(space: Space, rises: np.ndarray) -> np.ndarray:
         float64 [layers, weight choices, activation choices]; a group of ties counts once, at the
         entry that leads it. Infinity where bits are not allowed or nothing was measured.
     """
-    leads = space.leaders.ravel() == np.arange(space.leaders.size)
-    own = np.where(leads.reshape(space.leaders.shape)[..., None] | np.isnan(rises), rises, 0.0)
+    leads = space.group_leaders.ravel() == np.arange(space.group_leaders.size)
+    own = np.where(
+        leads.reshape(space.group_leaders.shape)[..., None] | np.isnan(rises), rises, 0.0
+    )
     total = own[:, 0, :, None] + own[:, 1, None, :]
     return np.where(allowed_pairs(space.table) & np.isfinite(total), total, np.inf)
 

@@ -44,7 +44,7 @@ _Group = tuple[int, list[_Node]]  # a configuration whose bits they share in the
 def make_prefix_score(
     model: nn.Module,
     table: LayerTable,
-    variables: supernet.Variables,
+    variables: supernet.SupernetState,
     cut: Segments,
     *,
     metric: str = "error",
@@ -52,7 +52,7 @@ def make_prefix_score(
     quantizer: Quantizer = lsq.QUANTIZER,
     memory: int = MEMORY,
     together: int | None = None,
-    quantised: dict[str, Array] | None = None,
+    quantized: dict[str, Array] | None = None,
 ) -> BatchScore:
     """Returns `score(configs, images, labels)` like `evaluate.make_score`, by shared beginnings.
 
@@ -69,18 +69,18 @@ def make_prefix_score(
         memory: bytes of activations to hold at once, about; what does not fit is computed later.
         together: how many activations a segment is run on at once, where several beginnings meet
             the same bits. 1: never; None: 1 on CPU, where it costs time, 8 elsewhere.
-        quantised: kernels from `evaluate.quantise_all`; None: they are made here.
+        quantized: kernels from `evaluate.quantize_all`; None: they are made here.
     """
     scoring.check(metric, norms, None)
-    if quantised is None:
-        quantised = scoring.quantise_all(table, variables.learned, quantizer=quantizer)
+    if quantized is None:
+        quantized = scoring.quantize_all(table, variables.trainable, quantizer=quantizer)
     measure = jax.jit(scoring.METRICS[metric])
     most = together or TOGETHER.get(jax.default_backend(), MOST_TOGETHER)
     last = len(cut.parts) - 1
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run_segment(depth: int, variables, quantised, bits: BitConfig, inputs: tuple[Array, ...]):
-        selected = supernet.select_quantised(table, variables, quantised, bits)
+    def run_segment(depth: int, variables, quantized, bits: BitConfig, inputs: tuple[Array, ...]):
+        selected = supernet.select_quantized(table, variables, quantized, bits)
 
         def run(x: Array) -> Array:
             return segments.run(
@@ -97,7 +97,7 @@ def make_prefix_score(
             left = len(inputs) - len(outputs)
             size = most if left >= most else 1
             chosen = tuple(inputs[len(outputs) : len(outputs) + size])
-            outputs += run_segment(depth, variables, quantised, bits, chosen)
+            outputs += run_segment(depth, variables, quantized, bits, chosen)
         return outputs
 
     def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
@@ -158,7 +158,7 @@ def shared_work(table: LayerTable, cut: Segments, configs: BitConfig) -> float:
 def make_fast_score(
     model: nn.Module,
     table: LayerTable,
-    variables: supernet.Variables,
+    variables: supernet.SupernetState,
     image_shape: Sequence[int],
     *,
     metric: str = "error",
@@ -184,7 +184,7 @@ def make_fast_score(
         memory: see `make_prefix_score`.
     """
     scoring.check(metric, norms, calibration)
-    quantised = scoring.quantise_all(table, variables.learned, quantizer=quantizer)
+    quantized = scoring.quantize_all(table, variables.trainable, quantizer=quantizer)
     one_by_one = scoring.make_score(
         model,
         table,
@@ -193,7 +193,7 @@ def make_fast_score(
         norms=norms,
         calibration=calibration,
         quantizer=quantizer,
-        quantised=quantised,
+        quantized=quantized,
     )
     if norms == "recalibrated":
         return one_by_one
@@ -209,7 +209,7 @@ def make_fast_score(
         norms=norms,
         quantizer=quantizer,
         memory=memory,
-        quantised=quantised,
+        quantized=quantized,
     )
 
     def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:

@@ -119,21 +119,21 @@ class Space:
                 f"the candidates are {tuple(candidates)} and the mask has shape {mask.shape}; "
                 f"the table has {table.candidates} and {table.mask.shape}"
             )
-        self.table, self.leaders = table, table.leaders
+        self.table, self.group_leaders = table, table.group_leaders
         flat = (mask & table.mask).reshape(-1, len(candidates))
         together = np.ones_like(flat)
-        np.logical_and.at(together, self.leaders.ravel(), flat)
-        self.mask = together[self.leaders]
+        np.logical_and.at(together, self.group_leaders.ravel(), flat)
+        self.mask = together[self.group_leaders]
         empty = [table.names[i] for i in np.flatnonzero(~self.mask.any(-1).all(-1))]
         if empty:
             raise ValueError(f"the mask leaves no bits to {', '.join(empty)}")
         choices = self.mask.sum(-1).ravel()
         # Entries that can be moved, each as 2 * layer + column.
-        self.genes = [int(entry) for entry in np.unique(self.leaders) if choices[entry] > 1]
+        self.genes = [int(entry) for entry in np.unique(self.group_leaders) if choices[entry] > 1]
         self._choices = {
             gene: np.flatnonzero(self.mask.reshape(flat.shape)[gene]) for gene in self.genes
         }
-        self._followers = {gene: self.leaders == gene for gene in self.genes}
+        self._followers = {gene: self.group_leaders == gene for gene in self.genes}
 
     def choices(self, gene: int) -> np.ndarray:
         """Returns the choices that a gene may take, most bits first."""
@@ -151,8 +151,8 @@ class Space:
         """Returns a state with another choice of one gene."""
         return np.where(self.followers(gene), choice, state)
 
-    def neighbours(self, state: np.ndarray, genes: Sequence[int] | None = None) -> np.ndarray:
-        """Returns the states with one gene a choice lower, or higher: [neighbours, layers, 2].
+    def neighbors(self, state: np.ndarray, genes: Sequence[int] | None = None) -> np.ndarray:
+        """Returns the states with one gene a choice lower, or higher: [neighbors, layers, 2].
 
         Args:
             state: where to start from.

@@ -105,16 +105,16 @@ def into_budget(
 
     Entries are lowered until no limit is exceeded; then entries that fit are raised until less
     than `window` of the first limit is left. Where a random descent does not meet the limits, the
-    nearest configuration that does is found by an integer programme.
+    nearest configuration that does is found by an integer program.
     """
     while (over := float(spaces.excess(budget, state))) > 0:
-        moves = space.neighbours(state)
+        moves = space.neighbors(state)
         lower = moves[spaces.excess(budget, moves) < over]
         if not len(lower):
             return ilp.nearest(space, budget, state)
         state = lower[generator.integers(len(lower))]
     while (now := spaces.price(budget, state)) < 1 - window:
-        moves = space.neighbours(state)
+        moves = space.neighbors(state)
         fits = (spaces.price(budget, moves) > now) & (spaces.excess(budget, moves) == 0)
         if not fits.any():
             return state

@@ -102,7 +102,7 @@ def find_segments(model: nn.Module, table: LayerTable, image_shape: Sequence[int
 
 def _layers_of_row(table: LayerTable, layer: int) -> set[int]:
     """Returns the layers whose bits name the row of the norm after a layer."""
-    return {layer, table.previous[layer]} if "previous" in table.norm_axes else {layer}
+    return {layer, table.previous[layer]} if "previous" in table.bank_axes else {layer}
 
 
 class _Calls(NamedTuple):
@@ -228,7 +228,7 @@ def run(
     table: LayerTable,
     segments: Segments,
     place: int,
-    selected: supernet.Selected,
+    selected: supernet.Subnet,
     x: Array,
     *,
     train: bool,

@@ -101,7 +101,7 @@ def descend(
     """
     rises: dict[int, float] = {}  # of the entries' next moves
     while (over := float(spaces.excess(budget, state))) > 0:
-        moves = space.neighbours(state)
+        moves = space.neighbors(state)
         moves = moves[spaces.excess(budget, moves) < over]
         if not len(moves) or over == np.inf:  # on a plateau, or where no single move has a cost
             moves = ilp.nearest(space, budget, state)[None]
@@ -145,7 +145,7 @@ def improve(
     visited = {state.tobytes()}
     for round_number in range(rounds):
         free = [gene for gene in space.genes if tabu.get(gene, -1) < round_number]
-        moves = space.neighbours(state, free)
+        moves = space.neighbors(state, free)
         moves = moves[np.isfinite(spaces.excess(budget, moves))]
         if not len(moves):
             break

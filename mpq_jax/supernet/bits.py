@@ -87,7 +87,7 @@ def roulette_probabilities(
     """Returns how likely each layer takes each of its bits: (1 - r) / |B| + r b / sum(B).
 
     B are the bits that the layer may take, and r in [0, 1], which `rule` finds from the traces, is
-    its share of the draw that favours high bits: for B = (8, 6, 4, 2) the mean is 5 + r bits.
+    its share of the draw that favors high bits: for B = (8, 6, 4, 2) the mean is 5 + r bits.
 
     Args:
         candidates: bits of each choice.
@@ -116,8 +116,8 @@ def roulette_probabilities(
     choices = jnp.sum(allowed, axis=-1, keepdims=True, dtype=jnp.float32)
     share = ROULETTE_RULES[rule](traces, choices[:, 0] > 1)[:, None]
     weights = jnp.where(allowed, bits[None], 0.0)
-    favoured = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.where(allowed, (1 - share) / choices + share * favoured, 0.0)
+    favored = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.where(allowed, (1 - share) / choices + share * favored, 0.0)
 
 
 def _published_share(

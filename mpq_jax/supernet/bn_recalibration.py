@@ -23,15 +23,15 @@ MOMENTS = "moments"  # name under which they are recorded during a call
 def recalibrate(
     model: nn.Module,
     table: LayerTable,
-    variables: supernet.Variables,
+    variables: supernet.SupernetState,
     bits: BitConfig,
     images: Float[Array, "batches batch ..."],
     *,
     quantizer: Quantizer = lsq.QUANTIZER,
-) -> supernet.Variables:
+) -> supernet.SupernetState:
     """Returns the supernet with the norm statistics of one configuration estimated anew.
 
-    Every batch is normalised by its own statistics, as in training. Means and variances are
+    Every batch is normalized by its own statistics, as in training. Means and variances are
     merged exactly over the batches (law of total variance), so one large batch's moments are
     those of all images, however they are spread over devices. Rows of other bits stay as they
     are, and nothing of the old statistics enters the new ones.
@@ -41,7 +41,7 @@ def recalibrate(
         table: its layers.
         variables: the supernet.
         bits: the configuration.
-        images: normalised training images (RFQuant takes about 7,000).
+        images: normalized training images (RFQuant takes about 7,000).
         quantizer: of kernels and inputs.
     """
     selected = supernet.select(table, variables, bits, quantizer=quantizer)
@@ -53,7 +53,7 @@ def recalibrate(
 def norm_statistics(
     model: nn.Module,
     table: LayerTable,
-    selected: supernet.Selected,
+    selected: supernet.Subnet,
     images: Float[Array, "batches batch ..."],
     *,
     quantizer: Quantizer,

@@ -1,4 +1,4 @@
-"""Lists the layers of a Linen model that can be quantised, and the bits that rules allow them."""
+"""Lists the layers of a Linen model that can be quantized, and the bits that rules allow them."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ DEFAULT_CANDIDATES = (6, 5, 4, 3, 2)  # RFQuant's published search space (w2-6 a
 MOST_BITS, FLOAT_BITS = 16, 32  # of codes; and what a float tensor may be billed at
 KINDS = ("conv", "depthwise", "dense")
 POSITIONS = ("first", "last")
-NORM_ROWS: dict[str, tuple[str, ...]] = {
+BN_BANKS: dict[str, tuple[str, ...]] = {
     "shared": (),
     "weights": ("weights",),
     "pair": ("weights", "acts"),
@@ -39,8 +39,8 @@ class Rule(NamedTuple):
         position: only the "first" or "last", in call order, of the layers that match otherwise.
         weights: allowed bits of the kernel: a tuple of candidates, or one number to fix it.
         acts: allowed bits of the layer's input, likewise.
-        float_weights: the kernel is not quantised; `weights` then only says what it is billed at.
-        float_acts: the input is not quantised; `acts` likewise.
+        float_weights: the kernel is not quantized; `weights` then only says what it is billed at.
+        float_acts: the input is not quantized; `acts` likewise.
         signed: whether the input's codes are signed; None leaves it to calibration.
     """
 
@@ -100,7 +100,7 @@ def bit_rules(
 
 
 class Layer(NamedTuple):
-    """One quantisable layer.
+    """One quantizable layer.
 
     Attributes:
         name: path of the module, `stage1/block0/conv1`.
@@ -113,7 +113,7 @@ class Layer(NamedTuple):
         float_acts: the input stays float and is only billed at its bits.
         signed: whether the input's codes are signed; None: to be found by calibration.
         float_weights: the kernel stays float and is only billed at its bits.
-        reads_with: index of the first layer that reads the same array as this one; None: itself.
+        shares_input_with: index of the first layer that reads the same array as this one; None: itself.
         inputs: values per image that the layer reads.
         channels: output channels, each of which has weights of its own.
     """
@@ -129,7 +129,7 @@ class Layer(NamedTuple):
     float_acts: bool
     signed: bool | None
     float_weights: bool = False
-    reads_with: int | None = None
+    shares_input_with: int | None = None
     inputs: int = 0
     channels: int = 0
 
@@ -139,25 +139,25 @@ class Layer(NamedTuple):
         return len(self.weight_candidates) > 1 or len(self.act_candidates) > 1
 
     @property
-    def highest(self) -> int:
+    def max_bits(self) -> int:
         """Largest number of bits that the kernel may take."""
         return self.weight_candidates[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerTable:
-    """The quantisable layers of a model in call order; hashable, so it can be a static argument.
+    """The quantizable layers of a model in call order; hashable, so it can be a static argument.
 
     Attributes:
         layers: the layers.
-        norm_rows: how often the norm after each layer with a choice is kept, a key of
-            `NORM_ROWS`: for each pair of its (weight bits, activation bits), ...
+        bn_banks: how often the norm after each layer with a choice is kept, a key of
+            `BN_BANKS`: for each pair of its (weight bits, activation bits), ...
         ties: groups of entries that always have equal bits, see `ties`; 2 * layer stands for its
             weights, 2 * layer + 1 for its input.
     """
 
     layers: tuple[Layer, ...]
-    norm_rows: str = "pair"
+    bn_banks: str = "pair"
     ties: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
@@ -183,7 +183,7 @@ class LayerTable:
         """Bits that a network of uniform precision can run at, descending.
 
         They are the bits that some weights or inputs may choose among; where there is no choice,
-        those that most quantised kernels have.
+        those that most quantized kernels have.
         """
         kinds = [
             kind
@@ -191,7 +191,7 @@ class LayerTable:
             for kind in (layer.weight_candidates, layer.act_candidates)
         ]
         chosen = {bits for candidates in kinds if len(candidates) > 1 for bits in candidates}
-        fixed = [layer.highest for layer in self.layers if not layer.float_weights]
+        fixed = [layer.max_bits for layer in self.layers if not layer.float_weights]
         return tuple(sorted(chosen, reverse=True)) or tuple(
             sorted(set(fixed), key=fixed.count)[-1:]
         )
@@ -210,24 +210,24 @@ class LayerTable:
         return allowed.reshape(len(self), 2, -1)
 
     @functools.cached_property
-    def leaders(self) -> np.ndarray:
+    def group_leaders(self) -> np.ndarray:
         """The entry that each one follows, itself if it is not tied: int [layers, 2]."""
-        leaders = np.arange(2 * len(self))
+        group_leaders = np.arange(2 * len(self))
         for group in self.ties:
-            leaders[list(group)] = group[0]
-        return leaders.reshape(len(self), 2)
+            group_leaders[list(group)] = group[0]
+        return group_leaders.reshape(len(self), 2)
 
     def candidates_of(self, entry: int) -> tuple[int, ...]:
         """Returns the bits that rules allow an entry: 2 * layer for weights, + 1 for the input."""
         layer = self.layers[entry // 2]
         return layer.act_candidates if entry % 2 else layer.weight_candidates
 
-    def follow(self, bits: BitConfig) -> BitConfig:
+    def apply_ties(self, bits: BitConfig) -> BitConfig:
         """Returns configurations, [..., layers], with tied entries as the first of their group."""
         if not self.ties:
             return bits
         both = jnp.stack([jnp.asarray(bits.weights), jnp.asarray(bits.acts)], axis=-1)
-        flat = both.reshape(*both.shape[:-2], -1)[..., self.leaders]
+        flat = both.reshape(*both.shape[:-2], -1)[..., self.group_leaders]
         return BitConfig(flat[..., 0], flat[..., 1])
 
     @property
@@ -238,12 +238,12 @@ class LayerTable:
     @property
     def bank_norms(self) -> dict[str, int]:
         """Norms kept once per precision: path of the norm -> index of the layer before it."""
-        return self.chosen_norms if self.norm_axes else {}
+        return self.searchable_norms if self.bank_axes else {}
 
     @property
-    def norm_axes(self) -> tuple[str, ...]:
-        """What each row axis of a norm bank stands for, see `NORM_ROWS`."""
-        return NORM_ROWS[self.norm_rows]
+    def bank_axes(self) -> tuple[str, ...]:
+        """What each row axis of a norm bank stands for, see `BN_BANKS`."""
+        return BN_BANKS[self.bn_banks]
 
     @functools.cached_property
     def previous(self) -> tuple[int, ...]:
@@ -255,12 +255,12 @@ class LayerTable:
         return tuple(self._previous(index) for index in range(len(self)))
 
     def _previous(self, index: int) -> int:
-        together = self.layers[index].reads_with
+        together = self.layers[index].shares_input_with
         before = range(index if together is None else together)
         return max((i for i in before if self.layers[i].searchable), default=index)
 
     @functools.cached_property
-    def chosen_norms(self) -> dict[str, int]:
+    def searchable_norms(self) -> dict[str, int]:
         """Norms after layers with a choice: path of the norm -> index of the layer before it.
 
         A norm that several layers share is none of them: no one layer's bits could name its row.
@@ -276,20 +276,20 @@ class LayerTable:
     def features(self) -> dict[str, int]:
         """Modules whose outputs tell what layers with a choice made: path -> index of the layer.
 
-        They are the norms of `chosen_norms`; a layer that has none stands for itself.
+        They are the norms of `searchable_norms`; a layer that has none stands for itself.
         """
-        norms = {index: norm for norm, index in self.chosen_norms.items()}
+        norms = {index: norm for norm, index in self.searchable_norms.items()}
         return {
             norms.get(index, layer.name): index
             for index, layer in enumerate(self.layers)
             if layer.searchable
         }
 
-    def with_norm_rows(self, norm_rows: str) -> "LayerTable":
-        """Returns the same layers with norms kept per precision in another way (`NORM_ROWS`)."""
-        if norm_rows not in NORM_ROWS:
-            raise ValueError(f"norm_rows is {norm_rows!r}; wanted one of {sorted(NORM_ROWS)}")
-        return dataclasses.replace(self, norm_rows=norm_rows)
+    def with_bn_banks(self, bn_banks: str) -> "LayerTable":
+        """Returns the same layers with norms kept per precision in another way (`BN_BANKS`)."""
+        if bn_banks not in BN_BANKS:
+            raise ValueError(f"bn_banks is {bn_banks!r}; wanted one of {sorted(BN_BANKS)}")
+        return dataclasses.replace(self, bn_banks=bn_banks)
 
     def uniform(self, weights: int, acts: int) -> BitConfig:
         """Returns the configuration with the same bits everywhere; fixed layers keep their own.
@@ -311,7 +311,7 @@ class LayerTable:
             jnp.array([_nearest(row, weights) for row in allowed[0]], jnp.int32),
             jnp.array([_nearest(row, acts) for row in allowed[1]], jnp.int32),
         )
-        return self.follow(chosen)
+        return self.apply_ties(chosen)
 
     @property
     def largest(self) -> BitConfig:
@@ -374,7 +374,7 @@ def trace_layers(
     if not calls:
         raise ValueError(
             f"{type(model).__name__} calls no nn.Conv, nn.Dense or nn.DenseGeneral, so there is "
-            "nothing to quantise; other layer types are not supported"
+            "nothing to quantize; other layer types are not supported"
         )
     for rule in rules:
         _check_rule(rule)
@@ -389,7 +389,7 @@ class _Call(NamedTuple):
     kind: str
     kernel_shape: tuple[int, ...]
     macs: int
-    reads_with: int
+    shares_input_with: int
     inputs: int
     channels: int
 
@@ -414,12 +414,14 @@ def _record_calls(
             x = linen.input_of(args, kwargs)
             call = _describe(module, name, x.shape, out.shape, batch=shape[0])
             earlier = calls.get(name)
-            together = earlier.reads_with if earlier else read_by.setdefault(id(x), len(calls))
+            together = (
+                earlier.shares_input_with if earlier else read_by.setdefault(id(x), len(calls))
+            )
             if earlier:
                 call = call._replace(
                     macs=call.macs + earlier.macs, inputs=call.inputs + earlier.inputs
                 )
-            calls[name] = call._replace(reads_with=together)
+            calls[name] = call._replace(shares_input_with=together)
             made_by[id(out)] = name
             alive.extend((x, out))
         elif isinstance(module, nn.BatchNorm):
@@ -462,7 +464,7 @@ def _describe(
         kind,
         kernel_shape,
         macs=math.prod(out_shape) // batch * per_output,
-        reads_with=-1,
+        shares_input_with=-1,
         inputs=math.prod(in_shape) // batch,
         channels=math.prod(kernel_shape) // per_output,
     )
@@ -552,7 +554,7 @@ def _apply_rules(call: _Call, calls: list[_Call], norm: str | None, rules: Seque
         float_acts=first_word("float_acts"),
         signed=first_word("signed"),
         float_weights=first_word("float_weights"),
-        reads_with=call.reads_with,
+        shares_input_with=call.shares_input_with,
         inputs=call.inputs,
         channels=call.channels,
     )

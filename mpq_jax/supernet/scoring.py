@@ -24,8 +24,8 @@ NORMS = ("batch", "recalibrated", "stored")
 PER_CALL = 64  # configurations that one call of the compiled program has room for
 
 
-quantise_all = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))
-"""`supernet.quantise_kernels`, compiled: what scores are made from, once."""
+quantize_all = jax.jit(supernet.quantize_kernels, static_argnames=("table", "quantizer"))
+"""`supernet.quantize_kernels`, compiled: what scores are made from, once."""
 
 
 def top1_error(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
@@ -69,7 +69,7 @@ def on_drawn_images(score: BatchScore, images: Array, labels: Array, *, size: in
 
     Args:
         score: from `make_score` or `prefixes.make_fast_score`.
-        images: normalised, to draw from without replacement.
+        images: normalized, to draw from without replacement.
         labels: theirs.
         size: how many to draw.
     """
@@ -87,18 +87,18 @@ def on_drawn_images(score: BatchScore, images: Array, labels: Array, *, size: in
 def make_score(
     model: nn.Module,
     table: LayerTable,
-    variables: supernet.Variables,
+    variables: supernet.SupernetState,
     *,
     metric: str = "error",
     norms: str = "batch",
     calibration: Float[Array, "batches batch ..."] | None = None,
     quantizer: Quantizer = lsq.QUANTIZER,
     mesh: Mesh | None = None,
-    quantised: dict[str, Array] | None = None,
+    quantized: dict[str, Array] | None = None,
 ) -> BatchScore:
     """Returns `score(configs, images, labels)`: one number per configuration, smaller is better.
 
-    Nothing is written back: scoring has no side effects. All kernels are quantised at all their
+    Nothing is written back: scoring has no side effects. All kernels are quantized at all their
     bits once, here. One program serves any number of configurations; only another shape of the
     images compiles another. With the images split over devices so is the work; with images on all
     devices of a mesh, the configurations may be split instead.
@@ -111,19 +111,19 @@ def make_score(
             few images) or "kl" (divergence from the largest subnet; needs no labels).
         norms: statistics of the norms: "batch" (of the images that are scored, as published),
             "recalibrated" (on `calibration`, as a found configuration will be used) or "stored".
-        calibration: normalised training images for "recalibrated".
+        calibration: normalized training images for "recalibrated".
         quantizer: of kernels and inputs.
         mesh: devices to split the configurations over; None: they are scored one after another.
-        quantised: kernels from `quantise_all`; None: they are made here.
+        quantized: kernels from `quantize_all`; None: they are made here.
     """
     check(metric, norms, calibration)
     measure = METRICS[metric]
-    if quantised is None:
-        quantised = quantise_all(table, variables.learned, quantizer=quantizer)
+    if quantized is None:
+        quantized = quantize_all(table, variables.trainable, quantizer=quantizer)
 
-    def map_configs(variables, quantised, calibration, configs, places, count, images, labels):
+    def map_configs(variables, quantized, calibration, configs, places, count, images, labels):
         def logits_of(bits: BitConfig) -> Array:
-            selected = supernet.select_quantised(table, variables, quantised, bits)
+            selected = supernet.select_quantized(table, variables, quantized, bits)
             if norms == "recalibrated":
                 statistics = norm_statistics(
                     model, table, selected, calibration, quantizer=quantizer
@@ -174,7 +174,7 @@ def make_score(
             places = first + dealt % count  # room that is left over repeats the first ones
             scores = score_configs(
                 variables,
-                quantised,
+                quantized,
                 calibration,
                 BitConfig(jnp.asarray(weights[places]), jnp.asarray(acts[places])),
                 jnp.asarray(dealt, jnp.int32),

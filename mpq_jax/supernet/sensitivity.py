@@ -33,8 +33,8 @@ def instability(
 ) -> Float[Array, ""]:
     """Measures how many weights of one layer stand near a decision boundary, low bits first.
 
-    For each bit-width b, the share of weights whose distance to the code's centre exceeds
-    `(1 - proportion) / 2` steps, on the side of a neighbouring code, divided by b; the mean of it
+    For each bit-width b, the share of weights whose distance to the code's center exceeds
+    `(1 - proportion) / 2` steps, on the side of a neighboring code, divided by b; the mean of it
     over the allowed bit-widths. Weights beyond the outermost codes are clipped and never count.
 
     Args:
@@ -64,7 +64,7 @@ def instability(
 
 @functools.partial(jax.jit, static_argnames=("table", "quantizer"))
 def weight_errors(
-    table: LayerTable, learned: supernet.Learned, *, quantizer: Quantizer
+    table: LayerTable, trainable: supernet.TrainableParams, *, quantizer: Quantizer
 ) -> Float[Array, "layers choices"]:
     """Returns the squared error ||Q(W, b) - W||^2 of each kernel at each candidate.
 
@@ -72,17 +72,17 @@ def weight_errors(
 
     Args:
         table: the layers.
-        learned: kernels and step sizes of a supernet.
+        trainable: kernels and step sizes of a supernet.
         quantizer: of the kernels.
     """
-    quantised = supernet.quantise_kernels(table, learned, quantizer=quantizer)
+    quantized = supernet.quantize_kernels(table, trainable, quantizer=quantizer)
     errors = jnp.zeros((len(table), len(table.candidates)), jnp.float32)
     for index, (layer, w) in enumerate(
-        zip(table.layers, supernet.kernels(table, learned.params), strict=True)
+        zip(table.layers, supernet.kernels(table, trainable.params), strict=True)
     ):
         if not layer.float_weights:
             places = np.array([table.candidates.index(bits) for bits in layer.weight_candidates])
-            squares = jnp.square(quantised[layer.name] - w[None])
+            squares = jnp.square(quantized[layer.name] - w[None])
             errors = errors.at[index, places].set(jnp.sum(squares, axis=range(1, squares.ndim)))
     return errors
 
@@ -212,7 +212,7 @@ def layer_traces(
         model: the Linen model.
         table: its layers.
         variables: "params" and, where the model has norms, "batch_stats" of the float model.
-        batches: dicts of "image", normalised, and "label" [batch], all of one shape.
+        batches: dicts of "image", normalized, and "label" [batch], all of one shape.
         key: random key.
         probes: number of random vectors, at least 2; see `hessian_trace`.
         probes_per_call: how many are computed at once.

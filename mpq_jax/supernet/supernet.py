@@ -1,9 +1,9 @@
 """A supernet is a pure function around an ordinary Flax model.
 
-    variables --select(bits)--> plain variables + input quantisers --apply--> logits
+    variables --select(bits)--> plain variables + input quantizers --apply--> logits
 
-All bit-widths share one set of kernels. `select` replaces each kernel by its quantised value and
-picks the BatchNorm rows that the bits name; `apply` calls the model, quantising the inputs of its
+All bit-widths share one set of kernels. `select` replaces each kernel by its quantized value and
+picks the BatchNorm rows that the bits name; `apply` calls the model, quantizing the inputs of its
 layers on the way through `flax.linen.intercept_methods`. The model itself is never changed.
 """
 
@@ -25,50 +25,50 @@ PyTree = Any
 IN, OUT = "input", "output"  # names under which arrays are recorded during a call
 
 
-class Learned(NamedTuple):
-    """What the optimiser moves.
+class TrainableParams(NamedTuple):
+    """What the optimizer moves.
 
     Attributes:
         params: the model's parameters; leaves of a switchable norm have leading row axes
-            (`table.norm_axes`), each in the order of `table.bank_bits`.
-        weight_steps: float32 [layers, choices], step size of each kernel at each candidate; of
-            quantisers with one step for all bits, the column of the highest is used.
-        act_steps: float32 [layers, choices], step size of each layer's input.
+            (`table.bank_axes`), each in the order of `table.bank_bits`.
+        weight_step_sizes: float32 [layers, choices], step size of each kernel at each candidate; of
+            quantizers with one step for all bits, the column of the highest is used.
+        act_step_sizes: float32 [layers, choices], step size of each layer's input.
     """
 
     params: PyTree
-    weight_steps: Any
-    act_steps: Any
+    weight_step_sizes: Any
+    act_step_sizes: Any
 
 
-class Variables(NamedTuple):
+class SupernetState(NamedTuple):
     """Everything that a supernet is made of.
 
     Attributes:
-        learned: parameters and step sizes.
+        trainable: parameters and step sizes.
         batch_stats: the model's BatchNorm statistics, with row axes like the parameters.
         signed: bool [layers], whether the codes of a layer's input are signed.
     """
 
-    learned: Learned
+    trainable: TrainableParams
     batch_stats: PyTree
     signed: Bool[Array, " layers"]
 
 
-class Selected(NamedTuple):
-    """One subnet: plain variables of the model, and how to quantise the input of each layer.
+class Subnet(NamedTuple):
+    """One subnet: plain variables of the model, and how to quantize the input of each layer.
 
     Attributes:
-        params: parameters as the model expects them, kernels quantised.
+        params: parameters as the model expects them, kernels quantized.
         batch_stats: statistics as the model expects them.
-        act_steps: float32 [layers].
+        act_step_sizes: float32 [layers].
         act_bits: int32 [layers].
         signed: bool [layers].
     """
 
     params: PyTree
     batch_stats: PyTree
-    act_steps: Float[Array, " layers"]
+    act_step_sizes: Float[Array, " layers"]
     act_bits: Int[Array, " layers"]
     signed: Bool[Array, " layers"]
 
@@ -97,7 +97,7 @@ def init(
     images: Float[Array, "batch ..."],
     *,
     quantizer: Quantizer = lsq.QUANTIZER,
-) -> Variables:
+) -> SupernetState:
     """Builds a supernet from the variables of the float model, calibrating on some images.
 
     Weight steps come from the kernels, input steps from one forward pass of the float model with
@@ -110,7 +110,7 @@ def init(
         model: the Linen model.
         table: its layers, from `trace_layers`.
         variables: `{"params": ..., "batch_stats": ...}` of the float model.
-        images: normalised calibration images, at least one batch of training data.
+        images: normalized calibration images, at least one batch of training data.
         quantizer: where the initial step sizes come from.
     """
     candidates = jnp.array(table.candidates, jnp.int32)
@@ -122,18 +122,20 @@ def init(
             for layer in table.layers
         ]
     )
-    weight_steps = [
+    weight_step_sizes = [
         jax.vmap(lambda bits, w=w: quantizer.weights.init_step(w, bits))(candidates)
         for w in kernels(table, params)
     ]
-    act_steps = [
+    act_step_sizes = [
         jax.vmap(
             lambda bits, x=inputs[layer.name], s=s: quantizer.acts.init_step(x, bits, signed=s)
         )(candidates)
         for layer, s in zip(table.layers, signed, strict=True)
     ]
-    return Variables(
-        learned=Learned(_widen(table, params), jnp.stack(weight_steps), jnp.stack(act_steps)),
+    return SupernetState(
+        trainable=TrainableParams(
+            _widen(table, params), jnp.stack(weight_step_sizes), jnp.stack(act_step_sizes)
+        ),
         batch_stats=_widen(table, batch_stats),
         signed=signed,
     )
@@ -152,13 +154,13 @@ def choice_index(table: LayerTable, bits: Int[Array, " layers"]) -> Int[Array, "
 
 def select(
     table: LayerTable,
-    variables: Variables,
+    variables: SupernetState,
     bits: BitConfig,
     *,
     quantizer: Quantizer = lsq.QUANTIZER,
     scale_step_gradient: bool = False,
-) -> Selected:
-    """Picks one subnet: quantises the kernels, gathers the step sizes and the norm rows.
+) -> Subnet:
+    """Picks one subnet: quantizes the kernels, gathers the step sizes and the norm rows.
 
     Differentiable: gradients reach the shared kernels and only the rows that `bits` name.
 
@@ -166,57 +168,57 @@ def select(
         table: the model's layers.
         variables: the supernet.
         bits: one configuration, traced; it must be allowed by the table (`table.check`).
-        quantizer: how the kernels are quantised.
+        quantizer: how the kernels are quantized.
         scale_step_gradient: LSQ's gradient scale 1 / sqrt(weights * largest code) for the
             weights' step sizes.
     """
-    weight_bits, learned = jnp.asarray(bits.weights), variables.learned
-    weight_steps = chosen_weight_steps(table, learned, weight_bits, quantizer=quantizer)
+    weight_bits, trainable = jnp.asarray(bits.weights), variables.trainable
+    weight_step_sizes = chosen_weight_steps(table, trainable, weight_bits, quantizer=quantizer)
 
-    def quantised(index: int, w: Array) -> Array:
+    def quantized(index: int, w: Array) -> Array:
         scale = lsq_grad_scale(w.size, weight_bits[index]) if scale_step_gradient else None
         return quantizer.weights.fake_quant(
             w,
-            weight_steps[index],
+            weight_step_sizes[index],
             weight_bits[index],
-            highest=table.layers[index].highest,
+            max_bits=table.layers[index].max_bits,
             grad_scale=scale,
         )
 
-    return _selected(table, variables, bits, quantised)
+    return _selected(table, variables, bits, quantized)
 
 
-def quantise_kernels(
-    table: LayerTable, learned: Learned, *, quantizer: Quantizer
+def quantize_kernels(
+    table: LayerTable, trainable: TrainableParams, *, quantizer: Quantizer
 ) -> dict[str, Array]:
-    """Quantises every kernel at all of its candidates, for `select_quantised`.
+    """Quantizes every kernel at all of its candidates, for `select_quantized`.
 
     Returns:
         Kernels in the order of the layer's candidates, by its path; those that stay float are
         left out.
     """
     made = {}
-    kept = kernels(table, learned.params)
+    kept = kernels(table, trainable.params)
     for index, layer in enumerate(table.layers):
         if layer.float_weights:
             continue
         choices = []
         for bits in layer.weight_candidates:
             uniform = jnp.full((len(table),), bits, jnp.int32)
-            step = chosen_weight_steps(table, learned, uniform, quantizer=quantizer)[index]
+            step = chosen_weight_steps(table, trainable, uniform, quantizer=quantizer)[index]
             choices.append(
                 quantizer.weights.fake_quant(
-                    kept[index], step, jnp.int32(bits), highest=layer.highest, grad_scale=None
+                    kept[index], step, jnp.int32(bits), max_bits=layer.max_bits, grad_scale=None
                 )
             )
         made[layer.name] = jnp.stack(choices)
     return made
 
 
-def select_quantised(
-    table: LayerTable, variables: Variables, quantised: dict[str, Array], bits: BitConfig
-) -> Selected:
-    """Picks one subnet like `select`, from kernels that `quantise_kernels` made before.
+def select_quantized(
+    table: LayerTable, variables: SupernetState, quantized: dict[str, Array], bits: BitConfig
+) -> Subnet:
+    """Picks one subnet like `select`, from kernels that `quantize_kernels` made before.
 
     For many subnets of the same supernet; it takes no derivatives in kernels and steps.
     """
@@ -226,27 +228,29 @@ def select_quantised(
         del w
         layer = table.layers[index]
         place = weight_bits[index] == jnp.array(layer.weight_candidates, jnp.int32)
-        return quantised[layer.name][jnp.argmax(place)]
+        return quantized[layer.name][jnp.argmax(place)]
 
     return _selected(table, variables, bits, chosen)
 
 
 def _selected(
     table: LayerTable,
-    variables: Variables,
+    variables: SupernetState,
     bits: BitConfig,
     kernel_of: Callable[[int, Array], Array],
-) -> Selected:
-    act_bits, learned = jnp.asarray(bits.acts), variables.learned
-    params = linen.flatten(_narrow(table, learned.params, bits))
+) -> Subnet:
+    act_bits, trainable = jnp.asarray(bits.acts), variables.trainable
+    params = linen.flatten(_narrow(table, trainable.params, bits))
     for index, layer in enumerate(table.layers):
         if not layer.float_weights:
             name = f"{layer.name}/kernel"
             params[name] = kernel_of(index, params[name])
-    return Selected(
+    return Subnet(
         params=linen.unflatten(params),
         batch_stats=_narrow(table, variables.batch_stats, bits),
-        act_steps=learned.act_steps[jnp.arange(len(table)), choice_index(table, act_bits)],
+        act_step_sizes=trainable.act_step_sizes[
+            jnp.arange(len(table)), choice_index(table, act_bits)
+        ],
         act_bits=act_bits,
         signed=variables.signed,
     )
@@ -254,22 +258,22 @@ def _selected(
 
 def chosen_weight_steps(
     table: LayerTable,
-    learned: Learned,
+    trainable: TrainableParams,
     weight_bits: Int[Array, " layers"],
     *,
     quantizer: Quantizer,
 ) -> Float[Array, " layers"]:
-    """Returns the step size that each layer's weight quantiser works with at some bits."""
+    """Returns the step size that each layer's weight quantizer works with at some bits."""
     served = _bits_of_steps(table, weight_bits, quantizer)
-    return learned.weight_steps[jnp.arange(len(table)), choice_index(table, served)]
+    return trainable.weight_step_sizes[jnp.arange(len(table)), choice_index(table, served)]
 
 
 def _bits_of_steps(table: LayerTable, weight_bits: Array, quantizer: Quantizer) -> Array:
     """Returns the bits under which the step sizes are kept: each layer's own, or its highest."""
-    if not quantizer.weights.one_step:
+    if not quantizer.weights.shared_step_size:
         return weight_bits
-    highest = jnp.array([layer.highest for layer in table.layers], jnp.int32)
-    return jnp.broadcast_to(highest, weight_bits.shape)
+    max_bits = jnp.array([layer.max_bits for layer in table.layers], jnp.int32)
+    return jnp.broadcast_to(max_bits, weight_bits.shape)
 
 
 def lsq_grad_scale(
@@ -283,7 +287,7 @@ def lsq_grad_scale(
 def apply(
     model: nn.Module,
     table: LayerTable,
-    selected: Selected,
+    selected: Subnet,
     images: Float[Array, "batch ..."],
     *,
     train: bool,
@@ -294,22 +298,22 @@ def apply(
 ) -> Output:
     """Calls the model as the selected subnet.
 
-    Inputs are quantised in float32, whatever type the model computes in, and handed on in the type
+    Inputs are quantized in float32, whatever type the model computes in, and handed on in the type
     that they came in; so gradients of step sizes are float32.
 
     Args:
         model: the Linen model.
         table: its layers.
         selected: from `select`.
-        images: normalised images.
+        images: normalized images.
         train: training mode: norms use the statistics of this batch and update their rows.
-        quantizer: how the inputs of the layers are quantised.
+        quantizer: how the inputs of the layers are quantized.
         scale_step_gradient: LSQ's gradient scale for the inputs' step sizes.
         dropout_key: random key of the model's dropout layers; None: they let everything through.
         part: what part of the batch `images` are.
     """
     position = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
-    around_norms = {linen.module_of(norm) for norm in table.chosen_norms} - {""}
+    around_norms = {linen.module_of(norm) for norm in table.searchable_norms} - {""}
     watched = set(table.features) | around_norms
 
     def intercept(next_call, args, kwargs, context):
@@ -327,10 +331,14 @@ def apply(
             x = linen.input_of(args, kwargs)
             size = x.size * part.number
             scale = lsq_grad_scale(size, bits, signed=signed) if scale_step_gradient else None
-            quantised = quantizer.acts.fake_quant(
-                x.astype(jnp.float32), selected.act_steps[i], bits, signed=signed, grad_scale=scale
+            quantized = quantizer.acts.fake_quant(
+                x.astype(jnp.float32),
+                selected.act_step_sizes[i],
+                bits,
+                signed=signed,
+                grad_scale=scale,
             )
-            args, kwargs = linen.with_input(args, kwargs, quantised.astype(x.dtype))
+            args, kwargs = linen.with_input(args, kwargs, quantized.astype(x.dtype))
         out = next_call(*args, **kwargs)
         if name in watched:
             linen.record(context.module, OUT, out)
@@ -364,11 +372,13 @@ def predict(
     return apply(model, table, selected, images, train=False, quantizer=quantizer).logits
 
 
-def with_positive_steps(learned: Learned, *, least: float = lsq.MIN_STEP_SIZE) -> Learned:
+def clip_step_sizes(
+    trainable: TrainableParams, *, least: float = lsq.MIN_STEP_SIZE
+) -> TrainableParams:
     """Returns what an update left, with step sizes that no learning rate can have made negative."""
-    return learned._replace(
-        weight_steps=jnp.maximum(learned.weight_steps, least),
-        act_steps=jnp.maximum(learned.act_steps, least),
+    return trainable._replace(
+        weight_step_sizes=jnp.maximum(trainable.weight_step_sizes, least),
+        act_step_sizes=jnp.maximum(trainable.act_step_sizes, least),
     )
 
 
@@ -388,19 +398,19 @@ def scatter_batch_stats(
     )
 
 
-def plain(table: LayerTable, variables: Variables, bits: BitConfig) -> PyTree:
+def plain(table: LayerTable, variables: SupernetState, bits: BitConfig) -> PyTree:
     """Returns the float model inside a supernet: its kernels, and the norm rows that bits name.
 
-    The variables may have fewer row axes than the table asks for, see `with_rows_of`.
+    The variables may have fewer row axes than the table asks for, see `expand_bn_banks`.
     """
-    full = with_rows_of(table, variables)
+    full = expand_bn_banks(table, variables)
     return {
-        "params": _narrow(table, full.learned.params, bits),
+        "params": _narrow(table, full.trainable.params, bits),
         "batch_stats": _narrow(table, full.batch_stats, bits),
     }
 
 
-def with_rows_of(table: LayerTable, variables: Variables) -> Variables:
+def expand_bn_banks(table: LayerTable, variables: SupernetState) -> SupernetState:
     """Repeats norm rows until they have all row axes of the table.
 
     So a network with norms per precision becomes one with norms per pair of precisions, whose
@@ -410,7 +420,7 @@ def with_rows_of(table: LayerTable, variables: Variables) -> Variables:
         table: the layers; the first of its row axes are those of the variables.
         variables: a supernet.
     """
-    axes, rows = len(table.norm_axes), len(table.bank_bits)
+    axes, rows = len(table.bank_axes), len(table.bank_bits)
 
     def repeat(name: str, leaf: Array) -> Array:
         if linen.module_of(name) not in table.bank_norms:
@@ -426,21 +436,21 @@ def with_rows_of(table: LayerTable, variables: Variables) -> Variables:
             leaf.reshape(*held, *missing, channels), (rows,) * axes + (channels,)
         )
 
-    learned = variables.learned
+    trainable = variables.trainable
     return variables._replace(
-        learned=learned._replace(params=linen.map_leaves(learned.params, repeat)),
+        trainable=trainable._replace(params=linen.map_leaves(trainable.params, repeat)),
         batch_stats=linen.map_leaves(variables.batch_stats, repeat),
     )
 
 
-def used_rows(
+def update_mask(
     table: LayerTable,
     params: PyTree,
     configs: BitConfig,
     *,
     quantizer: Quantizer = lsq.QUANTIZER,
-) -> Learned:
-    """Marks what some configurations use, for optimisers that must leave the rest alone.
+) -> TrainableParams:
+    """Marks what some configurations use, for optimizers that must leave the rest alone.
 
     Args:
         table: the model's layers.
@@ -454,7 +464,7 @@ def used_rows(
     """
     configs = BitConfig(jnp.asarray(configs.weights), jnp.asarray(configs.acts))
     candidates = jnp.array(table.candidates, jnp.int32)
-    unused = jnp.zeros((len(table.bank_bits),) * len(table.norm_axes), bool)
+    unused = jnp.zeros((len(table.bank_bits),) * len(table.bank_axes), bool)
     rows = jax.vmap(lambda bits: _bank_rows(table, bits))(configs)
     used = {norm: unused.at[row].set(True) for norm, row in rows.items()}
 
@@ -462,15 +472,15 @@ def used_rows(
         chosen = jnp.any(bits[:, :, None] == candidates[None, None], axis=0)
         return chosen & ~jnp.array(is_float)[:, None]
 
-    return Learned(
+    return TrainableParams(
         params=linen.map_leaves(
             params, lambda name, _: used.get(linen.module_of(name), jnp.array(True))
         ),
-        weight_steps=used_steps(
+        weight_step_sizes=used_steps(
             _bits_of_steps(table, configs.weights, quantizer),
             [layer.float_weights for layer in table.layers],
         ),
-        act_steps=used_steps(configs.acts, [layer.float_acts for layer in table.layers]),
+        act_step_sizes=used_steps(configs.acts, [layer.float_acts for layer in table.layers]),
     )
 
 
@@ -502,13 +512,13 @@ def _bank_rows(table: LayerTable, bits: BitConfig) -> dict[str, tuple[Array, ...
         return weights[table.previous[layer] if axis == "previous" else layer]
 
     return {
-        norm: tuple(jnp.argmax(naming(axis, layer) == bank_bits) for axis in table.norm_axes)
+        norm: tuple(jnp.argmax(naming(axis, layer) == bank_bits) for axis in table.bank_axes)
         for norm, layer in table.bank_norms.items()
     }
 
 
 def _widen(table: LayerTable, tree: PyTree) -> PyTree:
-    rows = (len(table.bank_bits),) * len(table.norm_axes)
+    rows = (len(table.bank_bits),) * len(table.bank_axes)
     return linen.map_leaves(
         tree,
         lambda name, leaf: (

@@ -53,14 +53,14 @@ def tie_matching(table: LayerTable, patterns: Sequence[str]) -> LayerTable:
 def tie_shared_inputs(table: LayerTable) -> LayerTable:
     """Returns the layers with the same bits for inputs that are one and the same array.
 
-    So the array has to be quantised only once, as for a block's first convolution and shortcut.
+    So the array has to be quantized only once, as for a block's first convolution and shortcut.
 
     Raises:
         ValueError: such layers have no bits for their inputs in common.
     """
     readers: dict[int, list[int]] = {}
     for index, layer in enumerate(table.layers):
-        first = index if layer.reads_with is None else layer.reads_with
+        first = index if layer.shares_input_with is None else layer.shares_input_with
         readers.setdefault(first, []).append(2 * index + 1)
     return _tied(table, [tuple(entries) for entries in readers.values()])
 

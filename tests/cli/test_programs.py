@@ -440,7 +440,7 @@ def test_writes_tables_and_plots(searched, table):
         assert 0 < float(row["test_accuracy"]) <= 1
     with (searched.directory / "path.csv").open() as file:
         path = list(csv.DictReader(file))
-    assert {row["phase"] for row in path} <= {"programme", "exchange"} and len(path) > 2
+    assert {row["phase"] for row in path} <= {"program", "exchange"} and len(path) > 2
     for plot in ("frontier", "bits"):
         assert (searched.directory / f"{plot}.png").read_bytes().startswith(PNG)
         assert "<svg" in (searched.directory / f"{plot}.svg").read_text()
@@ -489,7 +489,7 @@ def test_prints_float_uniform_and_searched_configurations(searched):
 def test_configurations_never_recompile(searched):
     (line,) = re.findall("^compilations: (.*)$", searched.output, re.M)
     counts = dict(re.findall(r"(\w+) x(\d+)", line))
-    assert counts["recalibrate"] == counts["quantise_kernels"] == "1", line
+    assert counts["recalibrate"] == counts["quantize_kernels"] == "1", line
     assert int(counts["run_segment"]) <= 3, line  # stem and first block; two blocks and the head
     assert counts.get("score_configs", "1") == "1", line
 
@@ -511,7 +511,7 @@ def test_what_cannot_be_searched_is_refused_with_what_can(searched, name):
     assert re.search(SEARCH_REFUSALS[name], output), output
 
 
-# Double Rounding: the integer artifact, the mixed-precision supernet, the integer programme.
+# Double Rounding: the integer artifact, the mixed-precision supernet, the integer program.
 
 PRECISIONS = (8, 6, 4, 2)
 ROUNDING = "--config=configs/double_rounding/digits.py"
@@ -619,11 +619,11 @@ def rounded(shared, tmp_path_factory) -> Rounded:
 
 @pytest.mark.parametrize("name", ["multi", "mixed"])
 def test_train_writes_the_network_as_integers(rounded, name):
-    """Its accuracy is that of the last evaluation; so it is normalised as in training."""
+    """Its accuracy is that of the last evaluation; so it is normalized as in training."""
     path = getattr(rounded, name) / "integers.safetensors"
     artifact = integers.load(path)
     assert artifact.precisions == PRECISIONS
-    assert artifact.table.norm_rows == {"multi": "weights", "mixed": "transition"}[name]
+    assert artifact.table.bn_banks == {"multi": "weights", "mixed": "transition"}[name]
     dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.2)
     mean, std = artifact.mean, artifact.std
     evaluate = make_evaluate(
@@ -634,7 +634,7 @@ def test_train_writes_the_network_as_integers(rounded, name):
     one_image = 1 / dataset.sizes["heldout"]
     for bits in PRECISIONS:
         score = evaluate(artifact.switch(bits), None, dataset.eval_batches("heldout"))
-        # Compiled with other optimisations: an image on the edge of two classes may change sides.
+        # Compiled with other optimizations: an image on the edge of two classes may change sides.
         assert abs(score.accuracy - logged[f"heldout/w{bits}a{bits}"]) < 1.5 * one_image
     method = {"multi": "double_rounding", "mixed": "double_rounding_mixed"}[name]
     assert artifact.config["method"] == method and artifact.config["epochs"] == 1
@@ -663,7 +663,7 @@ def test_starting_from_the_multi_precision_network_keeps_what_it_learned(rounded
     assert min(logged) > 0.5 and logged[1] > logged[0] - 0.1
 
 
-def test_the_programme_finds_bits_of_the_wanted_mean(rounded):
+def test_the_program_finds_bits_of_the_wanted_mean(rounded):
     directory, output = rounded.by_bits
     found = read_bits(directory, rounded.table)
     assert set(found) == {"bits_5_mean_bits", "bits_3_mean_bits"}
@@ -680,7 +680,7 @@ def test_the_programme_finds_bits_of_the_wanted_mean(rounded):
     assert not re.search(r"(recalibrate|_probe|weight_errors) x([2-9]|1\d)", line), line
 
 
-def test_the_programme_keeps_latency_and_a_further_limit(rounded):
+def test_the_program_keeps_latency_and_a_further_limit(rounded):
     """Nothing that is chosen on held-out images may be beyond the limit either."""
     directory, output = rounded.by_latency
     seconds = costs.latency_table(rounded.table, rounded.latency.read_text())
@@ -774,15 +774,15 @@ GROWN = (
     CSQ,
     WIDTH,
     f"--config.epochs={CSQ_EPOCHS}",
-    f"--config.csq.ticket={TICKET / CSQ_STEPS}",
-    f"--config.csq.harden={HARDEN / CSQ_STEPS}",
+    f"--config.csq.freeze_scheme={TICKET / CSQ_STEPS}",
+    f"--config.csq.binarize={HARDEN / CSQ_STEPS}",
     "--config.csq.rewind=True",
     f"--config.csq.temperature={TEMPERATURE}",
     f"--config.csq.target={TARGET}",
     "--config.csq.budget_weight=0.1",  # masks must close within 34 steps, but not all of them
     "--config.csq.mask_start=1.0",
     "--config.csq.mask_learning_rate=1.0",
-    "--config.csq.tighten=0.0",
+    "--config.csq.budget_anneal=0.0",
     "--config.csq.act_bits=4",
     "--config.log_every=1",
 )
@@ -935,7 +935,7 @@ def test_the_integers_are_as_accurate_as_the_hardened_network(grown, table, caps
     method = {"grown": "csq", "uniform": "csq_uniform"}[name]
     assert artifact.config["method"] == method
     assert {"csq", "csq_uniform"} & set(artifact.config) == {method}
-    stored = {layer.name: layer.highest for layer in artifact.table.layers}
+    stored = {layer.name: layer.max_bits for layer in artifact.table.layers}
     bits = bits_of(workdir / "scheme", table)["integers"]
     assert {layer: stored[layer] for layer in bits} == bits
     export_main.main(["inspect", str(path), "--dataset", "digits"])
@@ -996,8 +996,8 @@ def test_two_processes_grow_a_scheme_like_one(grown, tmp_path):
     logged, alone = losses(entries(workdir)), losses(entries(grown.workdir))
     assert "stopped by a signal after step" in first and "stopped by" not in second
     assert_same_curve(logged, alone, ("loss", "temperature"))
-    ticket = [entry for entry in entries(workdir) if "planes_switched_at_ticket" in entry]
-    assert [entry["step"] for entry in ticket] == [TICKET + 1]
+    freeze_scheme = [entry for entry in entries(workdir) if "planes_switched_at_ticket" in entry]
+    assert [entry["step"] for entry in freeze_scheme] == [TICKET + 1]
     for entry in summaries(workdir)[TICKET // EPOCH_STEPS :]:
         assert abs(entry["mean_planes_by_layer"] - TARGET) < 0.1
     step, state = checkpoints.load_latest(workdir / "checkpoints")

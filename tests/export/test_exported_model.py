@@ -105,7 +105,9 @@ def test_statistics_of_the_search_are_taken_as_they_were_tested(workdirs, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, rows, wanted)
     # Statistics of another network, as of an earlier training in this place, do not count.
     changed = variables._replace(
-        learned=variables.learned._replace(act_steps=variables.learned.act_steps * 2)
+        trainable=variables.trainable._replace(
+            act_step_sizes=variables.trainable.act_step_sizes * 2
+        )
     )
     norm_statistics.save(
         workdir / "search" / "norms.safetensors",

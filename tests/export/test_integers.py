@@ -70,14 +70,14 @@ class Case(NamedTuple):
 
     Attributes:
         rules: of the layers.
-        norm_rows: how norms are kept.
+        bn_banks: how norms are kept.
         affine: whether norms have a scale and a bias.
         every: layers whose kernels take every integer of their range.
         found: bits of kernels beside the rules, as training finds them; 0 of a kernel of zeros.
     """
 
     rules: tuple[Rule, ...]
-    norm_rows: str
+    bn_banks: str
     affine: bool = True
     every: tuple[str, ...] = ("wide", "point", "hidden")
     found: dict[str, int] = {}
@@ -114,7 +114,7 @@ class Saved(NamedTuple):
 
     model: nn.Module
     table: LayerTable
-    variables: supernet.Variables
+    variables: supernet.SupernetState
     codes: dict[str, np.ndarray]
     path: str
     sizes: integers.Sizes
@@ -128,18 +128,18 @@ def code_range(bits):
 
 def drawn_codes(generator, layer, *, every: bool):
     """Draws the codes of a kernel; every integer of the range occurs where it is asked."""
-    low, high = code_range(layer.highest)
+    low, high = code_range(layer.max_bits)
     codes = generator.integers(low, high + 1, layer.params)
     if every:
         codes[: high + 1 - low] = np.arange(low, high + 1)
     return generator.permutation(codes).reshape(layer.kernel_shape)
 
 
-def weights_of(generator, codes, step, highest):
+def weights_of(generator, codes, step, max_bits):
     """Draws weights that round to the codes, some of them on ties or beyond the range."""
-    if highest == 0:
+    if max_bits == 0:
         return np.zeros(codes.shape, np.float32)
-    low, high = code_range(highest)
+    low, high = code_range(max_bits)
     offsets = generator.uniform(-0.49, 0.49, codes.shape)
     ties = (codes % 2 == 0) & (generator.random(codes.shape) < 0.3)  # they go to the even code
     offsets = np.where(ties, generator.choice([-0.5, 0.5], codes.shape), offsets)
@@ -162,29 +162,29 @@ def draw_network(model, table, shape, *, every=(), seed=0):
             return jnp.asarray(generator.uniform(0.6, 1.4, leaf.shape), jnp.float32)
         return jnp.asarray(0.1 * generator.normal(size=leaf.shape), jnp.float32)
 
-    params = jax.tree_util.tree_map_with_path(fill, wanted.learned.params)
+    params = jax.tree_util.tree_map_with_path(fill, wanted.trainable.params)
     flat, codes = linen.flatten(params), {}
     grid = (len(table), len(table.candidates))
-    weight_steps = generator.uniform(0.001, 0.02, grid).astype(np.float32)
+    weight_step_sizes = generator.uniform(0.001, 0.02, grid).astype(np.float32)
     for index, layer in enumerate(table.layers):
         if layer.float_weights:
             continue
         exact = index % 2 == 1  # ties of a step that is a power of two are ties in float32
-        step = np.float32((2.0**-7 if exact else 0.0123) * 2.0 ** (8 - layer.highest))
-        weight_steps[index, table.candidates.index(layer.highest)] = step
+        step = np.float32((2.0**-7 if exact else 0.0123) * 2.0 ** (8 - layer.max_bits))
+        weight_step_sizes[index, table.candidates.index(layer.max_bits)] = step
         codes[layer.name] = drawn_codes(generator, layer, every=layer.name in every)
-        w = weights_of(generator, codes[layer.name], step, layer.highest)
+        w = weights_of(generator, codes[layer.name], step, layer.max_bits)
         if not exact:
             w = np.where(np.abs(w / step % 1 - 0.5) < 0.005, codes[layer.name] * step, w)
         flat[f"{layer.name}/kernel"] = jnp.asarray(w, jnp.float32)
-    learned = supernet.Learned(
+    trainable = supernet.TrainableParams(
         linen.unflatten(flat),
-        jnp.asarray(weight_steps),
+        jnp.asarray(weight_step_sizes),
         jnp.asarray(generator.uniform(0.02, 0.4, grid), jnp.float32),
     )
     stats = jax.tree_util.tree_map_with_path(fill, wanted.batch_stats)
     signed = jnp.asarray(generator.random(len(table)) < 0.5)
-    return supernet.Variables(learned, stats, signed), codes
+    return supernet.SupernetState(trainable, stats, signed), codes
 
 
 def with_found_bits(table, found):
@@ -192,14 +192,14 @@ def with_found_bits(table, found):
         layer._replace(weight_candidates=(found[layer.name],)) if layer.name in found else layer
         for layer in table.layers
     ]
-    return LayerTable(tuple(layers), table.norm_rows)
+    return LayerTable(tuple(layers), table.bn_banks)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def saved(request, tmp_path_factory):
     case = CASES[request.param]
     model = Net(affine=case.affine)
-    table = trace_layers(model, SHAPE, rules=case.rules).with_norm_rows(case.norm_rows)
+    table = trace_layers(model, SHAPE, rules=case.rules).with_bn_banks(case.bn_banks)
     table = with_found_bits(table, case.found)
     variables, codes = draw_network(model, table, SHAPE, every=case.every)
     path = tmp_path_factory.mktemp("saved") / "integers.safetensors"
@@ -223,17 +223,17 @@ def parse(path):
 
 def test_codes_in_the_file_are_the_rounded_weights(saved):
     _, header, data = parse(saved.path)
-    params = linen.flatten(saved.variables.learned.params)
+    params = linen.flatten(saved.variables.trainable.params)
     for index, layer in enumerate(saved.table.layers):
         if layer.float_weights:
             continue
-        column = saved.table.candidates.index(layer.highest)
-        step = np.float64(saved.variables.learned.weight_steps[index, column])
-        low, high = code_range(layer.highest)
+        column = saved.table.candidates.index(layer.max_bits)
+        step = np.float64(saved.variables.trainable.weight_step_sizes[index, column])
+        low, high = code_range(layer.max_bits)
         w = np.asarray(params[f"{layer.name}/kernel"], np.float64)
         expected = np.clip(np.rint(w / step), low, high)
         name = f"codes/{layer.name}"
-        bytes_each = 1 if layer.highest <= 8 else 2
+        bytes_each = 1 if layer.max_bits <= 8 else 2
         assert header[name] == {"dtype": f"I{8 * bytes_each}", "shape": list(layer.kernel_shape)}
         stored = np.frombuffer(data[name], f"<i{bytes_each}").reshape(layer.kernel_shape)
         np.testing.assert_array_equal(stored, expected)
@@ -244,14 +244,14 @@ def test_every_integer_of_the_highest_precision_occurs(saved, request):
     case = CASES[request.node.callspec.params["saved"]]
     for layer in saved.table.layers:
         if layer.name in case.every:
-            low, high = code_range(layer.highest)
+            low, high = code_range(layer.max_bits)
             assert set(saved.codes[layer.name].flat) == set(range(low, high + 1))
 
 
-def test_nothing_of_a_quantised_kernel_is_kept_in_float(saved):
+def test_nothing_of_a_quantized_kernel_is_kept_in_float(saved):
     _, header, _ = parse(saved.path)
-    quantised = {layer.name for layer in saved.table.layers if not layer.float_weights}
-    assert {name.removeprefix("codes/") for name in header if "codes/" in name} == quantised
+    quantized = {layer.name for layer in saved.table.layers if not layer.float_weights}
+    assert {name.removeprefix("codes/") for name in header if "codes/" in name} == quantized
     floats = {name: tensor for name, tensor in header.items() if tensor["dtype"] == "F32"}
     for layer in saved.table.layers:
         kept = [name for name in floats if name.endswith(f"{layer.name}/kernel")]
@@ -268,26 +268,26 @@ def test_sizes_add_up(saved):
     assert codes == sum(c.size * bytes_each[name] for name, c in saved.codes.items())
     assert saved.sizes == (codes, total - codes, saved.path.stat().st_size)
     assert saved.artifact.sizes == saved.sizes
-    numbers = [np.size(leaf) for leaf in jax.tree.leaves(saved.variables.learned)]
+    numbers = [np.size(leaf) for leaf in jax.tree.leaves(saved.variables.trainable)]
     numbers += [np.size(leaf) for leaf in jax.tree.leaves(saved.variables.batch_stats)]
-    quantised = sum(c.size for c in saved.codes.values())
-    assert saved.sizes.floats == 4 * (sum(numbers) - quantised) + len(saved.table)  # `signed`
+    quantized = sum(c.size for c in saved.codes.values())
+    assert saved.sizes.floats == 4 * (sum(numbers) - quantized) + len(saved.table)  # `signed`
 
 
 def test_the_table_and_everything_that_is_float_come_back(saved):
     assert saved.artifact.table == saved.table
     assert saved.artifact.precisions == saved.table.precisions
     before, after = (
-        linen.flatten(network.learned.params) for network in (saved.variables, as_host(saved))
+        linen.flatten(network.trainable.params) for network in (saved.variables, as_host(saved))
     )
     assert set(before) == set(after)
     codes = {f"{name}/kernel" for name in saved.codes}
     for name in set(before) - codes:
         np.testing.assert_array_equal(after[name], before[name], strict=True)
-    rest = ("weight_steps", "act_steps")
+    rest = ("weight_step_sizes", "act_step_sizes")
     for name in rest:
         np.testing.assert_array_equal(
-            getattr(as_host(saved).learned, name), getattr(saved.variables.learned, name)
+            getattr(as_host(saved).trainable, name), getattr(saved.variables.trainable, name)
         )
     jax.tree.map(np.testing.assert_array_equal, as_host(saved)[1:], saved.variables[1:])
 
@@ -333,27 +333,27 @@ def test_switched_kernels_are_those_of_training_at_every_precision(saved):
 
 
 def check_kernel(saved, layer, index, bits, subnet):
-    factor = 2 ** (layer.highest - bits)
+    factor = 2 ** (layer.max_bits - bits)
     codes = np.rint(saved.codes[layer.name] / factor)  # exact quotients, halves to even
     codes = np.clip(codes, *code_range(bits)).astype(np.float32)
-    column = saved.table.candidates.index(layer.highest)
-    step = np.asarray(saved.variables.learned.weight_steps)[index, column]
+    column = saved.table.candidates.index(layer.max_bits)
+    step = np.asarray(saved.variables.trainable.weight_step_sizes)[index, column]
     kernel = linen.flatten(subnet.params)[f"{layer.name}/kernel"]
     np.testing.assert_array_equal(kernel, codes * (step * np.float32(factor)), strict=True)
 
 
 def test_fake_quant_gives_the_switched_kernels(saved):
-    quantised = jax.jit(double_rounding.fake_quant, static_argnames="highest")
-    params = linen.flatten(saved.variables.learned.params)
+    quantized = jax.jit(double_rounding.fake_quant, static_argnames="max_bits")
+    params = linen.flatten(saved.variables.trainable.params)
     for bits in saved.table.precisions:
         switched = linen.flatten(saved.artifact.switch(bits).params)
         config = saved.table.uniform(bits, bits)
         for index, layer in enumerate(saved.table.layers):
             if layer.float_weights:
                 continue
-            name, column = f"{layer.name}/kernel", saved.table.candidates.index(layer.highest)
-            step = saved.variables.learned.weight_steps[index, column]
-            expected = quantised(params[name], step, config.weights[index], highest=layer.highest)
+            name, column = f"{layer.name}/kernel", saved.table.candidates.index(layer.max_bits)
+            step = saved.variables.trainable.weight_step_sizes[index, column]
+            expected = quantized(params[name], step, config.weights[index], max_bits=layer.max_bits)
             np.testing.assert_array_equal(switched[name], expected, strict=True)
 
 
@@ -374,11 +374,11 @@ def test_logits_are_those_of_the_trained_network(saved):
 
 def test_without_bits_every_layer_has_its_highest(saved):
     layers = saved.table.layers
-    highest = BitConfig(
+    max_bits = BitConfig(
         jnp.array([layer.weight_candidates[0] for layer in layers], jnp.int32),
         jnp.array([layer.act_candidates[0] for layer in layers], jnp.int32),
     )
-    for other in (highest, max(saved.artifact.precisions)):
+    for other in (max_bits, max(saved.artifact.precisions)):
         given, expected = saved.artifact.switch(), saved.artifact.switch(other)
         jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), given, expected)
         logits = saved.artifact.at(other)(IMAGES)
@@ -423,7 +423,7 @@ def test_bits_and_files_never_recompile(saved, tmp_path):
 @pytest.fixture(scope="module")
 def plain_net(tmp_path_factory):
     model = Net()
-    table = trace_layers(model, SHAPE, rules=CASES["8642"].rules).with_norm_rows("weights")
+    table = trace_layers(model, SHAPE, rules=CASES["8642"].rules).with_bn_banks("weights")
     variables, codes = draw_network(model, table, SHAPE)
     path = tmp_path_factory.mktemp("plain") / "integers.safetensors"
     sizes = integers.save(
@@ -451,7 +451,7 @@ def test_the_function_is_pure_and_may_be_traced(plain_net):
 
 
 def test_an_artifact_goes_where_a_supernet_goes(plain_net):
-    """Into recalibration and into the score of a search, with its quantiser."""
+    """Into recalibration and into the score of a search, with its quantizer."""
     artifact, table = plain_net.artifact, plain_net.table
     bits, batches = table.uniform(4, 4), IMAGES[None]
     recalibrated = [
@@ -501,7 +501,7 @@ def test_models_of_the_library_are_found_by_name(tmp_path):
     """With their options, tuples among them, which JSON makes lists of."""
     options = {"stage_sizes": (1,), "width": 4}
     model = make_model("resnet18", num_classes=7, **options)
-    table = trace_layers(model, (16, 16, 3), rules=ENDS_FLOAT((4, 2))).with_norm_rows("weights")
+    table = trace_layers(model, (16, 16, 3), rules=ENDS_FLOAT((4, 2))).with_bn_banks("weights")
     variables, _ = draw_network(model, table, (16, 16, 3))
     path = tmp_path / "named.safetensors"
     integers.save(path, table, variables, model=integers.ModelSpec("resnet18", 7, options))
@@ -520,7 +520,7 @@ def test_the_file_of_resnet20_takes_8_bits_per_weight_and_its_floats(
 ):
     model = make_model("resnet20", num_classes=10)
     rules = bit_rules(candidates, first_last=first_last)
-    table = trace_layers(model, (32, 32, 3), rules=rules).with_norm_rows("weights")
+    table = trace_layers(model, (32, 32, 3), rules=rules).with_bn_banks("weights")
     variables, codes = draw_network(model, table, (32, 32, 3))
     path = tmp_path / "resnet20.safetensors"
     config = {"method": "double_rounding", "epochs": 200}
@@ -620,9 +620,12 @@ CODES = np.zeros((3, 3, 8, 16), np.int8)
         ({"codes/wide": CODES.astype(np.int16)}, "int16 for layer 'wide'; wanted int8"),
         ({"codes/more": CODES}, "codes/more"),
         ({"momentum": STEPS}, "momentum"),
-        ({"weight_steps": None}, "weight_steps"),
-        ({"weight_steps": STEPS[:4]}, r"'weight_steps' of shape \(4, 5\); wanted \(5, 5\)"),
-        ({"act_steps": STEPS[:, :4]}, r"'act_steps' of shape \(5, 4\); wanted \(5, 5\)"),
+        ({"weight_step_sizes": None}, "weight_step_sizes"),
+        (
+            {"weight_step_sizes": STEPS[:4]},
+            r"'weight_step_sizes' of shape \(4, 5\); wanted \(5, 5\)",
+        ),
+        ({"act_step_sizes": STEPS[:, :4]}, r"'act_step_sizes' of shape \(5, 4\); wanted \(5, 5\)"),
         ({"signed": np.zeros(4, bool)}, r"'signed' of shape \(4,\); wanted \(5,\)"),
         ({"norms/wide_norm": None}, "wide_norm"),
         ({"norms/wide_norm": np.ones((4, 3, 16), np.float32)}, r"wide_norm.* \(3,\); .* \(4,\)"),
@@ -637,7 +640,7 @@ def test_tensors_that_are_not_those_of_the_header_are_refused(plain_net, tmp_pat
 
 def test_codes_beyond_their_range_are_refused(tmp_path):
     model = Net()
-    table = trace_layers(model, SHAPE, rules=ENDS_FLOAT((4, 2))).with_norm_rows("shared")
+    table = trace_layers(model, SHAPE, rules=ENDS_FLOAT((4, 2))).with_bn_banks("shared")
     variables, _ = draw_network(model, table, SHAPE)
     path = tmp_path / "four"
     integers.save(path, table, variables, model=integers.ModelSpec(None, 3))

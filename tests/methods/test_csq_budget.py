@@ -121,9 +121,11 @@ def a_run(epochs, steps_per_epoch=7):
         (600, 0.9917, 1.0, False, (595, 600)),
     ],
 )
-def test_phases_begin_with_whole_epochs(epochs, ticket, harden, rewind, wanted):
-    found = phases.make_phases(a_run(epochs), ticket=ticket, harden=harden, rewind=rewind)
-    assert (found.ticket, found.harden) == tuple(7 * epoch for epoch in wanted)
+def test_phases_begin_with_whole_epochs(epochs, freeze_scheme, binarize, rewind, wanted):
+    found = phases.make_phases(
+        a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind
+    )
+    assert (found.freeze_scheme, found.binarize) == tuple(7 * epoch for epoch in wanted)
     assert (found.end, found.steps_per_epoch, found.rewind) == (7 * epochs, 7, rewind)
 
 
@@ -131,11 +133,13 @@ def test_phases_begin_with_whole_epochs(epochs, ticket, harden, rewind, wanted):
     ("ticket", "harden", "rewind"),
     [(0.5, 0.95, True), (0.9, 0.95, True), (0.9, 1.0, True), (0.9, 0.95, False), (1.0, 1.0, False)],
 )
-def test_no_phase_begins_after_the_run(ticket, harden, rewind):
+def test_no_phase_begins_after_the_run(freeze_scheme, binarize, rewind):
     """Rounding to epochs moves no phase out of the run, however short it is."""
     for epochs in range(2, 30):
-        found = phases.make_phases(a_run(epochs), ticket=ticket, harden=harden, rewind=rewind)
-        assert found.ticket + rewind <= found.harden <= found.end, epochs
+        found = phases.make_phases(
+            a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind
+        )
+        assert found.freeze_scheme + rewind <= found.binarize <= found.end, epochs
 
 
 def temperatures(found, final, steps):
@@ -144,18 +148,18 @@ def temperatures(found, final, steps):
 
 
 def test_the_temperature_rises_exponentially_to_the_hardening_and_stays():
-    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.6)
+    found = phases.make_phases(a_run(10), freeze_scheme=0.5, binarize=0.6)
     values = temperatures(found, 200.0, 80)  # beyond the end of the run, too
     wanted = 200.0 ** np.minimum(np.arange(80) / 42, 1)
     np.testing.assert_allclose(values, wanted, rtol=1e-6)  # a power of float32
     assert values[0] == 1 and (values[42:] == 200).all() and (values <= 200).all()
     assert (np.diff(values[:43]) > 0).all()  # by step, not by epoch
-    given = phases.make_phases(a_run(10), ticket=0.0, harden=0.6)  # the scheme is
+    given = phases.make_phases(a_run(10), freeze_scheme=0.0, binarize=0.6)  # the scheme is
     np.testing.assert_array_equal(temperatures(given, 200.0, 80), values)
 
 
 def test_rewinding_rises_once_to_the_ticket_and_once_more_to_the_hardening():
-    found = phases.make_phases(a_run(10), ticket=0.4, harden=0.9, rewind=True)
+    found = phases.make_phases(a_run(10), freeze_scheme=0.4, binarize=0.9, rewind=True)
     values = temperatures(found, 50.0, 75)
     steps = np.arange(75)
     part = np.where(steps < 28, steps / 28, np.minimum((steps - 28) / 35, 1))
@@ -174,20 +178,20 @@ def cosine(steps, length):
 
 
 def test_the_rate_falls_until_the_hardening_and_is_tuned_after_it():
-    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.8)
+    found = phases.make_phases(a_run(10), freeze_scheme=0.5, binarize=0.8)
     wanted = np.concatenate([cosine(np.arange(56), 56), 0.2 * cosine(np.arange(14), 14)])
     np.testing.assert_allclose(rates(found, warmup=0.0, tuning=0.2), wanted, atol=1e-6)  # float32
 
 
 def test_rewinding_starts_the_rate_anew():
-    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.8, rewind=True)
+    found = phases.make_phases(a_run(10), freeze_scheme=0.5, binarize=0.8, rewind=True)
     parts = (cosine(np.arange(35), 35), cosine(np.arange(21), 21), 0.1 * cosine(np.arange(14), 14))
     wanted = np.concatenate(parts)
     np.testing.assert_allclose(rates(found, warmup=0.0, tuning=0.1), wanted, atol=1e-6)  # float32
 
 
 def test_the_warm_up_is_a_part_of_the_first_phase_alone():
-    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.8, rewind=True)
+    found = phases.make_phases(a_run(10), freeze_scheme=0.5, binarize=0.8, rewind=True)
     values = rates(found, warmup=0.2, tuning=0.1)
     without = rates(found, warmup=0.0, tuning=0.1)
     np.testing.assert_allclose(values[:7], np.arange(7) / 7, atol=1e-6)  # 7 of 35 steps
@@ -196,7 +200,7 @@ def test_the_warm_up_is_a_part_of_the_first_phase_alone():
 
 @pytest.mark.parametrize("tuning", [0.0, 0.1])
 def test_a_run_without_tuning_has_one_cosine(tuning):
-    found = phases.make_phases(a_run(3), ticket=0.7, harden=1.0)
+    found = phases.make_phases(a_run(3), freeze_scheme=0.7, binarize=1.0)
     wanted = cosine(np.arange(21), 21)
     np.testing.assert_allclose(rates(found, warmup=0.0, tuning=tuning), wanted, atol=1e-6)
 
@@ -243,7 +247,7 @@ def test_a_gate_on_the_threshold_is_counted():
     assert np.asarray(on["a"]).tolist() == [True, False, True, True]
 
 
-# The regulariser.
+# The regularizer.
 
 
 def gates_by_hand(mask, beta, contiguous):
@@ -259,17 +263,17 @@ def slopes_by_hand(mask, beta, contiguous):
     return beta * off * (np.cumsum(gates) if contiguous else gates)
 
 
-def regulariser(planes, given, beta):
-    return budget.regulariser(planes, given, jnp.float32(given.target), jnp.float32(beta))
+def regularizer(planes, given, beta):
+    return budget.regularizer(planes, given, jnp.float32(given.target), jnp.float32(beta))
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("beta", [1.0, 6.0])
 @pytest.mark.parametrize("target", [0.5, 3.0])
-def test_the_regulariser_and_its_gradient_are_the_closed_forms(target, beta, contiguous):
+def test_the_regularizer_and_its_gradient_are_the_closed_forms(target, beta, contiguous):
     planes = with_masks(MASKS)
     given = Budget(target, SHARES, contiguous, least=0)
-    value, gradient = jax.jit(jax.value_and_grad(lambda p: regulariser(p, given, beta)))(planes)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: regularizer(p, given, beta)))(planes)
     error = (0.25 * 2 + 0.75 * 1 if contiguous else 0.25 * 3 + 0.75 * 2) - target
     sums = {name: gates_by_hand(mask, beta, contiguous).sum() for name, mask in MASKS.items()}
     opened = 2 * sum(SHARES[name] * total for name, total in sums.items())
@@ -286,7 +290,7 @@ def test_gates_close_above_the_wanted_mean_open_below_it_and_rest_on_it():
     given, mean = Budget(1.0, {"a": 0.5, "b": 0.5}, False, least=0), 2.0
     for wanted, sign in ((1.0, 1), (mean, 0), (2.5, -1)):
         gradient = jax.grad(
-            lambda p, w=wanted: budget.regulariser(p, given, jnp.float32(w), jnp.float32(2.0))
+            lambda p, w=wanted: budget.regularizer(p, given, jnp.float32(w), jnp.float32(2.0))
         )(planes)
         for one in gradient.values():
             assert (np.sign(one.mask) == sign).all()
@@ -299,11 +303,11 @@ def test_the_budget_tightens_along_a_line_from_all_planes_to_the_target():
 
 
 def test_a_mean_by_layer_weighs_all_gates_alike():
-    """Then the regulariser is the published one, (mean - target) x sum of the gates."""
+    """Then the regularizer is the published one, (mean - target) x sum of the gates."""
     masks = {name: [0.5, -0.5, 1.0] for name in "abcde"}
     given = Budget(0.0, budget.shares(dict.fromkeys(masks, 7), average="layer"), False, least=0)
     wanted = 2.0 * 5 * sigmoid([0.5, -0.5, 1.0]).sum()
-    np.testing.assert_allclose(regulariser(with_masks(masks), given, 1.0), wanted, rtol=1e-6)
+    np.testing.assert_allclose(regularizer(with_masks(masks), given, 1.0), wanted, rtol=1e-6)
 
 
 # How decided the gates are.

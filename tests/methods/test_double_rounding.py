@@ -90,7 +90,7 @@ def flatten(tree):
         ({"scales": "one"}, "scales is 'one'.*'unshared'"),
         ({"switch": "shift"}, "switch is 'shift'.*'floor'"),
         ({"scale_rate": "printed"}, "scale_rate is 'printed'.*'literal'.*'off'"),
-        ({"norm_rows": "pair"}, "norm_rows is 'pair'.*'weights'"),
+        ({"bn_banks": "pair"}, "bn_banks is 'pair'.*'weights'"),
         ({"distill_weight": 1.5}, "distill_weight is 1.5; wanted a number from 0 to 1"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ({"warmup": 2.0}, "warmup is 2.0"),
@@ -119,9 +119,9 @@ def test_bad_options_of_the_mixed_supernet_are_refused(change, message):
 
 
 def test_norms_per_transition_are_of_the_mixed_supernet_alone():
-    with pytest.raises(ValueError, match="norm_rows is 'transition'"):
-        Options(norm_rows="transition")
-    assert MixedOptions().norm_rows == "transition"
+    with pytest.raises(ValueError, match="bn_banks is 'transition'"):
+        Options(bn_banks="transition")
+    assert MixedOptions().bn_banks == "transition"
 
 
 def test_defaults_are_as_published():
@@ -129,7 +129,7 @@ def test_defaults_are_as_published():
     assert (options.update, options.scales, options.switch) == ("sequential", "shared", "round")
     assert (options.learning_rate, options.scale_learning_rate) == (5e-4, 5e-4)
     assert (options.end_learning_rate, options.warmup, options.weight_decay) == (0.0, 0.0, 5e-5)
-    assert options.distill_weight == 0 and options.norm_rows == "weights"
+    assert options.distill_weight == 0 and options.bn_banks == "weights"
 
 
 def test_both_methods_are_listed():
@@ -154,7 +154,7 @@ def names_of(bits, options):
             "shared": "",
             "weights": f"@{bits[layer]}",
             "transition": f"@{bits[layer]},{bits[previous]}",
-        }[options.norm_rows]
+        }[options.bn_banks]
         names |= {f"norm{index}/{part}": f"norm{index}/{part}{row}" for part in ("scale", "bias")}
         own = bits[layer] if options.scales == "unshared" else HIGHEST
         names[f"{layer}/w_step"] = f"{layer}/w_step@{own}"
@@ -172,30 +172,30 @@ def stats_names_of(bits, options):
     }
 
 
-def flat_of(variables, norm_rows):
+def flat_of(variables, bn_banks):
     """Returns the learned arrays and the statistics of a supernet as such flat dicts."""
 
     def rows_of(tree):
         flat = {}
         for path, leaf in flatten(tree).items():
-            if norm_rows == "shared" or linen.module_of(path) not in ("norm1", "norm2"):
+            if bn_banks == "shared" or linen.module_of(path) not in ("norm1", "norm2"):
                 flat[path] = leaf
                 continue
             for i, own in enumerate(CHOICES):
-                if norm_rows == "weights":
+                if bn_banks == "weights":
                     flat[f"{path}@{own}"] = leaf[i]
                 else:
                     flat |= {f"{path}@{own},{b}": leaf[i, j] for j, b in enumerate(CHOICES)}
         return flat
 
-    learned = rows_of(variables.learned.params)
+    trainable = rows_of(variables.trainable.params)
     for layer in LAYERS:
         for bits in CHOICES:
             column = TABLE.candidates.index(bits)
-            steps = variables.learned
-            learned[f"{layer}/w_step@{bits}"] = steps.weight_steps[PLACE[layer], column]
-            learned[f"{layer}/x_step@{bits}"] = steps.act_steps[PLACE[layer], column]
-    return snapshot(learned), snapshot(rows_of(variables.batch_stats))
+            steps = variables.trainable
+            trainable[f"{layer}/w_step@{bits}"] = steps.weight_step_sizes[PLACE[layer], column]
+            trainable[f"{layer}/x_step@{bits}"] = steps.act_step_sizes[PLACE[layer], column]
+    return snapshot(trainable), snapshot(rows_of(variables.batch_stats))
 
 
 def straight_through(v, code, low, high):
@@ -209,7 +209,7 @@ def scaled_gradient(x, factor):
     return x * factor + jax.lax.stop_gradient(x - x * factor)
 
 
-def quantised_kernel(w, step, bits, rule):
+def quantized_kernel(w, step, bits, rule):
     """Section 2 of the method; `bits` are traced, floats."""
     ratio = 2.0 ** (HIGHEST - bits)
     low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
@@ -222,7 +222,7 @@ def quantised_kernel(w, step, bits, rule):
     return straight_through(w / width, code, low, high) * width
 
 
-def quantised_input(x, step, bits, rule):
+def quantized_input(x, step, bits, rule):
     high = 2.0**bits - 1
     step = scaled_gradient(step, jnp.where(rule["scaled"], 1 / jnp.sqrt(x.size * high), 1.0))
     v = x / step
@@ -250,10 +250,10 @@ def forward(theta, images, bits, rule):
 
     x = norm(convolved(images, theta["stem/kernel"], 2), "stem_norm")
     for index, layer in enumerate(LAYERS, start=1):
-        kernel = quantised_kernel(
+        kernel = quantized_kernel(
             theta[f"{layer}/kernel"], theta[f"{layer}/w_step"], bits[layer], rule
         )
-        x = quantised_input(x, theta[f"{layer}/x_step"], bits[layer], rule)
+        x = quantized_input(x, theta[f"{layer}/x_step"], bits[layer], rule)
         x = norm(convolved(x, kernel), f"norm{index}")
     logits = x.mean((1, 2)) @ theta["head/kernel"] + theta["head/bias"].reshape(1, -1)
     return logits, seen
@@ -344,9 +344,9 @@ class Reference:
         """Goes through {base: {layer: bits}}; returns metrics as the library names them.
 
         Each step starts from the library's variables: after a drift of 1e-7, a value between two
-        codes may round otherwise. The state of the optimisers is the reference's own.
+        codes may round otherwise. The state of the optimizers is the reference's own.
         """
-        self.theta, self.stats = flat_of(variables, self.options.norm_rows)
+        self.theta, self.stats = flat_of(variables, self.options.bn_banks)
         teacher, total, metrics = None, {}, {}
         for base, bits in sorted(configs.items(), reverse=True):
             gradient, logits, (loss, divergence) = self.gradient(bits, batch, teacher)
@@ -378,7 +378,7 @@ CASES = {
     "unshared, one norm, constant": dataclasses.replace(
         BASE,
         scales="unshared",
-        norm_rows="shared",
+        bn_banks="shared",
         scale_rate="constant",
         scale_step_gradient=False,
         distill_weight=1.0,
@@ -401,7 +401,7 @@ def trained(request, variables, batch):
         programs.append(counter.counts)
         wanted = reference.train_step(before, batch, UNIFORM)
         arrays = reference.theta | reference.stats
-        history.append((flat_of(state.variables, options.norm_rows), metrics, arrays, wanted))
+        history.append((flat_of(state.variables, options.bn_banks), metrics, arrays, wanted))
     unharmed = jax.tree.all(jax.tree.map(np.array_equal, snapshot(variables), given))
     return options, method, (start, state), history, programs, unharmed
 
@@ -425,16 +425,16 @@ def test_training_is_the_loop_written_by_hand(trained):
 
 def test_every_array_that_is_used_moves_and_no_other(trained):
     options, _, (start, state), *_ = trained
-    before, _ = flat_of(start.variables, options.norm_rows)
-    after, _ = flat_of(state.variables, options.norm_rows)
+    before, _ = flat_of(start.variables, options.bn_banks)
+    after, _ = flat_of(state.variables, options.bn_banks)
     moved = {key for key, value in after.items() if np.any(value != before[key])}
     used = set().union(*(names_of(bits, options).values() for bits in UNIFORM.values()))
     assert moved == used
     idle = {f"{layer}/w_step@{bits}" for layer in LAYERS for bits in (3, 2)}
     assert set(after) - used == (set() if options.scales == "unshared" else idle)
     ends = [TABLE.names.index(name) for name in ("stem", "head")]  # float: nothing to learn
-    for kind in ("weight_steps", "act_steps"):
-        pair = (getattr(s.variables.learned, kind)[np.array(ends)] for s in (start, state))
+    for kind in ("weight_step_sizes", "act_step_sizes"):
+        pair = (getattr(s.variables.trainable, kind)[np.array(ends)] for s in (start, state))
         np.testing.assert_array_equal(next(pair), next(pair))
 
 
@@ -460,19 +460,19 @@ def test_callers_variables_survive_and_epochs_bring_no_events(trained):
 def test_steps_stay_positive_however_large_their_rate(variables, batch):
     options = dataclasses.replace(BASE, scale_learning_rate=5.0, scale_rate="constant")
     start = made(BASE).init(variables, batch["image"]).variables
-    parts = learner.make_learner(MODEL, made(BASE).table, options, RUN, highest=HIGHEST)
-    everywhere = jax.tree.map(lambda leaf: jnp.ones(leaf.shape[:1], bool), start.learned)
+    parts = learner.make_learner(MODEL, made(BASE).table, options, RUN, max_bits=HIGHEST)
+    everywhere = jax.tree.map(lambda leaf: jnp.ones(leaf.shape[:1], bool), start.trainable)
     uphill = learner.Gradient(
-        jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape)), start.learned),
+        jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape)), start.trainable),
         start.batch_stats,
         everywhere._replace(
-            weight_steps=jnp.ones_like(start.learned.weight_steps, bool),
-            act_steps=jnp.ones_like(start.learned.act_steps, bool),
+            weight_step_sizes=jnp.ones_like(start.trainable.weight_step_sizes, bool),
+            act_step_sizes=jnp.ones_like(start.trainable.act_step_sizes, bool),
         ),
     )
-    opt_state = parts.init_optimizer(start.learned)
+    opt_state = parts.init_optimizer(start.trainable)
     after, *_ = parts.move(start, opt_state, uphill, jnp.int32(4), jnp.int32(0))
-    for steps in (after.learned.weight_steps, after.learned.act_steps):
+    for steps in (after.trainable.weight_step_sizes, after.trainable.act_step_sizes):
         assert np.all((np.asarray(steps) > 0) & (np.asarray(steps) < 1e-6))
 
 
@@ -484,10 +484,10 @@ def two_updates(variables, batch):
     """Returns state before and after an update at 3 bits that follows one at all precisions."""
     method = made(BASE)
     table, levels = method.table, multi.levels_of(method.table)
-    parts = learner.make_learner(MODEL, table, BASE, RUN, highest=HIGHEST)
+    parts = learner.make_learner(MODEL, table, BASE, RUN, max_bits=HIGHEST)
     start = method.init(variables, batch["image"]).variables
     example = parts.prepare(batch, KEY)
-    state = start, parts.init_optimizer(start.learned)
+    state = start, parts.init_optimizer(start.trainable)
     snapshots = []
     for configs in (levels, {3: levels[3]}):
         *state, _ = multi.sequential_updates(parts, BASE, *state, example, configs, jnp.int32(0))
@@ -495,7 +495,7 @@ def two_updates(variables, batch):
     return snapshots
 
 
-def test_other_precisions_keep_norms_statistics_scales_and_optimiser_state(two_updates):
+def test_other_precisions_keep_norms_statistics_scales_and_optimizer_state(two_updates):
     (before, opt_before), (after, opt_after) = two_updates
     row, column = CHOICES.index(3), TABLE.candidates.index(3)
 
@@ -503,7 +503,7 @@ def test_other_precisions_keep_norms_statistics_scales_and_optimiser_state(two_u
         return np.argwhere((old != new).reshape(len(CHOICES), -1).any(axis=1)).tolist()
 
     for old_tree, new_tree in (
-        (before.learned.params, after.learned.params),
+        (before.trainable.params, after.trainable.params),
         (before.batch_stats, after.batch_stats),
     ):
         old_flat, new_flat = flatten(old_tree), flatten(new_tree)
@@ -512,15 +512,15 @@ def test_other_precisions_keep_norms_statistics_scales_and_optimiser_state(two_u
                 assert moved_rows(old_flat[path], new_flat[path]) == [[row]]
             else:
                 assert np.any(old_flat[path] != new_flat[path])
-    changed = np.argwhere(before.learned.act_steps != after.learned.act_steps)
+    changed = np.argwhere(before.trainable.act_step_sizes != after.trainable.act_step_sizes)
     assert changed.tolist() == [[place, column] for place in PLACE.values()]
-    changed = np.argwhere(before.learned.weight_steps != after.learned.weight_steps)
-    highest = TABLE.candidates.index(HIGHEST)
-    assert changed.tolist() == [[place, highest] for place in PLACE.values()]
+    changed = np.argwhere(before.trainable.weight_step_sizes != after.trainable.weight_step_sizes)
+    max_bits = TABLE.candidates.index(HIGHEST)
+    assert changed.tolist() == [[place, max_bits] for place in PLACE.values()]
     # The state of Adam for rows of norms: moments and counter of each row.
     pairs = zip(
-        jax.tree.leaves(opt_before.inner_states["norm_rows"]),
-        jax.tree.leaves(opt_after.inner_states["norm_rows"]),
+        jax.tree.leaves(opt_before.inner_states["bn_banks"]),
+        jax.tree.leaves(opt_after.inner_states["bn_banks"]),
         strict=True,
     )
     moved = [moved_rows(old, new) for old, new in pairs]
@@ -532,15 +532,15 @@ def test_precision_that_has_one_column_of_unshared_scales_moves_it_alone(variabl
     method = made(options)
     state = method.init(variables, batch["image"])
     bits = multi.levels_of(method.table)[2]
-    used = supernet.used_rows(
+    used = supernet.update_mask(
         method.table,
-        state.variables.learned.params,
+        state.variables.trainable.params,
         jax.tree.map(lambda leaf: leaf[None], bits),
         quantizer=method.quantizer,
     )
     wanted = [[place, TABLE.candidates.index(2)] for place in PLACE.values()]
-    assert np.argwhere(used.weight_steps).tolist() == wanted
-    assert np.argwhere(used.act_steps).tolist() == wanted
+    assert np.argwhere(used.weight_step_sizes).tolist() == wanted
+    assert np.argwhere(used.act_step_sizes).tolist() == wanted
 
 
 # What a user sees.
@@ -574,7 +574,7 @@ def test_precision_trained_alone(variables, batch):
     assert list(method.eval_bits) == ["w4a4"]
     np.testing.assert_array_equal(method.eval_bits["w4a4"].weights, [32, 4, 4, 32])
     state = method.init(variables, batch["image"], batch["label"])
-    shape = state.variables.learned.params["norm2"]["scale"].shape
+    shape = state.variables.trainable.params["norm2"]["scale"].shape
     assert shape == (3,)  # one row is none
     # The same as a network of several precisions of which only the highest is trained.
     several = made(BASE).init(variables, batch["image"])
@@ -584,11 +584,11 @@ def test_precision_trained_alone(variables, batch):
     assert set(metrics) == set(wanted)
     for name, value in wanted.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5)
-    params = state.variables.learned.params
+    params = state.variables.trainable.params
     for found, key in (
         (params["conv2"]["kernel"], "conv2/kernel"),
         (params["norm2"]["scale"], "norm2/scale@4"),
-        (state.variables.learned.weight_steps[2, 1], "conv2/w_step@4"),
+        (state.variables.trainable.weight_step_sizes[2, 1], "conv2/w_step@4"),
     ):
         np.testing.assert_allclose(found, reference.theta[key], rtol=1e-4, atol=1e-5)
 
@@ -599,7 +599,7 @@ def test_network_without_bits_is_told_what_is_missing(variables, batch):
         method.predict(variables, None, batch["image"])
     floats = [Rule(weights=32, acts=32, float_weights=True, float_acts=True)]
     table = trace_layers(MODEL, SHAPE, rules=floats)
-    with pytest.raises(ValueError, match="no layer of the table has quantised weights"):
+    with pytest.raises(ValueError, match="no layer of the table has quantized weights"):
         double_rounding.FAMILY.make(MODEL, table, BASE, RUN)
 
 
@@ -753,7 +753,7 @@ def test_without_switching_every_layer_stays_at_its_base(monkeypatch):
 # The mixed-precision supernet: where it starts, and how it learns.
 
 MIXED = MixedOptions(
-    **{f.name: getattr(BASE, f.name) for f in dataclasses.fields(Options) if f.name != "norm_rows"},
+    **{f.name: getattr(BASE, f.name) for f in dataclasses.fields(Options) if f.name != "bn_banks"},
     switch_probability=1.0,
     trace_probes=4,
     trace_batch=3,
@@ -770,8 +770,8 @@ def several(variables, batch):
     def change(x):
         return jnp.asarray(x * generator.uniform(0.7, 1.3, x.shape), jnp.float32)
 
-    learned, batch_stats = jax.tree.map(change, (start.learned, start.batch_stats))
-    return method, start._replace(learned=learned, batch_stats=batch_stats)
+    trainable, batch_stats = jax.tree.map(change, (start.trainable, start.batch_stats))
+    return method, start._replace(trainable=trainable, batch_stats=batch_stats)
 
 
 @pytest.fixture(scope="module")
@@ -786,7 +786,7 @@ def test_uniform_predictions_start_as_those_of_the_multi_precision_network(
     several, mixed_start, batch
 ):
     (multi_method, network), (method, state, _) = several, mixed_start
-    table = TABLE.with_norm_rows("transition")
+    table = TABLE.with_bn_banks("transition")
     assert method.table == table
     assert state.step == 0
 
@@ -805,7 +805,7 @@ def test_uniform_predictions_start_as_those_of_the_multi_precision_network(
 def test_rows_are_repeated_whatever_the_previous_layers_bits(several, mixed_start):
     network, state = several[1], mixed_start[1]
     pairs = (
-        (network.learned.params, state.variables.learned.params),
+        (network.trainable.params, state.variables.trainable.params),
         (network.batch_stats, state.variables.batch_stats),
     )
     for source, repeated in pairs:
@@ -829,7 +829,7 @@ def test_traces_are_those_of_the_float_kernels_with_the_norms_of_the_highest_bit
             )
 
         return {
-            "params": gathered(network.learned.params),
+            "params": gathered(network.trainable.params),
             "batch_stats": gathered(network.batch_stats),
         }
 
@@ -896,7 +896,7 @@ def test_start_from_a_float_model(variables, batch):
     )
     np.testing.assert_array_equal(state.traces, traces.mean)
     for tree, source in (
-        (state.variables.learned.params, variables["params"]),
+        (state.variables.trainable.params, variables["params"]),
         (state.variables.batch_stats, variables["batch_stats"]),
     ):
         flat = flatten(source)

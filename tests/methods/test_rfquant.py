@@ -203,10 +203,10 @@ def test_instabilities_are_taken_over_common_or_current_bits(mode):
         for name, w in zip(DEEP.names, kernels, strict=True)
     }
     steps = jnp.asarray(steps, jnp.float32)
-    learned = supernet.Learned(params, steps, steps)
+    trainable = supernet.TrainableParams(params, steps, steps)
     mask = freeze([0.1, 0.9, 0.5, 0.2, 0.8, 0.3], 2)
     found = freezing.instabilities(
-        DEEP, learned, jnp.asarray(mask), options=Options(freeze_scores=mode)
+        DEEP, trainable, jnp.asarray(mask), options=Options(freeze_scores=mode)
     )
     allowed = {name: (6, 5, 4, 3) if mode == "common" else (6, 5, 4, 3, 2) for name in DEEP.names}
     if mode == "current":
@@ -229,7 +229,10 @@ def test_instabilities_of_layers_without_a_common_bit_are_numbers():
     }
     steps = jnp.full((len(table), len(table.candidates)), 0.3)
     scores = freezing.instabilities(
-        table, supernet.Learned(params, steps, steps), jnp.asarray(table.mask), options=Options()
+        table,
+        supernet.TrainableParams(params, steps, steps),
+        jnp.asarray(table.mask),
+        options=Options(),
     )
     assert np.all(np.isfinite(scores))
 
@@ -243,7 +246,7 @@ def with_kernel(w, step):
     tree = {name: {"kernel": kernel} for name, kernel in params.items()}
     tree["block"] = {"conv": {"kernel": jnp.asarray(w, jnp.float32)}}
     steps = jnp.ones((3, 4)).at[CONV].set(jnp.asarray(step, jnp.float32))
-    return supernet.Learned(tree, steps, jnp.ones((3, 4)))
+    return supernet.TrainableParams(tree, steps, jnp.ones((3, 4)))
 
 
 def config(w, a):
@@ -261,23 +264,23 @@ def pulled_codes(bits, least):
 
 
 @pytest.mark.parametrize(("bits", "least"), [(4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2)])
-def test_quantisation_error_pulls_to_the_coinciding_bins(bits, least):
+def test_quantization_error_pulls_to_the_coinciding_bins(bits, least):
     step = 0.25
     w = np.random.default_rng(2).uniform(-2.6, 2.6, (3, 3, 4, 4)).astype(np.float32)
-    learned = with_kernel(w, step)
+    trainable = with_kernel(w, step)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     code = np.clip(np.round(w / step), low, high)
     pulled = np.isin(code, sorted(pulled_codes(bits, least)))
     distance = np.where(pulled, np.clip(w, low * step, high * step) - code * step, 0)
     found, gradient = jax.value_and_grad(
-        lambda learned: terms.quantisation_error(TABLE, learned, config(bits, 4), lowest(least))
-    )(learned)
+        lambda trainable: terms.quantization_error(TABLE, trainable, config(bits, 4), lowest(least))
+    )(trainable)
     wanted = (distance**2).mean((0, 1, 2)).sum()
     np.testing.assert_allclose(found, wanted, rtol=1e-5)  # float32 sum
     inside = (w >= low * step) & (w <= high * step)
     wanted = 2 * distance * inside / (3 * 3 * 4)
     np.testing.assert_allclose(gradient.params["block"]["conv"]["kernel"], wanted, atol=1e-7)
-    assert not np.any(gradient.weight_steps) and not np.any(gradient.act_steps)
+    assert not np.any(gradient.weight_step_sizes) and not np.any(gradient.act_step_sizes)
     assert not np.any(gradient.params["stem"]["kernel"])
 
 
@@ -285,7 +288,7 @@ def test_three_bits_over_two_pull_exactly_four_codes():
     codes = np.arange(-4, 4)
     w = np.zeros((3, 3, 4, 4), np.float32)
     w.flat[:8] = codes + 0.2
-    term = jax.grad(lambda p: terms.quantisation_error(TABLE, p, config(3, 4), lowest(2)))
+    term = jax.grad(lambda p: terms.quantization_error(TABLE, p, config(3, 4), lowest(2)))
     gradient = term(with_kernel(w, 1.0)).params["block"]["conv"]["kernel"]
     assert codes[np.asarray(gradient).flat[:8] != 0].tolist() == [-4, -2, 0, 2]
 
@@ -300,7 +303,7 @@ class TwoKinds(nn.Module):
 @pytest.mark.parametrize("subnets", [1, 2])
 @pytest.mark.parametrize("layer", ["conv", "dense"])
 def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
-    """Through the optimiser: without other gradients, weights inside stay where they are."""
+    """Through the optimizer: without other gradients, weights inside stay where they are."""
     table = trace_layers(TwoKinds(), (8, 8, 1), rules=[Rule(weights=CHOICES, acts=CHOICES)])
     index = table.names.index(layer)
     options = Options(
@@ -311,22 +314,22 @@ def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
     shapes = [spec.kernel_shape for spec in table.layers]
     kernels = [np.float32(v.reshape(shape)) for v, shape in zip(values, shapes, strict=True)]
     params = {n: {"kernel": jnp.array(w)} for n, w in zip(table.names, kernels, strict=True)}
-    learned = supernet.Learned(params, jnp.full((2, 3), 0.5), jnp.ones((2, 3)))
+    trainable = supernet.TrainableParams(params, jnp.full((2, 3), 0.5), jnp.ones((2, 3)))
     bits = table.uniform(2, 2)
     once = jnp.full(2, 1.0 / subnets)
 
-    def term(learned, weights):
-        one = terms.two_bit_norm(table, learned, bits, weights)
+    def term(trainable, weights):
+        one = terms.two_bit_norm(table, trainable, bits, weights)
         return subnets * (options.two_bit_decay - options.weight_decay) * one
 
     optimizer = method.make_optimizer(table, options, RUN)
-    used = supernet.used_rows(table, params, jax.tree.map(lambda leaf: leaf[None], bits))
+    used = supernet.update_mask(table, params, jax.tree.map(lambda leaf: leaf[None], bits))
 
     def moved(weights):
-        gradient = jax.grad(term)(learned, weights)
-        assert not np.any(gradient.weight_steps)
-        state = optimizer.init(learned)
-        updates, _ = optimizer.update(gradient, state, learned, used=used)
+        gradient = jax.grad(term)(trainable, weights)
+        assert not np.any(gradient.weight_step_sizes)
+        state = optimizer.init(trainable)
+        updates, _ = optimizer.update(gradient, state, trainable, used=used)
         return np.asarray(updates.params[layer]["kernel"])
 
     w = kernels[index]
@@ -401,9 +404,9 @@ def test_features_are_picked_at_their_place(place):
         np.testing.assert_array_equal(feature, wanted[name])
 
 
-def test_quantisation_error_weight_follows_its_schedule():
+def test_quantization_error_weight_follows_its_schedule():
     steps = 150 * 7
-    weight = lambda step: method.quantisation_error_weight(  # noqa: E731
+    weight = lambda step: method.quantization_error_weight(  # noqa: E731
         jnp.int32(step), options=published(), steps=steps
     )
     assert weight(0) == weight(40 * 7) == 0
@@ -413,9 +416,9 @@ def test_quantisation_error_weight_follows_its_schedule():
 
 
 @pytest.mark.parametrize("steps", [2, 40])
-def test_quantisation_error_weight_of_short_runs(steps):
+def test_quantization_error_weight_of_short_runs(steps):
     weights = [
-        float(method.quantisation_error_weight(jnp.int32(step), options=Options(), steps=steps))
+        float(method.quantization_error_weight(jnp.int32(step), options=Options(), steps=steps))
         for step in range(steps + 1)
     ]
     assert weights == sorted(weights)
@@ -486,14 +489,14 @@ def test_published_options_are_those_of_the_published_run():
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 7, 45, 2502])
 def test_learning_rates_of_the_published_run(steps_per_epoch):
-    """Reads the rates off the optimiser's moves under a gradient of one, epoch by epoch."""
+    """Reads the rates off the optimizer's moves under a gradient of one, epoch by epoch."""
     options = published(momentum=0.0, weight_decay=0.0)
     run = Run(150, steps_per_epoch, RUN.prepare)
-    learned = with_kernel(np.ones((3, 3, 4, 4)), 1.0)
-    optimizer = method.make_optimizer(TABLE.with_norm_rows("shared"), options, run)
-    used = jax.tree.map(lambda _: jnp.array(True), learned.params)
-    used = supernet.Learned(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
-    fresh = optimizer.init(learned)
+    trainable = with_kernel(np.ones((3, 3, 4, 4)), 1.0)
+    optimizer = method.make_optimizer(TABLE.with_bn_banks("shared"), options, run)
+    used = jax.tree.map(lambda _: jnp.array(True), trainable.params)
+    used = supernet.TrainableParams(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
+    fresh = optimizer.init(trainable)
 
     @jax.jit
     def rates(step):
@@ -501,9 +504,9 @@ def test_learning_rates_of_the_published_run(steps_per_epoch):
         state = jax.tree.map(
             lambda x: step if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else x, fresh
         )
-        ones = jax.tree.map(jnp.ones_like, learned)
-        updates, _ = optimizer.update(ones, state, learned, used=used)
-        return -updates.params["head"]["kernel"][0, 0], -updates.act_steps[1, 1]
+        ones = jax.tree.map(jnp.ones_like, trainable)
+        updates, _ = optimizer.update(ones, state, trainable, used=used)
+        return -updates.params["head"]["kernel"][0, 0], -updates.act_step_sizes[1, 1]
 
     for epoch in (0, 1, 4, 5, 6, 20, 149):
         wanted = 1e-5 + epoch * (0.04 - 1e-5) / 5
@@ -518,19 +521,19 @@ def test_learning_rates_of_the_published_run(steps_per_epoch):
 @pytest.mark.parametrize("norms", [False, True])
 def test_adamw_moves_by_signs_and_decays_convolutions_alone(norms):
     options = Options(optimizer="adamw", learning_rate=0.1, warmup=0.0, weight_decay=0.5)
-    learned = with_kernel(np.full((3, 3, 4, 4), 2.0), 1.0)
-    params = learned.params
+    trainable = with_kernel(np.full((3, 3, 4, 4), 2.0), 1.0)
+    params = trainable.params
     if norms:
         rows = jnp.ones((3, 3, 4))
         params["block"]["norm"] = {"scale": rows, "bias": rows}
-    optimizer = method.make_optimizer(TABLE.with_norm_rows("pair"), options, RUN)
+    optimizer = method.make_optimizer(TABLE.with_bn_banks("pair"), options, RUN)
     used = linen.map_leaves(
         params,
         lambda path, _: jnp.arange(9).reshape(3, 3) < 4 if "norm" in path else jnp.array(True),
     )
-    used = supernet.Learned(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
-    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.01), learned)
-    updates, _ = optimizer.update(gradient, optimizer.init(learned), learned, used=used)
+    used = supernet.TrainableParams(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.01), trainable)
+    updates, _ = optimizer.update(gradient, optimizer.init(trainable), trainable, used=used)
     moved = linen.flatten(updates.params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4)  # Adam's epsilon
     close(moved["block/conv/kernel"], 0.1 * (1 - 0.5 * 2.0), atol=1e-6)
@@ -555,7 +558,7 @@ class Unnormed(nn.Module):
 def test_layers_without_a_norm_speak_for_themselves(place):
     model, images = Unnormed(), jax.random.normal(KEY, (4, *SHAPE))
     table = trace_layers(model, SHAPE, rules=bit_rules(CHOICES))
-    assert table.features == {"mix": 1, "wide": 2} and not table.chosen_norms
+    assert table.features == {"mix": 1, "wide": 2} and not table.searchable_norms
 
     @jax.jit
     def distance(variables, bits):
@@ -683,16 +686,16 @@ def test_rows_that_no_subnet_used_are_left_alone(history):
                 for name in ("mean", "var")
             ] + [
                 (
-                    old.learned.params["block"]["norm"][name][row],
-                    new.learned.params["block"]["norm"][name][row],
+                    old.trainable.params["block"]["norm"][name][row],
+                    new.trainable.params["block"]["norm"][name][row],
                 )
                 for name in ("scale", "bias")
             ]
             for a, b in pairs:
                 assert np.array_equal(a, b) == (row not in used)
-        for axis, name in enumerate(("weight_steps", "act_steps")):
+        for axis, name in enumerate(("weight_step_sizes", "act_step_sizes")):
             for choice in range(3):
-                a, b = (getattr(v.learned, name)[CONV, 1 + choice] for v in (old, new))
+                a, b = (getattr(v.trainable, name)[CONV, 1 + choice] for v in (old, new))
                 assert (a == b) == (choice not in {row[axis] for row in used})
         resting += len(used_before - used)
         used_before |= used
@@ -706,7 +709,7 @@ def decay_at(step):
 def test_average_is_the_exponential_moving_average_with_warm_up(history):
     made, states, _, _, _ = history
     first = states[0][0]
-    parts = lambda v: (v.learned, v.batch_stats)  # noqa: E731
+    parts = lambda v: (v.trainable, v.batch_stats)  # noqa: E731
     jax.tree.map(np.testing.assert_array_equal, parts(first.average), parts(first.variables))
     average = parts(first.average)
     for step, (_, after) in enumerate(states):
@@ -729,7 +732,7 @@ def cross_entropy(logits, labels, smoothing):
     return (1 - smoothing) * hard - smoothing * jnp.mean(log_p)
 
 
-def quantisation_error(w, step, bits):
+def quantization_error(w, step, bits):
     """Of one kernel, with 2 bits as the lowest ones."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     code = jax.lax.stop_gradient(jnp.clip(jnp.round(w / step), low, high))
@@ -738,13 +741,13 @@ def quantisation_error(w, step, bits):
     return jnp.sum(jnp.mean(jnp.where(pulled, distance, 0) ** 2, (0, 1, 2)))
 
 
-def summed_loss(learned, variables, batch, pairs, options, step):
+def summed_loss(trainable, variables, batch, pairs, options, step):
     """The loss of all subnets of a step, in one expression; with the statistics after it.
 
     `pairs` are the bits that the random subnets drew for the layer between the fixed ones.
     """
-    stats, steps = variables.batch_stats, jax.lax.stop_gradient(learned.weight_steps)
-    w = learned.params["block"]["conv"]["kernel"]
+    stats, steps = variables.batch_stats, jax.lax.stop_gradient(trainable.weight_step_sizes)
+    w = trainable.params["block"]["conv"]["kernel"]
     twos = sum(b == 2 for b, _ in pairs)
     progress = step / RUN.steps
     total, taken_back, teacher = jnp.zeros(()), jnp.zeros(()), None
@@ -752,7 +755,7 @@ def summed_loss(learned, variables, batch, pairs, options, step):
         bits = config(b, a)
         selected = supernet.select(
             TABLE,
-            supernet.Variables(learned, stats, variables.signed),
+            supernet.SupernetState(trainable, stats, variables.signed),
             bits,
             scale_step_gradient=options.scale_step_gradient,
         )
@@ -775,7 +778,7 @@ def summed_loss(learned, variables, batch, pairs, options, step):
         kl = jnp.mean(jnp.sum(p * (jnp.log(p) - jax.nn.log_softmax(out.logits)), -1))
         total += (1 - options.soft_label_weight) * hard + options.soft_label_weight * kl
         s = steps[CONV, TABLE.candidates.index(b)]
-        total += 0.1 * 0.5 * (1 - np.cos(np.pi * progress)) * quantisation_error(w, s, b)
+        total += 0.1 * 0.5 * (1 - np.cos(np.pi * progress)) * quantization_error(w, s, b)
         if b == 2:
             total += options.idm_weight * jnp.mean((out.features[place] - teacher[1]) ** 2)
             norm = 0.5 * jnp.sum(jnp.clip(w, -2 * s, s) ** 2)
@@ -786,7 +789,7 @@ def summed_loss(learned, variables, batch, pairs, options, step):
     return total + taken_back, stats  # weight decay is not averaged, so what it loses is not either
 
 
-def first_update(learned, gradient, options):
+def first_update(trainable, gradient, options):
     """The first step of SGD-Nesterov and of Adam, after clipping, in closed form."""
     clip = options.clip_value
 
@@ -800,10 +803,10 @@ def first_update(learned, gradient, options):
         return s - options.step_learning_rate * g / (jnp.abs(g) + 1e-8)
 
     flat = linen.flatten(gradient.params)
-    return supernet.Learned(
-        linen.map_leaves(learned.params, lambda path, w: sgd(path, w, flat[path])),
-        adam(learned.weight_steps, gradient.weight_steps),
-        adam(learned.act_steps, gradient.act_steps),
+    return supernet.TrainableParams(
+        linen.map_leaves(trainable.params, lambda path, w: sgd(path, w, flat[path])),
+        adam(trainable.weight_step_sizes, gradient.weight_step_sizes),
+        adam(trainable.act_step_sizes, gradient.act_step_sizes),
     )
 
 
@@ -843,24 +846,24 @@ def test_a_step_follows_one_gradient_of_the_summed_loss(history, variables, batc
         made = rfquant.make(MODEL, TABLE, options, RUN)
     state = made.init(variables, batch["image"])
     key, pairs = two_bits_twice(state.mask, options.random_subnets)
-    step = 20  # of 30: the quantisation-error loss has weight
+    step = 20  # of 30: the quantization-error loss has weight
     variables = jax.tree.map(jnp.copy, state.variables)
     after, _ = made.train_step(state._replace(step=jnp.array(step, jnp.int32)), batch, key)
 
     @jax.jit
-    def reference(learned):
+    def reference(trainable):
         gradient, stats = jax.grad(
             lambda p: summed_loss(p, variables, batch, pairs, options, step), has_aux=True
-        )(learned)
-        return first_update(learned, gradient, options), stats, gradient
+        )(trainable)
+        return first_update(trainable, gradient, options), stats, gradient
 
-    learned, stats, gradient = reference(variables.learned)
-    wanted, found = linen.flatten(learned.params), linen.flatten(after.variables.learned.params)
+    trainable, stats, gradient = reference(variables.trainable)
+    wanted, found = linen.flatten(trainable.params), linen.flatten(after.variables.trainable.params)
     for path, leaf in wanted.items():
         # float32 gradients summed in another order, times a rate of 0.05
         np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=2e-6, err_msg=path)
-    for name in ("weight_steps", "act_steps"):
-        pair = getattr(after.variables.learned, name), getattr(learned, name)
+    for name in ("weight_step_sizes", "act_step_sizes"):
+        pair = getattr(after.variables.trainable, name), getattr(trainable, name)
         np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-6)
     for path, leaf in linen.flatten(stats).items():
         found = linen.flatten(after.variables.batch_stats)[path]
@@ -871,11 +874,13 @@ def test_a_step_follows_one_gradient_of_the_summed_loss(history, variables, batc
     else:
         average = jax.tree.map(
             lambda old, new: 0.75 * old + 0.25 * new,
-            variables.learned,
-            after.variables.learned,
+            variables.trainable,
+            after.variables.trainable,
         )
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.average.learned, average
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+            after.average.trainable,
+            average,
         )
 
 
@@ -948,7 +953,7 @@ def test_training_with_an_element_switched_off(variables, batch, change, gone):
     assert gone not in metrics
 
 
-def test_with_all_elements_off_a_step_is_plain_quantised_training(variables, batch):
+def test_with_all_elements_off_a_step_is_plain_quantized_training(variables, batch):
     options = Options(
         random_subnets=0,
         clip_value=0.0,
@@ -969,24 +974,24 @@ def test_with_all_elements_off_a_step_is_plain_quantised_training(variables, bat
     before = snapshot(state)
     after, metrics = made.train_step(state, batch, KEY)
     start = jax.tree.map(jnp.array, before.variables)
-    table = TABLE.with_norm_rows("shared")
+    table = TABLE.with_bn_banks("shared")
 
     @jax.jit
     def gradient(params):
         def loss(params):
-            learned = start.learned._replace(params=params)
-            selected = supernet.select(table, start._replace(learned=learned), config(4, 4))
+            trainable = start.trainable._replace(params=params)
+            selected = supernet.select(table, start._replace(trainable=trainable), config(4, 4))
             out = supernet.apply(MODEL, table, selected, batch["image"], train=True)
             return cross_entropy(out.logits, batch["label"], 0.0)
 
         return jax.value_and_grad(loss)(params)
 
-    loss, wanted = gradient(start.learned.params)
+    loss, wanted = gradient(start.trainable.params)
     np.testing.assert_allclose(metrics["loss_max"], loss, rtol=1e-6)
     jax.tree.map(
         lambda new, old, g: np.testing.assert_allclose(new, old - 0.1 * g, atol=1e-6),
-        after.variables.learned.params,
-        start.learned.params,
+        after.variables.trainable.params,
+        start.trainable.params,
         wanted,
     )
 

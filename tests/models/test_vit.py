@@ -138,7 +138,7 @@ def test_layers():
     assert by_name["block1/mlp2"].macs == TOKENS * 12 * 8
     assert by_name["head"].macs == 8 * 5
     first = table.names.index("block1/query")
-    assert [table.layers[first + i].reads_with for i in range(3)] == 3 * [first]
+    assert [table.layers[first + i].shares_input_with for i in range(3)] == 3 * [first]
 
 
 @pytest.mark.parametrize("shape", [(224, 224, 3), (32, 48, 1)])

@@ -174,8 +174,8 @@ def test_the_mask_is_honoured(name):
         scored.append(np.stack([population.weights, population.acts], axis=-1))
         return given(population, key)
 
-    lowest, highest = reachable(mask=mask)
-    amounts = [lowest, 0.5 * (lowest + highest)]
+    lowest, max_bits = reachable(mask=mask)
+    amounts = [lowest, 0.5 * (lowest + max_bits)]
     results, _ = search(score, amounts, mask=mask)
     seen = np.concatenate([*scored, *[np.stack(found.bits, axis=-1)[None] for found in results]])
     choices = (seen[..., None] == np.array(TABLE.candidates)).argmax(-1)

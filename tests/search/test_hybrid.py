@@ -28,7 +28,7 @@ def search(strategy, score, table=FREE, parts=(0.5, 0.2), **options):
 
 @pytest.mark.parametrize("which", TABLES)
 @pytest.mark.parametrize("seed", range(3))
-def test_it_never_ends_worse_than_its_programme(which, seed):
+def test_it_never_ends_worse_than_its_program(which, seed):
     table = TABLES[which]
     starts = search(ilp.search, shifted(seed), table, solutions=3)
     without = search(hybrid.search, shifted(seed), table, solutions=3, rounds=0)
@@ -58,10 +58,10 @@ def test_rises_are_measured_once_for_all_budgets():
     sizes = [len(call) for call in score.calls]
     assert sizes[0] == 1 + 3 + 3 + 2 + 2 + 3 + 3 + 3
     assert sizes[1::4] == [8, 8, 8] and len(sizes) == 1 + 3 * 4
-    assert [step.phase for step in steps] == ["programme", "exchange"] * 3
+    assert [step.phase for step in steps] == ["program", "exchange"] * 3
 
 
-def test_a_programme_with_one_solution_is_not_asked_for_a_score():
+def test_a_program_with_one_solution_is_not_asked_for_a_score():
     for strategy in (ilp.search, hybrid.search):
         score = Recorder(rugged)
         found = search(strategy, score, solutions=1)

@@ -50,7 +50,7 @@ def test_genes_are_what_can_be_moved_by_itself(which, genes):
 
 @pytest.mark.parametrize("which", TABLES)
 def test_the_space_is_all_that_rules_ties_and_mask_allow(which):
-    """By walking from the largest state over neighbours."""
+    """By walking from the largest state over neighbors."""
     table = TABLES[which]
     mask = table.mask.copy()
     mask[4, 1, table.candidates.index(2)] = False  # follows in two of the tables
@@ -58,7 +58,7 @@ def test_the_space_is_all_that_rules_ties_and_mask_allow(which):
     start = space.largest()
     seen, front = {start.tobytes()}, [start]
     while front:
-        found = [state for one in front for state in space.neighbours(one)]
+        found = [state for one in front for state in space.neighbors(one)]
         front = [state for state in found if state.tobytes() not in seen]
         front = list({state.tobytes(): state for state in front}.values())
         seen |= {state.tobytes() for state in front}
@@ -78,13 +78,13 @@ def test_draws_are_uniform_by_gene():
             assert abs(share - 1 / len(bits)) < 4.5 * math.sqrt(0.25 / 3000)
 
 
-def test_neighbours_are_one_choice_away_and_skip_what_is_masked():
+def test_neighbors_are_one_choice_away_and_skip_what_is_masked():
     mask = FREE.mask.copy()
     mask[1, 0, FREE.candidates.index(3)] = False
     space = space_of(FREE, mask)
     state = states_of([[8, 8], [4, 3], [2, 4], [3, 4], [2, 2]])
-    found = {tuple(BITS[one].ravel().tolist()) for one in space.neighbours(state)}
-    assert len(space.neighbours(state)) == len(found)
+    found = {tuple(BITS[one].ravel().tolist()) for one in space.neighbors(state)}
+    assert len(space.neighbors(state)) == len(found)
     rows = [
         [8, 8, 2, 3, 2, 4, 3, 4, 2, 2],
         [8, 8, 4, 4, 2, 4, 3, 4, 2, 2],
@@ -97,8 +97,8 @@ def test_neighbours_are_one_choice_away_and_skip_what_is_masked():
         [8, 8, 4, 3, 2, 4, 3, 4, 2, 3],
     ]
     assert found == {tuple(row) for row in rows}
-    assert len(space.neighbours(state, [2, 6])) == 3
-    assert space.neighbours(state, []).shape == (0, 5, 2)
+    assert len(space.neighbors(state, [2, 6])) == 3
+    assert space.neighbors(state, []).shape == (0, 5, 2)
 
 
 def test_tied_entries_move_together():
@@ -193,7 +193,7 @@ def test_limits_are_kept_to_their_tolerance(sign):
 
 
 def test_scores_that_are_no_numbers_are_infinitely_bad():
-    space, states = space_of(FREE), space_of(FREE).neighbours(space_of(FREE).largest())[:5]
+    space, states = space_of(FREE), space_of(FREE).neighbors(space_of(FREE).largest())[:5]
 
     def score(configs, key):
         assert configs.weights.shape == (5, 5) and key is KEY

@@ -34,17 +34,17 @@ IMAGES = drawn_images(SHAPE)
 RULES = bit_rules((4, 3, 2))
 
 
-def table_of(model, shape=SHAPE, norm_rows="pair"):
-    return trace_layers(model, shape, rules=RULES).with_norm_rows(norm_rows)
+def table_of(model, shape=SHAPE, bn_banks="pair"):
+    return trace_layers(model, shape, rules=RULES).with_bn_banks(bn_banks)
 
 
 def starts(model, shape=SHAPE):
     return [part.start for part in find_segments(model, table_of(model, shape), shape).parts]
 
 
-def layers_of(model, norm_rows="pair"):
+def layers_of(model, bn_banks="pair"):
     """The layers of each segment, by name."""
-    table = table_of(model, norm_rows=norm_rows)
+    table = table_of(model, bn_banks=bn_banks)
     parts = find_segments(model, table, SHAPE).parts
     return [[table.names[i] for i in part.layers] for part in parts]
 
@@ -188,7 +188,7 @@ class SharedLayer(nn.Module):
         return nn.relu(nn.Conv(4, (3, 3), name="last")(x))
 
 
-class Rematerialised(nn.Module):
+class Rematerialized(nn.Module):
     @nn.compact
     def __call__(self, x):
         for name in ("one", "two"):
@@ -196,7 +196,7 @@ class Rematerialised(nn.Module):
         return x
 
 
-class Setup(nn.Module):
+class Experiment(nn.Module):
     def setup(self):
         self.layers = [nn.Conv(4, (3, 3)), nn.Conv(6, (3, 3))]
         self.last = Chain(4)
@@ -347,11 +347,11 @@ USERS = {
         },
     ),
     "remat": (
-        Whole(Rematerialised()),
+        Whole(Rematerialized()),
         {"": ["stem", "middle/one/conv"], "middle/two": ["middle/two/conv", "head"]},
     ),
     "setup": (
-        Whole(Setup()),
+        Whole(Experiment()),
         {
             "": ["stem", "middle/layers_0"],
             "middle/layers_1": ["middle/layers_1"],
@@ -414,10 +414,10 @@ def test_cuts_of_a_users_model(name):
 
 def test_a_row_that_bits_of_the_layer_before_name_belongs_to_both():
     rows = {"pair": [], "weights": [], "shared": [], "transition": ["one"]}
-    for norm_rows, before in rows.items():
+    for bn_banks, before in rows.items():
         wanted = [["stem", "one"], [*before, "two"], [*(["two"] if before else []), "three"]]
         wanted[-1].append("head")
-        assert [sorted(names) for names in layers_of(Normed(), norm_rows)] == [
+        assert [sorted(names) for names in layers_of(Normed(), bn_banks)] == [
             sorted(names) for names in wanted
         ]
 
@@ -445,7 +445,7 @@ def test_layers_without_a_choice_start_no_segment():
 
 def supernet_of(model, table, shape=SHAPE):
     """A supernet of drawn numbers in which all norm rows differ; nothing is computed."""
-    generator, rows = np.random.default_rng(2), (len(table.bank_bits),) * len(table.norm_axes)
+    generator, rows = np.random.default_rng(2), (len(table.bank_bits),) * len(table.bank_axes)
 
     def widened(path, leaf):
         if linen.module_of(path) not in table.bank_norms:
@@ -458,9 +458,9 @@ def supernet_of(model, table, shape=SHAPE):
             linen.map_leaves(variables.get(kind, {}), widened) for kind in ("params", "batch_stats")
         )
     step = 2.0 ** -np.array(table.candidates) * generator.uniform(0.7, 1.4, (2, len(table), 1))
-    weight_steps, act_steps = jnp.asarray(step * [[[1.0]], [[2.0]]], jnp.float32)
-    learned = supernet.Learned(params, weight_steps, act_steps)
-    return supernet.Variables(learned, stats, jnp.ones(len(table), bool))
+    weight_step_sizes, act_step_sizes = jnp.asarray(step * [[[1.0]], [[2.0]]], jnp.float32)
+    trainable = supernet.TrainableParams(params, weight_step_sizes, act_step_sizes)
+    return supernet.SupernetState(trainable, stats, jnp.ones(len(table), bool))
 
 
 def drawn_bits(table, seed):
@@ -521,17 +521,17 @@ def test_segments_that_are_compiled_apart_are_the_model():
 
 
 @pytest.mark.parametrize(
-    ("name", "norm_rows"),
+    ("name", "bn_banks"),
     [
         ("norms", "pair"),
         ("norms", "transition"),
         ("a layer called twice", "pair"),
     ],
 )
-def test_a_segment_depends_on_the_bits_of_its_layers_alone(name, norm_rows):
+def test_a_segment_depends_on_the_bits_of_its_layers_alone(name, bn_banks):
     """Changes every tensor of every layer, and looks at what each segment makes of it."""
     model, _ = USERS[name]
-    table = table_of(model, norm_rows=norm_rows)
+    table = table_of(model, bn_banks=bn_banks)
     cut = find_segments(model, table, SHAPE)
     made = supernet_of(model, table)
 

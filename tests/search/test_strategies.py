@@ -68,7 +68,7 @@ def test_every_budget_is_kept_and_answered_in_its_order(name, which, score):
         assert billed(table, bits) <= amount * (1 + 1e-6)
         for one in FIXED[which]:
             place = table.names.index(one)
-            assert bits[place].tolist() == [table.layers[place].highest] * 2
+            assert bits[place].tolist() == [table.layers[place].max_bits] * 2
         if not math.isnan(found.score):
             assert found.score == SCORES[score](config_of(bits[None]))[0]
 
@@ -286,7 +286,7 @@ def test_costs_may_have_plateaus_and_holes(name, hole):
 
 @pytest.mark.parametrize("name", ["ilp", "hybrid"])
 @pytest.mark.parametrize("which", TABLES)
-def test_programmes_find_the_best_where_losses_add_up(name, which):
+def test_programs_find_the_best_where_losses_add_up(name, which):
     table = TABLES[which]
     bits = all_bits(table)
     scores = additive(config_of(bits))

@@ -355,12 +355,12 @@ def test_candidates_and_mask(table):
         table.mask, np.array([[row, row] for row in rows], bool), strict=True
     )
     np.testing.assert_array_equal(table.searchable, [False, True, True, True, True, False])
-    assert table.chosen_norms == {"body/spatial_norm": 1, "body/mix_norm": 2}
-    assert table.bank_norms == table.chosen_norms
-    assert table.with_norm_rows("shared").bank_norms == {}
-    assert table.with_norm_rows("shared").chosen_norms == table.chosen_norms
+    assert table.searchable_norms == {"body/spatial_norm": 1, "body/mix_norm": 2}
+    assert table.bank_norms == table.searchable_norms
+    assert table.with_bn_banks("shared").bank_norms == {}
+    assert table.with_bn_banks("shared").searchable_norms == table.searchable_norms
     # Of layers with a choice and no norm of their own, their outputs.
-    assert table.features == table.chosen_norms | {"body/gate": 3, "grouped": 4}
+    assert table.features == table.searchable_norms | {"body/gate": 3, "grouped": 4}
 
 
 def test_uniform_keeps_fixed_layers_and_lifts_what_a_layer_lacks(table):
@@ -434,7 +434,7 @@ def resnet18():
 
 def test_layers_of_a_block_that_read_the_same_array_have_the_same_layer_before_them(resnet18):
     names = resnet18.names
-    reads_with = {layer.name: names[layer.reads_with] for layer in resnet18.layers}
+    shares_input_with = {layer.name: names[layer.shares_input_with] for layer in resnet18.layers}
     previous = before(resnet18)
     wanted_before = {"stem_conv": None, "stage0_block0/conv1": None, "head": "stage3_block1/conv2"}
     last = None
@@ -444,7 +444,7 @@ def test_layers_of_a_block_that_read_the_same_array_have_the_same_layer_before_t
             entry = [f"{path}/conv1"]
             if stage > 0 and block == 0:  # where the shape changes
                 entry.append(f"{path}/shortcut_conv")
-                assert reads_with[entry[0]] == reads_with[entry[1]] in entry
+                assert shares_input_with[entry[0]] == shares_input_with[entry[1]] in entry
             wanted_before |= dict.fromkeys(entry, last)
             wanted_before[f"{path}/conv2"] = f"{path}/conv1"
             last = f"{path}/conv2"
@@ -452,7 +452,7 @@ def test_layers_of_a_block_that_read_the_same_array_have_the_same_layer_before_t
     shortcuts = {name for name in names if "shortcut" in name}
     assert len(shortcuts) == 3
     entries = shortcuts | {name.replace("shortcut_conv", "conv1") for name in shortcuts}
-    assert all(reads_with[name] == name for name in names if name not in entries)
+    assert all(shares_input_with[name] == name for name in names if name not in entries)
 
 
 def test_fixed_layers_are_never_the_layer_before(table):
@@ -501,7 +501,7 @@ class SharedInput(nn.Module):
 
 def test_a_late_layer_is_placed_where_its_array_was_read_first():
     table = trace_layers(SharedInput(), (4, 4, 4), rules=ANY)
-    places = {layer.name: table.names[layer.reads_with] for layer in table.layers}
+    places = {layer.name: table.names[layer.shares_input_with] for layer in table.layers}
     assert places == {
         "first": "first",
         "left": "left",
@@ -521,7 +521,7 @@ def test_a_late_layer_is_placed_where_its_array_was_read_first():
 
 
 @pytest.mark.parametrize(
-    ("norm_rows", "axes"),
+    ("bn_banks", "axes"),
     [
         ("shared", ()),
         ("weights", ("weights",)),
@@ -529,20 +529,20 @@ def test_a_late_layer_is_placed_where_its_array_was_read_first():
         ("transition", ("weights", "previous")),
     ],
 )
-def test_norm_rows_by_name(table, norm_rows, axes):
-    other = table.with_norm_rows(norm_rows)
-    assert other.norm_axes == axes
+def test_norm_rows_by_name(table, bn_banks, axes):
+    other = table.with_bn_banks(bn_banks)
+    assert other.bank_axes == axes
     assert other.layers == table.layers
-    assert other.bank_norms == (table.chosen_norms if axes else {})
-    assert (other == table) == (norm_rows == table.norm_rows == "pair")
-    assert other.with_norm_rows("pair") == table
+    assert other.bank_norms == (table.searchable_norms if axes else {})
+    assert (other == table) == (bn_banks == table.bn_banks == "pair")
+    assert other.with_bn_banks("pair") == table
 
 
 def test_unknown_norm_rows_are_refused(table):
     with pytest.raises(
-        ValueError, match=r"norm_rows is 'bits'; wanted one of .*'transition', 'weights'"
+        ValueError, match=r"bn_banks is 'bits'; wanted one of .*'transition', 'weights'"
     ):
-        table.with_norm_rows("bits")
+        table.with_bn_banks("bits")
 
 
 # Layers that stay float.
@@ -556,7 +556,7 @@ def test_float_ends(table):
     for layer in ends:
         assert layer.weight_candidates == layer.act_candidates == (32,)
         assert layer.float_weights and layer.float_acts and not layer.searchable
-        assert layer.highest == 32
+        assert layer.max_bits == 32
     assert not any(layer.float_weights or layer.float_acts for layer in middle)
     assert middle == table.layers[1:-1]
     assert floats.candidates == (32, 6, 4, 2)
@@ -597,7 +597,7 @@ def test_float_ends_of_a_net_without_convolutions():
     assert column(table, "float_weights") == [False, False, True]
 
 
-def test_published_ends_keep_their_weights_quantised():
+def test_published_ends_keep_their_weights_quantized():
     table = trace_layers(Separable(), (16, 16, 3), rules=FIRST_LAST_8BIT)
     assert column(table, "float_weights") == [False] * 6
 
@@ -618,13 +618,13 @@ def test_published_ends_keep_their_weights_quantised():
         (Rule("head", acts=64, float_acts=True), "bits are 64; wanted .* 2 to 32"),
     ],
 )
-def test_bits_of_float_and_of_quantised_tensors_are_kept_apart(rule, message):
+def test_bits_of_float_and_of_quantized_tensors_are_kept_apart(rule, message):
     with pytest.raises(ValueError, match=message):
         trace_layers(Separable(), (16, 16, 3), rules=(rule, *ANY))
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_quantising_rule_cannot_take_the_bits_of_a_float_one(order):
+def test_a_quantizing_rule_cannot_take_the_bits_of_a_float_one(order):
     rules = (Rule("head", float_weights=False), Rule("head", weights=32, float_weights=True))
     if order == 1:
         with pytest.raises(ValueError, match="bits are 32; wanted .* 2 to 16"):
@@ -712,8 +712,10 @@ def test_tied_entries_have_the_bits_that_all_of_them_may_take():
     table = tied_table()
     bits = np.array(table.candidates)
     free = dataclasses.replace(table, ties=())
-    np.testing.assert_array_equal(table.leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]])
-    np.testing.assert_array_equal(free.leaders.ravel(), np.arange(12))
+    np.testing.assert_array_equal(
+        table.group_leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]]
+    )
+    np.testing.assert_array_equal(free.group_leaders.ravel(), np.arange(12))
     common = {(1, 0): [4, 2], (2, 1): [4, 2], (4, 0): [4, 2], (4, 1): [4, 2]}
     for index, kind in np.ndindex(6, 2):
         allowed = (table.layers[index].weight_candidates, table.layers[index].act_candidates)[kind]
@@ -722,7 +724,7 @@ def test_tied_entries_have_the_bits_that_all_of_them_may_take():
         wanted = common.get((index, kind), list(allowed))
         assert bits[table.mask[index, kind]].tolist() == wanted
     assert table != free and hash(table) != hash(free)
-    assert table.with_norm_rows("weights").ties == table.ties
+    assert table.with_bn_banks("weights").ties == table.ties
 
 
 @pytest.mark.parametrize("weights", [8, 6, 4, 2])
@@ -741,7 +743,7 @@ def test_uniform_and_largest_bits_honour_ties(weights, acts):
     np.testing.assert_array_equal(
         found.acts[jnp.array([0, 1, 3, 5])], free.acts[jnp.array([0, 1, 3, 5])]
     )
-    np.testing.assert_array_equal(table.follow(found).acts, found.acts)
+    np.testing.assert_array_equal(table.apply_ties(found).acts, found.acts)
 
 
 def test_check_names_tied_bits_that_differ():
@@ -753,4 +755,4 @@ def test_check_names_tied_bits_that_differ():
     with pytest.raises(ValueError, match=message):
         table.check(wrong)
     free = dataclasses.replace(table, ties=())
-    assert free.follow(wrong) is wrong
+    assert free.apply_ties(wrong) is wrong

@@ -28,7 +28,7 @@ class Network(NamedTuple):
         model: the Linen model.
         table: its layers; the candidates of a layer's weights are its numbers of planes, from all
             to none, if its scheme grows.
-        acts: how inputs are quantised.
+        acts: how inputs are quantized.
         contiguous: see `csq.plane_gates`.
     """
 
@@ -46,7 +46,7 @@ class Network(NamedTuple):
             else layer
             for layer in self.table.layers
         ]
-        return LayerTable(tuple(layers), norm_rows="shared")
+        return LayerTable(tuple(layers), bn_banks="shared")
 
     @property
     def quantizer(self) -> Quantizer:
@@ -68,15 +68,15 @@ class Gates(NamedTuple):
     hard: Bool[Array, ""]
 
 
-class Learned(NamedTuple):
-    """What the optimiser moves.
+class TrainableParams(NamedTuple):
+    """What the optimizer moves.
 
     Attributes:
         around: everything but the kernels made of planes.
         planes: bit planes of these kernels, nested by the paths of their layers.
     """
 
-    around: supernet.Learned
+    around: supernet.TrainableParams
     planes: PyTree
 
     @property
@@ -85,18 +85,18 @@ class Learned(NamedTuple):
         return linen.flatten(self.planes)
 
 
-class Variables(NamedTuple):
+class CsqVariables(NamedTuple):
     """The network as evaluation takes it.
 
     Attributes:
-        learned: parameters, step sizes and bit planes.
+        trainable: parameters, step sizes and bit planes.
         batch_stats: norm statistics of training.
         hard_stats: norm statistics of the network with every gate decided.
         signed: bool [layers], whether the codes of a layer's input are signed.
         gates: as they are in training.
     """
 
-    learned: Learned
+    trainable: TrainableParams
     batch_stats: PyTree
     hard_stats: PyTree
     signed: Bool[Array, " layers"]
@@ -122,7 +122,7 @@ def with_planes(
     layers = []
     for layer in table.layers:
         if len(layer.weight_candidates) > 1:
-            most = planes or layer.highest
+            most = planes or layer.max_bits
             if most >= MOST_BITS:
                 raise ValueError(
                     f"{layer.name!r} would have {most} planes; wanted at most {MOST_BITS - 1}, as "
@@ -134,7 +134,7 @@ def with_planes(
                 act_candidates=(act_bits,), float_acts=layer.float_acts or float_acts
             )
         layers.append(layer)
-    return LayerTable(tuple(layers), norm_rows="shared")
+    return LayerTable(tuple(layers), bn_banks="shared")
 
 
 def init(
@@ -145,13 +145,13 @@ def init(
     literal: bool,
     mask_start: float,
     reach: float | None,
-) -> tuple[Learned, PyTree, Bool[Array, " layers"]]:
+) -> tuple[TrainableParams, PyTree, Bool[Array, " layers"]]:
     """Returns what is learned, norm statistics and signs, from the float model's variables.
 
     Args:
         network: what is trained.
         variables: `{"params": ..., "batch_stats": ...}` of the float model.
-        images: normalised calibration images.
+        images: normalized calibration images.
         literal: how planes start, see `csq.from_float`, as for the other two.
         mask_start: logit of all masks.
         reach: in root mean squares; of the preserving start.
@@ -159,11 +159,11 @@ def init(
     made = supernet.init(
         network.model, network.around, variables, images, quantizer=network.quantizer
     )
-    params = linen.flatten(made.learned.params)
+    params = linen.flatten(made.trainable.params)
     planes = {
         layer.name: bit_planes.from_float(
             params.pop(f"{layer.name}/kernel"),
-            planes=layer.highest,
+            planes=layer.max_bits,
             literal=literal,
             mask_logit=mask_start,
             reach=None if literal else reach,
@@ -171,8 +171,8 @@ def init(
         for layer in network.table.layers
         if layer.searchable
     }
-    around = made.learned._replace(params=linen.unflatten(params))
-    return Learned(around, linen.unflatten(planes)), made.batch_stats, made.signed
+    around = made.trainable._replace(params=linen.unflatten(params))
+    return TrainableParams(around, linen.unflatten(planes)), made.batch_stats, made.signed
 
 
 def kernel(planes: BitPlanes, gates: Gates, *, contiguous: bool) -> Array:
@@ -185,21 +185,21 @@ def kernel(planes: BitPlanes, gates: Gates, *, contiguous: bool) -> Array:
 
 def select(
     network: Network,
-    learned: Learned,
+    trainable: TrainableParams,
     batch_stats: PyTree,
     signed: Bool[Array, " layers"],
     gates: Gates,
     *,
     scale_step_gradient: bool = False,
-) -> supernet.Selected:
+) -> supernet.Subnet:
     """Makes all kernels; what `supernet.apply` takes, with `network.around` as its table."""
-    params = linen.flatten(learned.around.params)
-    for name, planes in learned.by_layer.items():
+    params = linen.flatten(trainable.around.params)
+    for name, planes in trainable.by_layer.items():
         params[f"{name}/kernel"] = kernel(planes, gates, contiguous=network.contiguous)
-    whole = learned.around._replace(params=linen.unflatten(params))
+    whole = trainable.around._replace(params=linen.unflatten(params))
     return supernet.select(
         network.around,
-        supernet.Variables(whole, batch_stats, signed),
+        supernet.SupernetState(whole, batch_stats, signed),
         network.around.largest,
         quantizer=network.quantizer,
         scale_step_gradient=scale_step_gradient,
@@ -208,7 +208,7 @@ def select(
 
 def apply(
     network: Network,
-    selected: supernet.Selected,
+    selected: supernet.Subnet,
     images: Float[Array, "batch ..."],
     *,
     train: bool,
@@ -236,7 +236,7 @@ def decided(gates: Gates) -> Gates:
 
 
 def predict(
-    network: Network, variables: Variables, hard: Bool[Array, ""], images: Any
+    network: Network, variables: CsqVariables, hard: Bool[Array, ""], images: Any
 ) -> Float[Array, "batch classes"]:
     """Returns logits in evaluation mode, with all gates decided (hard) or with soft bits.
 
@@ -248,17 +248,17 @@ def predict(
         (decided(soft), variables.hard_stats),
         (soft, variables.batch_stats),
     )
-    selected = select(network, variables.learned, stats, variables.signed, gates)
+    selected = select(network, variables.trainable, stats, variables.signed, gates)
     return apply(network, selected, images, train=False).logits
 
 
 def hard_statistics(
-    network: Network, variables: Variables, images: Float[Array, "batches batch ..."]
+    network: Network, variables: CsqVariables, images: Float[Array, "batches batch ..."]
 ) -> PyTree:
     """Returns the norm statistics of the network with every gate decided, on training images."""
     selected = select(
         network,
-        variables.learned,
+        variables.trainable,
         variables.batch_stats,
         variables.signed,
         decided(variables.gates),
@@ -268,15 +268,15 @@ def hard_statistics(
     )
 
 
-def plane_bits(network: Network, learned: Learned) -> BitConfig:
+def plane_bits(network: Network, trainable: TrainableParams) -> BitConfig:
     """Returns the active planes of each layer; of a layer that is not made of planes, its bits."""
     counts = {
         name: jnp.sum(
             bit_planes.active_planes(planes, contiguous=network.contiguous), dtype=jnp.int32
         )
-        for name, planes in learned.by_layer.items()
+        for name, planes in trainable.by_layer.items()
     }
-    weights = [counts.get(layer.name, layer.highest) for layer in network.table.layers]
+    weights = [counts.get(layer.name, layer.max_bits) for layer in network.table.layers]
     return BitConfig(jnp.array(weights, jnp.int32), network.table.largest.acts)
 
 
@@ -292,46 +292,48 @@ def code_bits(codes: Int[Array, "*shape"]) -> int:
     return (2 * largest).bit_length() if largest else 0
 
 
-def found(network: Network, variables: Variables) -> Found:
+def found(network: Network, variables: CsqVariables) -> Found:
     """Returns the hardened network as an ordinary one with fixed bits.
 
-    Its kernels are multiples of their step sizes, so quantising them at the bits of their
+    Its kernels are multiples of their step sizes, so quantizing them at the bits of their
     integers, the sign included, changes nothing: `supernet`, costs, recalibration and the integer
     artifact take it like any other. The configurations are "planes" (how many are active, as
     published; layers without planes keep their bits) and "integers" (what the codes need, the
     sign counted: the table's own).
     """
-    table, learned = network.table, variables.learned
+    table, trainable = network.table, variables.trainable
     kernels = {
         name: bit_planes.codes(planes, contiguous=network.contiguous)
-        for name, planes in learned.by_layer.items()
+        for name, planes in trainable.by_layer.items()
     }
-    params = linen.flatten(learned.around.params)
-    layers, weight_steps = [], []
+    params = linen.flatten(trainable.around.params)
+    layers, weight_step_sizes = [], []
     around = network.around
     fixed_steps = supernet.chosen_weight_steps(
-        around, learned.around, jnp.asarray(around.largest.weights), quantizer=network.quantizer
+        around, trainable.around, jnp.asarray(around.largest.weights), quantizer=network.quantizer
     )
     for index, layer in enumerate(table.layers):
         if layer.name not in kernels:
             layers.append(layer)
-            weight_steps.append(fixed_steps[index])
+            weight_step_sizes.append(fixed_steps[index])
             continue
         codes, step = kernels[layer.name]
         params[f"{layer.name}/kernel"] = codes.astype(step.dtype) * step
         layers.append(layer._replace(weight_candidates=(code_bits(codes),)))
-        weight_steps.append(step)
-    made = LayerTable(tuple(layers), norm_rows="shared")
-    act_steps = learned.around.act_steps[
+        weight_step_sizes.append(step)
+    made = LayerTable(tuple(layers), bn_banks="shared")
+    act_step_sizes = trainable.around.act_step_sizes[
         jnp.arange(len(table)), supernet.choice_index(around, jnp.asarray(around.largest.acts))
     ]
 
     def for_all_bits(steps):  # whatever bits are asked for, there is one step size
         return jnp.broadcast_to(steps[:, None], (len(table), len(made.candidates)))
 
-    exact = supernet.Variables(
-        supernet.Learned(
-            linen.unflatten(params), for_all_bits(jnp.stack(weight_steps)), for_all_bits(act_steps)
+    exact = supernet.SupernetState(
+        supernet.TrainableParams(
+            linen.unflatten(params),
+            for_all_bits(jnp.stack(weight_step_sizes)),
+            for_all_bits(act_step_sizes),
         ),
         variables.hard_stats,
         variables.signed,
@@ -340,15 +342,15 @@ def found(network: Network, variables: Variables) -> Found:
         table=made,
         variables=exact,
         quantizer=quantizer_of_found(network),
-        bits={"integers": made.largest, "planes": plane_bits(network, learned)},
-        layouts={name: layout(network, planes) for name, planes in learned.by_layer.items()},
+        bits={"integers": made.largest, "planes": plane_bits(network, trainable)},
+        layouts={name: layout(network, planes) for name, planes in trainable.by_layer.items()},
     )
 
 
 def quantizer_of_found(network: Network) -> Quantizer:
-    """Returns what quantises the found network: integers, and inputs as they were trained.
+    """Returns what quantizes the found network: integers, and inputs as they were trained.
 
-    Learned clipping is a step size by the time that it is learned, so the usual quantiser serves
+    Learned clipping is a step size by the time that it is learned, so the usual quantizer serves
     it as well; scales that each batch has anew need their own.
     """
     if network.acts is batch_max.ACTS:

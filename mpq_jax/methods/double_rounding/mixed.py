@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
     Attributes:
         step: training steps done.
         variables: the supernet.
-        opt_state: of all optimisers.
+        opt_state: of all optimizers.
         probabilities: float32 [layers, choices], what a layer that leaves the base precision
             draws its bits from.
         traces: float32 [layers], the Hessian traces they were made from ...
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    variables: supernet.Variables
+    variables: supernet.SupernetState
     opt_state: PyTree
     probabilities: Float[Array, "layers choices"]
     traces: Float[Array, " layers"]
@@ -45,25 +45,25 @@ class TrainState(NamedTuple):
 
 def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -> Method:
     """Builds the supernet's training for a model, its layer table and the length of a run."""
-    table = table.with_norm_rows(options.norm_rows)
+    table = table.with_bn_banks(options.bn_banks)
     if not table.searchable.any():
         raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
     common = common_choices(table)
     levels = multi.levels_of(table)
-    learner = make_learner(model, table, options, run, highest=max(levels))
+    learner = make_learner(model, table, options, run, max_bits=max(levels))
 
     @jax.jit
     def build(
         variables: PyTree, images: Float[Array, "batch ..."], traces: sensitivity.Trace
     ) -> TrainState:
-        if isinstance(variables, supernet.Variables):
-            made = jax.tree.map(jnp.array, supernet.with_rows_of(table, variables))
+        if isinstance(variables, supernet.SupernetState):
+            made = jax.tree.map(jnp.array, supernet.expand_bn_banks(table, variables))
         else:
             made = supernet.init(model, table, variables, images, quantizer=options.quantizer)
         return TrainState(
             jnp.zeros((), jnp.int32),
             made,
-            learner.init_optimizer(made.learned),
+            learner.init_optimizer(made.trainable),
             bit_configs.roulette_probabilities(
                 table.candidates, traces.mean, rule=options.roulette, mask=common
             ),
@@ -153,7 +153,7 @@ def leave_base(
         jnp.where(leaves & free[:, 0], drawn, jnp.asarray(base.weights)),
         jnp.where(leaves & free[:, 1], drawn, jnp.asarray(base.acts)),
     )
-    return table.follow(drawn_bits)
+    return table.apply_ties(drawn_bits)
 
 
 def _sensitivities(table: LayerTable, state: TrainState) -> dict[str, float]:
@@ -176,10 +176,10 @@ def hessian_traces(
 ) -> sensitivity.Trace:
     """Estimates the Hessian trace of every layer of the float model.
 
-    Of a multi-precision network, the float model is its kernels, not quantised, with the norms of
+    Of a multi-precision network, the float model is its kernels, not quantized, with the norms of
     the highest precision.
     """
-    if isinstance(variables, supernet.Variables):
+    if isinstance(variables, supernet.SupernetState):
         variables = supernet.plain(table, variables, table.largest)
     size = min(options.trace_batch, len(images))
     batches = [
@@ -194,6 +194,6 @@ def hessian_traces(
 MIXED_FAMILY = MethodFamily(
     options=MixedOptions,
     make=make,
-    successor_of="double_rounding",
-    inherited=("scales", "switch"),
+    warm_starts_from="double_rounding",
+    must_match=("scales", "switch"),
 )

@@ -37,7 +37,7 @@ def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:
 
 def instabilities(
     table: LayerTable,
-    learned: supernet.Learned,
+    trainable: supernet.TrainableParams,
     mask: Bool[Array, "layers 2 choices"],
     *,
     options: Options,
@@ -46,13 +46,13 @@ def instabilities(
     rows = freezable(table)
     common = table.mask[rows, 0].all(axis=0)
     use_common = options.freeze_scores == "common" and common.any()
-    kernels = supernet.kernels(table, learned.params)
+    kernels = supernet.kernels(table, trainable.params)
     scored = [common if use_common else mask[row, 0] for row in rows]
     return jnp.stack(
         [
             sensitivity.instability(
                 kernels[row],
-                learned.weight_steps[row],
+                trainable.weight_step_sizes[row],
                 jnp.array(table.candidates, jnp.int32),
                 allowed,
                 proportion=options.freeze_proportion,

@@ -90,7 +90,7 @@ def import_torch(
     """Reads published PyTorch weights as the variables of a model.
 
     The number of classes is that of the file. docs/weights.md lists publishers, options and the
-    normalisation of images.
+    normalization of images.
 
     Args:
         model_name: a key of `models.MODELS`.
