@@ -100,7 +100,7 @@ def mixed(name: str) -> deployed_networks.Deployed:
     trainable = supernet.TrainableParams(variables["params"], steps, steps)
     net = supernet.SupernetState(trainable, variables["batch_stats"], jnp.zeros(len(table), bool))
     in_turn = np.arange(len(table)) % len(BITS) + min(BITS)
-    chosen = (np.where(table.searchable, in_turn, column) for column in table.largest)
+    chosen = (np.where(table.searchable, in_turn, column) for column in table.max_config)
     bits = BitConfig(*(jnp.asarray(column, jnp.int32) for column in chosen))
     provenance = {"model": {"name": name, "options": {}}, "bits": "in turn"}
     return deployed_networks.Deployed(

@@ -87,7 +87,7 @@ def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, f
     read_batches = bench.dataset.train_batches(0)
     batches = [next(read_batches) for _ in range(TRACE_BATCHES)]
     batches = [batch | {"image": bench.normalize(batch["image"])} for batch in batches]
-    plain = supernet.plain(table, variables, table.largest)
+    plain = supernet.plain(table, variables, table.max_config)
     traces = sensitivity.layer_traces(
         bench.model, table, plain, batches, jax.random.key(0), probes=TRACE_PROBES
     )

@@ -18,7 +18,7 @@ from mpq_jax.methods import rfquant
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant import terms
 from mpq_jax.models.vit import attention
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.search.prefix_scoring import make_fast_score
 from mpq_jax.supernet import latency, supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -77,13 +77,13 @@ LABELS = jnp.arange(8, dtype=jnp.int32) % 3
 def with_axes_together(params):
     """Parameters of `GENERAL` as those of `PLAIN`."""
     flat = {}
-    for name, leaf in linen.flatten(params).items():
+    for name, leaf in paths.flatten(params).items():
         if "/out/" in name:
             leaf = leaf.reshape(-1, DIM) if name.endswith("kernel") else leaf
         elif "attention" in name:
             leaf = leaf.reshape(DIM, DIM) if name.endswith("kernel") else leaf.reshape(DIM)
         flat[name.replace("attention/", "attention_")] = leaf
-    return linen.unflatten(flat)
+    return paths.unflatten(flat)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_its_dropout_is_on_only_where_there_is_a_key(variables):
     @jax.jit
     def logits(key):
         made = supernet.init(model, TABLE, variables, IMAGES)
-        selected = supernet.select(TABLE, made, TABLE.largest)
+        selected = supernet.select(TABLE, made, TABLE.max_config)
         return [
             supernet.apply(model, TABLE, selected, IMAGES, train=train, dropout_key=k).logits
             for train, k in ((True, key), (True, None), (False, None))
@@ -197,11 +197,11 @@ def test_it_is_trained_and_scored(variables):
     method = rfquant.make(GENERAL, TABLE, options, run)
     state = method.init(variables, IMAGES)
     kernels = "mix0/attention/query/kernel"
-    before = np.array(linen.flatten(state.variables.trainable.params)[kernels])
+    before = np.array(paths.flatten(state.variables.trainable.params)[kernels])
     state, metrics = method.train_step(state, {"image": IMAGES, "label": LABELS}, jax.random.key(0))
     assert all(np.isfinite(value) for value in metrics.values())
     trained = method.variables(state)
-    assert np.all(linen.flatten(trained.trainable.params)[kernels] != before)
+    assert np.all(paths.flatten(trained.trainable.params)[kernels] != before)
 
     configs = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *(TABLE.uniform(bits, bits) for bits in (4, 2))

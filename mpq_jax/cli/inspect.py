@@ -107,7 +107,7 @@ def inspect(arguments: argparse.Namespace, console: rich.console.Console) -> Non
     table = artifact.table
     configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in artifact.precisions}
     if not table.searchable.any():
-        configs = {"as stored": table.largest}
+        configs = {"as stored": table.max_config}
     for file in arguments.bits:
         config = bit_configs.from_json(pathlib.Path(file).read_text(), table.names)
         table.check(config)

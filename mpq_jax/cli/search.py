@@ -352,7 +352,7 @@ def largest_step(cost: np.ndarray) -> float:
 
 def layer_traces(setup: train.Experiment, config: Config, variables) -> np.ndarray:
     """Returns the Hessian trace of each layer of the float model inside a supernet."""
-    plain = supernet.plain(setup.table, variables, setup.table.largest)
+    plain = supernet.plain(setup.table, variables, setup.table.max_config)
     count = max(1, config.search.trace_images // config.batch_size)
     read = setup.dataset.train_batches(0, steps=count)
     batches = [mesh.global_batch(batch, setup.mesh) for batch in read]
@@ -476,7 +476,7 @@ def within_tolerance(
         named = {f"tolerance {amount!r}": amount for amount in amounts}
         return [one.bits for one in find(make_budgets(config, bill, limits, named))]
 
-    wanted = accuracy_of(table.largest) - points / 100
+    wanted = accuracy_of(table.max_config) - points / 100
     best, tried = tolerance.cheapest_within(
         find_all, bill.of, accuracy_of, low=low, high=high, wanted=wanted
     )
@@ -673,7 +673,7 @@ def main(argv: list[str]) -> None:
         sensitivity=rises,
         metric=config.search.metric,
         scored=np.array(scored, np.float64).reshape(-1, 2),
-        hypervolume=hypervolume_of(candidates, bill, setup.table.largest),
+        hypervolume=hypervolume_of(candidates, bill, setup.table.max_config),
         config=str(config),
         timings=timings,
         provenance=provenance(config, step),

@@ -301,7 +301,7 @@ def write_found(setup: Experiment, config: Config, workdir: pathlib.Path, found:
         plots.plot_scheme(setup.table, found.bits, path=directory / "scheme.png")
         entries = recording.read_metrics(workdir)
         plots.plot_growth(setup.table.names, entries, path=directory / "growth.png")
-    bits = found.table.largest
+    bits = found.table.max_config
     tested = {"found": norm_statistics.of(found.table, mesh.to_host(found.variables), bits)}
     write_norms(directory / "norms.safetensors", found.table, tested)
     path = workdir / "integers.safetensors"

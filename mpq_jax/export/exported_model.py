@@ -21,14 +21,14 @@ from jaxtyping import Array, Float
 
 from mpq_jax.export import checksum, norm_statistics
 from mpq_jax.methods.base import Found
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import batch_max
 from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.bn_recalibration import recalibrate
-from mpq_jax.supernet.layer_table import FLOAT_BITS, MOST_BITS, LayerTable
+from mpq_jax.supernet.layer_table import FLOAT_BITS, MAX_BITS, LayerTable
 from mpq_jax.training import checkpoints, experiment
 
 UNIFORM = "uniform:"  # `uniform:4`, in place of a bit file: these bits in every layer with a choice
@@ -209,7 +209,7 @@ def _found(setup: experiment.Experiment, workdir: pathlib.Path, variables: Any):
     """Returns what a run found: table, network, quantizer, bits, and more of its provenance."""
     assert setup.method.found is not None
     found: Found = setup.method.found(variables)
-    chosen = found.table.largest
+    chosen = found.table.max_config
     tested = norm_statistics.find(workdir, found.table, found.variables, chosen)
     origin = "estimated anew" if tested is None else "of the run's own test"
     more = {"bits": FOUND, "norms": origin, "planes": found.layouts}
@@ -309,7 +309,7 @@ def float_twin(deployed: Deployed) -> Deployed:
     variables = supernet.SupernetState(trainable, plain["batch_stats"], deployed.variables.signed)
     provenance = deployed.provenance | {"bits": "float"}
     return deployed._replace(
-        table=table, variables=variables, bits=table.largest, provenance=provenance
+        table=table, variables=variables, bits=table.max_config, provenance=provenance
     )
 
 
@@ -331,7 +331,7 @@ def codes(deployed: Deployed) -> list[LayerCodes]:
             ),
         )
     )
-    params = linen.flatten(chosen.params)
+    params = paths.flatten(chosen.params)
     made = []
     for index, layer in enumerate(deployed.table.layers):
         integers, step = found.get(layer.name, (None, 1))
@@ -387,8 +387,8 @@ def check(deployed: Deployed) -> None:
         )
     acts = np.asarray(deployed.bits.acts)
     for layer, bits in zip(deployed.table.layers, acts, strict=True):
-        if not layer.float_acts and bits > MOST_BITS:
+        if not layer.float_acts and bits > MAX_BITS:
             raise ValueError(
                 f"the input of {layer.name!r} has {bits} bits, clipped but not rounded; integers "
-                f"have at most {MOST_BITS}: train with fewer (config.csq.act_bits)"
+                f"have at most {MAX_BITS}: train with fewer (config.csq.act_bits)"
             )

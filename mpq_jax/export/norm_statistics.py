@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax.export import safetensors_file
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
@@ -42,7 +42,7 @@ class Tested(NamedTuple):
 def of(table: LayerTable, variables: supernet.SupernetState, bits: BitConfig) -> Tested:
     """Returns what to keep of a network in which the rows that `bits` name are those tested."""
     plain = supernet.plain(table, variables, bits)
-    stats = {name: np.asarray(leaf) for name, leaf in linen.flatten(plain["batch_stats"]).items()}
+    stats = {name: np.asarray(leaf) for name, leaf in paths.flatten(plain["batch_stats"]).items()}
     return Tested(bits, fingerprint(variables.trainable), stats)
 
 
@@ -83,7 +83,7 @@ def find(
             if all(entry[name] == wanted[name] for name in wanted):
                 start = f"{index}/"
                 flat = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
-                return with_statistics(table, variables, bits, linen.unflatten(flat))
+                return with_statistics(table, variables, bits, paths.unflatten(flat))
     return None
 
 

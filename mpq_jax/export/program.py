@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mpq_jax.export import exported_model as deployed_networks
 from mpq_jax.export.exported_model import Deployed, LayerCodes
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers.base import ActQuantizer
 from mpq_jax.supernet import supernet
 
@@ -90,7 +90,7 @@ def trace(deployed: Deployed) -> Program:
 
 def flat_variables(chosen: supernet.Subnet) -> dict[str, Any]:
     """Returns parameters and statistics of a subnet by path, `params/conv/kernel`."""
-    return linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
+    return paths.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
 
 
 def forward(
@@ -102,7 +102,7 @@ def forward(
     quantizer: Any,
 ) -> jax.Array:
     """Returns the logits of a subnet with other variables, given as by `flat_variables`."""
-    trees = {"params": {}, "batch_stats": {}} | linen.unflatten(variables)
+    trees = {"params": {}, "batch_stats": {}} | paths.unflatten(variables)
     chosen = chosen._replace(params=trees["params"], batch_stats=trees["batch_stats"])
     return supernet.apply(
         deployed.model, deployed.table, chosen, images, train=False, quantizer=quantizer

@@ -179,7 +179,7 @@ def alrs(
     inner: optax.GradientTransformation | None = None,
     *,
     max_bits: int,
-    reading: str = "relative",
+    variant: str = "relative",
     clip: float = 1.0,
     per_layer: Callable[[Any], Float[Array, " layers"]] = largest_per_leaf,
 ) -> optax.GradientTransformationExtraArgs:
@@ -190,7 +190,7 @@ def alrs(
         lambda_b = eta_b (lambda - m),  m = mean over layers of min(max |clip(gradient)|, 1)
 
     and eta_b as in `precision_factor`. As printed, lambda_b is negative wherever m exceeds the
-    scheduled rate lambda, and the paper does not say what then; hence the readings:
+    scheduled rate lambda, and the paper does not say what then; hence the variants:
 
     - "floor": the printed formula, not below 0, so that scales rest where m exceeds lambda;
     - "literal": the printed formula; where it is negative, scales climb;
@@ -206,7 +206,7 @@ def alrs(
         inner: what turns gradients into directions, without rate and sign, such as
             `scale_by_adam` or `optax.trace` (not `optax.adam`); None: Adam (as published).
         max_bits: bits of the highest precision.
-        reading: of the formula, a key of `ALRS_VARIANTS`.
+        variant: of the formula, a key of `ALRS_VARIANTS`.
         clip: bound of every gradient element within m.
         per_layer: largest absolute gradient of each layer's scales, from the gradients and
             whatever their tree is; by default each leaf is one layer.
@@ -221,8 +221,8 @@ def alrs(
         Nearly Lossless Adaptive Bit Switching, https://arxiv.org/abs/2502.01565, section on
         adaptive learning-rate scaling.
     """
-    if reading not in ALRS_VARIANTS:
-        raise ValueError(f"reading is {reading!r}; wanted one of {sorted(ALRS_VARIANTS)}")
+    if variant not in ALRS_VARIANTS:
+        raise ValueError(f"variant is {variant!r}; wanted one of {sorted(ALRS_VARIANTS)}")
     if clip <= 0:
         raise ValueError(f"clip is {clip}; wanted a positive bound")
     inside = optax.with_extra_args_support(optax.scale_by_adam() if inner is None else inner)
@@ -235,7 +235,7 @@ def alrs(
         clipped = jax.tree.map(lambda leaf: jnp.clip(leaf, -clip, clip), updates)
         mean = jnp.mean(jnp.minimum(per_layer(clipped), 1)).astype(jnp.float32)
         rate = jnp.asarray(learning_rate, jnp.float32)
-        scaled = precision_factor(bits, max_bits) * ALRS_VARIANTS[reading](rate, mean)
+        scaled = precision_factor(bits, max_bits) * ALRS_VARIANTS[variant](rate, mean)
         with jax.numpy_dtype_promotion("standard"):  # of Adam, see scale_by_adam
             directions, inner_state = inside.update(updates, state.inner, params, **extra_args)
         moved = jax.tree.map(lambda leaf: -scaled.astype(leaf.dtype) * leaf, directions)

@@ -216,7 +216,7 @@ def _ties(table: LayerTable, layer: np.ndarray, pair: np.ndarray) -> list[Linear
     """Returns rows that give tied entries of different layers the same choice."""
     choices = np.stack(np.divmod(pair, len(table.candidates)))  # of weights, of the input
     rows = []
-    for group in table.ties:
+    for group in table.tied_groups:
         for entry in group[1:]:
             if entry // 2 == group[0] // 2:
                 continue  # of one layer: its pairs are equal bits already

@@ -5,6 +5,7 @@ input)]. Entries that have a choice and lead their group (`LayerTable.ties`) are
 to them follow.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -279,3 +280,25 @@ def keys(key: Key[Array, ""]) -> Iterator[Key[Array, ""]]:
     while True:
         yield jax.random.fold_in(key, count)
         count += 1
+
+
+def on_drawn_images(
+    score: Callable[[BitConfig, Array, Array], Any], images: Array, labels: Array, *, size: int
+) -> Score:
+    """Turns a score of images into `score(configs, key)`: the key draws the images.
+
+    Args:
+        score: from `scoring.make_score` or `prefix_scoring.make_fast_score`.
+        images: normalized, to draw from without replacement.
+        labels: theirs.
+        size: how many to draw.
+    """
+    if not 1 <= size <= len(images):
+        raise ValueError(f"size is {size}; there are {len(images)} images to draw from")
+
+    @functools.lru_cache(maxsize=1)  # most searches score everything with one key
+    def drawn(words: tuple[int, ...]) -> tuple[Array, Array]:
+        chosen = np.random.default_rng(words).choice(len(images), size, replace=False)
+        return images[chosen], labels[chosen]
+
+    return lambda configs, key: score(configs, *drawn(words_of(key)))

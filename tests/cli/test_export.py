@@ -154,7 +154,7 @@ def test_accuracy_is_that_of_the_fake_quantized_network(saved, mixed, tmp_path, 
 
 
 def test_a_network_whose_layers_have_their_own_bits_has_one_row(found, tmp_path, capsys):
-    largest = found.table.largest
+    largest = found.table.max_config
     file = tmp_path / "again.json"
     file.write_text(bit_configs.to_json(largest, found.table.names))
     main(["inspect", str(found.path), "--dataset", "digits", "--bits", str(file)])

@@ -18,7 +18,7 @@ from helpers.random_variables import drawn_variables
 from mpq_jax.export import safetensors_file
 from mpq_jax.export.packed import integers
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet
@@ -163,7 +163,7 @@ def draw_network(model, table, shape, *, every=(), seed=0):
         return jnp.asarray(0.1 * generator.normal(size=leaf.shape), jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(fill, wanted.trainable.params)
-    flat, codes = linen.flatten(params), {}
+    flat, codes = paths.flatten(params), {}
     grid = (len(table), len(table.candidates))
     weight_step_sizes = generator.uniform(0.001, 0.02, grid).astype(np.float32)
     for index, layer in enumerate(table.layers):
@@ -178,7 +178,7 @@ def draw_network(model, table, shape, *, every=(), seed=0):
             w = np.where(np.abs(w / step % 1 - 0.5) < 0.005, codes[layer.name] * step, w)
         flat[f"{layer.name}/kernel"] = jnp.asarray(w, jnp.float32)
     trainable = supernet.TrainableParams(
-        linen.unflatten(flat),
+        paths.unflatten(flat),
         jnp.asarray(weight_step_sizes),
         jnp.asarray(generator.uniform(0.02, 0.4, grid), jnp.float32),
     )
@@ -223,7 +223,7 @@ def parse(path):
 
 def test_codes_in_the_file_are_the_rounded_weights(saved):
     _, header, data = parse(saved.path)
-    params = linen.flatten(saved.variables.trainable.params)
+    params = paths.flatten(saved.variables.trainable.params)
     for index, layer in enumerate(saved.table.layers):
         if layer.float_weights:
             continue
@@ -278,7 +278,7 @@ def test_the_table_and_everything_that_is_float_come_back(saved):
     assert saved.artifact.table == saved.table
     assert saved.artifact.precisions == saved.table.precisions
     before, after = (
-        linen.flatten(network.trainable.params) for network in (saved.variables, as_host(saved))
+        paths.flatten(network.trainable.params) for network in (saved.variables, as_host(saved))
     )
     assert set(before) == set(after)
     codes = {f"{name}/kernel" for name in saved.codes}
@@ -338,15 +338,15 @@ def check_kernel(saved, layer, index, bits, subnet):
     codes = np.clip(codes, *code_range(bits)).astype(np.float32)
     column = saved.table.candidates.index(layer.max_bits)
     step = np.asarray(saved.variables.trainable.weight_step_sizes)[index, column]
-    kernel = linen.flatten(subnet.params)[f"{layer.name}/kernel"]
+    kernel = paths.flatten(subnet.params)[f"{layer.name}/kernel"]
     np.testing.assert_array_equal(kernel, codes * (step * np.float32(factor)), strict=True)
 
 
 def test_fake_quant_gives_the_switched_kernels(saved):
     quantized = jax.jit(double_rounding.fake_quant, static_argnames="max_bits")
-    params = linen.flatten(saved.variables.trainable.params)
+    params = paths.flatten(saved.variables.trainable.params)
     for bits in saved.table.precisions:
-        switched = linen.flatten(saved.artifact.switch(bits).params)
+        switched = paths.flatten(saved.artifact.switch(bits).params)
         config = saved.table.uniform(bits, bits)
         for index, layer in enumerate(saved.table.layers):
             if layer.float_weights:
@@ -393,7 +393,7 @@ def test_layers_may_have_bits_of_their_own(saved, tmp_path):
     assert stored == {"stem": "I8", "wide": "I16", "point": "I8", "hidden": "I8", "head": "I8"}
     assert not np.frombuffer(data["codes/point"], np.int8).any()
     assert not np.asarray(saved.artifact.switch().params["point"]["kernel"]).any()
-    bits = saved.table.largest
+    bits = saved.table.max_config
     assert bits.weights.tolist() == [8, 9, 0, 3, 8]
     with pytest.raises(ValueError, match=r"weights of 'point' are 8; allowed: \(0,\)"):
         saved.artifact.at(bits._replace(weights=bits.weights.at[2].set(8)))

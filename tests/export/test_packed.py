@@ -19,7 +19,7 @@ from mpq_jax.export import exported_model as networks
 from mpq_jax.export import program
 from mpq_jax.export.packed import bn_folding, format, numpy_reader
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import costs, supernet
 from mpq_jax.supernet.layer_table import LayerTable, bit_rules, trace_layers
@@ -83,7 +83,7 @@ def drawn_network(model, shape, bits_of, *, rows="shared", quantizer=lsq.QUANTIZ
     )
     provenance = {"model": {"name": None}, "planes": {}, "norms": "drawn", "bits": "drawn"}
     return networks.Deployed(
-        model, table, made, table.largest, quantizer, shape, 10, None, None, provenance
+        model, table, made, table.max_config, quantizer, shape, 10, None, None, provenance
     )
 
 
@@ -194,10 +194,10 @@ def test_norms_of_16_bits_are_rounded_once(deployed, reference, file, tmp_path):
 
 @pytest.mark.parametrize("factor", [1e-9, 1e-5, 1.0, 1e5])
 def test_norms_of_16_bits_are_as_fine_wherever_their_numbers_lie(deployed, tmp_path, factor):
-    params = linen.flatten(deployed.variables.trainable.params)
+    params = paths.flatten(deployed.variables.trainable.params)
     for leaf in ("scale", "bias"):
         params[f"stage0_block0/norm1/{leaf}"] *= factor
-    trainable = deployed.variables.trainable._replace(params=linen.unflatten(params))
+    trainable = deployed.variables.trainable._replace(params=paths.unflatten(params))
     scaled = deployed._replace(variables=deployed.variables._replace(trainable=trainable))
     path = tmp_path / "network.safetensors"
     format.save(path, scaled, norms="half")
@@ -249,7 +249,7 @@ def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
     format.save(path, deployed)
     network = numpy_reader.read(path)
     assert set(network.norms) == {"folded"}
-    assert {linen.module_of(name) for name in network.stats} == {
+    assert {paths.parent(name) for name in network.stats} == {
         "batch",
         "rows",
         "tanh",
@@ -327,11 +327,11 @@ def bytes_beside_kernels(deployed):
     """Bytes of numbers that the cost model leaves out: norms, biases and step sizes."""
     folded = fold_norms(deployed)
     norms = sum(len(multiplier) for multiplier, _ in folded.values())
-    params = linen.flatten(deployed.variables.trainable.params)
+    params = paths.flatten(deployed.variables.trainable.params)
     biases = sum(
         leaf.size
         for name, leaf in params.items()
-        if not name.endswith("kernel") and linen.module_of(name) not in folded
+        if not name.endswith("kernel") and paths.parent(name) not in folded
     )
     return 8 * norms + 4 * biases + 8 * len(deployed.table)
 

@@ -5,7 +5,7 @@ import numpy as np
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.export.exported_model import Deployed
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -32,7 +32,7 @@ def deploy(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTI
             values = 0.3 * generator.normal(size=values.shape)
         return jnp.asarray(values, jnp.float32)
 
-    variables = linen.map_leaves(drawn_variables(model, shape, seed), leaf)
+    variables = paths.map_leaves(drawn_variables(model, shape, seed), leaf)
     traced = trace_layers(model, shape, rules=rules or bit_rules(BITS))
     layers, signed = [], []
     for index, layer in enumerate(traced.layers):

@@ -48,7 +48,7 @@ FIXED = {"free": ["stem"], "tied": ["stem", "mixed"], "groups": ["stem"]}
 TABLES = {
     "free": FREE,
     "tied": tie_acts_to_weights(FREE),  # of "mixed" only 4 bits are left
-    "groups": dataclasses.replace(FREE, ties=((2, 9), (3, 4), (6, 8))),  # crosswise, 3 pairs
+    "groups": dataclasses.replace(FREE, tied_groups=((2, 9), (3, 4), (6, 8))),  # crosswise, 3 pairs
 }
 AMOUNTS = {"bitops": "macs", "bytes": "params", "act_bytes": "inputs"}
 # What each strategy takes, so that it is quick.
@@ -75,7 +75,7 @@ def all_bits(table, mask=None):
             allowed = mask[index, column]
             entries.append([b for b in candidates if allowed[table.candidates.index(b)]])
     flat = np.array(list(itertools.product(*entries)))
-    for group in table.ties:
+    for group in table.tied_groups:
         flat = flat[(flat[:, list(group)] == flat[:, [group[0]]]).all(1)]
     return flat.reshape(len(flat), len(table), 2)
 

@@ -23,7 +23,7 @@ from mpq_jax.methods.base import Method, Run
 from mpq_jax.methods.csq import Options, UniformOptions, method, network
 from mpq_jax.methods.csq.network import Gates
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import batch_max, double_rounding
 from mpq_jax.quantizers import bit_planes as quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
@@ -208,7 +208,7 @@ def sigmoid(x):
 def with_planes_of(state, change):
     """Returns the state or variables with changed bit planes: change(path, planes)."""
     planes = {name: change(name, one) for name, one in state.trainable.by_layer.items()}
-    return state._replace(trainable=state.trainable._replace(planes=linen.unflatten(planes)))
+    return state._replace(trainable=state.trainable._replace(planes=paths.unflatten(planes)))
 
 
 def with_masks(state, masks):
@@ -218,7 +218,7 @@ def with_masks(state, masks):
 
 
 def flatten(tree):
-    return linen.flatten(tree)
+    return paths.flatten(tree)
 
 
 # The table of layers.
@@ -344,7 +344,7 @@ def forward_with(kernels, batch_stats, images):
     """Returns the logits of the float model in evaluation mode with some kernels replaced."""
     params = flatten(variables_of(MODEL)["params"])
     params |= {f"{name}/kernel": jnp.asarray(w, jnp.float32) for name, w in kernels.items()}
-    variables = {"params": linen.unflatten(params), "batch_stats": batch_stats}
+    variables = {"params": paths.unflatten(params), "batch_stats": batch_stats}
     return np.asarray(float_model(variables, images))
 
 
@@ -401,7 +401,7 @@ def moments_by_hand(kernels, batches):
     params = flatten(variables_of(MODEL)["params"])
     params |= {f"{name}/kernel": jnp.asarray(w, jnp.float32) for name, w in kernels.items()}
     variables = {
-        "params": linen.unflatten(params),
+        "params": paths.unflatten(params),
         "batch_stats": variables_of(MODEL)["batch_stats"],
     }
     found = {}
@@ -538,7 +538,7 @@ def found_case(case):
 def logits_of_found(found, images, model=MODEL):
     predict = jax.jit(
         lambda variables, images: supernet.predict(
-            model, found.table, variables, found.table.largest, images, quantizer=found.quantizer
+            model, found.table, variables, found.table.max_config, images, quantizer=found.quantizer
         )
     )
     return np.asarray(predict(found.variables, images))
@@ -634,7 +634,7 @@ def test_found_bits_are_billed_and_written(case):
     made_method, state, _, found = found_case(case)
     sizes = np.array([3 * 3 * 2 * 4, 3 * 3 * 4 * 4, 144, 64 * 8, 8 * 3])
     found.table.check(found.bits["integers"])
-    made_method.table.check(found.bits["planes"]._replace(acts=made_method.table.largest.acts))
+    made_method.table.check(found.bits["planes"]._replace(acts=made_method.table.max_config.acts))
     for bits in found.bits.values():
         by_hand = np.sum(sizes * np.asarray(bits.weights)) / 8
         assert float(costs.model_bytes(found.table, bits)) == by_hand
@@ -1197,7 +1197,7 @@ def naive_gradient(trainable, options, phase):
             0, 1
         ]  # of "entry", the first layer; bits are 32, 8
         params["entry/kernel"] = of_8_bits(params["entry/kernel"], step)
-        logits = MLP.apply({"params": linen.unflatten(params)}, batch["image"])
+        logits = MLP.apply({"params": paths.unflatten(params)}, batch["image"])
         target = 0.9 * jax.nn.one_hot(batch["label"], 3) + 0.1 / 3
         task = -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits), axis=-1))
         opened = [2 * shares[name] * jnp.sum(gates(one.mask)) for name, one in planes.items()]

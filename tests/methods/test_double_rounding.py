@@ -12,7 +12,7 @@ from helpers.random_variables import drawn_variables
 from mpq_jax.methods import METHODS, double_rounding
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.double_rounding import MixedOptions, Options, learner, mixed, multi
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
 from mpq_jax.training import metrics as recording
@@ -76,7 +76,7 @@ def made(options):
 
 
 def flatten(tree):
-    return linen.flatten(jax.tree.map(jnp.asarray, tree))
+    return paths.flatten(jax.tree.map(jnp.asarray, tree))
 
 
 # Options.
@@ -178,7 +178,7 @@ def flat_of(variables, bn_banks):
     def rows_of(tree):
         flat = {}
         for path, leaf in flatten(tree).items():
-            if bn_banks == "shared" or linen.module_of(path) not in ("norm1", "norm2"):
+            if bn_banks == "shared" or paths.parent(path) not in ("norm1", "norm2"):
                 flat[path] = leaf
                 continue
             for i, own in enumerate(CHOICES):
@@ -508,7 +508,7 @@ def test_other_precisions_keep_norms_statistics_scales_and_optimizer_state(two_u
     ):
         old_flat, new_flat = flatten(old_tree), flatten(new_tree)
         for path in old_flat:
-            if linen.module_of(path) in ("norm1", "norm2"):
+            if paths.parent(path) in ("norm1", "norm2"):
                 assert moved_rows(old_flat[path], new_flat[path]) == [[row]]
             else:
                 assert np.any(old_flat[path] != new_flat[path])
@@ -810,7 +810,7 @@ def test_rows_are_repeated_whatever_the_previous_layers_bits(several, mixed_star
     )
     for source, repeated in pairs:
         source, repeated = flatten(source), flatten(repeated)
-        for path in (path for path in repeated if linen.module_of(path) in ("norm1", "norm2")):
+        for path in (path for path in repeated if paths.parent(path) in ("norm1", "norm2")):
             for own in range(3):
                 for previous in range(3):
                     np.testing.assert_array_equal(repeated[path][own, previous], source[path][own])
@@ -823,9 +823,9 @@ def test_traces_are_those_of_the_float_kernels_with_the_norms_of_the_highest_bit
 
     def float_model(row):
         def gathered(tree):
-            return linen.map_leaves(
+            return paths.map_leaves(
                 tree,
-                lambda path, x: x[row] if linen.module_of(path) in ("norm1", "norm2") else x,
+                lambda path, x: x[row] if paths.parent(path) in ("norm1", "norm2") else x,
             )
 
         return {
@@ -901,7 +901,7 @@ def test_start_from_a_float_model(variables, batch):
     ):
         flat = flatten(source)
         for path, leaf in flatten(tree).items():
-            rows = (3, 3) if linen.module_of(path) in ("norm1", "norm2") else ()
+            rows = (3, 3) if paths.parent(path) in ("norm1", "norm2") else ()
             np.testing.assert_array_equal(
                 leaf, np.broadcast_to(flat[path], rows + flat[path].shape)
             )
@@ -938,7 +938,7 @@ def test_layers_leave_the_base_together_where_they_are_tied(sigma):
         (entry["conv0"], entry["conv0"] + 1, entry["depthwise1"] + 1),
         (entry["conv1"], entry["conv3"]),
     )
-    table = dataclasses.replace(DEEP, ties=ties)
+    table = dataclasses.replace(DEEP, tied_groups=ties)
     probabilities = mixed.common_choices(table) / mixed.common_choices(table).sum(1, keepdims=True)
 
     def draw(key):

@@ -12,7 +12,7 @@ from mpq_jax.methods import rfquant
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant import freezing, method, terms
 from mpq_jax.methods.rfquant.options import Options, published
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -527,14 +527,14 @@ def test_adamw_moves_by_signs_and_decays_convolutions_alone(norms):
         rows = jnp.ones((3, 3, 4))
         params["block"]["norm"] = {"scale": rows, "bias": rows}
     optimizer = method.make_optimizer(TABLE.with_bn_banks("pair"), options, RUN)
-    used = linen.map_leaves(
+    used = paths.map_leaves(
         params,
         lambda path, _: jnp.arange(9).reshape(3, 3) < 4 if "norm" in path else jnp.array(True),
     )
     used = supernet.TrainableParams(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
     gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.01), trainable)
     updates, _ = optimizer.update(gradient, optimizer.init(trainable), trainable, used=used)
-    moved = linen.flatten(updates.params)
+    moved = paths.flatten(updates.params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4)  # Adam's epsilon
     close(moved["block/conv/kernel"], 0.1 * (1 - 0.5 * 2.0), atol=1e-6)
     close(moved["head/kernel"], 0.1)
@@ -569,7 +569,7 @@ def test_layers_without_a_norm_speak_for_themselves(place):
             out = supernet.apply(model, table, selected, images, train=True)
             return terms.pick_features(table, out.features, place)
 
-        found, wanted = features(bits), features(table.largest)
+        found, wanted = features(bits), features(table.max_config)
         lowest = jnp.array([8, 2, 2, 8])
         return terms.information_distortion(table, found, wanted, bits, lowest), found, wanted
 
@@ -802,9 +802,9 @@ def first_update(trainable, gradient, options):
         g = jnp.clip(g, -clip, clip) if clip else g
         return s - options.step_learning_rate * g / (jnp.abs(g) + 1e-8)
 
-    flat = linen.flatten(gradient.params)
+    flat = paths.flatten(gradient.params)
     return supernet.TrainableParams(
-        linen.map_leaves(trainable.params, lambda path, w: sgd(path, w, flat[path])),
+        paths.map_leaves(trainable.params, lambda path, w: sgd(path, w, flat[path])),
         adam(trainable.weight_step_sizes, gradient.weight_step_sizes),
         adam(trainable.act_step_sizes, gradient.act_step_sizes),
     )
@@ -858,15 +858,15 @@ def test_a_step_follows_one_gradient_of_the_summed_loss(history, variables, batc
         return first_update(trainable, gradient, options), stats, gradient
 
     trainable, stats, gradient = reference(variables.trainable)
-    wanted, found = linen.flatten(trainable.params), linen.flatten(after.variables.trainable.params)
+    wanted, found = paths.flatten(trainable.params), paths.flatten(after.variables.trainable.params)
     for path, leaf in wanted.items():
         # float32 gradients summed in another order, times a rate of 0.05
         np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=2e-6, err_msg=path)
     for name in ("weight_step_sizes", "act_step_sizes"):
         pair = getattr(after.variables.trainable, name), getattr(trainable, name)
         np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-6)
-    for path, leaf in linen.flatten(stats).items():
-        found = linen.flatten(after.variables.batch_stats)[path]
+    for path, leaf in paths.flatten(stats).items():
+        found = paths.flatten(after.variables.batch_stats)[path]
         np.testing.assert_allclose(found, leaf, rtol=1e-5, atol=1e-6)
     if options.clip_value:
         largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
@@ -1032,7 +1032,7 @@ def tied_deep():
         (entry["conv0"], entry["conv1"], entry["depthwise2"] + 1),
         (entry["conv2"], entry["conv2"] + 1),
     )
-    return dataclasses.replace(DEEP, ties=ties)
+    return dataclasses.replace(DEEP, tied_groups=ties)
 
 
 @pytest.mark.parametrize("layer", ["conv0", "conv1", "depthwise2", "conv2"])
@@ -1049,7 +1049,7 @@ def test_what_is_drawn_honours_ties_and_what_is_frozen(layer, freeze_acts):
     drawn = np.stack(plan.configs, axis=-1)
     place = (drawn[..., None] == np.array(table.candidates)).argmax(-1)
     assert np.asarray(mask)[np.arange(len(table))[:, None], np.arange(2), place].all()
-    for group in table.ties:
+    for group in table.tied_groups:
         flat = drawn.reshape(200, -1)[:, list(group)]
         assert (flat == flat[:, :1]).all()
         assert len(np.unique(flat)) == mask.reshape(-1, 6)[group[0]].sum() > 1

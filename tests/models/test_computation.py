@@ -144,7 +144,7 @@ def test_subnets_of_recomputed_bfloat16_models(name):
 
     def subnet(variables, images):
         made = supernet.init(model, table, variables, images)
-        selected = supernet.select(table, made, table.largest)
+        selected = supernet.select(table, made, table.max_config)
         out = supernet.apply(model, table, selected, images, train=True)
         return made, out
 

@@ -158,7 +158,7 @@ def test_norms_that_have_an_axis_of_their_own_keep_it():
     variables["batch_stats"] = {"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
 
     def forward(x):
-        return linen.forward(Own(), variables, x, train=True, part=linen.Part("other", 2))[0]
+        return linen.forward(Own(), variables, x, train=True, part=BatchShard("other", 2))[0]
 
     out = jax.vmap(jax.vmap(forward, axis_name="other"), axis_name="mine")(x.reshape(2, 2, 1, 2))
     by_hand = np.asarray(x).reshape(2, 2, 1, 2)

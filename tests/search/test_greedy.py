@@ -120,7 +120,7 @@ def replay(path, start, table=TABLE):
     for step in path:
         name, kind, bits = change_of(step)
         entry = 2 * table.names.index(name) + ("weights", "acts").index(kind)
-        group = next((one for one in table.ties if entry in one), (entry,))
+        group = next((one for one in table.tied_groups if entry in one), (entry,))
         state = states[-1].copy().ravel()
         state[list(group)] = bits
         states.append(state.reshape(-1, 2))
@@ -232,7 +232,7 @@ PARTLY_TIED = LayerTable(
         layer("acts", (4,), BITS, macs=60),
         layer("follows", BITS, BITS, macs=30),
     ),
-    ties=((2, 3), (4, 8), (7, 9)),  # its weights and input; two weights; two inputs
+    tied_groups=((2, 3), (4, 8), (7, 9)),  # its weights and input; two weights; two inputs
 )
 
 
@@ -257,7 +257,7 @@ def test_tied_entries_move_together_and_with_the_weights_if_some_are():
         score, PARTLY_TIED, PARTLY_TIED.candidates, PARTLY_TIED.mask, [one], KEY, watch=path.append
     )
     assert found.costs["bitops"] <= most
-    for group in PARTLY_TIED.ties:
+    for group in PARTLY_TIED.tied_groups:
         flat = np.concatenate(scored).reshape(-1, 10)[:, list(group)]
         assert (flat == flat[:, :1]).all()
     states = replay(path, start, PARTLY_TIED)

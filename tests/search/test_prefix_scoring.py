@@ -10,7 +10,7 @@ from helpers.call_counts import tick, ticks_of
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.search import greedy, prefix_scoring
 from mpq_jax.search.prefix_scoring import make_fast_score, make_prefix_score, shared_work
 from mpq_jax.search.problem import Budget, Limit
@@ -66,12 +66,12 @@ def supernet_of(table):
     generator = np.random.default_rng(2)
 
     def disturbed(path, leaf):
-        if linen.module_of(path) not in table.bank_norms:
+        if paths.parent(path) not in table.bank_norms:
             return leaf
         return leaf * jnp.asarray(generator.uniform(0.6, 1.5, leaf.shape), jnp.float32)
 
-    params = linen.map_leaves(made.trainable.params, disturbed)
-    stats = linen.map_leaves(made.batch_stats, disturbed)
+    params = paths.map_leaves(made.trainable.params, disturbed)
+    stats = paths.map_leaves(made.batch_stats, disturbed)
     return made._replace(trainable=made.trainable._replace(params=params), batch_stats=stats)
 
 

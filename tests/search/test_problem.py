@@ -42,7 +42,7 @@ def test_genes_are_what_can_be_moved_by_itself(which, genes):
     space = space_of(TABLES[which])
     assert space.genes == genes
     for gene in genes:
-        tied = next((g for g in TABLES[which].ties if gene in g), (gene,))
+        tied = next((g for g in TABLES[which].tied_groups if gene in g), (gene,))
         assert np.flatnonzero(space.followers(gene).ravel()).tolist() == list(tied)
         columns = {entry % 2 for entry in tied}
         assert space.column(gene) == (spaces.WEIGHTS if 0 in columns else spaces.ACTS)
@@ -221,7 +221,7 @@ def test_keys_are_different_and_repeatable():
 
 
 def test_a_mask_that_leaves_nothing_to_tied_layers_is_refused():
-    table = LayerTable((layer("a", (4, 2), (4,)), layer("b", (4, 2), (4,))), ties=((0, 2),))
+    table = LayerTable((layer("a", (4, 2), (4,)), layer("b", (4, 2), (4,))), tied_groups=((0, 2),))
     mask = table.mask.copy()
     mask[0, 0, 0] = mask[1, 0, 1] = False
     with pytest.raises(ValueError, match="leaves no bits to a, b"):

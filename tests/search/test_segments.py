@@ -12,7 +12,7 @@ from mpq_jax.models.mobilenet_v2 import MobileNetV2, Stage
 from mpq_jax.models.resnet import BasicBlock, BottleneckBlock, ResNet
 from mpq_jax.models.resnet_cifar import ResNetCifar
 from mpq_jax.models.vgg import VGG
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.search import segments
 from mpq_jax.search.segments import find_segments
@@ -448,14 +448,14 @@ def supernet_of(model, table, shape=SHAPE):
     generator, rows = np.random.default_rng(2), (len(table.bank_bits),) * len(table.bank_axes)
 
     def widened(path, leaf):
-        if linen.module_of(path) not in table.bank_norms:
+        if paths.parent(path) not in table.bank_norms:
             return leaf
         return leaf * jnp.asarray(generator.uniform(0.6, 1.5, (*rows, *leaf.shape)), jnp.float32)
 
     with jax.numpy_rank_promotion("allow"):
         variables = drawn_variables(model, shape, 1)
         params, stats = (
-            linen.map_leaves(variables.get(kind, {}), widened) for kind in ("params", "batch_stats")
+            paths.map_leaves(variables.get(kind, {}), widened) for kind in ("params", "batch_stats")
         )
     step = 2.0 ** -np.array(table.candidates) * generator.uniform(0.7, 1.4, (2, len(table), 1))
     weight_step_sizes, act_step_sizes = jnp.asarray(step * [[[1.0]], [[2.0]]], jnp.float32)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.bn_recalibration import recalibrate
@@ -135,8 +135,8 @@ def test_spreading_each_batch_over_devices_changes_nothing(net, found, images):
     table, made = net
     made = jax.device_put(made, jax.sharding.NamedSharding(mesh, spec()))
     stats = recalibrate(MODEL, table, made, BITS, spread).batch_stats
-    for path, leaf in linen.flatten(stats).items():
-        wanted = linen.flatten(found.batch_stats)[path]
+    for path, leaf in paths.flatten(stats).items():
+        wanted = paths.flatten(found.batch_stats)[path]
         np.testing.assert_allclose(leaf, wanted, rtol=1e-5, atol=1e-6)  # sums in another order
 
 

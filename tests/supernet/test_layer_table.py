@@ -641,7 +641,7 @@ def test_largest():
         *FIRST_LAST_FLOAT,
     ]
     table = trace_layers(Separable(), (16, 16, 3), rules=rules)
-    bits = table.largest
+    bits = table.max_config
     np.testing.assert_array_equal(bits.weights, np.int32([32, 5, 5, 5, 2, 32]), strict=True)
     np.testing.assert_array_equal(bits.acts, np.int32([32, 7, 7, 7, 4, 32]), strict=True)
     table.check(bits)
@@ -704,14 +704,14 @@ def tied_table():
         Rule(weights=(8, 6), acts=(8, 6)),
     ]
     table = trace_layers(Separable(), (9, 9, 2), rules=rules)
-    assert table.ties == () and table.names[1:3] == ("body/spatial", "body/mix")
-    return dataclasses.replace(table, ties=((2, 5), (8, 9)))
+    assert table.tied_groups == () and table.names[1:3] == ("body/spatial", "body/mix")
+    return dataclasses.replace(table, tied_groups=((2, 5), (8, 9)))
 
 
 def test_tied_entries_have_the_bits_that_all_of_them_may_take():
     table = tied_table()
     bits = np.array(table.candidates)
-    free = dataclasses.replace(table, ties=())
+    free = dataclasses.replace(table, tied_groups=())
     np.testing.assert_array_equal(
         table.group_leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]]
     )
@@ -724,17 +724,17 @@ def test_tied_entries_have_the_bits_that_all_of_them_may_take():
         wanted = common.get((index, kind), list(allowed))
         assert bits[table.mask[index, kind]].tolist() == wanted
     assert table != free and hash(table) != hash(free)
-    assert table.with_bn_banks("weights").ties == table.ties
+    assert table.with_bn_banks("weights").tied_groups == table.tied_groups
 
 
 @pytest.mark.parametrize("weights", [8, 6, 4, 2])
 @pytest.mark.parametrize("acts", [8, 2])
 def test_uniform_and_largest_bits_honour_ties(weights, acts):
     table = tied_table()
-    table.check(table.largest)
+    table.check(table.max_config)
     found = table.uniform(weights, acts)
     table.check(found)
-    free = dataclasses.replace(table, ties=()).uniform(weights, acts)
+    free = dataclasses.replace(table, tied_groups=()).uniform(weights, acts)
     followed = [{8: 4, 6: 4}.get(weights, weights)] * 2
     np.testing.assert_array_equal(found.weights[jnp.array([1, 4])], followed)
     np.testing.assert_array_equal(
@@ -748,11 +748,11 @@ def test_uniform_and_largest_bits_honour_ties(weights, acts):
 
 def test_check_names_tied_bits_that_differ():
     table = tied_table()
-    bits = table.largest
+    bits = table.max_config
     wrong = BitConfig(bits.weights.at[1].set(2), bits.acts)
-    dataclasses.replace(table, ties=()).check(wrong)
+    dataclasses.replace(table, tied_groups=()).check(wrong)
     message = r"tied bits differ: weights of body/spatial \(2\), acts of body/mix \(4\)"
     with pytest.raises(ValueError, match=message):
         table.check(wrong)
-    free = dataclasses.replace(table, ties=())
+    free = dataclasses.replace(table, tied_groups=())
     assert free.apply_ties(wrong) is wrong

@@ -9,7 +9,7 @@ import pytest
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
@@ -391,7 +391,7 @@ def test_weight_errors_equal_a_loop_over_kernels(name, quantizer, rules):
     given = weight_errors(table, trainable, quantizer=quantizer)
     assert given.shape == grid and given.dtype == jnp.float32
     for index, layer in enumerate(table.layers):
-        w = np.asarray(linen.flatten(params)[f"{layer.name}/kernel"], np.float64)
+        w = np.asarray(paths.flatten(params)[f"{layer.name}/kernel"], np.float64)
         for column, bits in enumerate(table.candidates):
             expected = 0.0
             if not layer.float_weights and bits in layer.weight_candidates:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import QUANTIZERS, double_rounding, lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -74,7 +74,7 @@ def made(float_variables):
 def distinct(made):
     """A supernet in which every row of norms and step sizes is different."""
     steps = np.random.default_rng(0).uniform(0.7, 1.3, (2, len(TABLE), 4)).astype(np.float32)
-    params = linen.map_leaves(
+    params = paths.map_leaves(
         made.trainable.params, lambda path, x: disturb(x, 5) if "norm" in path else x
     )
     trainable = supernet.TrainableParams(
@@ -222,8 +222,8 @@ def test_all_norm_rows_start_as_copies_of_the_float_norm(made, float_variables):
         (made.batch_stats, float_variables["batch_stats"]),
     ]
     for tree, plain in pairs:
-        flat = linen.flatten(plain)
-        for path, leaf in linen.flatten(tree).items():
+        flat = paths.flatten(plain)
+        for path, leaf in paths.flatten(tree).items():
             wanted = np.broadcast_to(flat[path], (3, 3, 4)) if "norm" in path else flat[path]
             np.testing.assert_array_equal(leaf, wanted)
 
@@ -231,8 +231,8 @@ def test_all_norm_rows_start_as_copies_of_the_float_norm(made, float_variables):
 @pytest.mark.parametrize(("w", "a"), PAIRS)
 def test_select_quantizes_kernels_and_picks_rows(distinct, w, a):
     selected = supernet.select(TABLE, distinct, config(w, a))
-    params = linen.flatten(distinct.trainable.params)
-    chosen = linen.flatten(selected.params)
+    params = paths.flatten(distinct.trainable.params)
+    chosen = paths.flatten(selected.params)
     for i, (name, bits) in enumerate(zip(TABLE.names, (8, w, a, 8), strict=True)):
         step = distinct.trainable.weight_step_sizes[i, column(bits)]
         wanted = lsq.fake_quant(params[f"{name}/kernel"], step, bits, signed=True)
@@ -242,8 +242,8 @@ def test_select_quantizes_kernels_and_picks_rows(distinct, w, a):
         for name in ("scale", "bias"):
             np.testing.assert_array_equal(chosen[f"{path}/{name}"], params[f"{path}/{name}"][place])
         for name in ("mean", "var"):
-            stats = linen.flatten(distinct.batch_stats)[f"{path}/{name}"]
-            found = linen.flatten(selected.batch_stats)[f"{path}/{name}"]
+            stats = paths.flatten(distinct.batch_stats)[f"{path}/{name}"]
+            found = paths.flatten(selected.batch_stats)[f"{path}/{name}"]
             np.testing.assert_array_equal(found, stats[place])
     for name in ("stem/bias", "head/bias"):
         np.testing.assert_array_equal(chosen[name], params[name])
@@ -273,7 +273,7 @@ def gradients(distinct):
 
 def test_gradients_reach_all_kernels_but_only_selected_rows(gradients):
     plain, _ = gradients
-    flat = linen.flatten(plain.params)
+    flat = paths.flatten(plain.params)
     assert all(np.any(flat[f"{name}/kernel"]) for name in TABLE.names)
     for path, place in {"block/norm": row(3, 2), "norm": row(2, 3)}.items():
         reached = np.any(np.asarray(flat[f"{path}/scale"]), axis=-1)
@@ -355,7 +355,7 @@ def test_scatter_writes_only_the_rows_of_the_bits(distinct):
     before = supernet.select(TABLE, distinct, config(4, 2)).batch_stats
     plain = jax.tree.map(lambda leaf: leaf + 7, before)
     banked = supernet.scatter_batch_stats(TABLE, distinct.batch_stats, config(4, 2), plain)
-    new, old = linen.flatten(banked), linen.flatten(distinct.batch_stats)
+    new, old = paths.flatten(banked), paths.flatten(distinct.batch_stats)
     for path, place in {"block/norm": row(4, 2), "norm": row(2, 4)}.items():
         for name in ("mean", "var"):
             wanted = np.array(old[f"{path}/{name}"])
@@ -367,7 +367,7 @@ def test_used_rows_marks_what_some_configuration_names(made):
     pairs = [(4, 4), (3, 2), (3, 2), (2, 4)]
     configs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[config(w, a) for w, a in pairs])
     used = supernet.update_mask(TABLE, made.trainable.params, configs)
-    flat = linen.flatten(used.params)
+    flat = paths.flatten(used.params)
     for path, crossed in {"block/norm": False, "norm": True}.items():
         wanted = np.zeros((3, 3), bool)
         for w, a in pairs:
@@ -506,7 +506,7 @@ def numbered_supernet(table, float_variables):
 
     def widened(tree):
         return numbered(
-            linen.map_leaves(
+            paths.map_leaves(
                 tree, lambda path, x: jnp.zeros(rows + x.shape) if "norm" in path else x
             )
         )
@@ -537,13 +537,13 @@ SEVERAL = [
 def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
     table = TABLE.with_bn_banks(kind)
     made = numbered_supernet(table, float_variables)
-    stats, params = linen.flatten(made.batch_stats), linen.flatten(made.trainable.params)
+    stats, params = paths.flatten(made.batch_stats), paths.flatten(made.trainable.params)
     marked = {norm: np.zeros((len(CHOICES),) * len(table.bank_axes), bool) for norm in NORMS}
     for bits in SEVERAL:
         selected = supernet.select(table, made, bits)
         float_model = supernet.plain(table, made, bits)
         after = jax.tree.map(lambda leaf: -leaf, selected.batch_stats)
-        scattered = linen.flatten(
+        scattered = paths.flatten(
             supernet.scatter_batch_stats(table, made.batch_stats, bits, after)
         )
         for norm in NORMS:
@@ -553,16 +553,16 @@ def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
                 (params, selected.params, float_model["params"]),
                 (stats, selected.batch_stats, float_model["batch_stats"]),
             ):
-                for path in (path for path in source if linen.module_of(path) == norm):
+                for path in (path for path in source if paths.parent(path) == norm):
                     wanted = np.asarray(source[path])[place]
-                    np.testing.assert_array_equal(linen.flatten(found)[path], wanted, strict=True)
-                    np.testing.assert_array_equal(linen.flatten(plain)[path], wanted, strict=True)
-            for path in (path for path in stats if linen.module_of(path) == norm):
+                    np.testing.assert_array_equal(paths.flatten(found)[path], wanted, strict=True)
+                    np.testing.assert_array_equal(paths.flatten(plain)[path], wanted, strict=True)
+            for path in (path for path in stats if paths.parent(path) == norm):
                 wanted = np.array(stats[path])
                 wanted[place] *= -1
                 np.testing.assert_array_equal(scattered[path], wanted, strict=True)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *SEVERAL)
-    used = linen.flatten(supernet.update_mask(table, made.trainable.params, together).params)
+    used = paths.flatten(supernet.update_mask(table, made.trainable.params, together).params)
     for norm in NORMS:
         for name in ("scale", "bias"):
             np.testing.assert_array_equal(used[f"{norm}/{name}"], marked[norm])
@@ -586,9 +586,9 @@ def test_norms_per_precision_become_norms_per_pair_of_precisions(float_variables
         (made.batch_stats, held.batch_stats),
     ]
     for found, source in pairs:
-        source = linen.flatten(source)
-        for path, leaf in linen.flatten(found).items():
-            if linen.module_of(path) not in NORMS:
+        source = paths.flatten(source)
+        for path, leaf in paths.flatten(found).items():
+            if paths.parent(path) not in NORMS:
                 np.testing.assert_array_equal(leaf, source[path])
                 continue
             assert leaf.shape == (3, 3, 4)
@@ -611,8 +611,8 @@ def test_one_norm_is_repeated_for_every_row(float_variables, few, many):
     table = TABLE.with_bn_banks(many)
     made = supernet.expand_bn_banks(table, held)
     rows = (3,) * len(table.bank_axes)
-    stats = linen.flatten(held.batch_stats)
-    for path, leaf in linen.flatten(made.batch_stats).items():
+    stats = paths.flatten(held.batch_stats)
+    for path, leaf in paths.flatten(made.batch_stats).items():
         np.testing.assert_array_equal(leaf, np.broadcast_to(stats[path], (*rows, 4)))
 
 
@@ -719,9 +719,9 @@ def test_only_the_step_sizes_that_serve_get_a_gradient_and_are_marked(float_ends
     wanted = [[CONV, index(3)], [DEPTHWISE, index(2)]]  # each precision has its own
     assert np.argwhere(found.act_step_sizes).tolist() == wanted
     assert np.argwhere(used.act_step_sizes).tolist() == wanted
-    flat = linen.flatten(found.params)
+    flat = paths.flatten(found.params)
     assert all(np.all(flat[f"{name}/kernel"]) for name in ("stem", "head"))  # straight through
-    assert all(linen.flatten(used.params)[f"{name}/kernel"] for name in FLOAT_ENDS.names)
+    assert all(paths.flatten(used.params)[f"{name}/kernel"] for name in FLOAT_ENDS.names)
 
 
 def test_the_highest_bits_are_those_of_the_layer(float_variables):
@@ -777,11 +777,11 @@ def rowed_supernet(table, float_variables, seed):
         jnp.asarray(generator.uniform(0.02, 0.2, (len(table), len(table.candidates))), jnp.float32)
         for _ in range(2)
     ]
-    params = linen.flatten(made.trainable.params)
+    params = paths.flatten(made.trainable.params)
     for path in params:
         if path.endswith("kernel"):
-            params[path] = linen.flatten(float_variables["params"])[path]
-    return made._replace(trainable=supernet.TrainableParams(linen.unflatten(params), *steps))
+            params[path] = paths.flatten(float_variables["params"])[path]
+    return made._replace(trainable=supernet.TrainableParams(paths.unflatten(params), *steps))
 
 
 def allowed_configs(table, seed, count=6):
@@ -830,7 +830,7 @@ def test_quantized_kernels_are_in_the_order_of_the_candidates(float_variables):
     made = rowed_supernet(table, float_variables, 7)
     quantized = QUANTIZE(table, made.trainable, quantizer=lsq.QUANTIZER)
     for index, layer in enumerate(table.layers):
-        w = linen.flatten(float_variables["params"])[f"{layer.name}/kernel"]
+        w = paths.flatten(float_variables["params"])[f"{layer.name}/kernel"]
         for kernel, bits in zip(quantized[layer.name], layer.weight_candidates, strict=True):
             step = made.trainable.weight_step_sizes[index, table.candidates.index(bits)]
             wanted = quantize(np.asarray(w), np.asarray(step), bits, True)

@@ -35,8 +35,8 @@ def bits_of(table):
 
 def test_inputs_follow_weights_where_both_have_a_choice():
     table = tie_acts_to_weights(TABLE)
-    assert table.ties == ((2, 3), (4, 5), (10, 11))
-    assert table.layers == TABLE.layers and not TABLE.ties  # nothing edited
+    assert table.tied_groups == ((2, 3), (4, 5), (10, 11))
+    assert table.layers == TABLE.layers and not TABLE.tied_groups  # nothing edited
     assert bits_of(table) == bits_of(TABLE) | {
         (2, 0): (4,),
         (2, 1): (4,),
@@ -73,7 +73,11 @@ def test_costs_of_tied_layers_are_those_of_equal_bits(kind):
 
 def test_layers_of_a_pattern_share_weight_bits_and_input_bits():
     table = tie_matching(TABLE, ["conv|head", "side$"])
-    assert table.ties == ((2, 6, 10), (3, 11), (5, 9))  # conv: one input is fixed; side: one kernel
+    assert table.tied_groups == (
+        (2, 6, 10),
+        (3, 11),
+        (5, 9),
+    )  # conv: one input is fixed; side: one kernel
     left = bits_of(table)
     assert left[1, 0] == left[3, 0] == left[5, 0] == (4, 2)
     assert left[1, 1] == left[5, 1] == (4, 2)
@@ -83,23 +87,23 @@ def test_layers_of_a_pattern_share_weight_bits_and_input_bits():
 
 def test_groups_that_meet_become_one():
     table = tie_matching(TABLE, ["block0", "conv", "head|block1/conv"])
-    assert table.ties == ((2, 4, 6, 10), (3, 5))
+    assert table.tied_groups == ((2, 4, 6, 10), (3, 5))
     both = tie_acts_to_weights(table)
-    assert both.ties == ((2, 3, 4, 5, 6, 10, 11),)
+    assert both.tied_groups == ((2, 3, 4, 5, 6, 10, 11),)
     assert both.group_leaders.ravel().tolist() == [0, 1, 2, 2, 2, 2, 2, 7, 8, 9, 2, 2]
     assert bits_of(both)[1, 0] == (4,)
 
 
 def test_readers_of_one_array_share_its_bits():
-    assert tie_shared_inputs(TABLE).ties == ((3, 5),)  # of block1 only one has a choice
-    assert tie_acts_to_weights(tie_shared_inputs(TABLE)).ties == ((2, 3, 4, 5), (10, 11))
+    assert tie_shared_inputs(TABLE).tied_groups == ((3, 5),)  # of block1 only one has a choice
+    assert tie_acts_to_weights(tie_shared_inputs(TABLE)).tied_groups == ((2, 3, 4, 5), (10, 11))
     alone = LayerTable(TABLE.layers[:2])
     assert tie_shared_inputs(alone) == alone
 
 
 def test_configurations_follow_the_first_of_each_group():
-    table = dataclasses.replace(TABLE, ties=((2, 5), (3, 10)))
-    assert TABLE.apply_ties(TABLE.largest) is not None
+    table = dataclasses.replace(TABLE, tied_groups=((2, 5), (3, 10)))
+    assert TABLE.apply_ties(TABLE.max_config) is not None
     rows = np.arange(24, dtype=np.int32).reshape(2, 12)
     wanted = rows.copy()
     wanted[:, 5], wanted[:, 10] = rows[:, 2], rows[:, 3]

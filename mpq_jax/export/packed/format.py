@@ -25,7 +25,7 @@ from mpq_jax.export.packed import bn_folding, numpy_reader
 from mpq_jax.export.packed.bn_folding import NORMS
 from mpq_jax.export.packed.integers import check_model
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import Layer, LayerTable
@@ -135,8 +135,8 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Pac
             params[f"{layer.name}/kernel"] = values
     steps = [layer.input_step or 1.0 for layer in network.layers]
     selected = supernet.Subnet(
-        params=jax.tree.map(jnp.asarray, linen.unflatten(params)),
-        batch_stats=jax.tree.map(jnp.asarray, linen.unflatten(network.stats)),
+        params=jax.tree.map(jnp.asarray, paths.unflatten(params)),
+        batch_stats=jax.tree.map(jnp.asarray, paths.unflatten(network.stats)),
         act_step_sizes=jnp.asarray(steps, jnp.float32),
         act_bits=jnp.asarray([layer.input_bits for layer in network.layers], jnp.int32),
         signed=jnp.asarray([layer.input_signed for layer in network.layers], bool),
@@ -216,7 +216,7 @@ def _other_tensors(
     kinds, tensors = {"params": "floats", "batch_stats": "stats"}, {}
     for path, leaf in variables.items():
         collection, _, name = path.partition("/")
-        if name not in packed and linen.module_of(name) not in folded:
+        if name not in packed and paths.parent(name) not in folded:
             tensors[f"{kinds[collection]}/{name}"] = np.array(leaf, order="C")
     return tensors
 

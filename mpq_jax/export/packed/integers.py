@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from mpq_jax import models
 from mpq_jax.export import safetensors_file
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.supernet import supernet
@@ -118,7 +118,7 @@ class Artifact:
             ValueError: the network has no such bits.
         """
         if bits is None:
-            bits = self.table.largest
+            bits = self.table.max_config
         if not isinstance(bits, BitConfig):
             bits = operator.index(bits)
             if bits not in self.precisions:
@@ -177,16 +177,16 @@ def to_integers(table: LayerTable, variables: supernet.SupernetState) -> superne
         variables: of Double Rounding with shared scales.
     """
     trainable = variables.trainable
-    params = linen.flatten(trainable.params)
+    params = paths.flatten(trainable.params)
     steps = supernet.chosen_weight_steps(
-        table, trainable, jnp.asarray(table.largest.weights), quantizer=double_rounding.QUANTIZER
+        table, trainable, jnp.asarray(table.max_config.weights), quantizer=double_rounding.QUANTIZER
     )
     for index, layer in enumerate(table.layers):
         if not layer.float_weights:
             name = f"{layer.name}/kernel"
             codes = double_rounding.codes(params[name], steps[index], max_bits=layer.max_bits)
             params[name] = codes.astype(_code_type(layer))
-    return variables._replace(trainable=trainable._replace(params=linen.unflatten(params)))
+    return variables._replace(trainable=trainable._replace(params=paths.unflatten(params)))
 
 
 def can_store(quantizer: Quantizer | None) -> bool:
@@ -234,7 +234,7 @@ def save(
         "model": model._asdict(),
         "bn_banks": table.bn_banks,
         "layers": [list(layer) for layer in table.layers],
-        "ties": table.ties,
+        "ties": table.tied_groups,
         "mean": mean,
         "std": std,
         "config": config or {},
@@ -277,8 +277,8 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Art
 
 def _tensors(table: LayerTable, variables: supernet.SupernetState) -> dict[str, np.ndarray]:
     """Names every array; the four leaves of a norm become one, which keeps the header small."""
-    leaves = {f"params/{name}": x for name, x in linen.flatten(variables.trainable.params).items()}
-    leaves |= {f"batch_stats/{n}": x for n, x in linen.flatten(variables.batch_stats).items()}
+    leaves = {f"params/{name}": x for name, x in paths.flatten(variables.trainable.params).items()}
+    leaves |= {f"batch_stats/{n}": x for n, x in paths.flatten(variables.batch_stats).items()}
     tensors = {
         "weight_step_sizes": variables.trainable.weight_step_sizes,
         "act_step_sizes": variables.trainable.act_step_sizes,
@@ -287,7 +287,7 @@ def _tensors(table: LayerTable, variables: supernet.SupernetState) -> dict[str, 
     for layer in table.layers:
         if not layer.float_weights:
             tensors[f"codes/{layer.name}"] = leaves.pop(f"params/{layer.name}/kernel")
-    for norm in {linen.module_of(name.partition("/")[2]) for name in leaves}:
+    for norm in {paths.parent(name.partition("/")[2]) for name in leaves}:
         names = [leaf_of(norm, leaf) for leaf in NORM_LEAVES]
         if all(name in leaves for name in names):
             tensors[f"norms/{norm}"] = np.stack([leaves.pop(name) for name in names])
@@ -313,7 +313,7 @@ def _variables(table: LayerTable, tensors: dict[str, np.ndarray]) -> supernet.Su
     def tree(collection: str) -> PyTree:
         start = collection + "/"
         chosen = {n.removeprefix(start): x for n, x in leaves.items() if n.startswith(start)}
-        return linen.unflatten(chosen)
+        return paths.unflatten(chosen)
 
     trainable = supernet.TrainableParams(
         tree("params"), tensors["weight_step_sizes"], tensors["act_step_sizes"]
@@ -345,7 +345,7 @@ def _model(spec: ModelSpec) -> nn.Module | None:
 
 def _check_codes(path: pathlib.Path, table: LayerTable, variables: supernet.SupernetState) -> None:
     """Raises ValueError where stored integers are not those of a layer."""
-    params = linen.flatten(variables.trainable.params)
+    params = paths.flatten(variables.trainable.params)
     for layer in table.layers:
         codes = params.get(f"{layer.name}/kernel")
         if codes is None or tuple(codes.shape) != layer.kernel_shape:
@@ -379,7 +379,7 @@ def _check_shapes(
     foreign -= codes | set(wanted)
     if foreign:
         raise ValueError(f"{path} holds {sorted(foreign)}, of which its header does not speak")
-    means = linen.flatten(variables.batch_stats)
+    means = paths.flatten(variables.batch_stats)
     for norm in table.bank_norms:
         name = f"{norm}/mean"
         held[name] = means[name].shape[:-1] if name in means else None

@@ -23,7 +23,7 @@ from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
 from mpq_jax.methods.csq.phases import Phases
 from mpq_jax.methods.warm_start import float_variables
 from mpq_jax.parallel import grad_accumulation, mesh
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import batch_max, bit_planes
 from mpq_jax.supernet import costs, supernet
 from mpq_jax.supernet.layer_table import LayerTable
@@ -297,7 +297,7 @@ def _thawed(updates: TrainableParams, state: TrainState) -> TrainableParams:
         )
 
     planes = {name: of_layer(one) for name, one in updates.by_layer.items()}
-    return updates._replace(planes=linen.unflatten(planes))
+    return updates._replace(planes=paths.unflatten(planes))
 
 
 def _kept_positive(trainable: TrainableParams) -> TrainableParams:
@@ -307,7 +307,7 @@ def _kept_positive(trainable: TrainableParams) -> TrainableParams:
         for name, one in trainable.by_layer.items()
     }
     around = supernet.clip_step_sizes(trainable.around, least=LEAST_STEP)
-    return TrainableParams(around, linen.unflatten(planes))
+    return TrainableParams(around, paths.unflatten(planes))
 
 
 def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
@@ -336,7 +336,7 @@ def _with_ticket(
     changed = sum(int(np.sum(before[name] != after[name])) for name in masks)
     made = {name: _fixed(learning.options, one, met[name]) for name, one in planes.items()}
     fixed = jax.tree.map(_placed_like, planes, made)
-    trainable = state.trainable._replace(planes=linen.unflatten(fixed))
+    trainable = state.trainable._replace(planes=paths.unflatten(fixed))
     state = state._replace(trainable=trainable, fixed=jnp.ones_like(state.fixed))
     mean = budgets.mean_planes(fixed, budget.shares, contiguous=budget.contiguous)
     if abs(float(mean) - budget.target) > 2 * budgets.TOLERANCE:
@@ -458,7 +458,7 @@ def _labels(trainable: TrainableParams) -> Any:
         for name in trainable.by_layer
     }
     return TrainableParams(
-        supernet.TrainableParams(params, "steps", "acts"), linen.unflatten(planes)
+        supernet.TrainableParams(params, "steps", "acts"), paths.unflatten(planes)
     )
 
 

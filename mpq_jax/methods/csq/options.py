@@ -4,7 +4,7 @@ import dataclasses
 
 from mpq_jax.quantizers import batch_max, lsq, pact
 from mpq_jax.quantizers.base import ActQuantizer
-from mpq_jax.supernet.layer_table import FLOAT_BITS, MOST_BITS
+from mpq_jax.supernet.layer_table import FLOAT_BITS, MAX_BITS
 
 ACT_QUANTIZERS: dict[str, ActQuantizer] = {
     "lsq": lsq.ACTS,
@@ -84,9 +84,9 @@ class SharedOptions:
             raise ValueError(f"reach is {self.reach}; wanted root mean squares, or 0")
         if self.temperature <= 1:
             raise ValueError(f"temperature is {self.temperature}; wanted a number above 1")
-        if not (2 <= self.act_bits <= MOST_BITS or self.act_bits == FLOAT_BITS):
+        if not (2 <= self.act_bits <= MAX_BITS or self.act_bits == FLOAT_BITS):
             raise ValueError(
-                f"act_bits is {self.act_bits}; wanted 2 to {MOST_BITS}, or {FLOAT_BITS} for float"
+                f"act_bits is {self.act_bits}; wanted 2 to {MAX_BITS}, or {FLOAT_BITS} for float"
             )
 
     @property
@@ -173,5 +173,5 @@ class UniformOptions(SharedOptions):
     def __post_init__(self):
         """Refuses values that mean nothing, naming what is allowed."""
         super().__post_init__()
-        if not 1 <= self.planes < MOST_BITS:
-            raise ValueError(f"planes is {self.planes}; wanted 1 to {MOST_BITS - 1}")
+        if not 1 <= self.planes < MAX_BITS:
+            raise ValueError(f"planes is {self.planes}; wanted 1 to {MAX_BITS - 1}")

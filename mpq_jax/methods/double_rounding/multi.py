@@ -1,20 +1,19 @@
 """Multi-precision training: one network that runs at any of several precisions."""
 
-import functools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.double_rounding.learner import Example, Gradient, Learner, make_learner
 from mpq_jax.methods.double_rounding.options import Options
 from mpq_jax.methods.warm_start import float_variables
-from mpq_jax.supernet import supernet
+from mpq_jax.program import linen
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Supernet, SupernetState
 
 PyTree = Any
 
@@ -29,7 +28,7 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    variables: supernet.SupernetState
+    variables: SupernetState
     opt_state: PyTree
 
 
@@ -40,16 +39,17 @@ def levels_of(table: LayerTable) -> dict[int, BitConfig]:
     return {bits: table.uniform(bits, bits) for bits in table.precisions}
 
 
-def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
+def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds multi-precision training for a model, its layer table and the length of a run."""
     table = table.with_bn_banks(options.bn_banks)
+    net = Supernet(model, table, quantizer=options.quantizer)
     levels = levels_of(table)
-    learner = make_learner(model, table, options, run, max_bits=max(levels))
+    learner = make_learner(net, options, run, max_bits=max(levels))
 
     @jax.jit
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
         del labels
-        made = supernet.init(model, table, variables, images, quantizer=options.quantizer)
+        made = net.init(variables, images)
         opt_state = learner.init_optimizer(made.trainable)
         return TrainState(jnp.zeros((), jnp.int32), made, opt_state)
 
@@ -67,9 +67,9 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         on_epoch=lambda state, epoch: (state, {}),
         eval_bits={f"w{bits}a{bits}": config for bits, config in levels.items()},
         variables=lambda state: state.variables,
-        predict=functools.partial(supernet.predict, model, table, quantizer=options.quantizer),
-        quantizer=options.quantizer,
-        read=float_variables,
+        predict=net.apply,
+        net=net,
+        load_warm_start=float_variables,
     )
 
 
@@ -82,12 +82,12 @@ def updated(learner: Learner, options: Options, *arguments):
 def sequential_updates(
     learner: Learner,
     options: Options,
-    variables: supernet.SupernetState,
+    variables: SupernetState,
     opt_state: PyTree,
     example: Example,
     configs: dict[int, BitConfig],
     step: Int[Array, ""],
-) -> tuple[supernet.SupernetState, PyTree, dict[str, Array]]:
+) -> tuple[SupernetState, PyTree, dict[str, Array]]:
     """Goes through the configurations, the highest base precision first, updating after each.
 
     Args:
@@ -121,12 +121,12 @@ def sequential_updates(
 def joint_update(
     learner: Learner,
     options: Options,
-    variables: supernet.SupernetState,
+    variables: SupernetState,
     opt_state: PyTree,
     example: Example,
     configs: dict[int, BitConfig],
     step: Int[Array, ""],
-) -> tuple[supernet.SupernetState, PyTree, dict[str, Array]]:
+) -> tuple[SupernetState, PyTree, dict[str, Array]]:
     """Sums the gradients of all configurations and updates once; see `sequential_updates`."""
     total, teacher, metrics = None, None, {}
     for base, bits in configs.items():

@@ -3,9 +3,9 @@
 import dataclasses
 
 from mpq_jax.methods import optim
+from mpq_jax.methods.double_rounding import roulette
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.quantizers.base import Quantizer
-from mpq_jax.supernet import bits
 
 QUANTIZERS: dict[tuple[str, str], Quantizer] = {
     ("shared", "round"): double_rounding.QUANTIZER,
@@ -112,8 +112,10 @@ class MixedOptions(Options):
     def __post_init__(self):
         """Refuses values that mean nothing, naming what is allowed."""
         super().__post_init__()
-        if self.roulette not in bits.ROULETTE_RULES:
-            raise ValueError(f"roulette is {self.roulette!r}; known: {sorted(bits.ROULETTE_RULES)}")
+        if self.roulette not in roulette.ROULETTE_RULES:
+            raise ValueError(
+                f"roulette is {self.roulette!r}; known: {sorted(roulette.ROULETTE_RULES)}"
+            )
         if not 0 <= self.switch_probability <= 1:
             raise ValueError(
                 f"switch_probability is {self.switch_probability}; wanted a number from 0 to 1"

@@ -7,8 +7,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from mpq_jax.methods.rfquant.options import Options
-from mpq_jax.supernet import sensitivity, supernet
+from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import TrainableParams
+from mpq_jax.supernet.supernet import kernels as layer_kernels
 
 
 def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:
@@ -37,7 +39,7 @@ def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:
 
 def instabilities(
     table: LayerTable,
-    trainable: supernet.TrainableParams,
+    trainable: TrainableParams,
     mask: Bool[Array, "layers 2 choices"],
     *,
     options: Options,
@@ -46,7 +48,7 @@ def instabilities(
     rows = freezable(table)
     common = table.mask[rows, 0].all(axis=0)
     use_common = options.freeze_scores == "common" and common.any()
-    kernels = supernet.kernels(table, trainable.params)
+    kernels = layer_kernels(table, trainable.params)
     scored = [common if use_common else mask[row, 0] for row in rows]
     return jnp.stack(
         [
@@ -84,6 +86,6 @@ def freeze(
         lowest[:, 1] = False
     mask = jnp.asarray(full) & ~(jnp.asarray(lowest) & frozen[:, None, None])
     flat = mask.reshape(-1, mask.shape[-1])
-    for group in table.ties:  # what one of a group lacks, all do
+    for group in table.tied_groups:  # what one of a group lacks, all do
         flat = flat.at[np.array(group)].set(flat[np.array(group)].all(axis=0))
     return flat.reshape(mask.shape)

@@ -1,28 +1,33 @@
-"""RFQuant's training: one step over the max subnet and random subnets, as a `Method`."""
+"""RFQuant: one training step over the max subnet and random subnets, as a `Method`."""
 
 import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.rfquant import freezing, terms
 from mpq_jax.methods.rfquant.options import Options
 from mpq_jax.methods.warm_start import float_variables
-from mpq_jax.parallel import grad_accumulation as parts
+from mpq_jax.parallel import grad_accumulation
 from mpq_jax.parallel.grad_accumulation import BatchPartition
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import supernet
+from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import (
+    Supernet,
+    SupernetState,
+    TrainableParams,
+    clip_step_sizes,
+)
 from mpq_jax.tasks import classification
 
 PyTree = Any
@@ -34,27 +39,27 @@ class TrainState(NamedTuple):
     Attributes:
         step: optimizer steps done.
         variables: the supernet.
-        average: its exponential moving average; the supernet itself where that is switched off.
-        opt_state: of all optimizers.
-        mask: bool [layers, 2, choices], the bits that are not frozen.
+        average: its exponential moving average; None: it is switched off.
+        opt_state: state of all optimizers.
+        mask: bool [layers, 2, choices], choices that are not frozen.
     """
 
     step: Int[Array, ""]
-    variables: supernet.SupernetState
-    average: supernet.SupernetState | None
+    variables: SupernetState
+    average: SupernetState | None
     opt_state: PyTree
     mask: Bool[Array, "layers 2 choices"]
 
 
 class Examples(NamedTuple):
-    """The batch, made ready."""
+    """A prepared batch."""
 
     images: Float[Array, "batch ..."]
     labels: Int[Array, " batch"]
 
 
 class StepPlan(NamedTuple):
-    """What one step is going to do; constant during the step."""
+    """Random draws and loss weights of one step."""
 
     dropout_key: Key[Array, ""]
     max_config: BitConfig
@@ -65,26 +70,26 @@ class StepPlan(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """What the max subnet hands to the random subnets, of one micro-batch."""
+    """Outputs of the max subnet that the random subnets learn from, for one micro-batch."""
 
     logits: Float[Array, "batch classes"]
     features: dict[str, Array]
 
 
 class Carry(NamedTuple):
-    """What is handed from subnet to subnet within a step.
+    """State passed from subnet to subnet within a step.
 
     Attributes:
-        gradient: sum so far; the leading axis is that of the devices.
+        gradient: sum so far, with a leading axis of devices.
         batch_stats: banks of norm statistics.
     """
 
-    gradient: supernet.TrainableParams
+    gradient: TrainableParams
     batch_stats: PyTree
 
 
 class StepFns(NamedTuple):
-    """The step in functions, compiled one by one or together."""
+    """The functions of a step, compiled one by one or together."""
 
     begin: Any
     max_subnet: Any
@@ -93,43 +98,60 @@ class StepFns(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What is fixed during a run."""
+    """Constants of a run."""
 
-    model: nn.Module
-    table: LayerTable
+    net: Supernet
     options: Options
-    parts: BatchPartition
+    partition: BatchPartition
+
+    @property
+    def table(self) -> LayerTable:
+        """Layers of the supernet."""
+        return self.net.table
 
 
-def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
+def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds RFQuant for a model, its layer table and the length of a run."""
     if not any(layer.searchable for layer in table.layers):
         raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
     table = table.with_bn_banks("pair" if options.norm_banks else "shared")
     optimizer = make_optimizer(table, options, run)
-    context = Context(model, table, options, run.parts)
-    carried = Carry(parts.OWN, parts.SHARED)  # pyright: ignore[reportArgumentType]
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    context = Context(net, options, run.partition)
+    carried = Carry(grad_accumulation.SHARDED, grad_accumulation.REPLICATED)  # pyright: ignore[reportArgumentType]
     step_fns = StepFns(
         functools.partial(_begin, table, options, run),
-        parts.shard_map_over_devices(
-            run.parts,
+        grad_accumulation.shard_map_over_devices(
+            run.partition,
             functools.partial(_max_subnet, context),
-            takes=[carried, parts.SHARED, parts.SHARED, parts.OWN, parts.SHARED],
-            gives=(carried, parts.OWN, parts.SHARED),
+            in_specs=[
+                carried,
+                grad_accumulation.REPLICATED,
+                grad_accumulation.REPLICATED,
+                grad_accumulation.SHARDED,
+                grad_accumulation.REPLICATED,
+            ],
+            out_specs=(carried, grad_accumulation.SHARDED, grad_accumulation.REPLICATED),
         ),
-        parts.shard_map_over_devices(
-            run.parts,
+        grad_accumulation.shard_map_over_devices(
+            run.partition,
             functools.partial(_random_subnet, context),
-            takes=[carried, parts.SHARED, parts.SHARED, parts.OWN, parts.OWN]
-            + [parts.SHARED, parts.SHARED],
-            gives=(carried, parts.SHARED),
+            in_specs=[
+                carried,
+                grad_accumulation.REPLICATED,
+                grad_accumulation.REPLICATED,
+                grad_accumulation.SHARDED,
+                grad_accumulation.SHARDED,
+            ]
+            + [grad_accumulation.REPLICATED, grad_accumulation.REPLICATED],
+            out_specs=(carried, grad_accumulation.REPLICATED),
         ),
         functools.partial(_finish, context, optimizer),
     )
 
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
         del labels
-        made = supernet.init(model, table, variables, images)
+        made = net.init(variables, images)
         average = jax.tree.map(jnp.array, made) if options.ema_decay > 0 else None
         opt_state = optimizer.init(made.trainable)
         return TrainState(
@@ -156,14 +178,14 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         on_epoch=on_epoch,
         eval_bits=_eval_bits(table),
         variables=lambda state: state.variables if state.average is None else state.average,
-        predict=functools.partial(supernet.predict, model, table, quantizer=lsq.QUANTIZER),
-        quantizer=lsq.QUANTIZER,
-        read=float_variables,
+        predict=net.apply,
+        net=net,
+        load_warm_start=float_variables,
     )
 
 
 def _eval_bits(table: LayerTable) -> dict[str, BitConfig | None]:
-    """Names the uniform configurations of the highest, the middle and the lowest bits."""
+    """Names the uniform configurations of the most, the middle and the fewest bits."""
     choices = table.bank_bits
     levels = sorted({choices[0], choices[len(choices) // 2], choices[-1]}, reverse=True)
     return {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in levels}
@@ -180,16 +202,18 @@ def _compiled_step(step_fns: StepFns, context: Context):
             jax.jit(step_fns.random_subnet, donate_argnums=0),
             jax.jit(step_fns.finish, donate_argnums=0),
         )
-        return functools.partial(_step, compiled, context, parts.called)
+        return functools.partial(_step, compiled, context, grad_accumulation.called)
     # The name shows in the count of compilations.
-    step = functools.wraps(_step)(functools.partial(_step, step_fns, context, parts.LOOPS[loop]))
+    step = functools.wraps(_step)(
+        functools.partial(_step, step_fns, context, grad_accumulation.LOOPS[loop])
+    )
     return jax.jit(step, donate_argnums=0)
 
 
 def _step(
     step_fns: StepFns,
     context: Context,
-    loop: parts.Loop,
+    loop: grad_accumulation.Loop,
     state: TrainState,
     batch: Batch,
     key: Key[Array, ""],
@@ -205,23 +229,27 @@ def _step(
         carry, of_subnets = loop(subnet, carry, context.options.random_subnets)
         return carry, (metrics, of_subnets)
 
-    carry, (metrics, of_subnets) = loop(micro_batch, carry, context.parts.micro_batches)
+    carry, (metrics, of_subnets) = loop(micro_batch, carry, context.partition.micro_batches)
     means = {name: jnp.mean(values) for name, values in {**metrics, **of_subnets}.items()}
     return step_fns.finish(state, carry, plan, means)
 
 
-def _begin(table: LayerTable, options: Options, run: Run, state: TrainState, batch: Batch, key):
-    """Returns plan, examples, the whole supernet, and what the first subnet is given."""
+def _begin(
+    table: LayerTable, options: Options, run: TrainingInfo, state: TrainState, batch: Batch, key
+):
+    """Prepares a step: its plan, examples, gathered supernet, and the first carry."""
     image_key, bits_key, dropout_key = jax.random.split(key, 3)
     plan = _plan(table, options, run, state, bits_key, dropout_key)
     examples = Examples(run.prepare(batch, image_key), batch["label"])
-    variables = parts.gathered(run.parts, state.variables)
-    start = Carry(parts.no_gradient(run.parts, variables.trainable), variables.batch_stats)
+    variables = grad_accumulation.all_gather_params(run.partition, state.variables)
+    start = Carry(
+        grad_accumulation.zero_grads(run.partition, variables.trainable), variables.batch_stats
+    )
     return plan, examples, variables, start
 
 
 def _plan(
-    table: LayerTable, options: Options, run: Run, state: TrainState, bits_key, dropout_key
+    table: LayerTable, options: Options, run: TrainingInfo, state: TrainState, bits_key, dropout_key
 ) -> StepPlan:
     draw = functools.partial(bit_configs.sample, candidates=table.candidates, mask=state.mask)
     keys = jax.random.split(bits_key, options.random_subnets)
@@ -229,10 +257,10 @@ def _plan(
     two_bit = jnp.sum((configs.weights == terms.TWO_BITS).astype(jnp.float32), axis=0)
     return StepPlan(
         dropout_key=dropout_key,
-        max_config=table.apply_ties(bit_configs.largest(table.candidates, state.mask)),
+        max_config=table.apply_ties(bit_configs.max_config(table.candidates, state.mask)),
         configs=configs,
         min_weight_bits=jnp.asarray(
-            table.apply_ties(bit_configs.smallest(table.candidates, state.mask)).weights
+            table.apply_ties(bit_configs.min_config(table.candidates, state.mask)).weights
         ),
         qe_weight=quantization_error_weight(state.step, options=options, steps=run.steps),
         two_bit_weights=(
@@ -242,29 +270,26 @@ def _plan(
 
 
 def quantization_error_weight(step: Array, *, options: Options, steps: int) -> Float[Array, ""]:
-    """Returns the weight of the quantization-error loss: 0, then a cosine up to `qe_weight`."""
+    """Computes the weight of the quantization-error loss: 0, then a cosine up to `qe_weight`."""
     start = options.qe_start * steps
     progress = jnp.clip((step.astype(jnp.float32) - start) / max(steps - start, 1.0), 0.0, 1.0)
     return options.qe_weight * 0.5 * (1 - jnp.cos(jnp.pi * progress))
 
 
 def _forward(context: Context, trainable, batch_stats, signed, bits, images, dropout_key):
-    """Returns the logits, the banks of statistics after the call, and the captured features."""
-    model, table, options, divided = context
-    variables = supernet.SupernetState(trainable, batch_stats, signed)
+    """Computes logits, the norm banks after the call, and the captured features."""
+    net, table, options = context.net, context.table, context.options
+    state = SupernetState(trainable, batch_stats, signed)
     scale = options.scale_step_gradient
-    selected = supernet.select(table, variables, bits, scale_step_gradient=scale)
-    out = supernet.apply(
-        model,
-        table,
-        selected,
+    out = net.forward(
+        net.select(state, bits, scale_step_gradient=scale),
         images,
         train=True,
         scale_step_gradient=scale,
         dropout_key=dropout_key,
-        part=divided.seen,
+        shard=context.partition.shard,
     )
-    stats = supernet.scatter_batch_stats(table, batch_stats, bits, out.batch_stats)
+    stats = bn_banks.scatter(table, batch_stats, bits, out.batch_stats)
     if options.idm_weight == 0:
         return out.logits, stats, {}
     return out.logits, stats, terms.pick_features(table, out.features, options.idm_features)
@@ -273,13 +298,13 @@ def _forward(context: Context, trainable, batch_stats, signed, bits, images, dro
 def _max_subnet(
     context: Context,
     carry: Carry,
-    variables: supernet.SupernetState,
+    variables: SupernetState,
     plan: StepPlan,
     examples: Examples,
     part: Int[Array, ""],
 ):
-    images, labels = parts.micro_batch(context.parts, examples, part)
-    dropout_key = parts.shard_key(context.parts, plan.dropout_key, part)
+    images, labels = grad_accumulation.micro_batch(context.partition, examples, part)
+    dropout_key = grad_accumulation.shard_key(context.partition, plan.dropout_key, part)
 
     def loss_of(trainable):
         logits, stats, features = _forward(
@@ -298,14 +323,14 @@ def _max_subnet(
 
     (loss, (stats, teacher)), own = jax.value_and_grad(loss_of, has_aux=True)(variables.trainable)
     metrics = {"loss_max": loss, "accuracy_max": classification.accuracy(teacher.logits, labels)}
-    carry = Carry(parts.plus(carry.gradient, own), stats)
-    return carry, teacher, parts.mean_over_devices(context.parts, metrics)
+    carry = Carry(grad_accumulation.accumulate(carry.gradient, own), stats)
+    return carry, teacher, grad_accumulation.mean_over_devices(context.partition, metrics)
 
 
 def _random_subnet(
     context: Context,
     carry: Carry,
-    variables: supernet.SupernetState,
+    variables: SupernetState,
     plan: StepPlan,
     examples: Examples,
     teacher: Teacher,
@@ -313,8 +338,8 @@ def _random_subnet(
     index: Int[Array, ""],
 ):
     table, options = context.table, context.options
-    images, labels = parts.micro_batch(context.parts, examples, part)
-    dropout_key = parts.shard_key(context.parts, plan.dropout_key, part)
+    images, labels = grad_accumulation.micro_batch(context.partition, examples, part)
+    dropout_key = grad_accumulation.shard_key(context.partition, plan.dropout_key, part)
     bits = jax.tree.map(lambda leaf: leaf[index], plan.configs)
     soft = options.soft_label_weight
 
@@ -348,22 +373,22 @@ def _random_subnet(
 
     own, (stats, metrics) = jax.grad(loss_of, has_aux=True)(variables.trainable)
     named = {f"{name}_subnets": value for name, value in metrics.items()}
-    carry = Carry(parts.plus(carry.gradient, own), stats)
-    return carry, parts.mean_over_devices(context.parts, named)
+    carry = Carry(grad_accumulation.accumulate(carry.gradient, own), stats)
+    return carry, grad_accumulation.mean_over_devices(context.partition, named)
 
 
 def _finish(context: Context, optimizer, state: TrainState, carry: Carry, plan: StepPlan, metrics):
     table, options = context.table, context.options
-    gradient = parts.reduced(context.parts, carry.gradient)
+    gradient = grad_accumulation.reduce_mean(context.partition, carry.gradient)
     if options.gradient == "mean":
         gradient = jax.tree.map(lambda leaf: leaf / (options.random_subnets + 1), gradient)
     every = jax.tree.map(
         lambda one, rest: jnp.concatenate([one[None], rest]), plan.max_config, plan.configs
     )
-    used = supernet.update_mask(table, gradient.params, every)
+    used = context.net.update_mask(gradient.params, every)
     trainable = state.variables.trainable
     updates, opt_state = optimizer.update(gradient, state.opt_state, trainable, used=used)
-    trainable = supernet.clip_step_sizes(jax.tree.map(jnp.add, trainable, updates))
+    trainable = clip_step_sizes(jax.tree.map(jnp.add, trainable, updates))
     variables = state.variables._replace(trainable=trainable, batch_stats=carry.batch_stats)
     average = state.average
     if average is not None:
@@ -373,7 +398,7 @@ def _finish(context: Context, optimizer, state: TrainState, carry: Carry, plan: 
             batch_stats=_ema(average.batch_stats, variables.batch_stats, decay),
         )
     moved = TrainState(state.step + 1, variables, average, opt_state, state.mask)
-    return parts.kept(context.parts, moved), metrics
+    return grad_accumulation.constrain_state(context.partition, moved), metrics
 
 
 def _ema(old: PyTree, new: PyTree, decay: Array) -> PyTree:
@@ -381,12 +406,12 @@ def _ema(old: PyTree, new: PyTree, decay: Array) -> PyTree:
 
 
 def make_optimizer(
-    table: LayerTable, options: Options, run: Run
+    table: LayerTable, options: Options, run: TrainingInfo
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns clip by value, then SGD-Nesterov or AdamW for parameters and Adam for step sizes.
+    """Makes the optimizer: clipping, SGD-Nesterov or AdamW for parameters, Adam for step sizes.
 
     Weight decay acts on convolution kernels only. Rows of norms and step sizes that no subnet of
-    the step used stay as they are; `update` takes them as `used` (`supernet.update_mask`).
+    the step used stay as they are; `update` takes them as `used` (`Supernet.update_mask`).
     """
     rate = optim.warmup_cosine(
         peak=options.learning_rate,
@@ -427,17 +452,17 @@ def make_optimizer(
     return optax.chain(optax.clip(options.clip_value), parted) if options.clip_value else parted
 
 
-def _group(table: LayerTable, trainable: supernet.TrainableParams) -> supernet.TrainableParams:
+def _group(table: LayerTable, trainable: TrainableParams) -> TrainableParams:
     """Labels every leaf with its optimizer."""
     conv_kernels = {f"{layer.name}/kernel" for layer in table.layers if layer.kind != "dense"}
 
     def of_param(path: str, leaf) -> str:
-        if linen.module_of(path) in table.bank_norms:
+        if paths.parent(path) in table.bank_norms:
             return "bn_banks"
         return "conv_kernels" if path in conv_kernels else "others"
 
-    params = linen.map_leaves(trainable.params, of_param)
-    return supernet.TrainableParams(params, "steps", "steps")
+    params = paths.map_leaves(trainable.params, of_param)
+    return TrainableParams(params, "steps", "steps")
 
 
 FAMILY = MethodFamily(options=Options, make=make)

@@ -2,23 +2,23 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import TrainableParams, choice_index
+from mpq_jax.supernet.supernet import kernels as layer_kernels
 
 TWO_BITS = 2
 
 
 def quantization_error(
     table: LayerTable,
-    trainable: supernet.TrainableParams,
+    trainable: TrainableParams,
     bits: BitConfig,
     lowest: Int[Array, " layers"],
 ) -> Float[Array, ""]:
@@ -56,7 +56,7 @@ def quantization_error(
 
 def two_bit_norm(
     table: LayerTable,
-    trainable: supernet.TrainableParams,
+    trainable: TrainableParams,
     bits: BitConfig,
     layer_weights: Float[Array, " layers"],
 ) -> Float[Array, ""]:
@@ -143,7 +143,7 @@ def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> 
 
     Args:
         table: the layers.
-        captured: `Output.features` of `supernet.apply`.
+        captured: `Output.features` of `Supernet.forward`.
         place: "norm_output"; "post_activation", its ReLU; or "block_output", the output of the
             module around the norm where the norm is the last one inside it, else its ReLU (what
             the published code measures, because its in-place operations overwrite the norms'
@@ -154,18 +154,18 @@ def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> 
     if place == "norm_output":
         return picked
     norms = list(table.searchable_norms)
-    picked |= {norm: nn.relu(captured[norm]) for norm in norms}
+    picked |= {norm: jax.nn.relu(captured[norm]) for norm in norms}
     if place == "block_output":
-        last = {linen.module_of(norm): norm for norm in norms}  # later norms replace earlier
+        last = {paths.parent(norm): norm for norm in norms}  # later norms replace earlier
         picked |= {norm: captured[block] for block, norm in last.items() if block in captured}
     return picked
 
 
 def _chosen_kernels(
-    table: LayerTable, trainable: supernet.TrainableParams, bits: BitConfig
+    table: LayerTable, trainable: TrainableParams, bits: BitConfig
 ) -> tuple[dict[int, Array], Any]:
     """Returns the kernels of layers with a choice by index, and each layer's constant step."""
-    choice = supernet.choice_index(table, jnp.asarray(bits.weights))
+    choice = choice_index(table, jnp.asarray(bits.weights))
     steps = jax.lax.stop_gradient(trainable.weight_step_sizes)[jnp.arange(len(table)), choice]
-    kernels = supernet.kernels(table, trainable.params)
+    kernels = layer_kernels(table, trainable.params)
     return {i: w for i, w in enumerate(kernels) if table.layers[i].searchable}, steps
