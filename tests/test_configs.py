@@ -205,10 +205,7 @@ def test_published_csq_fixes_scheme_and_bits_when_it_says(file):
     config = get_config(file)
     options = METHODS["csq"].options(**config.csq)
     phases = make_phases(
-        a_run(config),
-        freeze_scheme=options.freeze_scheme,
-        binarize=options.binarize,
-        rewind=options.rewind,
+        a_run(config), freeze_scheme=options.freeze_scheme, binarize=options.binarize, rewind=options.rewind
     )
     assert (phases.freeze_scheme, phases.binarize) == PUBLISHED_CSQ[file]
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
+from mpq_jax.program import linen
 
 
 class Net(nn.Module):

@@ -124,7 +124,7 @@ def test_tied_entries_move_together():
 def test_uniform_takes_the_nearest_allowed_bits(wanted, bits):
     space = space_of(FREE)
     assert BITS[space.uniform(wanted)].tolist() == bits
-    np.testing.assert_array_equal(BITS[space.largest()], bits_of(FREE.largest))
+    np.testing.assert_array_equal(BITS[space.largest()], bits_of(FREE.max_config))
     for which in ("tied", "groups"):
         config = space_of(TABLES[which]).uniform(wanted)
         TABLES[which].check(space.config(config))

@@ -1,52 +1,47 @@
+"""Supernets against a forward pass written by hand."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
+from helpers.tiny_supernets import (
+    CHOICES,
+    CONV,
+    DEPTHWISE,
+    HEAD,
+    IMAGES,
+    INIT,
+    MODEL,
+    SHAPE,
+    STEM,
+    TABLE,
+    make_float_variables,
+    quantize,
+)
 
 from mpq_jax.program import paths
-from mpq_jax.quantizers import QUANTIZERS, double_rounding, lsq
+from mpq_jax.program import linen
+from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import (
     FIRST_LAST_8BIT,
-    FIRST_LAST_FLOAT,
     Rule,
     bit_rules,
     trace_layers,
 )
 
-CHOICES = (4, 3, 2)
+
+@pytest.fixture(scope="module")
+def float_variables():
+    return make_float_variables()
+
+
 PAIRS = [(w, a) for w in CHOICES for a in CHOICES]
 EPSILON = 1e-5  # nn.BatchNorm's
-STEM, CONV, DEPTHWISE, HEAD = range(4)
-INIT = jax.jit(supernet.init, static_argnums=(0, 1))
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, *, train):
-        y = nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)
-        return x + nn.BatchNorm(use_running_average=not train, name="norm")(y)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, *, train):
-        x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="stem")(x))
-        x = Block(name="block")(x, train=train)
-        x = nn.Conv(4, (3, 3), feature_group_count=4, use_bias=False, name="depthwise")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
-        return nn.Dense(3, name="head")(x.mean((1, 2)))
-
-
-MODEL = Net()
-RULES = bit_rules(CHOICES)
-TABLE = trace_layers(MODEL, (8, 8, 2), rules=RULES)
 KEY = jax.random.key(0)
-SHAPE = (8, 8, 2)
-IMAGES = jax.random.normal(jax.random.key(1), (8, 8, 8, 2))
 
 
 def disturb(tree, seed):
@@ -58,11 +53,6 @@ def disturb(tree, seed):
         return jnp.asarray(np.asarray(x) * factor + 0.1 * (factor - 1), jnp.float32)
 
     return jax.tree.map(change, tree)
-
-
-@pytest.fixture(scope="module")
-def float_variables():
-    return drawn_variables(MODEL, SHAPE, 2)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +68,7 @@ def distinct(made):
         made.trainable.params, lambda path, x: disturb(x, 5) if "norm" in path else x
     )
     trainable = supernet.TrainableParams(
-        params,
-        made.trainable.weight_step_sizes * steps[0],
-        made.trainable.act_step_sizes * steps[1],
+        params, made.trainable.weight_step_sizes * steps[0], made.trainable.act_step_sizes * steps[1]
     )
     return made._replace(trainable=trainable, batch_stats=disturb(made.batch_stats, 6))
 
@@ -116,11 +104,6 @@ def conv(x, kernel, strides=1, groups=1):
 def norm(x, params, stats, *, train):
     mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats["mean"], stats["var"])
     return (x - mean) / np.sqrt(var + EPSILON) * params["scale"] + params["bias"]
-
-
-def quantize(x, step, bits, signed):
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    return np.clip(np.round(x / step), low, high) * step
 
 
 def reference(float_or_supernet, bits, *, train):
@@ -211,9 +194,7 @@ def test_a_rule_overrides_the_signedness(float_variables, signed):
     high = 2**3 - 1 if signed else 2**4 - 1
     _, inputs, _ = reference(float_variables, None, train=True)
     wanted = 2 * np.abs(inputs[CONV]).mean() / np.sqrt(high)
-    np.testing.assert_allclose(
-        made.trainable.act_step_sizes[CONV, 1], wanted, rtol=1e-5
-    )  # float32 sum
+    np.testing.assert_allclose(made.trainable.act_step_sizes[CONV, 1], wanted, rtol=1e-5)  # float32 sum
 
 
 def test_all_norm_rows_start_as_copies_of_the_float_norm(made, float_variables):
@@ -340,10 +321,7 @@ def test_evaluation_mode_keeps_statistics_and_training_mode_moves_them(distinct,
     jax.tree.map(np.testing.assert_array_equal, after, before)
     x = reference(distinct, bits, train=True)[1][CONV]
     kernel = supernet.select(TABLE, distinct, bits).params["block"]["conv"]["kernel"]
-    y = conv(
-        quantize(x, np.asarray(distinct.trainable.act_step_sizes)[CONV, column(2)], 2, False),
-        kernel,
-    )
+    y = conv(quantize(x, np.asarray(distinct.trainable.act_step_sizes)[CONV, column(2)], 2, False), kernel)
     moved = forward.call(distinct, bits, train=True).batch_stats["block"]["norm"]
     # momentum 0.99 is nn.BatchNorm's; its variance is a difference of float32 means
     for name, value in {"mean": y.mean((0, 1, 2)), "var": y.var((0, 1, 2))}.items():
@@ -476,362 +454,3 @@ def test_a_users_own_model_works_unchanged(model, eval_mode):
 def test_published_rules_leave_the_first_input_float():
     table = trace_layers(MODEL, (8, 8, 2), rules=FIRST_LAST_8BIT)
     assert [layer.float_acts for layer in table.layers] == [True, False, False, False]
-
-
-# Norm rows of every kind, by brute force.
-
-ROW_NAMES = {
-    "shared": lambda weights, acts, previous: (),
-    "weights": lambda weights, acts, previous: (weights,),
-    "pair": lambda weights, acts, previous: (weights, acts),
-    "transition": lambda weights, acts, previous: (weights, previous),
-}
-NORMS = {"block/norm": CONV, "norm": DEPTHWISE}
-
-
-def numbered(tree):
-    """Gives every element of every leaf a number of its own."""
-    leaves, structure = jax.tree.flatten(tree)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    numbers = [
-        np.arange(end - leaf.size, end, dtype=np.float32).reshape(leaf.shape) + np.float32(1)
-        for leaf, end in zip(leaves, ends, strict=True)
-    ]
-    return structure.unflatten([jnp.asarray(leaf) for leaf in numbers])
-
-
-def numbered_supernet(table, float_variables):
-    """A supernet in which no two values of norms are the same, whatever rows it has."""
-    rows = (len(CHOICES),) * len(table.bank_axes)
-
-    def widened(tree):
-        return numbered(
-            paths.map_leaves(
-                tree, lambda path, x: jnp.zeros(rows + x.shape) if "norm" in path else x
-            )
-        )
-
-    steps = jnp.full((len(table), len(table.candidates)), 0.1)
-    trainable = supernet.TrainableParams(widened(float_variables["params"]), steps, steps)
-    return supernet.SupernetState(
-        trainable, widened(float_variables["batch_stats"]), jnp.ones(len(table), bool)
-    )
-
-
-def named_row(kind, norm, bits):
-    """Returns the row that a configuration names: by its own bits, and by those before it."""
-    own = NORMS[norm]
-    previous = CONV  # the depthwise layer's; the first layer with a choice is its own
-    places = [bits.weights[own], bits.acts[own], bits.weights[previous]]
-    return ROW_NAMES[kind](*(CHOICES.index(int(place)) for place in places))
-
-
-# What the rows of both norms hang on: weights and inputs of both layers.
-SEVERAL = [
-    BitConfig(jnp.array([8, w, d, 8], jnp.int32), jnp.array([8, a, b, 8], jnp.int32))
-    for w, d, a, b in [(4, 2, 3, 4), (2, 4, 2, 3), (3, 3, 4, 2), (2, 3, 4, 4)]
-]
-
-
-@pytest.mark.parametrize("kind", ROW_NAMES)
-def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
-    table = TABLE.with_bn_banks(kind)
-    made = numbered_supernet(table, float_variables)
-    stats, params = paths.flatten(made.batch_stats), paths.flatten(made.trainable.params)
-    marked = {norm: np.zeros((len(CHOICES),) * len(table.bank_axes), bool) for norm in NORMS}
-    for bits in SEVERAL:
-        selected = supernet.select(table, made, bits)
-        float_model = supernet.plain(table, made, bits)
-        after = jax.tree.map(lambda leaf: -leaf, selected.batch_stats)
-        scattered = paths.flatten(
-            supernet.scatter_batch_stats(table, made.batch_stats, bits, after)
-        )
-        for norm in NORMS:
-            place = named_row(kind, norm, bits)
-            marked[norm][place] = True
-            for source, found, plain in (
-                (params, selected.params, float_model["params"]),
-                (stats, selected.batch_stats, float_model["batch_stats"]),
-            ):
-                for path in (path for path in source if paths.parent(path) == norm):
-                    wanted = np.asarray(source[path])[place]
-                    np.testing.assert_array_equal(paths.flatten(found)[path], wanted, strict=True)
-                    np.testing.assert_array_equal(paths.flatten(plain)[path], wanted, strict=True)
-            for path in (path for path in stats if paths.parent(path) == norm):
-                wanted = np.array(stats[path])
-                wanted[place] *= -1
-                np.testing.assert_array_equal(scattered[path], wanted, strict=True)
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *SEVERAL)
-    used = paths.flatten(supernet.update_mask(table, made.trainable.params, together).params)
-    for norm in NORMS:
-        for name in ("scale", "bias"):
-            np.testing.assert_array_equal(used[f"{norm}/{name}"], marked[norm])
-
-
-@pytest.mark.parametrize("kind", ROW_NAMES)
-def test_plain_returns_float_kernels(float_variables, kind):
-    table = TABLE.with_bn_banks(kind)
-    made = INIT(MODEL, table, float_variables, IMAGES)
-    for bits in SEVERAL[:2]:
-        found = supernet.plain(table, made, bits)
-        jax.tree.map(np.testing.assert_array_equal, found, dict(float_variables))
-
-
-def test_norms_per_precision_become_norms_per_pair_of_precisions(float_variables):
-    held = numbered_supernet(TABLE.with_bn_banks("weights"), float_variables)
-    table = TABLE.with_bn_banks("transition")
-    made = supernet.expand_bn_banks(table, held)
-    pairs = [
-        (made.trainable.params, held.trainable.params),
-        (made.batch_stats, held.batch_stats),
-    ]
-    for found, source in pairs:
-        source = paths.flatten(source)
-        for path, leaf in paths.flatten(found).items():
-            if paths.parent(path) not in NORMS:
-                np.testing.assert_array_equal(leaf, source[path])
-                continue
-            assert leaf.shape == (3, 3, 4)
-            for own in range(3):
-                for previous in range(3):
-                    np.testing.assert_array_equal(leaf[own, previous], source[path][own])
-    np.testing.assert_array_equal(
-        made.trainable.weight_step_sizes, held.trainable.weight_step_sizes
-    )
-    np.testing.assert_array_equal(made.signed, held.signed)
-    # The float model in it is the same before the rows are repeated and after.
-    for bits in SEVERAL:
-        before, after = (supernet.plain(table, variables, bits) for variables in (held, made))
-        jax.tree.map(np.testing.assert_array_equal, before, after)
-
-
-@pytest.mark.parametrize(("few", "many"), [("shared", "weights"), ("shared", "transition")])
-def test_one_norm_is_repeated_for_every_row(float_variables, few, many):
-    held = numbered_supernet(TABLE.with_bn_banks(few), float_variables)
-    table = TABLE.with_bn_banks(many)
-    made = supernet.expand_bn_banks(table, held)
-    rows = (3,) * len(table.bank_axes)
-    stats = paths.flatten(held.batch_stats)
-    for path, leaf in paths.flatten(made.batch_stats).items():
-        np.testing.assert_array_equal(leaf, np.broadcast_to(stats[path], (*rows, 4)))
-
-
-@pytest.mark.parametrize("kind", ROW_NAMES)
-def test_rows_that_are_already_there_are_not_repeated(float_variables, kind):
-    table = TABLE.with_bn_banks(kind)
-    held = numbered_supernet(table, float_variables)
-    jax.tree.map(np.testing.assert_array_equal, supernet.expand_bn_banks(table, held), held)
-
-
-def test_rows_of_other_bits_are_refused(float_variables):
-    held = numbered_supernet(TABLE.with_bn_banks("weights"), float_variables)
-    other = trace_layers(MODEL, (8, 8, 2), rules=bit_rules((6, 4, 3, 2)))
-    message = r"'block/norm/bias' has rows \[3\]; wanted at most 2 axes of 4 rows.*\(6, 4, 3, 2\)"
-    with pytest.raises(ValueError, match=message):
-        supernet.expand_bn_banks(other.with_bn_banks("transition"), held)
-
-
-def test_more_row_axes_than_the_table_has_are_refused(float_variables):
-    held = numbered_supernet(TABLE.with_bn_banks("transition"), float_variables)
-    with pytest.raises(ValueError, match=r"has rows \[3, 3\]; wanted at most 1 axes of 3 rows"):
-        supernet.expand_bn_banks(TABLE.with_bn_banks("weights"), held)
-
-
-# One step size for all bits, and float kernels.
-
-FLOAT_ENDS = trace_layers(
-    MODEL, (8, 8, 2), rules=bit_rules(CHOICES, first_last=FIRST_LAST_FLOAT)
-).with_bn_banks("weights")
-
-
-def double_rounded(w, step, bits, max_bits):
-    """The two roundings, in float64 (the inputs hold no tie)."""
-    w, step = np.asarray(w, np.float64), float(step)
-    stored = np.clip(np.round(w / step), -(2 ** (max_bits - 1)), 2 ** (max_bits - 1) - 1)
-    ratio = 2 ** (max_bits - bits)
-    lower = np.clip(np.round(stored / ratio), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return lower * step * ratio
-
-
-@pytest.fixture(scope="module")
-def float_ends(float_variables):
-    """A supernet with float ends, of different step sizes everywhere."""
-    made = INIT(MODEL, FLOAT_ENDS, float_variables, IMAGES)
-    factors = np.random.default_rng(3).uniform(0.7, 1.3, (2, *made.trainable.act_step_sizes.shape))
-    trainable = made.trainable._replace(
-        weight_step_sizes=made.trainable.weight_step_sizes * jnp.asarray(factors[0], jnp.float32),
-        act_step_sizes=made.trainable.act_step_sizes * jnp.asarray(factors[1], jnp.float32),
-    )
-    return made._replace(trainable=trainable)
-
-
-def float_ends_config(w, d):
-    bits = jnp.array([32, w, d, 32], jnp.int32)
-    return BitConfig(bits, bits)
-
-
-@pytest.mark.parametrize(("w", "d"), [(4, 4), (3, 2), (2, 3)])
-def test_double_rounding_takes_the_step_size_of_the_highest_bits(float_ends, w, d):
-    quantizer = double_rounding.QUANTIZER
-    bits = float_ends_config(w, d)
-    selected = supernet.select(FLOAT_ENDS, float_ends, bits, quantizer=quantizer)
-    kernels = supernet.kernels(FLOAT_ENDS, float_ends.trainable.params)
-    found = supernet.kernels(FLOAT_ENDS, selected.params)
-    max_bits = FLOAT_ENDS.candidates.index(4)
-    for layer, own in ((CONV, w), (DEPTHWISE, d)):
-        step = float_ends.trainable.weight_step_sizes[layer, max_bits]
-        wanted = double_rounded(kernels[layer], step, own, 4)
-        np.testing.assert_allclose(found[layer], wanted, rtol=1e-6)  # float32 products
-        assert len(np.unique(found[layer])) <= 2**own
-    for layer in (STEM, HEAD):  # float
-        np.testing.assert_array_equal(found[layer], kernels[layer])
-    steps = supernet.chosen_weight_steps(
-        FLOAT_ENDS, float_ends.trainable, bits.weights, quantizer=quantizer
-    )
-    np.testing.assert_array_equal(
-        steps[CONV], float_ends.trainable.weight_step_sizes[CONV, max_bits]
-    )
-    np.testing.assert_array_equal(
-        steps[DEPTHWISE], float_ends.trainable.weight_step_sizes[2, max_bits]
-    )
-
-
-@pytest.mark.parametrize("name", ["double_rounding", "double_rounding_unshared", "lsq"])
-def test_only_the_step_sizes_that_serve_get_a_gradient_and_are_marked(float_ends, name):
-    quantizer, bits = QUANTIZERS[name], float_ends_config(3, 2)
-
-    @jax.jit
-    @jax.grad
-    def gradient(trainable):
-        variables = float_ends._replace(trainable=trainable)
-        selected = supernet.select(FLOAT_ENDS, variables, bits, quantizer=quantizer)
-        out = supernet.apply(MODEL, FLOAT_ENDS, selected, IMAGES, train=True, quantizer=quantizer)
-        return jnp.sum(out.logits**2)
-
-    found = gradient(float_ends.trainable)
-    one = jax.tree.map(lambda leaf: leaf[None], bits)
-    used = supernet.update_mask(FLOAT_ENDS, float_ends.trainable.params, one, quantizer=quantizer)
-    index = FLOAT_ENDS.candidates.index
-    serving = (4, 4) if name == "double_rounding" else (3, 2)
-    wanted = [[CONV, index(serving[0])], [DEPTHWISE, index(serving[1])]]
-    assert np.argwhere(found.weight_step_sizes).tolist() == wanted
-    assert np.argwhere(used.weight_step_sizes).tolist() == wanted
-    wanted = [[CONV, index(3)], [DEPTHWISE, index(2)]]  # each precision has its own
-    assert np.argwhere(found.act_step_sizes).tolist() == wanted
-    assert np.argwhere(used.act_step_sizes).tolist() == wanted
-    flat = paths.flatten(found.params)
-    assert all(np.all(flat[f"{name}/kernel"]) for name in ("stem", "head"))  # straight through
-    assert all(paths.flatten(used.params)[f"{name}/kernel"] for name in FLOAT_ENDS.names)
-
-
-def test_the_highest_bits_are_those_of_the_layer(float_variables):
-    rules = [Rule("^depthwise$", weights=(3, 2), acts=(4, 3, 2)), Rule(weights=CHOICES, acts=8)]
-    table = trace_layers(MODEL, (8, 8, 2), rules=rules)
-    made = INIT(MODEL, table, float_variables, IMAGES)
-    bits = BitConfig(jnp.full(4, 2, jnp.int32), jnp.array([8, 8, 2, 8], jnp.int32))
-    selected = supernet.select(table, made, bits, quantizer=double_rounding.QUANTIZER)
-    kernels = supernet.kernels(table, made.trainable.params)
-    for layer, max_bits in enumerate((4, 4, 3, 4)):
-        step = made.trainable.weight_step_sizes[layer, table.candidates.index(max_bits)]
-        wanted = double_rounded(kernels[layer], step, 2, max_bits)
-        found = supernet.kernels(table, selected.params)[layer]
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
-
-
-def test_float_layers_do_not_read_their_step_sizes(float_ends):
-    @jax.jit
-    def logits(trainable):
-        variables = float_ends._replace(trainable=trainable)
-        selected = supernet.select(
-            FLOAT_ENDS, variables, float_ends_config(4, 2), quantizer=double_rounding.QUANTIZER
-        )
-        return supernet.apply(MODEL, FLOAT_ENDS, selected, IMAGES, train=False).logits
-
-    trainable = float_ends.trainable
-    ends = jnp.array([STEM, HEAD])
-    broken = trainable._replace(
-        weight_step_sizes=trainable.weight_step_sizes.at[ends].set(jnp.nan),
-        act_step_sizes=trainable.act_step_sizes.at[ends].set(jnp.nan),
-    )
-    np.testing.assert_array_equal(logits(broken), logits(trainable))
-
-
-# Kernels that are quantized once for many subnets.
-
-OTHER_HIGHEST = [
-    Rule("^block/conv$", weights=(4, 2), acts=(3, 2)),
-    Rule("^depthwise$", weights=(3, 2), acts=(4, 3)),
-    Rule("^stem$", weights=8, acts=32, float_acts=True),
-    Rule(weights=4, acts=8),
-]
-QUANTIZE = jax.jit(supernet.quantize_kernels, static_argnames=("table", "quantizer"))
-SELECT = jax.jit(supernet.select, static_argnums=0, static_argnames="quantizer")
-SELECT_QUANTIZED = jax.jit(supernet.select_quantized, static_argnums=0)
-
-
-def rowed_supernet(table, float_variables, seed):
-    """A supernet in which no two rows and no two step sizes are the same."""
-    made = numbered_supernet(table, float_variables)
-    generator = np.random.default_rng(seed)
-    steps = [
-        jnp.asarray(generator.uniform(0.02, 0.2, (len(table), len(table.candidates))), jnp.float32)
-        for _ in range(2)
-    ]
-    params = paths.flatten(made.trainable.params)
-    for path in params:
-        if path.endswith("kernel"):
-            params[path] = paths.flatten(float_variables["params"])[path]
-    return made._replace(trainable=supernet.TrainableParams(paths.unflatten(params), *steps))
-
-
-def allowed_configs(table, seed, count=6):
-    """Some configurations in which every candidate of every tensor comes up."""
-    generator = np.random.default_rng(seed)
-    bits = np.stack(
-        [
-            [generator.permutation(np.resize(candidates, count)) for candidates in both]
-            for layer in table.layers
-            for both in [(layer.weight_candidates, layer.act_candidates)]
-        ]
-    )
-    return [BitConfig(*jnp.asarray(bits[..., i].T, jnp.int32)) for i in range(count)]
-
-
-QUANTIZED_TABLES = {
-    "pair": TABLE,
-    "shared": TABLE.with_bn_banks("shared"),
-    "transition": TABLE.with_bn_banks("transition"),
-    "float ends": FLOAT_ENDS,
-    "other highest": trace_layers(MODEL, SHAPE, rules=OTHER_HIGHEST),
-}
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("kind", QUANTIZED_TABLES)
-def test_kernels_that_were_quantized_before_make_the_same_subnets(float_variables, kind, name):
-    table, quantizer = QUANTIZED_TABLES[kind], QUANTIZERS[name]
-    made = rowed_supernet(table, float_variables, 7)
-    quantized = QUANTIZE(table, made.trainable, quantizer=quantizer)
-    assert {path: len(kernels) for path, kernels in quantized.items()} == {
-        layer.name: len(layer.weight_candidates)
-        for layer in table.layers
-        if not layer.float_weights
-    }
-    for bits in allowed_configs(table, 8):
-        table.check(bits)
-        found = SELECT_QUANTIZED(table, made, quantized, bits)
-        wanted = SELECT(table, made, bits, quantizer=quantizer)
-        assert jax.tree.structure(found) == jax.tree.structure(wanted)
-        jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-def test_quantized_kernels_are_in_the_order_of_the_candidates(float_variables):
-    table = QUANTIZED_TABLES["other highest"]
-    made = rowed_supernet(table, float_variables, 7)
-    quantized = QUANTIZE(table, made.trainable, quantizer=lsq.QUANTIZER)
-    for index, layer in enumerate(table.layers):
-        w = paths.flatten(float_variables["params"])[f"{layer.name}/kernel"]
-        for kernel, bits in zip(quantized[layer.name], layer.weight_candidates, strict=True):
-            step = made.trainable.weight_step_sizes[index, table.candidates.index(bits)]
-            wanted = quantize(np.asarray(w), np.asarray(step), bits, True)
-            np.testing.assert_array_equal(kernel, wanted)
