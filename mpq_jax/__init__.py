@@ -1,1 +1,1 @@
-"""Mixed bit-width quantisation in JAX: train once, then search the bits of every layer."""
+"""Mixed bit-width quantization in JAX: train once, then search the bits of every layer."""

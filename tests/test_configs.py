@@ -205,9 +205,9 @@ def test_published_csq_fixes_scheme_and_bits_when_it_says(file):
     config = get_config(file)
     options = METHODS["csq"].options(**config.csq)
     phases = make_phases(
-        a_run(config), ticket=options.ticket, harden=options.harden, rewind=options.rewind
+        a_run(config), freeze_scheme=options.freeze_scheme, binarize=options.binarize, rewind=options.rewind
     )
-    assert (phases.ticket, phases.harden) == PUBLISHED_CSQ[file]
+    assert (phases.freeze_scheme, phases.binarize) == PUBLISHED_CSQ[file]
 
 
 @pytest.mark.parametrize("file", CSQ)
@@ -222,7 +222,7 @@ def test_grown_and_uniform_schemes_fit_the_network(file):
         assert [layer.name for layer in grown] == [
             layer.name for layer in with_choice if not layer.float_weights
         ]
-        assert {layer.highest for layer in grown} == {planes}
+        assert {layer.max_bits for layer in grown} == {planes}
 
 
 @every_file

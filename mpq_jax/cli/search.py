@@ -54,7 +54,7 @@ COST_UNITS = {
     "mean_bits": ((1, "mean bits"),),
     "latency": ((1, "s"), (1e-3, "ms"), (1e-6, "us")),
 }
-MEASURED = "measured"  # objective of the integer programme that comes from scores
+MEASURED = "measured"  # objective of the integer program that comes from scores
 OPTIONS = {  # what each strategy takes from config.search
     "greedy": ("start_bits", "patience"),
     "exchange": ("rounds", "proposals", "tenure"),
@@ -97,8 +97,8 @@ def check_words(config: Config) -> None:
 
 
 def read_supernet(
-    setup: train.Setup, config: Config, workdir: pathlib.Path
-) -> tuple[int, supernet.Variables]:
+    setup: train.Experiment, config: Config, workdir: pathlib.Path
+) -> tuple[int, supernet.SupernetState]:
     """Returns the step of the newest checkpoint of the workdir, and its supernet."""
     if setup.method.quantizer is None:
         why = "found its bits itself" if setup.method.found else "has no bits"
@@ -142,7 +142,7 @@ class Bill(NamedTuple):
     of: Callable[[BitConfig], float]
 
 
-def make_bill(setup: train.Setup, config: Config, kind: str) -> Bill:
+def make_bill(setup: train.Experiment, config: Config, kind: str) -> Bill:
     """Returns how one kind of budget is counted for this model."""
     table = setup.table
     if kind == "latency":
@@ -157,7 +157,7 @@ def make_bill(setup: train.Setup, config: Config, kind: str) -> Bill:
     return Bill(kind, cost, unit, label, functools.partial(costs.total, table, cost))
 
 
-def make_bills(setup: train.Setup, config: Config) -> dict[str, Bill]:
+def make_bills(setup: train.Experiment, config: Config) -> dict[str, Bill]:
     """Returns how each kind of budget is counted, as far as that is known or asked for."""
     asked = {config.search.budget, *(kind for kind, most in config.search.limits.items() if most)}
     return {
@@ -181,7 +181,7 @@ def within(table: LayerTable, limits: tuple[Limit, ...], bits: BitConfig) -> boo
     return all(costs.total(table, limit.cost, bits) <= limit.limit for limit in limits)
 
 
-def budget_list(setup: train.Setup, config: Config, bill: Bill) -> dict[str, float]:
+def budget_list(setup: train.Experiment, config: Config, bill: Bill) -> dict[str, float]:
     """Returns what each budget allows, by its name."""
     unknown = sorted(set(config.search.levels) - set(setup.table.bank_bits))
     if unknown:
@@ -211,7 +211,7 @@ def budget_list(setup: train.Setup, config: Config, bill: Bill) -> dict[str, flo
     return found
 
 
-def reach(setup: train.Setup, bill: Bill) -> tuple[float, float]:
+def reach(setup: train.Experiment, bill: Bill) -> tuple[float, float]:
     """Returns the smallest and the largest cost of any configuration."""
     pairs = costs.allowed_pairs(setup.table) & np.isfinite(bill.cost)
     return ilp.reachable(setup.table, Limit(bill.kind, bill.cost, np.inf), pairs)
@@ -231,7 +231,7 @@ def make_budgets(
     ]
 
 
-def make_scorer(setup: train.Setup, config: Config, variables) -> Score:
+def make_scorer(setup: train.Experiment, config: Config, variables) -> Score:
     """Returns the score of configurations on held-out images that a key draws."""
     images = make_images(setup, config)
     recalibrated = config.search.norms == "recalibrated"
@@ -250,8 +250,8 @@ def make_scorer(setup: train.Setup, config: Config, variables) -> Score:
     return lambda configs, key: score(configs, *images(key))
 
 
-def make_images(setup: train.Setup, config: Config) -> Callable[[Any], tuple[Any, Any]]:
-    """Returns `images(key)`: a batch of normalised held-out images, and labels."""
+def make_images(setup: train.Experiment, config: Config) -> Callable[[Any], tuple[Any, Any]]:
+    """Returns `images(key)`: a batch of normalized held-out images, and labels."""
     heldout = data.whole_split(setup.dataset, "heldout")
     images, labels = heldout["image"], heldout["label"]
     local = min(config.search.batch_size // jax.process_count(), len(images))
@@ -273,7 +273,9 @@ def make_images(setup: train.Setup, config: Config) -> Callable[[Any], tuple[Any
     return lambda key: drawn(words_of(key))
 
 
-def open_history(setup: train.Setup, config: Config, workdir: pathlib.Path, variables) -> History:
+def open_history(
+    setup: train.Experiment, config: Config, workdir: pathlib.Path, variables
+) -> History:
     """Opens the file of scores of this supernet, these images and this metric."""
     fingerprint = 0
     for leaf in jax.tree.leaves(variables):
@@ -294,7 +296,7 @@ def open_history(setup: train.Setup, config: Config, workdir: pathlib.Path, vari
 
 
 def make_find(
-    setup: train.Setup, config: Config, variables, bill: Bill, score: Score, path: list[Step]
+    setup: train.Experiment, config: Config, variables, bill: Bill, score: Score, path: list[Step]
 ) -> Callable[[list[Budget]], list[Found]]:
     """Returns `find(budgets)`: the configured strategy, which shows what it is doing."""
     table, key = setup.table, jax.random.key(config.seed)
@@ -325,32 +327,32 @@ def make_find(
     return find
 
 
-def hessian_objective(setup: train.Setup, config: Config, variables) -> np.ndarray:
+def hessian_objective(setup: train.Experiment, config: Config, variables) -> np.ndarray:
     """Returns the objective that config.search.objective makes of Hessian traces."""
     table = setup.table
     free = [len(layer.act_candidates) > 1 for layer in table.layers]
-    if (np.array(free) & (table.leaders[:, 0] != table.leaders[:, 1])).any():
+    if (np.array(free) & (table.group_leaders[:, 0] != table.group_leaders[:, 1])).any():
         raise ValueError(
             f"config.search.objective is {config.search.objective!r}, which knows only weights and "
             "would give every input its fewest bits; set config.search.tied, or fix the inputs by "
             f"config.bits.rules, or take {MEASURED!r}"
         )
     traces = layer_traces(setup, config, variables)
-    errors = sensitivity.weight_errors(table, variables.learned, quantizer=quantizer_of(setup))
+    errors = sensitivity.weight_errors(table, variables.trainable, quantizer=quantizer_of(setup))
     return objectives.OBJECTIVES[config.search.objective](
         table, traces / np.array([layer.params for layer in table.layers]), errors
     )
 
 
 def largest_step(cost: np.ndarray) -> float:
-    """Returns the largest difference between neighbouring costs of one layer."""
+    """Returns the largest difference between neighboring costs of one layer."""
     by_layer = [np.unique(row[np.isfinite(row)]) for row in cost]
     return max(float(np.diff(row).max(initial=0.0)) for row in by_layer)
 
 
-def layer_traces(setup: train.Setup, config: Config, variables) -> np.ndarray:
+def layer_traces(setup: train.Experiment, config: Config, variables) -> np.ndarray:
     """Returns the Hessian trace of each layer of the float model inside a supernet."""
-    plain = supernet.plain(setup.table, variables, setup.table.largest)
+    plain = supernet.plain(setup.table, variables, setup.table.max_config)
     count = max(1, config.search.trace_images // config.batch_size)
     read = setup.dataset.train_batches(0, steps=count)
     batches = [mesh.global_batch(batch, setup.mesh) for batch in read]
@@ -374,13 +376,13 @@ def layer_traces(setup: train.Setup, config: Config, variables) -> np.ndarray:
     return np.asarray(traces.mean)
 
 
-def quantizer_of(setup: train.Setup) -> Quantizer:
-    """Returns the quantiser of the method, which has one if it has bits."""
+def quantizer_of(setup: train.Experiment) -> Quantizer:
+    """Returns the quantizer of the method, which has one if it has bits."""
     assert setup.method.quantizer is not None
     return setup.method.quantizer
 
 
-def test_float(config: Config, setup: train.Setup) -> float | None:
+def test_float(config: Config, setup: train.Experiment) -> float | None:
     """Returns the test accuracy of the float model that the supernet started from, if known."""
     family = METHODS["plain"]
     plain = family.make(setup.model, setup.table, family.options(**config.plain), setup.run)
@@ -391,7 +393,7 @@ def test_float(config: Config, setup: train.Setup) -> float | None:
     return evaluate(variables, None, train.eval_batches(setup, "test")).accuracy
 
 
-def make_ready(setup: train.Setup, variables) -> Callable[[BitConfig], Any]:
+def make_ready(setup: train.Experiment, variables) -> Callable[[BitConfig], Any]:
     """Returns `ready(bits)`: the supernet with its norms re-estimated for a configuration, once.
 
     What is kept for each configuration are its statistics; the rest is the supernet's own.
@@ -417,7 +419,7 @@ def words_of_bits(bits: BitConfig) -> bytes:
 
 
 def make_measure(
-    setup: train.Setup, ready: Callable[[BitConfig], Any]
+    setup: train.Experiment, ready: Callable[[BitConfig], Any]
 ) -> Callable[[BitConfig, str], evaluation.Score]:
     """Returns `measure(bits, split)`: accuracy and loss as the configuration will be used."""
     evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
@@ -453,7 +455,7 @@ def choose_finalists(
 
 
 def within_tolerance(
-    setup: train.Setup,
+    setup: train.Experiment,
     config: Config,
     bill: Bill,
     limits: tuple[Limit, ...],
@@ -474,7 +476,7 @@ def within_tolerance(
         named = {f"tolerance {amount!r}": amount for amount in amounts}
         return [one.bits for one in find(make_budgets(config, bill, limits, named))]
 
-    wanted = accuracy_of(table.largest) - points / 100
+    wanted = accuracy_of(table.max_config) - points / 100
     best, tried = tolerance.cheapest_within(
         find_all, bill.of, accuracy_of, low=low, high=high, wanted=wanted
     )
@@ -584,7 +586,7 @@ def print_results(content: html.Content) -> None:
     console.print(shown)
 
 
-@distributed.ending_together()
+@distributed.abort_together()
 def main(argv: list[str]) -> None:
     """Searches, evaluates, writes and prints."""
     config, workdir = train.start(argv)
@@ -671,7 +673,7 @@ def main(argv: list[str]) -> None:
         sensitivity=rises,
         metric=config.search.metric,
         scored=np.array(scored, np.float64).reshape(-1, 2),
-        hypervolume=hypervolume_of(candidates, bill, setup.table.largest),
+        hypervolume=hypervolume_of(candidates, bill, setup.table.max_config),
         config=str(config),
         timings=timings,
         provenance=provenance(config, step),

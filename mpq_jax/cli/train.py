@@ -40,7 +40,7 @@ from mpq_jax.tasks import evaluation
 from mpq_jax.training import checkpoints, nonfinite
 from mpq_jax.training import metrics as recording
 from mpq_jax.training.experiment import (
-    Setup,
+    Experiment,
     abstract_state,
     build,
     fresh_variables,
@@ -74,7 +74,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_count", None, "Processes of the run; None: ask the cluster.")
     flags.DEFINE_integer("process_index", None, "Number of this process; None: ask the cluster.")
     flags.DEFINE_integer(
-        "lost_after", distributed.LOST_AFTER, "Seconds until a silent process ends all others."
+        "heartbeat_timeout",
+        distributed.HEARTBEAT_TIMEOUT,
+        "Seconds until a silent process ends all others.",
     )
     flags.mark_flags_as_required(["config", "workdir"])
 
@@ -108,7 +110,7 @@ def start(argv: list[str]) -> tuple[Config, pathlib.Path]:
                 flags.FLAGS.coordinator,
                 flags.FLAGS.process_count,
                 flags.FLAGS.process_index,
-                lost_after=flags.FLAGS.lost_after,
+                heartbeat_timeout=flags.FLAGS.heartbeat_timeout,
             )
         except RuntimeError as error:
             sys.exit(f"error: {error}")
@@ -117,7 +119,7 @@ def start(argv: list[str]) -> tuple[Config, pathlib.Path]:
     return flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
 
 
-def initial_state(setup: Setup, config: Config) -> Any:
+def initial_state(setup: Experiment, config: Config) -> Any:
     """Returns the state that training starts from, on all devices."""
     replicated = mesh.replicated(setup.mesh)
     check_start(config)
@@ -135,7 +137,7 @@ def initial_state(setup: Setup, config: Config) -> Any:
     return jax.jit(lambda state: state, out_shardings=kept)(state)
 
 
-def starting_variables(setup: Setup, method: Method, config: Config) -> Any:
+def starting_variables(setup: Experiment, method: Method, config: Config) -> Any:
     """Returns what config.init_from holds, as far as the method can start from it."""
     wanted = jax.eval_shape(lambda: fresh_variables(setup, jax.random.key(0)))
     try:
@@ -147,7 +149,7 @@ def starting_variables(setup: Setup, method: Method, config: Config) -> Any:
     return mesh.replicate(found, setup.mesh)
 
 
-def read_start(setup: Setup, config: Config) -> tuple[str, dict[str, Any]]:
+def read_start(setup: Experiment, config: Config) -> tuple[str, dict[str, Any]]:
     """Returns what to call config.init_from, and the best of a finished run or a file's weights."""
     path = pathlib.Path(config.init_from)
     if path.suffix in pretrained.SUFFIXES and not path.is_dir():
@@ -158,7 +160,7 @@ def read_start(setup: Setup, config: Config) -> tuple[str, dict[str, Any]]:
     return f"the run in {path}, step {step}", saved
 
 
-def with_fitting_head(setup: Setup, config: Config, saved: dict[str, Any]) -> dict[str, Any]:
+def with_fitting_head(setup: Experiment, config: Config, saved: dict[str, Any]) -> dict[str, Any]:
     """Returns the start, with a fresh head if config.new_head; refuses one of other classes."""
     if "params" not in saved:
         if config.new_head:
@@ -182,18 +184,18 @@ def check_start(config: Config) -> None:
     """Raises ValueError if config.init_from is a run whose bits mean something else here."""
     path = pathlib.Path(config.init_from) / "config.json"
     family = METHODS[config.method]
-    if family.successor_of and not config.init_from:
+    if family.warm_starts_from and not config.init_from:
         raise ValueError(
             f"config.init_from is empty, but {config.method} starts from a finished run of "
-            f"{family.successor_of} (or a float run, for a try)"
+            f"{family.warm_starts_from} (or a float run, for a try)"
         )
     theirs = json.loads(path.read_text()) if path.exists() else {}
-    if family.successor_of is None or theirs.get("method") in (None, "plain"):
+    if family.warm_starts_from is None or theirs.get("method") in (None, "plain"):
         return  # reading its variables tells the rest
-    if theirs["method"] != family.successor_of:
+    if theirs["method"] != family.warm_starts_from:
         raise ValueError(
             f"config.init_from is {config.init_from!r}, a run of {theirs['method']}; wanted one of "
-            f"{family.successor_of}, or a float run"
+            f"{family.warm_starts_from}, or a float run"
         )
     ours = json.loads(config.to_json())
     pairs = {"config.bits": (theirs["bits"], ours["bits"])} | {
@@ -201,7 +203,7 @@ def check_start(config: Config) -> None:
             theirs[theirs["method"]][name],
             ours[config.method][name],
         )
-        for name in family.inherited
+        for name in family.must_match
     }
     changed = [f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]
     if changed:
@@ -244,7 +246,7 @@ def note_run(config: Config, workdir: pathlib.Path) -> None:
 
 
 def write_integers(
-    setup: Setup,
+    setup: Experiment,
     config: Config,
     path: pathlib.Path,
     table: LayerTable,
@@ -287,7 +289,7 @@ def write_norms(
         norm_statistics.save(path, table, tested)
 
 
-def write_found(setup: Setup, config: Config, workdir: pathlib.Path, found: Found) -> None:
+def write_found(setup: Experiment, config: Config, workdir: pathlib.Path, found: Found) -> None:
     """Writes the bits that training found, their plots, and the network as integers."""
     directory = workdir / "scheme"
     if jax.process_index() == 0:
@@ -299,14 +301,14 @@ def write_found(setup: Setup, config: Config, workdir: pathlib.Path, found: Foun
         plots.plot_scheme(setup.table, found.bits, path=directory / "scheme.png")
         entries = recording.read_metrics(workdir)
         plots.plot_growth(setup.table.names, entries, path=directory / "growth.png")
-    bits = found.table.largest
+    bits = found.table.max_config
     tested = {"found": norm_statistics.of(found.table, mesh.to_host(found.variables), bits)}
     write_norms(directory / "norms.safetensors", found.table, tested)
     path = workdir / "integers.safetensors"
     write_integers(setup, config, path, found.table, found.variables, found.quantizer)
 
 
-def print_found(setup: Setup, found: Found) -> None:
+def print_found(setup: Experiment, found: Found) -> None:
     """Prints the bits of every layer, and what the network takes by each way of counting."""
     shown = rich.table.Table("layer", "weights", "planes in use", *found.bits)
     for index, layer in enumerate(setup.table.layers):
@@ -328,7 +330,7 @@ def print_found(setup: Setup, found: Found) -> None:
 
 
 def print_layers(table: LayerTable) -> None:
-    """Prints what will be quantised, and among which bits."""
+    """Prints what will be quantized, and among which bits."""
     shown = rich.table.Table("layer", "kind", "kernel", "MACs", "weights", "bits w", "bits a")
     for layer in table.layers:
         weights, acts = (
@@ -357,7 +359,7 @@ def print_compilations(counter: recording.CompileCounter) -> None:
     console.print(line, soft_wrap=True)  # one line, for programs that read it
 
 
-def evaluate_all(setup: Setup, evaluate, state) -> dict[str, float]:
+def evaluate_all(setup: Experiment, evaluate, state) -> dict[str, float]:
     """Returns the held-out accuracy of each configuration that the method names, and their mean."""
     if setup.dataset.sizes["heldout"] == 0:
         return {}
@@ -367,7 +369,7 @@ def evaluate_all(setup: Setup, evaluate, state) -> dict[str, float]:
     return scores | {"heldout/mean": float(np.mean(list(scores.values())))}
 
 
-def finish(setup: Setup, config: Config, workdir: pathlib.Path, evaluate, state: Any) -> None:
+def finish(setup: Experiment, config: Config, workdir: pathlib.Path, evaluate, state: Any) -> None:
     """Writes what a finished run hands over."""
     method, variables = setup.method, whole_variables(setup, state)
     if method.found is None:
@@ -395,7 +397,7 @@ def print_corrupt(dataset: data.Dataset) -> None:
         )
 
 
-def eval_batches(setup: Setup, split: str) -> Iterator[dict[str, jax.Array]]:
+def eval_batches(setup: Experiment, split: str) -> Iterator[dict[str, jax.Array]]:
     """Returns an iterator of a split's batches as global arrays."""
     return mesh.prefetch_to_device(setup.dataset.eval_batches(split), setup.mesh)
 
@@ -427,7 +429,7 @@ def stop(manager, what: str) -> None:
     )
 
 
-@distributed.ending_together()
+@distributed.abort_together()
 def main(argv: list[str]) -> int:
     """Trains; returns the exit status."""
     config, workdir = start(argv)
@@ -467,7 +469,7 @@ def main(argv: list[str]) -> int:
 
 
 def train_loop(
-    setup: Setup, config: Config, workdir, manager, evaluate, state, first_step: int
+    setup: Experiment, config: Config, workdir, manager, evaluate, state, first_step: int
 ) -> Any:
     """Runs the remaining steps with their periodic actions; returns the last state."""
     method, run = setup.method, setup.run
@@ -512,7 +514,7 @@ def train_loop(
             if log_now or save_now:  # only here does the host wait for the devices
                 collected = jax.device_get(collected)
                 stop_if_diverged(manager, collected, done)
-            if save_now and (leaves := nonfinite.bad_leaves(state)):
+            if save_now and (leaves := nonfinite.nonfinite_leaves(state)):
                 stop(manager, f"step {done} left {nonfinite.shorten(leaves)} not finite")
             if log_now:
                 scalars = mean_metrics(collected)

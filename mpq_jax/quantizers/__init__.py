@@ -1,4 +1,4 @@
-"""Quantisers: arrays in, arrays out. `QUANTIZERS` lists what a supernet can be built from."""
+"""Quantizers: arrays in, arrays out. `QUANTIZERS` lists what a supernet can be built from."""
 
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.quantizers.base import ActQuantizer, Quantizer, WeightQuantizer

@@ -70,9 +70,9 @@ def from_float(
     mask_logit: float = MASK_LOGIT,
     reach: float | None = None,
 ) -> BitPlanes:
-    """Returns bit planes of a weight tensor, quantised to `planes` bits and a sign.
+    """Returns bit planes of a weight tensor, quantized to `planes` bits and a sign.
 
-    By default `weights(result, 1.0)` equals the quantised tensor to float rounding, and no logit is
+    By default `weights(result, 1.0)` equals the quantized tensor to float rounding, and no logit is
     near a threshold, so that training can start from a trained model. As the temperature rises, all
     weights of the tensor grow by one common factor, up to
     1 / ((f(k) - f(-k)) f(m)), 1.49 with the default logits; a norm after the layer takes it out.

@@ -54,7 +54,7 @@ def additive(space: SearchSpace, sensitivity: np.ndarray) -> np.ndarray:
         float64 [layers, weight choices, activation choices]; a group of tied entries counts once,
         at the entry that leads it. Infinity where bits are not allowed or nothing was measured.
     """
-    leaders = space.table.leaders
+    leaders = space.table.group_leaders
     leads = leaders == np.arange(leaders.size).reshape(leaders.shape)
     own = np.where(leads[..., None] | np.isnan(sensitivity), sensitivity, 0.0)
     total = own[:, 0, :, None] + own[:, 1, None, :]

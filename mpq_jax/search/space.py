@@ -2,7 +2,7 @@
 
 A configuration is searched by its *choices*: int [layers, 2 (weights, input)], the index of each
 entry's bits in `table.candidates`. A *variable* is an entry (layer, column) that has several
-choices and leads its group of tied entries (`LayerTable.ties`); to set it sets the whole group.
+choices and leads its group of tied entries (`LayerTable.tied_groups`); setting it sets all of them.
 """
 
 from collections.abc import Sequence
@@ -54,12 +54,12 @@ class SearchSpace:
         self.pairs = costs.allowed_pairs(table) & by_weights & by_acts
         self.variables: list[Variable] = []
         self._members: dict[Variable, np.ndarray] = {}
-        for leader in np.unique(table.leaders):
-            layer, column = np.unravel_index(leader, table.leaders.shape)
+        for leader in np.unique(table.group_leaders):
+            layer, column = np.unravel_index(leader, table.group_leaders.shape)
             if self.mask[layer, column].sum() > 1:
                 variable = int(layer), int(column)
                 self.variables.append(variable)
-                self._members[variable] = table.leaders == leader
+                self._members[variable] = table.group_leaders == leader
 
     def allowed(self, variable: Variable) -> np.ndarray:
         """Returns the choices that a variable may take, most bits first."""
@@ -140,5 +140,5 @@ def _shared_by_ties(table: LayerTable, mask: np.ndarray) -> np.ndarray:
     """Returns the mask in which tied entries allow only what all of their group allow."""
     flat = mask.reshape(-1, mask.shape[-1])
     together = np.ones_like(flat)
-    np.logical_and.at(together, table.leaders.ravel(), flat)
-    return together[table.leaders]
+    np.logical_and.at(together, table.group_leaders.ravel(), flat)
+    return together[table.group_leaders]

@@ -96,7 +96,7 @@ def allowed_pairs(table: LayerTable) -> np.ndarray:
     Where a layer's weights and input are tied, these are the pairs of equal bits.
     """
     pairs = table.mask[:, 0, :, None] & table.mask[:, 1, None, :]
-    tied = table.leaders[:, 0] == table.leaders[:, 1]
+    tied = table.group_leaders[:, 0] == table.group_leaders[:, 1]
     return pairs & (np.eye(len(table.candidates), dtype=bool) | ~tied[:, None, None])
 
 

@@ -42,10 +42,11 @@ from jaxtyping import Array
 from mpq_jax.models import MODELS, make_model
 from mpq_jax.program import linen
 from mpq_jax.supernet import costs
-from mpq_jax.supernet.layer_table import MOST_BITS, LayerTable, trace_layers
+from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.rules import MAX_BITS
 
 Pair = tuple[int, int]  # bits of weights and of the input
-STORAGE = ((4, "int4"), (8, "int8"), (MOST_BITS, "int16"))  # most bits of codes, and their type
+STORAGE = ((4, "int4"), (8, "int8"), (MAX_BITS, "int16"))  # most bits of codes, and their type
 FLOAT = "float32"  # where integers cannot be multiplied
 SAMPLE_SECONDS = 2e-3  # a layer is called as often as this takes, so that the clock is fine enough
 REFUSALS = (jax.errors.JaxRuntimeError, NotImplementedError, TypeError)  # of compilers, of a type
@@ -91,18 +92,15 @@ def layer_calls(
     """
     found: dict[str, tuple[Call, ...]] = {}
 
-    def record(next_call, args, kwargs, context):
-        module, out = context.module, next_call(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(module, linen.LAYERS):
-            kernel = module.variables["params"]["kernel"]
-            alone = module.clone(parent=None, name=None)
-            call = Call(alone, kernel.shape, linen.input_of(args, kwargs).shape)
-            name = linen.path_name(module)
-            found[name] = (*found.get(name, ()), call)
-        return out
+    def record(call: linen.ModuleCall) -> Any:
+        if isinstance(call.module, linen.LAYERS):
+            kernel = call.module.variables["params"]["kernel"]
+            alone = call.module.clone(parent=None, name=None)
+            found[call.path] = (*found.get(call.path, ()), Call(alone, kernel.shape, call.x.shape))
+        return call.run()
 
     shape = (batch, *input_shape)
-    with nn.intercept_methods(record):
+    with linen.intercept(record):
         jax.eval_shape(lambda key: linen.init_variables(model, key, shape), jax.random.key(0))
     return found
 
@@ -273,8 +271,8 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
 def check(arguments: argparse.Namespace) -> Request:
     """Returns what is asked for; raises ValueError for what cannot be measured, before work."""
     bits = _integers("bits", arguments.bits)
-    if len(set(bits)) < len(bits) or not all(2 <= one <= MOST_BITS for one in bits):
-        raise ValueError(f"--bits is {arguments.bits}; wanted different ones from 2 to {MOST_BITS}")
+    if len(set(bits)) < len(bits) or not all(2 <= one <= MAX_BITS for one in bits):
+        raise ValueError(f"--bits is {arguments.bits}; wanted different ones from 2 to {MAX_BITS}")
     shape = _integers("input", arguments.input)
     if len(shape) not in (1, 3) or min(shape) < 1:
         raise ValueError(

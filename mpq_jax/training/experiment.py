@@ -18,7 +18,7 @@ from mpq_jax.methods import METHODS, Method
 from mpq_jax.methods.base import Run
 from mpq_jax.models import make_model
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.parallel.grad_accumulation import Parts
+from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program import linen
 from mpq_jax.supernet import tied_layers
 from mpq_jax.supernet.layer_table import FIRST_LAST, LayerTable, Rule, bit_rules, trace_layers
@@ -30,7 +30,7 @@ SHOWN_READING = ("interpolation", "resize_factor")  # what evaluation needs to k
 Config = Any  # nested mappings; an ml_collections.ConfigDict is none in the eyes of types
 
 
-class Setup(NamedTuple):
+class Experiment(NamedTuple):
     """What a config describes, ready to use."""
 
     dataset: data.Dataset
@@ -42,7 +42,7 @@ class Setup(NamedTuple):
     normalize: Callable[[jax.Array], jax.Array]
 
 
-def build(config: Config) -> Setup:
+def build(config: Config) -> Experiment:
     """Builds everything that a config describes; raises ValueError where it makes no sense."""
     if config["method"] not in METHODS:
         raise ValueError(f"config.method is {config['method']!r}; known methods: {sorted(METHODS)}")
@@ -86,10 +86,10 @@ def build(config: Config) -> Setup:
     def images() -> jax.Array:
         return recalibration_images(config, dataset, mesh, prepare)
 
-    parts = Parts(mesh, config["accumulate"])
+    parts = BatchPartition(mesh, config["accumulate"])
     run = Run(config["epochs"], dataset.steps_per_epoch, prepare, images, parts)
     method = family.make(model, table, options, run)
-    return Setup(dataset, mesh, model, method.table, method, run, normalize)
+    return Experiment(dataset, mesh, model, method.table, method, run, normalize)
 
 
 def make_rules(bits: Config) -> tuple[Rule, ...]:
@@ -150,7 +150,7 @@ def recalibration_images(config: Config, dataset: data.Dataset, mesh, prepare) -
     return jnp.stack(prepared)
 
 
-def abstract_state(setup: Setup) -> Any:
+def abstract_state(setup: Experiment) -> Any:
     """Returns the shapes of the training state, and which devices hold what of it."""
 
     def make(key):
@@ -166,7 +166,7 @@ def abstract_state(setup: Setup) -> Any:
     )
 
 
-def whole_variables(setup: Setup, state: Any) -> Any:
+def whole_variables(setup: Experiment, state: Any) -> Any:
     """Returns what evaluation, search and export act on, whole on every device."""
     variables = setup.method.variables(state)
     if not sharding.shares_state(setup.mesh):
@@ -174,7 +174,7 @@ def whole_variables(setup: Setup, state: Any) -> Any:
     return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(setup.mesh))(variables)
 
 
-def fresh_variables(setup: Setup, key: jax.Array) -> Any:
+def fresh_variables(setup: Experiment, key: jax.Array) -> Any:
     """Returns the model's randomly drawn float variables."""
     return linen.init_variables(setup.model, key, setup.dataset.image_shape)
 

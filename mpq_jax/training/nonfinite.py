@@ -27,7 +27,7 @@ def first_bad_step(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str,
     return None
 
 
-def bad_leaves(tree: PyTree) -> list[str]:
+def nonfinite_leaves(tree: PyTree) -> list[str]:
     """Names the arrays with a value that is infinite or not a number, by their paths.
 
     Computed on the devices in one program; only one bit per array comes to the host.

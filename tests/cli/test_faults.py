@@ -38,7 +38,7 @@ from mpq_jax.training import checkpoints
 
 EPOCH_STEPS = 17  # 1,437 training images, a fifth of them held out, in batches of 64
 STEPS = 2 * EPOCH_STEPS
-LOST_AFTER = 20  # seconds; a healthy process on a busy machine is never silent for so long
+HEARTBEAT_TIMEOUT = 20  # seconds; a healthy process on a busy machine is never silent for so long
 PATIENCE = 240  # seconds for one program, on a busy machine
 FLOAT = (
     "--config=configs/digits.py:float",
@@ -70,7 +70,7 @@ def stop_in_second_epoch(directory: Path, name: str, *flags: str, **how) -> Path
 
 # Of losses, relative: sums over the batch, of gradients and of norms, are taken in another order,
 # which adds a few units in the last place (6e-8) in every step; 1.5e-7 is seen after 13 of them.
-# Quantised, some activation soon falls on the other side of the edge between two codes: only the
+# Quantized, some activation soon falls on the other side of the edge between two codes: only the
 # first steps can be compared, see TOLERANCES.
 FLOAT_TOLERANCES = (2e-6,) * STEPS
 
@@ -150,7 +150,7 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_state(tmp_path, t
         train_step=jax.jit(train_step), on_epoch=lambda state, epoch: (state, {})
     )
     unused: Any = None
-    setup = train.Setup(dataset, make_mesh(1), unused, unused, method, run, unused)
+    setup = train.Experiment(dataset, make_mesh(1), unused, unused, method, run, unused)
     params = {"kernel": jnp.ones((3, 3)), "bias": jnp.zeros(3)}
     with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
         with pytest.raises(SystemExit, match=message):
@@ -238,7 +238,7 @@ def start_pair(directory: Path, name: str, *flags: str) -> list[subprocess.Popen
             *flags,
             *joined,
             f"--process_index={index}",
-            f"--lost_after={LOST_AFTER}",
+            f"--heartbeat_timeout={HEARTBEAT_TIMEOUT}",
             output=directory / f"{name}{index}",
             cache=directory / "cache",
             devices=2,
@@ -269,8 +269,8 @@ def test_two_processes_of_which_one_is_killed_end_with_the_same_bits(tmp_path):
             processes[victim].send_signal(signal.SIGKILL)
             other = processes[1 - victim]
             began = time.monotonic()
-            code = other.wait(LOST_AFTER + 60)  # ends by itself, though not in peace
-            assert code != 0 and time.monotonic() - began < LOST_AFTER + 15
+            code = other.wait(HEARTBEAT_TIMEOUT + 60)  # ends by itself, though not in peace
+            assert code != 0 and time.monotonic() - began < HEARTBEAT_TIMEOUT + 15
         finally:
             finish_pair(processes)
         printed = (tmp_path / f"killed{victim}_{1 - victim}").read_text()

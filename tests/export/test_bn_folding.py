@@ -3,6 +3,7 @@
 import numpy as np
 from helpers.exported_models import deploy
 
+from mpq_jax.program import paths
 from mpq_jax.export import exported_model as networks
 from mpq_jax.export import program
 from mpq_jax.export.packed import bn_folding
@@ -19,7 +20,7 @@ def fold(deployed):
 def test_a_folded_norm_is_the_norm():
     deployed = deploy(make_model("resnet8", num_classes=10, width=4), (8, 8, 3), turned=0.5)
     chosen = networks.selected(deployed)
-    leaves = linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
+    leaves = paths.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
     norms = fold(deployed)
     assert set(norms) == {layer.norm for layer in deployed.table.layers if layer.norm}
     for name, (multiplier, offset) in norms.items():

@@ -15,7 +15,9 @@ from mpq_jax.supernet.tied_layers import tie_acts_to_weights
 KEY = jax.random.key(3)
 
 
-def layer(name, weights, acts, *, macs=1000, params=100, inputs=0, reads_with=None, **others):
+def layer(
+    name, weights, acts, *, macs=1000, params=100, inputs=0, shares_input_with=None, **others
+):
     return Layer(
         name=name,
         kind="conv",
@@ -27,7 +29,7 @@ def layer(name, weights, acts, *, macs=1000, params=100, inputs=0, reads_with=No
         act_candidates=acts,
         float_acts=others.pop("float_acts", False),
         signed=None,
-        reads_with=reads_with,
+        shares_input_with=shares_input_with,
         inputs=inputs,
         **others,
     )
@@ -46,7 +48,7 @@ FIXED = {"free": ["stem"], "tied": ["stem", "mixed"], "groups": ["stem"]}
 TABLES = {
     "free": FREE,
     "tied": tie_acts_to_weights(FREE),  # of "mixed" only 4 bits are left
-    "groups": dataclasses.replace(FREE, ties=((2, 9), (3, 4), (6, 8))),  # crosswise, 3 pairs
+    "groups": dataclasses.replace(FREE, tied_groups=((2, 9), (3, 4), (6, 8))),  # crosswise, 3 pairs
 }
 AMOUNTS = {"bitops": "macs", "bytes": "params", "act_bytes": "inputs"}
 # What each strategy takes, so that it is quick.
@@ -73,7 +75,7 @@ def all_bits(table, mask=None):
             allowed = mask[index, column]
             entries.append([b for b in candidates if allowed[table.candidates.index(b)]])
     flat = np.array(list(itertools.product(*entries)))
-    for group in table.ties:
+    for group in table.tied_groups:
         flat = flat[(flat[:, list(group)] == flat[:, [group[0]]]).all(1)]
     return flat.reshape(len(flat), len(table), 2)
 

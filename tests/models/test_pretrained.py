@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from mpq_jax.program import paths
 from mpq_jax.models import MODELS, pretrained
 from mpq_jax.models.efficientnet_lite import Stage as LiteStage
 from mpq_jax.models.mobilenet_v2 import Stage
@@ -323,7 +324,7 @@ def numbers(arrays):
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_finds_its_place(name):
     state, model, options, expected = CASES[name]
-    found = linen.flatten(from_tensors(model, dict(state), **options))
+    found = paths.flatten(from_tensors(model, dict(state), **options))
     for path, tensor in expected.items():
         wanted = state[tensor] if state[tensor].ndim == 3 else as_ours(state[tensor])
         np.testing.assert_array_equal(found[path], wanted, err_msg=path)

@@ -13,7 +13,8 @@ from mpq_jax.search.problem import Budget, Constraint
 from mpq_jax.search.space import SearchSpace
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.rules import Rule, bit_rules
 
 
 class Deep(nn.Module):
@@ -121,7 +122,7 @@ def replay(path, start, table=TABLE):
     for step in path:
         name, kind, bits = change_of(step)
         entry = 2 * table.names.index(name) + ("weights", "acts").index(kind)
-        group = next((one for one in table.ties if entry in one), (entry,))
+        group = next((one for one in table.tied_groups if entry in one), (entry,))
         state = states[-1].copy().ravel()
         state[list(group)] = bits
         states.append(state.reshape(-1, 2))
@@ -233,7 +234,7 @@ PARTLY_TIED = LayerTable(
         layer("acts", (4,), BITS, macs=60),
         layer("follows", BITS, BITS, macs=30),
     ),
-    ties=((2, 3), (4, 8), (7, 9)),  # its weights and input; two weights; two inputs
+    tied_groups=((2, 3), (4, 8), (7, 9)),  # its weights and input; two weights; two inputs
 )
 
 
@@ -256,7 +257,7 @@ def test_tied_entries_move_together_and_with_the_weights_if_some_are():
     one = Budget("3", (Constraint("bitops", costs.cost_table(PARTLY_TIED, "bitops"), most),))
     (found,) = greedy_search(score, SearchSpace(PARTLY_TIED), [one], KEY, on_step=path.append)
     assert found.costs["bitops"] <= most
-    for group in PARTLY_TIED.ties:
+    for group in PARTLY_TIED.tied_groups:
         flat = np.concatenate(scored).reshape(-1, 10)[:, list(group)]
         assert (flat == flat[:, :1]).all()
     states = replay(path, start, PARTLY_TIED)

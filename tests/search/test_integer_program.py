@@ -383,7 +383,7 @@ def test_a_failure_of_the_solver_is_passed_on(monkeypatch):
 @pytest.mark.parametrize("ties", [((2, 6),), ((2, 9), (3, 4), (6, 8)), ((2, 3, 5, 8, 9),)])
 @pytest.mark.parametrize("seed", range(2))
 def test_tied_entries_of_different_layers_agree_with_brute_force(seed, ties):
-    table = dataclasses.replace(TABLE, ties=ties)
+    table = dataclasses.replace(TABLE, tied_groups=ties)
     objective, cost = drawn(seed), drawn(seed + 20)
     allowed = costs.allowed_pairs(table)
     budgets = [Constraint("cost", cost, between(cost, 0.6, allowed))]
@@ -411,7 +411,7 @@ CHOICE = TABLE.candidates.index
 
 
 def test_tables_that_leave_tied_layers_nothing_in_common_are_explained():
-    table = LayerTable((layer("a", (4, 2), (4,)), layer("b", (4, 2), (4,))), ties=((0, 2),))
+    table = LayerTable((layer("a", (4, 2), (4,)), layer("b", (4, 2), (4,))), tied_groups=((0, 2),))
     latency = np.ones((2, 2, 2))
     latency[0, 0] = latency[1, 1] = np.inf
     with pytest.raises(ValueError, match="tied .* no bits in common"):

@@ -31,7 +31,7 @@ def test_variables_are_entries_that_can_be_set_by_themselves(which, variables):
     assert space.variables == variables
     for index, column in variables:
         entry = 2 * index + column
-        tied = next((group for group in table.ties if entry in group), (entry,))
+        tied = next((group for group in table.tied_groups if entry in group), (entry,))
         assert np.flatnonzero(space.members((index, column)).ravel()).tolist() == list(tied)
         has_weights = any(member % 2 == 0 for member in tied)
         assert space.column((index, column)) == (WEIGHTS if has_weights else ACTS)
@@ -113,7 +113,7 @@ def test_tied_entries_move_together():
 def test_uniform_takes_the_nearest_allowed_bits(wanted, bits):
     space = SearchSpace(FREE)
     assert BITS[space.uniform(wanted)].tolist() == bits
-    np.testing.assert_array_equal(BITS[space.max_choices()], bits_of(FREE.largest))
+    np.testing.assert_array_equal(BITS[space.max_choices()], bits_of(FREE.max_config))
     for which in ("tied", "groups"):
         config = SearchSpace(TABLES[which]).uniform(wanted)
         TABLES[which].check(space.bits_of(config))
@@ -131,7 +131,7 @@ def test_choices_and_bits_are_each_other():
 
 
 def test_a_mask_that_leaves_nothing_to_tied_layers_is_refused():
-    table = LayerTable((layer("a", (4, 2), (4,)), layer("b", (4, 2), (4,))), ties=((0, 2),))
+    table = LayerTable((layer("a", (4, 2), (4,)), layer("b", (4, 2), (4,))), tied_groups=((0, 2),))
     mask = table.mask.copy()
     mask[0, 0, 0] = mask[1, 0, 1] = False
     with pytest.raises(ValueError, match="leaves no bits to a, b"):

@@ -75,7 +75,7 @@ def test_every_budget_is_kept_and_answered_in_its_order(name, which, score):
         assert exact_cost(table, bits) <= amount * (1 + 1e-6)
         for one in FIXED[which]:
             place = table.names.index(one)
-            assert bits[place].tolist() == [table.layers[place].highest] * 2
+            assert bits[place].tolist() == [table.layers[place].max_bits] * 2
         if not math.isnan(found.score):
             assert found.score == SCORES[score](config_of(bits[None]))[0]
 
@@ -319,7 +319,7 @@ def test_programs_find_the_best_where_losses_add_up(name, which):
 def test_a_table_without_choices_is_its_own_answer(name):
     mask = FREE.mask & (np.arange(4) == FREE.mask.argmax(-1)[..., None])
     (found,) = search(name, additive, [budget("any", constraint(FREE, 1e9))], mask=mask)
-    np.testing.assert_array_equal(bits_of(found.bits), bits_of(FREE.largest))
+    np.testing.assert_array_equal(bits_of(found.bits), bits_of(FREE.max_config))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -38,7 +38,7 @@ def lowered(table, bits):
     """All configurations with one entry, and those tied to it, one candidate lower."""
     flat, found = bits.ravel(), []
     for entry in range(flat.size):
-        group = next((g for g in table.ties if entry in g), (entry,))
+        group = next((g for g in table.tied_groups if entry in g), (entry,))
         allowed = np.array(table.candidates)[table.mask[entry // 2, entry % 2]]
         below = allowed[allowed < flat[entry]]
         if entry == group[0] and len(below):
@@ -54,7 +54,7 @@ def test_the_descent_takes_the_least_increase_per_saving(which, proposals):
     """Where losses add up; there, what was scored once need not be scored again."""
     table, steps = TABLES[which], []
     results = search(additive, table, rounds=0, proposals=proposals, on_step=steps.append)
-    bits, wanted = bits_of(table.largest), []
+    bits, wanted = bits_of(table.max_config), []
     for one, found in zip(budgets_of(table), results, strict=True):
         most = one.constraints[0].limit
         while exact_cost(table, bits) > most * (1 + 1e-6):

@@ -1,52 +1,47 @@
+"""Supernets against a forward pass written by hand."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
+from helpers.tiny_supernets import (
+    CHOICES,
+    CONV,
+    DEPTHWISE,
+    HEAD,
+    IMAGES,
+    INIT,
+    MODEL,
+    SHAPE,
+    STEM,
+    TABLE,
+    make_float_variables,
+    quantize,
+)
 
+from mpq_jax.program import paths
 from mpq_jax.program import linen
-from mpq_jax.quantizers import QUANTIZERS, double_rounding, lsq
+from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import (
     FIRST_LAST_8BIT,
-    FIRST_LAST_FLOAT,
     Rule,
     bit_rules,
     trace_layers,
 )
 
-CHOICES = (4, 3, 2)
+
+@pytest.fixture(scope="module")
+def float_variables():
+    return make_float_variables()
+
+
 PAIRS = [(w, a) for w in CHOICES for a in CHOICES]
 EPSILON = 1e-5  # nn.BatchNorm's
-STEM, CONV, DEPTHWISE, HEAD = range(4)
-INIT = jax.jit(supernet.init, static_argnums=(0, 1))
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, *, train):
-        y = nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)
-        return x + nn.BatchNorm(use_running_average=not train, name="norm")(y)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, *, train):
-        x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="stem")(x))
-        x = Block(name="block")(x, train=train)
-        x = nn.Conv(4, (3, 3), feature_group_count=4, use_bias=False, name="depthwise")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
-        return nn.Dense(3, name="head")(x.mean((1, 2)))
-
-
-MODEL = Net()
-RULES = bit_rules(CHOICES)
-TABLE = trace_layers(MODEL, (8, 8, 2), rules=RULES)
 KEY = jax.random.key(0)
-SHAPE = (8, 8, 2)
-IMAGES = jax.random.normal(jax.random.key(1), (8, 8, 8, 2))
 
 
 def disturb(tree, seed):
@@ -61,11 +56,6 @@ def disturb(tree, seed):
 
 
 @pytest.fixture(scope="module")
-def float_variables():
-    return drawn_variables(MODEL, SHAPE, 2)
-
-
-@pytest.fixture(scope="module")
 def made(float_variables):
     return INIT(MODEL, TABLE, float_variables, IMAGES)
 
@@ -74,13 +64,13 @@ def made(float_variables):
 def distinct(made):
     """A supernet in which every row of norms and step sizes is different."""
     steps = np.random.default_rng(0).uniform(0.7, 1.3, (2, len(TABLE), 4)).astype(np.float32)
-    params = linen.map_leaves(
-        made.learned.params, lambda path, x: disturb(x, 5) if "norm" in path else x
+    params = paths.map_leaves(
+        made.trainable.params, lambda path, x: disturb(x, 5) if "norm" in path else x
     )
-    learned = supernet.Learned(
-        params, made.learned.weight_steps * steps[0], made.learned.act_steps * steps[1]
+    trainable = supernet.TrainableParams(
+        params, made.trainable.weight_step_sizes * steps[0], made.trainable.act_step_sizes * steps[1]
     )
-    return made._replace(learned=learned, batch_stats=disturb(made.batch_stats, 6))
+    return made._replace(trainable=trainable, batch_stats=disturb(made.batch_stats, 6))
 
 
 def config(w, a):
@@ -116,11 +106,6 @@ def norm(x, params, stats, *, train):
     return (x - mean) / np.sqrt(var + EPSILON) * params["scale"] + params["bias"]
 
 
-def quantise(x, step, bits, signed):
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    return np.clip(np.round(x / step), low, high) * step
-
-
 def reference(float_or_supernet, bits, *, train):
     """Returns logits and the inputs of all layers; `bits` None: the float model."""
     if bits is None:
@@ -128,19 +113,19 @@ def reference(float_or_supernet, bits, *, train):
         params, stats = jax.tree.map(np.asarray, (params, stats))
         pick, kernel_of, input_of = lambda leaf, _: leaf, lambda i, w: w, lambda i, x: x
     else:
-        learned, stats, signed = jax.tree.map(np.asarray, float_or_supernet)
-        params = learned.params
+        trainable, stats, signed = jax.tree.map(np.asarray, float_or_supernet)
+        params = trainable.params
         weights, acts = np.asarray(bits.weights), np.asarray(bits.acts)
 
         def pick(tree, i):
             return jax.tree.map(lambda leaf: leaf[row(weights[i], acts[i])], tree)
 
         def kernel_of(i, w):
-            return quantise(w, learned.weight_steps[i, column(weights[i])], weights[i], True)
+            return quantize(w, trainable.weight_step_sizes[i, column(weights[i])], weights[i], True)
 
         def input_of(i, x):
-            step = learned.act_steps[i, column(acts[i])]
-            return x if i == STEM else quantise(x, step, acts[i], signed[i])
+            step = trainable.act_step_sizes[i, column(acts[i])]
+            return x if i == STEM else quantize(x, step, acts[i], signed[i])
 
     inputs = [np.asarray(IMAGES)]
     stem = kernel_of(STEM, params["stem"]["kernel"])
@@ -190,8 +175,8 @@ def test_init_takes_step_sizes_from_kernels_and_from_inputs_of_the_float_model(
             high = 2 ** (bits - 1) - 1 if made.signed[i] else 2**bits - 1
             wanted = reach / 2 ** (bits - 1), 2 * np.abs(x).mean() / np.sqrt(high)
             found = (
-                made.learned.weight_steps[i, column(bits)],
-                made.learned.act_steps[i, column(bits)],
+                made.trainable.weight_step_sizes[i, column(bits)],
+                made.trainable.act_step_sizes[i, column(bits)],
             )
             np.testing.assert_allclose(found, wanted, rtol=1e-5)  # sums of float32
 
@@ -209,28 +194,28 @@ def test_a_rule_overrides_the_signedness(float_variables, signed):
     high = 2**3 - 1 if signed else 2**4 - 1
     _, inputs, _ = reference(float_variables, None, train=True)
     wanted = 2 * np.abs(inputs[CONV]).mean() / np.sqrt(high)
-    np.testing.assert_allclose(made.learned.act_steps[CONV, 1], wanted, rtol=1e-5)  # float32 sum
+    np.testing.assert_allclose(made.trainable.act_step_sizes[CONV, 1], wanted, rtol=1e-5)  # float32 sum
 
 
 def test_all_norm_rows_start_as_copies_of_the_float_norm(made, float_variables):
     pairs = [
-        (made.learned.params, float_variables["params"]),
+        (made.trainable.params, float_variables["params"]),
         (made.batch_stats, float_variables["batch_stats"]),
     ]
     for tree, plain in pairs:
-        flat = linen.flatten(plain)
-        for path, leaf in linen.flatten(tree).items():
+        flat = paths.flatten(plain)
+        for path, leaf in paths.flatten(tree).items():
             wanted = np.broadcast_to(flat[path], (3, 3, 4)) if "norm" in path else flat[path]
             np.testing.assert_array_equal(leaf, wanted)
 
 
 @pytest.mark.parametrize(("w", "a"), PAIRS)
-def test_select_quantises_kernels_and_picks_rows(distinct, w, a):
+def test_select_quantizes_kernels_and_picks_rows(distinct, w, a):
     selected = supernet.select(TABLE, distinct, config(w, a))
-    params = linen.flatten(distinct.learned.params)
-    chosen = linen.flatten(selected.params)
+    params = paths.flatten(distinct.trainable.params)
+    chosen = paths.flatten(selected.params)
     for i, (name, bits) in enumerate(zip(TABLE.names, (8, w, a, 8), strict=True)):
-        step = distinct.learned.weight_steps[i, column(bits)]
+        step = distinct.trainable.weight_step_sizes[i, column(bits)]
         wanted = lsq.fake_quant(params[f"{name}/kernel"], step, bits, signed=True)
         np.testing.assert_array_equal(chosen[f"{name}/kernel"], wanted)
         assert len(np.unique(np.round(wanted / step))) <= 2**bits
@@ -238,14 +223,14 @@ def test_select_quantises_kernels_and_picks_rows(distinct, w, a):
         for name in ("scale", "bias"):
             np.testing.assert_array_equal(chosen[f"{path}/{name}"], params[f"{path}/{name}"][place])
         for name in ("mean", "var"):
-            stats = linen.flatten(distinct.batch_stats)[f"{path}/{name}"]
-            found = linen.flatten(selected.batch_stats)[f"{path}/{name}"]
+            stats = paths.flatten(distinct.batch_stats)[f"{path}/{name}"]
+            found = paths.flatten(selected.batch_stats)[f"{path}/{name}"]
             np.testing.assert_array_equal(found, stats[place])
     for name in ("stem/bias", "head/bias"):
         np.testing.assert_array_equal(chosen[name], params[name])
     columns = [column(bits) for bits in (8, a, w, 8)]
-    wanted = distinct.learned.act_steps[np.arange(4), np.array(columns)]
-    np.testing.assert_array_equal(selected.act_steps, wanted)
+    wanted = distinct.trainable.act_step_sizes[np.arange(4), np.array(columns)]
+    np.testing.assert_array_equal(selected.act_step_sizes, wanted)
     np.testing.assert_array_equal(selected.act_bits, [8, a, w, 8])
 
 
@@ -254,31 +239,31 @@ def gradients(distinct):
     """Returns the loss's gradients at 3/2 bits, without and with LSQ's gradient scale."""
 
     def gradient(scale):
-        def loss(learned):
-            variables = distinct._replace(learned=learned)
+        def loss(trainable):
+            variables = distinct._replace(trainable=trainable)
             selected = supernet.select(TABLE, variables, config(3, 2), scale_step_gradient=scale)
             out = supernet.apply(
                 MODEL, TABLE, selected, IMAGES, train=True, scale_step_gradient=scale
             )
             return jnp.sum(out.logits**2)
 
-        return jax.jit(jax.grad(loss))(distinct.learned)
+        return jax.jit(jax.grad(loss))(distinct.trainable)
 
     return gradient(False), gradient(True)
 
 
 def test_gradients_reach_all_kernels_but_only_selected_rows(gradients):
     plain, _ = gradients
-    flat = linen.flatten(plain.params)
+    flat = paths.flatten(plain.params)
     assert all(np.any(flat[f"{name}/kernel"]) for name in TABLE.names)
     for path, place in {"block/norm": row(3, 2), "norm": row(2, 3)}.items():
         reached = np.any(np.asarray(flat[f"{path}/scale"]), axis=-1)
         assert np.argwhere(reached).tolist() == [list(place)]
     weight_columns, act_columns = (8, 3, 2, 8), (8, 2, 3, 8)
     wanted = [[i, column(bits)] for i, bits in enumerate(weight_columns)]
-    assert np.argwhere(plain.weight_steps).tolist() == wanted
+    assert np.argwhere(plain.weight_step_sizes).tolist() == wanted
     wanted = [[i, column(bits)] for i, bits in enumerate(act_columns)][1:]  # the stem's is float
-    assert np.argwhere(plain.act_steps).tolist() == wanted
+    assert np.argwhere(plain.act_step_sizes).tolist() == wanted
 
 
 def test_scale_step_gradient_scales_step_sizes_and_nothing_else(gradients, made):
@@ -286,12 +271,12 @@ def test_scale_step_gradient_scales_step_sizes_and_nothing_else(gradients, made)
     jax.tree.map(np.testing.assert_array_equal, plain.params, scaled.params)
     sizes = [layer.params for layer in TABLE.layers]
     high = 2.0 ** (np.array([8, 3, 2, 8]) - 1) - 1
-    wanted = plain.weight_steps / np.sqrt(sizes * high)[:, None]
-    np.testing.assert_allclose(scaled.weight_steps, wanted, rtol=1e-6)
+    wanted = plain.weight_step_sizes / np.sqrt(sizes * high)[:, None]
+    np.testing.assert_allclose(scaled.weight_step_sizes, wanted, rtol=1e-6)
     sizes = np.array([1, 8 * 4 * 4 * 4, 8 * 4 * 4 * 4, 8 * 4])
     high = np.array([1, 2**2 - 1, 2 ** (3 - 1) - 1, 2**8 - 1])
-    wanted = plain.act_steps / np.sqrt(sizes * high)[:, None]
-    np.testing.assert_allclose(scaled.act_steps, wanted, rtol=1e-6)
+    wanted = plain.act_step_sizes / np.sqrt(sizes * high)[:, None]
+    np.testing.assert_allclose(scaled.act_step_sizes, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -321,8 +306,8 @@ def test_traced_bits_compute_what_static_bits_do(distinct, forward, w, a):
 
 
 def test_input_of_a_float_layer_is_left_alone(distinct, forward):
-    steps = distinct.learned.act_steps.at[STEM].set(jnp.nan)
-    broken = distinct._replace(learned=distinct.learned._replace(act_steps=steps))
+    steps = distinct.trainable.act_step_sizes.at[STEM].set(jnp.nan)
+    broken = distinct._replace(trainable=distinct.trainable._replace(act_step_sizes=steps))
     np.testing.assert_array_equal(
         forward.call(broken, config(3, 3), train=False).logits,
         forward.call(distinct, config(3, 3), train=False).logits,
@@ -336,7 +321,7 @@ def test_evaluation_mode_keeps_statistics_and_training_mode_moves_them(distinct,
     jax.tree.map(np.testing.assert_array_equal, after, before)
     x = reference(distinct, bits, train=True)[1][CONV]
     kernel = supernet.select(TABLE, distinct, bits).params["block"]["conv"]["kernel"]
-    y = conv(quantise(x, np.asarray(distinct.learned.act_steps)[CONV, column(2)], 2, False), kernel)
+    y = conv(quantize(x, np.asarray(distinct.trainable.act_step_sizes)[CONV, column(2)], 2, False), kernel)
     moved = forward.call(distinct, bits, train=True).batch_stats["block"]["norm"]
     # momentum 0.99 is nn.BatchNorm's; its variance is a difference of float32 means
     for name, value in {"mean": y.mean((0, 1, 2)), "var": y.var((0, 1, 2))}.items():
@@ -348,7 +333,7 @@ def test_scatter_writes_only_the_rows_of_the_bits(distinct):
     before = supernet.select(TABLE, distinct, config(4, 2)).batch_stats
     plain = jax.tree.map(lambda leaf: leaf + 7, before)
     banked = supernet.scatter_batch_stats(TABLE, distinct.batch_stats, config(4, 2), plain)
-    new, old = linen.flatten(banked), linen.flatten(distinct.batch_stats)
+    new, old = paths.flatten(banked), paths.flatten(distinct.batch_stats)
     for path, place in {"block/norm": row(4, 2), "norm": row(2, 4)}.items():
         for name in ("mean", "var"):
             wanted = np.array(old[f"{path}/{name}"])
@@ -359,8 +344,8 @@ def test_scatter_writes_only_the_rows_of_the_bits(distinct):
 def test_used_rows_marks_what_some_configuration_names(made):
     pairs = [(4, 4), (3, 2), (3, 2), (2, 4)]
     configs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[config(w, a) for w, a in pairs])
-    used = supernet.used_rows(TABLE, made.learned.params, configs)
-    flat = linen.flatten(used.params)
+    used = supernet.update_mask(TABLE, made.trainable.params, configs)
+    flat = paths.flatten(used.params)
     for path, crossed in {"block/norm": False, "norm": True}.items():
         wanted = np.zeros((3, 3), bool)
         for w, a in pairs:
@@ -371,15 +356,15 @@ def test_used_rows_marks_what_some_configuration_names(made):
     everywhere = {column(8)}
     weights = [everywhere, {column(b) for b in (4, 3, 2)}, {column(4), column(2)}, everywhere]
     acts = [set(), {column(4), column(2)}, {column(b) for b in (4, 3, 2)}, everywhere]
-    for found, columns in ((used.weight_steps, weights), (used.act_steps, acts)):
+    for found, columns in ((used.weight_step_sizes, weights), (used.act_step_sizes, acts)):
         wanted = [[c in layer for c in range(len(TABLE.candidates))] for layer in columns]
         np.testing.assert_array_equal(found, wanted)
 
 
 def test_without_banks_all_bits_share_one_norm(float_variables):
-    table = TABLE.with_norm_rows("shared")
+    table = TABLE.with_bn_banks("shared")
     made = INIT(MODEL, table, float_variables, IMAGES)
-    shapes = jax.tree.map(jnp.shape, (made.learned.params, made.batch_stats))
+    shapes = jax.tree.map(jnp.shape, (made.trainable.params, made.batch_stats))
     plain = jax.tree.map(jnp.shape, (float_variables["params"], float_variables["batch_stats"]))
     assert shapes == plain
     for bits in (config(4, 4), config(2, 3)):
@@ -391,7 +376,7 @@ def test_without_banks_all_bits_share_one_norm(float_variables):
     assert set(out.features) == {"block", "block/norm", "norm"}
     stats = supernet.scatter_batch_stats(table, made.batch_stats, config(2, 3), out.batch_stats)
     jax.tree.map(np.testing.assert_array_equal, stats, out.batch_stats)
-    used = supernet.used_rows(table, made.learned.params, jax.tree.map(lambda b: b[None], bits))
+    used = supernet.update_mask(table, made.trainable.params, jax.tree.map(lambda b: b[None], bits))
     assert jax.tree.all(jax.tree.map(lambda leaf: leaf.shape == () and bool(leaf), used.params))
 
 
@@ -469,356 +454,3 @@ def test_a_users_own_model_works_unchanged(model, eval_mode):
 def test_published_rules_leave_the_first_input_float():
     table = trace_layers(MODEL, (8, 8, 2), rules=FIRST_LAST_8BIT)
     assert [layer.float_acts for layer in table.layers] == [True, False, False, False]
-
-
-# Norm rows of every kind, by brute force.
-
-ROW_NAMES = {
-    "shared": lambda weights, acts, previous: (),
-    "weights": lambda weights, acts, previous: (weights,),
-    "pair": lambda weights, acts, previous: (weights, acts),
-    "transition": lambda weights, acts, previous: (weights, previous),
-}
-NORMS = {"block/norm": CONV, "norm": DEPTHWISE}
-
-
-def numbered(tree):
-    """Gives every element of every leaf a number of its own."""
-    leaves, structure = jax.tree.flatten(tree)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    numbers = [
-        np.arange(end - leaf.size, end, dtype=np.float32).reshape(leaf.shape) + np.float32(1)
-        for leaf, end in zip(leaves, ends, strict=True)
-    ]
-    return structure.unflatten([jnp.asarray(leaf) for leaf in numbers])
-
-
-def numbered_supernet(table, float_variables):
-    """A supernet in which no two values of norms are the same, whatever rows it has."""
-    rows = (len(CHOICES),) * len(table.norm_axes)
-
-    def widened(tree):
-        return numbered(
-            linen.map_leaves(
-                tree, lambda path, x: jnp.zeros(rows + x.shape) if "norm" in path else x
-            )
-        )
-
-    steps = jnp.full((len(table), len(table.candidates)), 0.1)
-    learned = supernet.Learned(widened(float_variables["params"]), steps, steps)
-    return supernet.Variables(
-        learned, widened(float_variables["batch_stats"]), jnp.ones(len(table), bool)
-    )
-
-
-def named_row(kind, norm, bits):
-    """Returns the row that a configuration names: by its own bits, and by those before it."""
-    own = NORMS[norm]
-    previous = CONV  # the depthwise layer's; the first layer with a choice is its own
-    places = [bits.weights[own], bits.acts[own], bits.weights[previous]]
-    return ROW_NAMES[kind](*(CHOICES.index(int(place)) for place in places))
-
-
-# What the rows of both norms hang on: weights and inputs of both layers.
-SEVERAL = [
-    BitConfig(jnp.array([8, w, d, 8], jnp.int32), jnp.array([8, a, b, 8], jnp.int32))
-    for w, d, a, b in [(4, 2, 3, 4), (2, 4, 2, 3), (3, 3, 4, 2), (2, 3, 4, 4)]
-]
-
-
-@pytest.mark.parametrize("kind", ROW_NAMES)
-def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
-    table = TABLE.with_norm_rows(kind)
-    made = numbered_supernet(table, float_variables)
-    stats, params = linen.flatten(made.batch_stats), linen.flatten(made.learned.params)
-    marked = {norm: np.zeros((len(CHOICES),) * len(table.norm_axes), bool) for norm in NORMS}
-    for bits in SEVERAL:
-        selected = supernet.select(table, made, bits)
-        float_model = supernet.plain(table, made, bits)
-        after = jax.tree.map(lambda leaf: -leaf, selected.batch_stats)
-        scattered = linen.flatten(
-            supernet.scatter_batch_stats(table, made.batch_stats, bits, after)
-        )
-        for norm in NORMS:
-            place = named_row(kind, norm, bits)
-            marked[norm][place] = True
-            for source, found, plain in (
-                (params, selected.params, float_model["params"]),
-                (stats, selected.batch_stats, float_model["batch_stats"]),
-            ):
-                for path in (path for path in source if linen.module_of(path) == norm):
-                    wanted = np.asarray(source[path])[place]
-                    np.testing.assert_array_equal(linen.flatten(found)[path], wanted, strict=True)
-                    np.testing.assert_array_equal(linen.flatten(plain)[path], wanted, strict=True)
-            for path in (path for path in stats if linen.module_of(path) == norm):
-                wanted = np.array(stats[path])
-                wanted[place] *= -1
-                np.testing.assert_array_equal(scattered[path], wanted, strict=True)
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *SEVERAL)
-    used = linen.flatten(supernet.used_rows(table, made.learned.params, together).params)
-    for norm in NORMS:
-        for name in ("scale", "bias"):
-            np.testing.assert_array_equal(used[f"{norm}/{name}"], marked[norm])
-
-
-@pytest.mark.parametrize("kind", ROW_NAMES)
-def test_plain_returns_float_kernels(float_variables, kind):
-    table = TABLE.with_norm_rows(kind)
-    made = INIT(MODEL, table, float_variables, IMAGES)
-    for bits in SEVERAL[:2]:
-        found = supernet.plain(table, made, bits)
-        jax.tree.map(np.testing.assert_array_equal, found, dict(float_variables))
-
-
-def test_norms_per_precision_become_norms_per_pair_of_precisions(float_variables):
-    held = numbered_supernet(TABLE.with_norm_rows("weights"), float_variables)
-    table = TABLE.with_norm_rows("transition")
-    made = supernet.with_rows_of(table, held)
-    pairs = [
-        (made.learned.params, held.learned.params),
-        (made.batch_stats, held.batch_stats),
-    ]
-    for found, source in pairs:
-        source = linen.flatten(source)
-        for path, leaf in linen.flatten(found).items():
-            if linen.module_of(path) not in NORMS:
-                np.testing.assert_array_equal(leaf, source[path])
-                continue
-            assert leaf.shape == (3, 3, 4)
-            for own in range(3):
-                for previous in range(3):
-                    np.testing.assert_array_equal(leaf[own, previous], source[path][own])
-    np.testing.assert_array_equal(made.learned.weight_steps, held.learned.weight_steps)
-    np.testing.assert_array_equal(made.signed, held.signed)
-    # The float model in it is the same before the rows are repeated and after.
-    for bits in SEVERAL:
-        before, after = (supernet.plain(table, variables, bits) for variables in (held, made))
-        jax.tree.map(np.testing.assert_array_equal, before, after)
-
-
-@pytest.mark.parametrize(("few", "many"), [("shared", "weights"), ("shared", "transition")])
-def test_one_norm_is_repeated_for_every_row(float_variables, few, many):
-    held = numbered_supernet(TABLE.with_norm_rows(few), float_variables)
-    table = TABLE.with_norm_rows(many)
-    made = supernet.with_rows_of(table, held)
-    rows = (3,) * len(table.norm_axes)
-    stats = linen.flatten(held.batch_stats)
-    for path, leaf in linen.flatten(made.batch_stats).items():
-        np.testing.assert_array_equal(leaf, np.broadcast_to(stats[path], (*rows, 4)))
-
-
-@pytest.mark.parametrize("kind", ROW_NAMES)
-def test_rows_that_are_already_there_are_not_repeated(float_variables, kind):
-    table = TABLE.with_norm_rows(kind)
-    held = numbered_supernet(table, float_variables)
-    jax.tree.map(np.testing.assert_array_equal, supernet.with_rows_of(table, held), held)
-
-
-def test_rows_of_other_bits_are_refused(float_variables):
-    held = numbered_supernet(TABLE.with_norm_rows("weights"), float_variables)
-    other = trace_layers(MODEL, (8, 8, 2), rules=bit_rules((6, 4, 3, 2)))
-    message = r"'block/norm/bias' has rows \[3\]; wanted at most 2 axes of 4 rows.*\(6, 4, 3, 2\)"
-    with pytest.raises(ValueError, match=message):
-        supernet.with_rows_of(other.with_norm_rows("transition"), held)
-
-
-def test_more_row_axes_than_the_table_has_are_refused(float_variables):
-    held = numbered_supernet(TABLE.with_norm_rows("transition"), float_variables)
-    with pytest.raises(ValueError, match=r"has rows \[3, 3\]; wanted at most 1 axes of 3 rows"):
-        supernet.with_rows_of(TABLE.with_norm_rows("weights"), held)
-
-
-# One step size for all bits, and float kernels.
-
-FLOAT_ENDS = trace_layers(
-    MODEL, (8, 8, 2), rules=bit_rules(CHOICES, first_last=FIRST_LAST_FLOAT)
-).with_norm_rows("weights")
-
-
-def double_rounded(w, step, bits, highest):
-    """The two roundings, in float64 (the inputs hold no tie)."""
-    w, step = np.asarray(w, np.float64), float(step)
-    stored = np.clip(np.round(w / step), -(2 ** (highest - 1)), 2 ** (highest - 1) - 1)
-    ratio = 2 ** (highest - bits)
-    lower = np.clip(np.round(stored / ratio), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return lower * step * ratio
-
-
-@pytest.fixture(scope="module")
-def float_ends(float_variables):
-    """A supernet with float ends, of different step sizes everywhere."""
-    made = INIT(MODEL, FLOAT_ENDS, float_variables, IMAGES)
-    factors = np.random.default_rng(3).uniform(0.7, 1.3, (2, *made.learned.act_steps.shape))
-    learned = made.learned._replace(
-        weight_steps=made.learned.weight_steps * jnp.asarray(factors[0], jnp.float32),
-        act_steps=made.learned.act_steps * jnp.asarray(factors[1], jnp.float32),
-    )
-    return made._replace(learned=learned)
-
-
-def float_ends_config(w, d):
-    bits = jnp.array([32, w, d, 32], jnp.int32)
-    return BitConfig(bits, bits)
-
-
-@pytest.mark.parametrize(("w", "d"), [(4, 4), (3, 2), (2, 3)])
-def test_double_rounding_takes_the_step_size_of_the_highest_bits(float_ends, w, d):
-    quantizer = double_rounding.QUANTIZER
-    bits = float_ends_config(w, d)
-    selected = supernet.select(FLOAT_ENDS, float_ends, bits, quantizer=quantizer)
-    kernels = supernet.kernels(FLOAT_ENDS, float_ends.learned.params)
-    found = supernet.kernels(FLOAT_ENDS, selected.params)
-    highest = FLOAT_ENDS.candidates.index(4)
-    for layer, own in ((CONV, w), (DEPTHWISE, d)):
-        step = float_ends.learned.weight_steps[layer, highest]
-        wanted = double_rounded(kernels[layer], step, own, 4)
-        np.testing.assert_allclose(found[layer], wanted, rtol=1e-6)  # float32 products
-        assert len(np.unique(found[layer])) <= 2**own
-    for layer in (STEM, HEAD):  # float
-        np.testing.assert_array_equal(found[layer], kernels[layer])
-    steps = supernet.chosen_weight_steps(
-        FLOAT_ENDS, float_ends.learned, bits.weights, quantizer=quantizer
-    )
-    np.testing.assert_array_equal(steps[CONV], float_ends.learned.weight_steps[CONV, highest])
-    np.testing.assert_array_equal(steps[DEPTHWISE], float_ends.learned.weight_steps[2, highest])
-
-
-@pytest.mark.parametrize("name", ["double_rounding", "double_rounding_unshared", "lsq"])
-def test_only_the_step_sizes_that_serve_get_a_gradient_and_are_marked(float_ends, name):
-    quantizer, bits = QUANTIZERS[name], float_ends_config(3, 2)
-
-    @jax.jit
-    @jax.grad
-    def gradient(learned):
-        variables = float_ends._replace(learned=learned)
-        selected = supernet.select(FLOAT_ENDS, variables, bits, quantizer=quantizer)
-        out = supernet.apply(MODEL, FLOAT_ENDS, selected, IMAGES, train=True, quantizer=quantizer)
-        return jnp.sum(out.logits**2)
-
-    found = gradient(float_ends.learned)
-    one = jax.tree.map(lambda leaf: leaf[None], bits)
-    used = supernet.used_rows(FLOAT_ENDS, float_ends.learned.params, one, quantizer=quantizer)
-    index = FLOAT_ENDS.candidates.index
-    serving = (4, 4) if name == "double_rounding" else (3, 2)
-    wanted = [[CONV, index(serving[0])], [DEPTHWISE, index(serving[1])]]
-    assert np.argwhere(found.weight_steps).tolist() == wanted
-    assert np.argwhere(used.weight_steps).tolist() == wanted
-    wanted = [[CONV, index(3)], [DEPTHWISE, index(2)]]  # each precision has its own
-    assert np.argwhere(found.act_steps).tolist() == wanted
-    assert np.argwhere(used.act_steps).tolist() == wanted
-    flat = linen.flatten(found.params)
-    assert all(np.all(flat[f"{name}/kernel"]) for name in ("stem", "head"))  # straight through
-    assert all(linen.flatten(used.params)[f"{name}/kernel"] for name in FLOAT_ENDS.names)
-
-
-def test_the_highest_bits_are_those_of_the_layer(float_variables):
-    rules = [Rule("^depthwise$", weights=(3, 2), acts=(4, 3, 2)), Rule(weights=CHOICES, acts=8)]
-    table = trace_layers(MODEL, (8, 8, 2), rules=rules)
-    made = INIT(MODEL, table, float_variables, IMAGES)
-    bits = BitConfig(jnp.full(4, 2, jnp.int32), jnp.array([8, 8, 2, 8], jnp.int32))
-    selected = supernet.select(table, made, bits, quantizer=double_rounding.QUANTIZER)
-    kernels = supernet.kernels(table, made.learned.params)
-    for layer, highest in enumerate((4, 4, 3, 4)):
-        step = made.learned.weight_steps[layer, table.candidates.index(highest)]
-        wanted = double_rounded(kernels[layer], step, 2, highest)
-        found = supernet.kernels(table, selected.params)[layer]
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
-
-
-def test_float_layers_do_not_read_their_step_sizes(float_ends):
-    @jax.jit
-    def logits(learned):
-        variables = float_ends._replace(learned=learned)
-        selected = supernet.select(
-            FLOAT_ENDS, variables, float_ends_config(4, 2), quantizer=double_rounding.QUANTIZER
-        )
-        return supernet.apply(MODEL, FLOAT_ENDS, selected, IMAGES, train=False).logits
-
-    learned = float_ends.learned
-    ends = jnp.array([STEM, HEAD])
-    broken = learned._replace(
-        weight_steps=learned.weight_steps.at[ends].set(jnp.nan),
-        act_steps=learned.act_steps.at[ends].set(jnp.nan),
-    )
-    np.testing.assert_array_equal(logits(broken), logits(learned))
-
-
-# Kernels that are quantised once for many subnets.
-
-OTHER_HIGHEST = [
-    Rule("^block/conv$", weights=(4, 2), acts=(3, 2)),
-    Rule("^depthwise$", weights=(3, 2), acts=(4, 3)),
-    Rule("^stem$", weights=8, acts=32, float_acts=True),
-    Rule(weights=4, acts=8),
-]
-QUANTISE = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))
-SELECT = jax.jit(supernet.select, static_argnums=0, static_argnames="quantizer")
-SELECT_QUANTISED = jax.jit(supernet.select_quantised, static_argnums=0)
-
-
-def rowed_supernet(table, float_variables, seed):
-    """A supernet in which no two rows and no two step sizes are the same."""
-    made = numbered_supernet(table, float_variables)
-    generator = np.random.default_rng(seed)
-    steps = [
-        jnp.asarray(generator.uniform(0.02, 0.2, (len(table), len(table.candidates))), jnp.float32)
-        for _ in range(2)
-    ]
-    params = linen.flatten(made.learned.params)
-    for path in params:
-        if path.endswith("kernel"):
-            params[path] = linen.flatten(float_variables["params"])[path]
-    return made._replace(learned=supernet.Learned(linen.unflatten(params), *steps))
-
-
-def allowed_configs(table, seed, count=6):
-    """Some configurations in which every candidate of every tensor comes up."""
-    generator = np.random.default_rng(seed)
-    bits = np.stack(
-        [
-            [generator.permutation(np.resize(candidates, count)) for candidates in both]
-            for layer in table.layers
-            for both in [(layer.weight_candidates, layer.act_candidates)]
-        ]
-    )
-    return [BitConfig(*jnp.asarray(bits[..., i].T, jnp.int32)) for i in range(count)]
-
-
-QUANTISED_TABLES = {
-    "pair": TABLE,
-    "shared": TABLE.with_norm_rows("shared"),
-    "transition": TABLE.with_norm_rows("transition"),
-    "float ends": FLOAT_ENDS,
-    "other highest": trace_layers(MODEL, SHAPE, rules=OTHER_HIGHEST),
-}
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("kind", QUANTISED_TABLES)
-def test_kernels_that_were_quantised_before_make_the_same_subnets(float_variables, kind, name):
-    table, quantizer = QUANTISED_TABLES[kind], QUANTIZERS[name]
-    made = rowed_supernet(table, float_variables, 7)
-    quantised = QUANTISE(table, made.learned, quantizer=quantizer)
-    assert {path: len(kernels) for path, kernels in quantised.items()} == {
-        layer.name: len(layer.weight_candidates)
-        for layer in table.layers
-        if not layer.float_weights
-    }
-    for bits in allowed_configs(table, 8):
-        table.check(bits)
-        found = SELECT_QUANTISED(table, made, quantised, bits)
-        wanted = SELECT(table, made, bits, quantizer=quantizer)
-        assert jax.tree.structure(found) == jax.tree.structure(wanted)
-        jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-def test_quantised_kernels_are_in_the_order_of_the_candidates(float_variables):
-    table = QUANTISED_TABLES["other highest"]
-    made = rowed_supernet(table, float_variables, 7)
-    quantised = QUANTISE(table, made.learned, quantizer=lsq.QUANTIZER)
-    for index, layer in enumerate(table.layers):
-        w = linen.flatten(float_variables["params"])[f"{layer.name}/kernel"]
-        for kernel, bits in zip(quantised[layer.name], layer.weight_candidates, strict=True):
-            step = made.learned.weight_steps[index, table.candidates.index(bits)]
-            wanted = quantise(np.asarray(w), np.asarray(step), bits, True)
-            np.testing.assert_array_equal(kernel, wanted)

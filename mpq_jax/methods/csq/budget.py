@@ -1,4 +1,4 @@
-"""The budget of planes: the mean, the regulariser that steers it, and the schemes that meet it."""
+"""The budget of planes: the mean, the regularizer that steers it, and the schemes that meet it."""
 
 from typing import NamedTuple
 
@@ -65,20 +65,20 @@ def tightened(budget: Budget, part: Float[Array, ""], *, most: float) -> Float[A
     return budget.target + (most - budget.target) * (1 - part)
 
 
-def regulariser(
+def regularizer(
     planes: dict[str, BitPlanes],
     budget: Budget,
     wanted: Float[Array, ""],
     temperature: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Returns the budget-aware regulariser, (mean - wanted mean) x sum of the gates.
+    """Returns the budget-aware regularizer, (mean - wanted mean) x sum of the gates.
 
     Above the budget it closes gates, below it opens them. The mean counts gates that are decided
     by their sign and has no gradient. Layers that are counted by size are also closed by size:
     each gate weighs its layer's share times the number of layers, which is 1 in a mean by layer.
 
     References:
-        CSQ, https://arxiv.org/abs/2212.02770, the budget-aware regularisation.
+        CSQ, https://arxiv.org/abs/2212.02770, the budget-aware regularization.
     """
     mean = mean_planes(planes, budget.shares, contiguous=budget.contiguous)
     gates = {
@@ -143,7 +143,7 @@ def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
 
     Of the schemes that leave every layer enough planes and are within `TOLERANCE` of the target,
     or as near as any can come, the one is taken that switches planes whose logits are nearest to
-    zero: an integer programme. Logits of switched planes change sign; afterwards all are at least
+    zero: an integer program. Logits of switched planes change sign; afterwards all are at least
     `MARGIN` from zero.
 
     Args:

@@ -1,0 +1,109 @@
+"""Kernels that are quantized once for many subnets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.tiny_supernets import (
+    FLOAT_ENDS,
+    MODEL,
+    SHAPE,
+    TABLE,
+    make_float_variables,
+    numbered_supernet,
+    quantize,
+)
+
+from mpq_jax.program import paths
+from mpq_jax.program import linen
+from mpq_jax.quantizers import QUANTIZERS, lsq
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import (
+    Rule,
+    trace_layers,
+)
+
+
+@pytest.fixture(scope="module")
+def float_variables():
+    return make_float_variables()
+
+
+OTHER_HIGHEST = [
+    Rule("^block/conv$", weights=(4, 2), acts=(3, 2)),
+    Rule("^depthwise$", weights=(3, 2), acts=(4, 3)),
+    Rule("^stem$", weights=8, acts=32, float_acts=True),
+    Rule(weights=4, acts=8),
+]
+QUANTIZE = jax.jit(supernet.quantize_kernels, static_argnames=("table", "quantizer"))
+SELECT = jax.jit(supernet.select, static_argnums=0, static_argnames="quantizer")
+SELECT_QUANTIZED = jax.jit(supernet.select_quantized, static_argnums=0)
+
+
+def rowed_supernet(table, float_variables, seed):
+    """A supernet in which no two rows and no two step sizes are the same."""
+    made = numbered_supernet(table, float_variables)
+    generator = np.random.default_rng(seed)
+    steps = [
+        jnp.asarray(generator.uniform(0.02, 0.2, (len(table), len(table.candidates))), jnp.float32)
+        for _ in range(2)
+    ]
+    params = paths.flatten(made.trainable.params)
+    for path in params:
+        if path.endswith("kernel"):
+            params[path] = paths.flatten(float_variables["params"])[path]
+    return made._replace(trainable=supernet.TrainableParams(paths.unflatten(params), *steps))
+
+
+def allowed_configs(table, seed, count=6):
+    """Some configurations in which every candidate of every tensor comes up."""
+    generator = np.random.default_rng(seed)
+    bits = np.stack(
+        [
+            [generator.permutation(np.resize(candidates, count)) for candidates in both]
+            for layer in table.layers
+            for both in [(layer.weight_candidates, layer.act_candidates)]
+        ]
+    )
+    return [BitConfig(*jnp.asarray(bits[..., i].T, jnp.int32)) for i in range(count)]
+
+
+QUANTIZED_TABLES = {
+    "pair": TABLE,
+    "shared": TABLE.with_bn_banks("shared"),
+    "transition": TABLE.with_bn_banks("transition"),
+    "float ends": FLOAT_ENDS,
+    "other highest": trace_layers(MODEL, SHAPE, rules=OTHER_HIGHEST),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("kind", QUANTIZED_TABLES)
+def test_kernels_that_were_quantized_before_make_the_same_subnets(float_variables, kind, name):
+    table, quantizer = QUANTIZED_TABLES[kind], QUANTIZERS[name]
+    made = rowed_supernet(table, float_variables, 7)
+    quantized = QUANTIZE(table, made.trainable, quantizer=quantizer)
+    assert {path: len(kernels) for path, kernels in quantized.items()} == {
+        layer.name: len(layer.weight_candidates)
+        for layer in table.layers
+        if not layer.float_weights
+    }
+    for bits in allowed_configs(table, 8):
+        table.check(bits)
+        found = SELECT_QUANTIZED(table, made, quantized, bits)
+        wanted = SELECT(table, made, bits, quantizer=quantizer)
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_quantized_kernels_are_in_the_order_of_the_candidates(float_variables):
+    table = QUANTIZED_TABLES["other highest"]
+    made = rowed_supernet(table, float_variables, 7)
+    quantized = QUANTIZE(table, made.trainable, quantizer=lsq.QUANTIZER)
+    for index, layer in enumerate(table.layers):
+        w = paths.flatten(float_variables["params"])[f"{layer.name}/kernel"]
+        for kernel, bits in zip(quantized[layer.name], layer.weight_candidates, strict=True):
+            step = made.trainable.weight_step_sizes[index, table.candidates.index(bits)]
+            wanted = quantize(np.asarray(w), np.asarray(step), bits, True)
+            np.testing.assert_array_equal(kernel, wanted)
