@@ -1,6 +1,7 @@
 """Objectives of the integer program: tables of what each layer loses at each of its bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float, Key
@@ -8,8 +9,11 @@ from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.search.problem import Score, score_choices
 from mpq_jax.search.space import SearchSpace
+from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.costs import allowed_pairs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.sensitivity import Trace
+from mpq_jax.supernet.supernet import Supernet, SupernetState
 
 
 def measured_sensitivity(score: Score, space: SearchSpace, key: Key[Array, ""]) -> np.ndarray:
@@ -43,12 +47,12 @@ def measured_sensitivity(score: Score, space: SearchSpace, key: Key[Array, ""]) 
     return increases
 
 
-def additive(space: SearchSpace, sensitivity: np.ndarray) -> np.ndarray:
+def additive(space: SearchSpace, increases: np.ndarray) -> np.ndarray:
     """Returns the sum of what a layer's weights and input add, each by itself.
 
     Args:
         space: the configurations.
-        sensitivity: float64 [layers, 2, choices], from `measured_sensitivity`.
+        increases: float64 [layers, 2, choices], from `measured_sensitivity`.
 
     Returns:
         float64 [layers, weight choices, activation choices]; a group of tied entries counts once,
@@ -56,7 +60,7 @@ def additive(space: SearchSpace, sensitivity: np.ndarray) -> np.ndarray:
     """
     leaders = space.table.group_leaders
     leads = leaders == np.arange(leaders.size).reshape(leaders.shape)
-    own = np.where(leads[..., None] | np.isnan(sensitivity), sensitivity, 0.0)
+    own = np.where(leads[..., None] | np.isnan(increases), increases, 0.0)
     total = own[:, 0, :, None] + own[:, 1, None, :]
     return np.where(allowed_pairs(space.table) & np.isfinite(total), total, np.inf)
 
@@ -122,3 +126,43 @@ OBJECTIVES: dict[str, Callable[..., np.ndarray]] = {
     "hawq": hawq,
     "paper": paper,
 }
+
+
+def check_inputs_are_determined(table: LayerTable) -> None:
+    """Raises ValueError if a Hessian objective, which knows only weights, would choose inputs."""
+    has_choice = np.array([len(layer.act_candidates) > 1 for layer in table.layers])
+    if (has_choice & (table.group_leaders[:, 0] != table.group_leaders[:, 1])).any():
+        raise ValueError(
+            f"the objectives {sorted(OBJECTIVES)} know only weights and would give every input its "
+            "fewest bits; tie the inputs to the weights (tie_acts_to_weights), fix them by rules, "
+            "or use the measured objective"
+        )
+
+
+def hessian_objective(
+    net: Supernet,
+    state: SupernetState,
+    batches: Iterable[dict[str, Any]],
+    key: Key[Array, ""],
+    *,
+    name: str,
+    probes: int,
+) -> tuple[np.ndarray, Trace]:
+    """Computes an objective from the Hessian traces of the float model inside a supernet.
+
+    Args:
+        net: the supernet.
+        state: its state.
+        batches: labeled batches, see `sensitivity.layer_traces`.
+        key: random key of the probes.
+        name: a key of `OBJECTIVES`.
+        probes: number of random vectors.
+
+    Returns:
+        float64 [layers, weight choices, activation choices], and the traces.
+    """
+    variables = net.float_variables(state, net.table.max_config)
+    traces = sensitivity.layer_traces(net, variables, batches, key, probes=probes)
+    errors = sensitivity.weight_errors(net, state.trainable)
+    weights = np.array([layer.params for layer in net.table.layers])
+    return OBJECTIVES[name](net.table, np.asarray(traces.mean) / weights, errors), traces
