@@ -104,6 +104,21 @@ class MakeMethod(Protocol):
         ...
 
 
+class Variant(NamedTuple):
+    """A method's place as a variant of another one, whose options it takes over.
+
+    Attributes:
+        of: name of the other method.
+        name: name that chooses the variant, as in `--config=digits:NAME`.
+        derive: `options of the other method -> values of this method's options`; the options that
+            it leaves out are this method's own.
+    """
+
+    of: str
+    name: str
+    derive: Callable[[Any], dict[str, Any]]
+
+
 class MethodFamily(NamedTuple):
     """A method before its model is known.
 
@@ -113,9 +128,11 @@ class MethodFamily(NamedTuple):
         successor_of: name of the method whose network it may start from, beside a float model.
         inherited: options that must be those of that method's run, as its numbers mean nothing
             under others.
+        variant: the method that it is a variant of; None: it stands alone.
     """
 
     options: type
     make: MakeMethod
     successor_of: str | None = None
     inherited: tuple[str, ...] = ()
+    variant: Variant | None = None

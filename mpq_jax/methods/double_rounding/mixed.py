@@ -1,5 +1,6 @@
 """HASB: a supernet of mixed precisions, sampled with an eye on the Hessian."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.base import Batch, Method, MethodFamily, Run, Variant
 from mpq_jax.methods.double_rounding import multi
 from mpq_jax.methods.double_rounding.learner import make_learner
-from mpq_jax.methods.double_rounding.options import MixedOptions
+from mpq_jax.methods.double_rounding.options import MixedOptions, Options
 from mpq_jax.methods.warm_start import supernet_or_float_variables
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import sensitivity, supernet
@@ -191,9 +192,17 @@ def hessian_traces(
     )
 
 
+def derive_options(multi: Options) -> dict[str, Any]:
+    """Returns what the supernet takes over from the options of its multi-precision network."""
+    shared = dataclasses.asdict(multi)
+    del shared["norm_rows"]  # the supernet has more to choose from
+    return shared
+
+
 MIXED_FAMILY = MethodFamily(
     options=MixedOptions,
     make=make,
     successor_of="double_rounding",
     inherited=("scales", "switch"),
+    variant=Variant("double_rounding", "mixed", derive_options),
 )
