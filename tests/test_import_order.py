@@ -1,7 +1,7 @@
-"""A module imports only from modules of a smaller number, or of its own package.
+"""A folder of the library imports only from folders below it, or from itself.
 
-The order keeps the library readable from the bottom: pure functions of arrays first, programs
-last. docs/architecture.md says why. A new module must be given its place in `ORDER`.
+The order keeps the library readable from the bottom: data and pure functions of arrays first,
+programs last. docs/architecture.md says why. There are no exceptions.
 """
 
 import ast
@@ -10,47 +10,23 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ORDER = {
-    "mpq_jax": 0,  # the package itself imports nothing: its modules would import all of it
-    "mpq_jax.quantizers": 0,
-    "mpq_jax.bits": 0,
-    "mpq_jax.data": 0,
-    "mpq_jax.sharding": 0,
-    "mpq_jax.linen": 0,
-    "mpq_jax.losses": 0,
-    "mpq_jax.recording": 0,
-    "mpq_jax.processes": 0,
-    "mpq_jax.finite": 0,
-    "mpq_jax.optim": 0,
-    "mpq_jax.layer_table": 1,
-    "mpq_jax.ties": 2,
-    "mpq_jax.costs": 2,
-    "mpq_jax.supernet": 2,
-    "mpq_jax.models": 2,
-    "mpq_jax.evaluation": 2,
-    "mpq_jax.sensitivity": 3,
-    "mpq_jax.latency": 3,
-    "mpq_jax.recalibration": 3,
-    "mpq_jax.published": 3,
-    "mpq_jax.methods": 4,
-    "mpq_jax.checkpoints": 4,
-    "mpq_jax.runs": 5,
-    "mpq_jax.search": 5,
-    "mpq_jax.export": 6,
-    "mpq_jax.report": 6,
-    "mpq_jax.page": 6,
-    "train": 7,
-    "search": 7,
-    "configs": 7,
-}
-SAME_PACKAGE = {"search": "train"}  # the second program uses the first one's pieces
-ONLY = {  # of the project's modules, these may import nothing else
-    "mpq_jax.report": {"mpq_jax.bits", "mpq_jax.layer_table"},
-    "mpq_jax.page": {"mpq_jax.bits", "mpq_jax.layer_table"},
-    "configs": {"mpq_jax.methods"},
-    "mpq_jax.quantizers.record": set(),
-}
-FORBIDDEN_IN_PACKAGE = ("train", "search", "configs", "ml_collections", "absl.flags")
+FOLDERS = (  # from low to high
+    "data",
+    "quantizers",
+    "tasks",
+    "parallel",
+    "program",
+    "supernet",
+    "models",
+    "search",
+    "methods",
+    "reporting",
+    "training",
+    "export",
+    "cli",
+)
+PROGRAMS = ("train", "search")
+SETTINGS = ("absl", "ml_collections")  # flags and configs: only programs read them
 
 
 def module_name(path):
@@ -59,7 +35,7 @@ def module_name(path):
 
 
 def project_files():
-    files = [ROOT / "train.py", ROOT / "search.py"]
+    files = [ROOT / f"{program}.py" for program in PROGRAMS]
     for folder in ("mpq_jax", "configs"):
         files += sorted((ROOT / folder).rglob("*.py"))
     return {module_name(path): path for path in files}
@@ -67,14 +43,6 @@ def project_files():
 
 def is_inside(name, package):
     return name == package or name.startswith(package + ".")
-
-
-def place(name):
-    """Returns the entry of ORDER that a module belongs to, or None where it has none."""
-    if name.startswith("mpq_jax.checkpoint_"):
-        return "mpq_jax.checkpoints"  # its siblings are one package with it
-    found = [key for key in ORDER if is_inside(name, key) and key != "mpq_jax"]
-    return max(found, key=len, default="mpq_jax" if name == "mpq_jax" else None)
 
 
 def imports(source, name, *, is_package):
@@ -89,29 +57,43 @@ def imports(source, name, *, is_package):
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-PROJECT = {key.split(".")[0] for key in ORDER}
+def folder_of(name):
+    """Returns the folder of the library that a module is in; None for the library's root."""
+    return name.split(".")[1] if name.count(".") else None
 
 
 def complaint(name, imported):
     """Returns why a module must not import another, or None where it may."""
-    if is_inside(name, "mpq_jax"):
-        for forbidden in FORBIDDEN_IN_PACKAGE:
-            if is_inside(imported, forbidden):
-                return f"{name} imports {imported}: the library takes values, it reads no settings"
-    if imported.split(".")[0] not in PROJECT:
+    top, into = name.split(".")[0], imported.split(".")[0]
+    if top in PROGRAMS:
+        allowed = into not in ("mpq_jax", "configs", *PROGRAMS) or is_inside(
+            imported, "mpq_jax.cli"
+        )
+        return None if allowed else f"{name} imports {imported}; wanted mpq_jax.cli alone"
+    if into in PROGRAMS or (top == "mpq_jax" and into == "configs"):
+        return f"{name} imports {imported}, which is a user of the library"
+    if top == "mpq_jax":
+        return library_complaint(name, imported)
+    return None
+
+
+def library_complaint(name, imported):
+    mine = folder_of(name)
+    if imported.split(".")[0] in SETTINGS and not is_inside(imported, "absl.logging"):
+        return None if mine == "cli" else f"{name} imports {imported}: only cli reads settings"
+    if not is_inside(imported, "mpq_jax") or mine is None:
         return None
-    mine, theirs = place(name), place(imported)
-    if theirs is None:
-        return f"{name} imports {imported}, which does not exist or has no place in ORDER"
-    if mine != theirs:
-        for package, allowed in ONLY.items():
-            if is_inside(name, package) and theirs not in allowed:
-                return f"{name} imports {imported}; it may only import {sorted(allowed)}"
-    elif name == "mpq_jax.quantizers.record":
-        return f"{name} imports {imported}; every quantiser imports it"
-    if mine == theirs or SAME_PACKAGE.get(mine) == theirs or ORDER[theirs] < ORDER[mine]:
+    theirs = folder_of(imported)
+    if theirs not in FOLDERS:
+        return f"{name} imports {imported}; wanted a module of one of the folders {FOLDERS}"
+    if FOLDERS.index(theirs) <= FOLDERS.index(mine):
         return None
-    return f"{name} ({ORDER[mine]}) imports {imported} ({ORDER[theirs]}): wanted a smaller number"
+    return f"{name} imports {imported}, but {theirs} is above {mine}"
+
+
+def complaints(source, name, *, is_package=False):
+    found = imports(source, name, is_package=is_package)
+    return [text for imported in found if (text := complaint(name, imported))]
 
 
 FILES = project_files()
@@ -119,61 +101,57 @@ FILES = project_files()
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_go_one_way(name):
-    assert place(name) is not None, (
-        f"{name} has no place in the order of imports: give it a number in ORDER (one more than "
-        "the largest number it imports from) here and in docs/architecture.md"
-    )
     path = FILES[name]
-    found = imports(path.read_text(), name, is_package=path.name == "__init__.py")
-    complaints = [text for imported in found if (text := complaint(name, imported))]
-    assert not complaints, "\n".join(complaints)
+    found = complaints(path.read_text(), name, is_package=path.name == "__init__.py")
+    assert not found, "\n".join(found)
 
 
-def test_every_place_is_taken():
-    taken = {place(name) for name in FILES}
-    assert set(ORDER) == taken, f"no module is left at {sorted(set(ORDER) - taken)}"
+def test_every_folder_has_its_place():
+    assert {path.parent.name for path in (ROOT / "mpq_jax").glob("*/*.py")} == set(FOLDERS)
+    assert [path.name for path in (ROOT / "mpq_jax").glob("*.py")] == ["__init__.py"]
 
 
 @pytest.mark.parametrize(
     ("name", "source", "wrong"),
     [
-        ("mpq_jax.layer_table", "from mpq_jax import bits, costs", "mpq_jax.costs"),
-        ("mpq_jax.bits", "def f():\n    import mpq_jax.layer_table as t", "mpq_jax.layer_table"),
-        ("mpq_jax.losses", "from mpq_jax.optim import ema_decay", "mpq_jax.optim"),
-        ("mpq_jax.methods.plain", "from mpq_jax.search.greedy import descend", "search.greedy"),
-        ("mpq_jax.methods.plain", "from ..search import greedy", "mpq_jax.search.greedy"),
-        ("mpq_jax.quantizers.record", "from . import lsq", "mpq_jax.quantizers.lsq"),
-        ("mpq_jax.report", "from mpq_jax.costs import bitops", "mpq_jax.costs"),
-        ("mpq_jax.costs", "from absl import app, flags", "absl.flags"),
-        ("mpq_jax.costs", "import absl.flags", "absl.flags"),
-        ("mpq_jax.costs", "from ml_collections import ConfigDict", "ml_collections"),
-        ("mpq_jax.costs", "from search import main", "search"),
-        ("mpq_jax.costs", "import mpq_jax.no_such_module", "mpq_jax.no_such_module"),
-        ("mpq_jax.costs", "from mpq_jax import bitops", "mpq_jax"),
-        ("train", "from configs import digits", "configs.digits"),
-        ("train", "import search", "search"),
-        ("mpq_jax", "from mpq_jax import bits", "mpq_jax.bits"),
-        ("configs.digits", "from mpq_jax.costs import bitops", "mpq_jax.costs"),
+        ("mpq_jax.supernet.bits", "def f():\n    import mpq_jax.models as m", "models is above"),
+        ("mpq_jax.methods.csq.budget", "from mpq_jax.training import metrics", "training.metrics"),
+        ("mpq_jax.methods.csq.budget", "from ...training import metrics", "training.metrics"),
+        ("mpq_jax.search.ilp", "from mpq_jax import supernet, methods", "methods is above search"),
+        ("mpq_jax.data", "from . import digits\nfrom .. import tasks", "tasks is above data"),
+        ("mpq_jax.training.metrics", "from absl import app, logging", "absl.app"),
+        ("mpq_jax.training.metrics", "import absl.flags", "absl.flags"),
+        ("mpq_jax.training.metrics", "from ml_collections import ConfigDict", "ml_collections"),
+        ("mpq_jax.cli.train", "from configs import digits", "configs.digits"),
+        ("mpq_jax.cli.train", "from search import main", "search.main"),
+        ("mpq_jax.cli.train", "import mpq_jax", "mpq_jax; wanted a module of one of the folders"),
+        ("mpq_jax.cli.train", "from mpq_jax import trace_layers", "mpq_jax.trace_layers; wanted"),
+        ("mpq_jax.cli.train", "import mpq_jax.no_such_folder.module", "no_such_folder"),
+        ("train", "from mpq_jax.training import experiment", "wanted mpq_jax.cli alone"),
+        ("train", "import search", "wanted mpq_jax.cli alone"),
+        ("train", "from configs import digits", "wanted mpq_jax.cli alone"),
         ("configs.digits", "import train", "train"),
+        ("mpq_jax", "from ml_collections import ConfigDict", "ml_collections"),
     ],
 )
 def test_wrong_imports_are_found(name, source, wrong):
-    found = list(imports(source, name, is_package=False))
-    complaints = [text for imported in found if (text := complaint(name, imported))]
-    assert len(complaints) == 1 and wrong in complaints[0]
+    found = complaints(source, name, is_package=name in ("mpq_jax", "mpq_jax.data"))
+    assert len(found) == 1 and wrong in found[0]
 
 
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("mpq_jax.quantizers.lsq", "from mpq_jax.quantizers.record import Quantizer"),
-        ("mpq_jax.methods.rfquant.terms", "from . import options\nfrom ...bits import BitConfig"),
-        ("mpq_jax.checkpoint_state", "from mpq_jax import checkpoints"),
-        ("mpq_jax.checkpoints", "from absl import logging\nimport jax, flax.linen as nn"),
-        ("search", "import train\nfrom mpq_jax import report"),
+        ("mpq_jax", "from mpq_jax.cli import train\nfrom mpq_jax.supernet.bits import BitConfig"),
+        ("mpq_jax.quantizers.lsq", "from mpq_jax.quantizers.base import Quantizer"),
+        ("mpq_jax.methods.rfquant.terms", "from . import options\nfrom ...supernet import bits"),
+        ("mpq_jax.training.metrics", "from absl import logging\nimport jax, flax.linen as nn"),
+        ("mpq_jax.cli.train", "from absl import app, flags\nfrom mpq_jax.training import metrics"),
         ("configs.digits", "from configs import default\nfrom mpq_jax.methods import METHODS"),
+        ("configs.digits", "from ml_collections import ConfigDict"),
+        ("search", "from absl import app\nfrom mpq_jax.cli import search"),
     ],
 )
 def test_right_imports_are_left_alone(name, source):
-    found = list(imports(source, name, is_package=False))
-    assert found and not [text for imported in found if (text := complaint(name, imported))]
+    assert list(imports(source, name, is_package=name == "mpq_jax"))
+    assert not complaints(source, name, is_package=name == "mpq_jax")

@@ -3,23 +3,17 @@
 import json
 
 import flax.linen as nn
-import jax
-import jax.export
-import jax.extend.core.primitives
 import jax.numpy as jnp
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from helpers.exported_models import deploy, some_images
+from helpers.onnx_runtime import LEVELS, ROUNDING, logits_of, run
 from onnx import numpy_helper
 
 from mpq_jax.export import exported_model as networks
-from mpq_jax.export.onnx import graph as onnx_graph
 from mpq_jax.export.onnx.graph import IMAGES, LOGITS, to_onnx
-from mpq_jax.export.onnx.ops import CONVERTERS
-from mpq_jax.export.onnx.ops_pointwise import unary
-from mpq_jax.export.onnx.values import Tensor, Unsupported
+from mpq_jax.export.onnx.values import Tensor
 from mpq_jax.export.onnx.writer import Graph
 from mpq_jax.export.program import InputCodes
 from mpq_jax.models import make_model
@@ -28,11 +22,6 @@ from mpq_jax.models.vit import ViT
 from mpq_jax.quantizers import batch_max, lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.layer_table import Rule
-
-# Sums are rounded in another order and norms are folded: some float32 roundings in all, part of
-# the largest logit. The images are such that no input of a layer changes its code by them.
-ROUNDING = 1e-5
-LEVELS = onnxruntime.GraphOptimizationLevel
 
 
 class Odd(nn.Module):
@@ -78,21 +67,6 @@ MODELS = {
 }
 
 
-def run(model, images, *, level=LEVELS.ORT_ENABLE_ALL, outputs=None, fold=False):
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = level
-    options.intra_op_num_threads = 1
-    if fold:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    found = session.run(outputs, {IMAGES: images})
-    return found if outputs else found[0]
-
-
-def logits_of(deployed, images):
-    return np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
-
-
 def check_equal(found, wanted):
     assert np.ptp(wanted) > 0.1, "the network says nothing"
     np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
@@ -111,13 +85,6 @@ def resnet():
     model, shape = MODELS["convolved shortcut"]
     deployed = deploy(model, shape, turned=0.2)
     return deployed, to_onnx(deployed)
-
-
-@pytest.fixture
-def lenient():
-    """Models of users mix types and ranks of arrays, and so do Flax's pooling and attention."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.mark.usefixtures("lenient")
@@ -295,246 +262,6 @@ def test_wide_codes_and_float_layers():
     assert {"stem_conv/weights", "head/weights"} <= set(constants)
 
 
-@jax.custom_vjp
-def straight(x):
-    return jnp.round(x)
-
-
-straight.defvjp(lambda x: (straight(x), None), lambda _, gradient: (gradient,))
-
-
-class Each(nn.Module):
-    """Applies functions to the output of a layer, and returns what they make of it."""
-
-    functions: tuple
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.Conv(6, (3, 3), name="conv")(x)
-        y = jnp.swapaxes(nn.tanh(y), 1, 2) * 2
-        found = [function(y) for function in self.functions]
-        return jnp.concatenate([z.reshape(x.shape[0], -1).astype(jnp.float32) for z in found], -1)
-
-
-TABLE = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
-SEED = jax.random.key(1)
-AROUND, FAR = ((0, 0), (1, 1), (1, 0), (0, 0)), ((0, 0), (3, 3), (3, 0), (0, 0))
-
-
-def turned(x):
-    """Undoes what `Each` does, so that no transposition comes between."""
-    return x.swapaxes(1, 2)
-
-
-def whole(x):
-    return jnp.asarray(4 * x).astype(jnp.int32)
-
-
-def dilated_pool(x):
-    window, ones, padding = (1, 2, 2, 1), (1,) * 4, ((0, 0), (1, 1), (1, 0), (0, 0))
-    return jax.lax.reduce_window(
-        x, -np.inf, jax.lax.max, window, ones, padding, window_dilation=(1, 2, 2, 1)
-    )
-
-
-POINTWISE = {
-    "neg": lambda x: -x,
-    "reversed subtraction": lambda x: 3 - x,
-    "division": lambda x: 1 / (x + 4) + x / (x * x + 1),
-    "powers": lambda x: x**3 + jnp.abs(x) ** 0.7 + jnp.square(x),
-    "exponentials": lambda x: jnp.exp(x) + jnp.expm1(x) + jnp.log1p(x * x) + jnp.log(x + 5),
-    "roots": lambda x: jnp.sqrt(x + 4) + jax.lax.rsqrt(x + 4),
-    "waves": lambda x: jnp.sin(x) + jnp.cos(x),
-    "erf": lambda x: jax.scipy.special.erf(x) + jax.scipy.special.erfc(x),
-    "gelu": lambda x: nn.gelu(x) + nn.gelu(x, approximate=False),
-    "soft": lambda x: nn.silu(x) + nn.softplus(x) + nn.log_softmax(x) + nn.softmax(x, (1, 2)),
-    "hard": lambda x: nn.hard_swish(x) + nn.relu6(3 * x) + nn.leaky_relu(x) + nn.elu(x),
-    "clips": lambda x: jnp.clip(x, -0.5, 0.7) + jnp.minimum(jnp.maximum(x, 1), 0.5),
-    "nested clips": lambda x: jnp.maximum(jnp.clip(x, -1, -0.5), 0.5) + jnp.maximum(x, x[:, ::-1]),
-    "rounding": lambda x: jnp.round(4 * x) + jnp.floor(x) + jnp.ceil(x) + jnp.sign(x),
-    "comparisons": lambda x: (x > 0) & ~(x >= 1) | (x <= -1) | (x < -1.5) | (x == 0) | (x != x),
-    "own gradients": straight,
-    "where": lambda x: jnp.where(x > 0.3, x, 0.0),
-}
-MOVING = {
-    "transpose": lambda x: x.transpose(0, 3, 1, 2) + 1,
-    "reshape": lambda x: x.reshape(x.shape[0] * 2, -1)[:, ::3],
-    "slices": lambda x: x[:, 1:, :2, ::2],
-    "numbers": lambda x: x[:, 1, -1] + x[:, [2], [3]],
-    "lists": lambda x: x[:, np.array([2, 0, 3])],
-    "columns": lambda x: jnp.take(x, np.array([5, 2, 4, 4]), axis=3),
-    "flip and roll": lambda x: jnp.roll(x[:, ::-1], 1, axis=2),
-    "split": lambda x: jnp.concatenate(jnp.split(x, [1, 3], axis=2)[::-1], axis=2),
-    "dynamic slice": lambda x: jax.lax.dynamic_slice_in_dim(x, 2, 5, axis=3),
-    "pad": lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 2), (0, 0)), constant_values=0.5),
-    "stack": lambda x: jnp.stack([x, 2 * x], axis=2),
-    "unstack": lambda x: jnp.stack(jnp.unstack(x, axis=1)[::-1], axis=3),
-    "tile": lambda x: jnp.tile(x, (1, 1, 2, 1)),
-    "repeat": lambda x: jnp.repeat(x, 2, axis=1) + jnp.ones((x.shape[0], 1, 1, 1)),
-    "means": lambda x: x.mean((1, 2)) + x.max((1, 2)) - x.min((1, 2)) + x.prod((1, 2)),
-    "spread": lambda x: x - x.var(-1, keepdims=True) + x.std((1, 2), keepdims=True),
-    "pools": lambda x: nn.max_pool(x, (2, 3), (2, 1)) + nn.avg_pool(x, (2, 3), (2, 1)),
-    "padded pools": lambda x: nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False),
-    "products": lambda x: jnp.einsum("bhwc,bkwc->bhk", x, x) + jnp.einsum("bhwc->bh", x)[..., None],
-    "table": lambda x: jnp.einsum("bhwc,wk->bkhc", x, np.eye(4, 3, dtype=np.float32)),
-    "table first": lambda x: jnp.einsum("wk,bhwc->kbch", np.eye(4, 3, dtype=np.float32), x).mean(0),
-    "outer": lambda x: x[:, 0, 0, :, None] * x[:, 1, 1, None, :],
-    "edges": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 0), (0, 0)), mode="edge"),
-    "nothing": lambda x: (
-        jnp.concatenate([x[:, :0], x, x[:, 4:]], 1) + x[:, :0].sum((1, 2, 3)).sum()
-    ),
-    "paired table": lambda x: jax.lax.dot_general(TABLE, x, (((1,), (3,)), ((0,), (2,)))).sum(0),
-    "paired tables": lambda x: jax.lax.dot_general(
-        x, TABLE[:, :, None] * TABLE[:, None], (((3,), (1,)), ((1,), (0,)))
-    ).sum(0),
-    "vector": lambda x: x @ TABLE[0],
-    "nothing summed": lambda x: jax.lax.dot_general(x, TABLE[0], (((), ()), ((), ()))),
-}
-# ONNX's operators are not for all types, and ONNX Runtime's for fewer.
-OF_TYPES = {
-    "bits": lambda x: (whole(x) & 5) + (whole(x) | 2) - (~whole(x) ^ whole(x[:, ::-1])),
-    "larger bool": lambda x: jnp.maximum(x > 0.5, x < -0.5),
-    "smaller bool": lambda x: jnp.minimum(x > -0.5, x < 0.5),
-    "where of bools": lambda x: jnp.where(x > 0, x > 0.5, x < -0.5),
-    "order of bools": lambda x: ((x > 0) < (x < 0.5)) | ((x > 0.2) >= (x > 1)) & (x > 0.1),
-    "extremes of bools": lambda x: (x > 0).max(1) & (x > -0.5).min(1),
-    "integers": lambda x: (
-        whole(x) @ whole(TABLE).T + whole(x).max(-1)[..., None] + whole(x[..., :4]) ** 3
-    ),
-    "exclusive": lambda x: (x > 0) ^ (x > 1),
-}
-POOLS = {
-    # ONNX Runtime would make such zeros the padding of the pool, were their axes not listed.
-    "zeros before maxima": lambda x: nn.max_pool(jnp.pad(turned(x - 3), AROUND), (2, 2)),
-    "many zeros before means": lambda x: nn.avg_pool(jnp.pad(turned(x), FAR), (2, 2)),
-    "beyond the window": lambda x: nn.avg_pool(x, (2, 2), (1, 1), ((3, 3), (2, 3))),
-    "maxima of nothing": lambda x: jnp.maximum(
-        nn.max_pool(x, (2, 2), padding=((3, 0), (0, 0))), -9
-    ),
-    "dilated": lambda x: dilated_pool(x[:, :1]) == -np.inf,
-}
-OF_THE_BATCH = {
-    "mean": lambda x: x - x.mean(0) + x.mean(),
-    "first image": lambda x: x - x[0] + x[:1],
-    "another image": lambda x: x - jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]))])[:-1],
-    "size": lambda x: x * x.shape[0] + jnp.float32(2 * x.shape[0]),
-    "dynamic kernel": lambda x: jax.lax.conv(x, x.mean(0)[None, :, :2, :2], (1, 1), "SAME"),
-}
-RANDOM = {
-    "key": lambda x: x @ jax.random.normal(jax.random.key(0), (6, 3)),
-    "old key": lambda x: x + jax.random.uniform(jax.random.PRNGKey(0), (4, 6)),
-    "split keys": lambda x: x + jax.vmap(jax.random.normal)(jax.random.split(SEED, 6)),
-}
-GROUPS = {
-    "pointwise": POINTWISE,
-    "moving": MOVING,
-    "types": OF_TYPES,
-    "pools": POOLS,
-    "batch": OF_THE_BATCH,
-    "random": RANDOM,
-}
-
-
-@pytest.mark.usefixtures("lenient")
-@pytest.mark.parametrize("name", GROUPS)
-def test_functions(name):
-    group = GROUPS[name]
-    model, shape = Each(tuple(group.values())), (4, 4, 3)
-    deployed = deploy(model, shape)
-    images = some_images(deployed, 4)
-    found, wanted = run(to_onnx(deployed), images), logits_of(deployed, images)
-    assert found.shape == wanted.shape
-    start, y = 0, jnp.zeros((4, 4, 4, 6))
-    for name, function in group.items():
-        size = jax.eval_shape(function, y).size // 4
-        part = slice(start, start + size)
-        largest = max(np.abs(wanted[:, part]).max(), 1)
-        np.testing.assert_allclose(
-            found[:, part], wanted[:, part], rtol=0, atol=ROUNDING * largest, err_msg=name
-        )
-        start += size
-    assert start == wanted.shape[1]
-
-
-UNSUPPORTED = {
-    "sort": (lambda x: jnp.sort(x), "module 'conv'|the model's own call uses the primitive 'sort'"),
-    "places": (lambda x: jnp.take_along_axis(x, jnp.argmax(x, -1)[..., None], -1), "primitive"),
-    "transposed": (
-        lambda x: jax.lax.conv_transpose(x, jnp.ones((2, 2, 6, 1)), (2, 2), "SAME"),
-        "transposed convolution",
-    ),
-    "halves": (lambda x: jax.lax.round(x), "rounds halves away from zero"),
-    "bfloat16": (lambda x: x.astype(jnp.bfloat16), "or train with config.model.dtype"),
-    "inner padding": (
-        lambda x: jax.lax.pad(x, 0.0, [(0, 0, i) for i in (0, 1, 0, 0)]),
-        "between values",
-    ),
-    "pool over channels": (
-        lambda x: jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 2, 2, 2), (1,) * 4, "VALID"),
-        "pools along all axes but",
-    ),
-    "pool of integers": (
-        lambda x: jax.lax.reduce_window(
-            whole(x), np.int32(0), jax.lax.add, (1, 2, 2, 1), (1,) * 4, "SAME"
-        ),
-        "pools int32 .*ONNX pools float32",
-    ),
-    "product of bools": (
-        lambda x: jax.lax.dot_general(x > 0, TABLE > 0, (((3,), (1,)), ((), ()))),
-        "makes bool by 'dot_gen",
-    ),
-    "convolution of integers": (
-        lambda x: jax.lax.conv(whole(x), jnp.ones((2, 4, 1, 1), jnp.int32), (1, 1), "SAME"),
-        "makes int32 by 'conv_general_dilated'; ONNX takes float32",
-    ),
-    "last image": (lambda x: x - x[-1:], "size batch - 1, .*StableHLO"),
-    "third image": (
-        lambda x: x - x[2][None],
-        "the model's own call does what depends on the number of images, .*StableHLO",
-    ),
-    "next image": (lambda x: x - jnp.roll(x, 1, 0), r"size mod\(- 1, batch\), .*StableHLO"),
-    "branches": (
-        lambda x: jax.lax.cond(jnp.mean(x) > 0, lambda x: x, lambda x: 2 * x, x),
-        "primitive 'cond'.*StableHLO",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported(name):
-    function, message = UNSUPPORTED[name]
-    deployed = deploy(Each((function,)), (4, 4, 3))
-    with pytest.raises(Unsupported, match=message):
-        to_onnx(deployed)
-
-
-def test_unsupported_says_in_which_module():
-    class Inner(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return jnp.cumsum(nn.Conv(2, (1, 1), name="conv")(x), axis=1)
-
-    class Outer(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return Inner(name="inner")(x).reshape(x.shape[0], -1)
-
-    with pytest.raises(Unsupported, match="module 'inner' uses the primitive 'cumsum'.*StableHLO"):
-        to_onnx(deploy(Outer(), (4, 4, 3)))
-
-
-def test_changed_kernels_are_refused():
-    class Masked(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            mask = jnp.arange(9 * 3 * 2).reshape(3, 3, 3, 2) % 2
-            y = nn.Conv(2, (3, 3), mask=mask.astype(jnp.float32), name="conv")(x)
-            return y.reshape(x.shape[0], -1)
-
-    with pytest.raises(Unsupported, match="the kernel of layer 'conv' is changed before"):
-        to_onnx(deploy(Masked(), (4, 4, 3)))
-
-
 class Paired(nn.Module):
     """Has a kernel of its own for each row of the image."""
 
@@ -555,28 +282,11 @@ def test_kernels_with_paired_axes(lenient):
         np.testing.assert_array_equal(stored.ravel(), layer.codes.ravel())
 
 
-def test_what_the_checker_refuses_is_unsupported(monkeypatch):
-    monkeypatch.setitem(CONVERTERS, "tanh", unary("Not"))
-    with pytest.raises(Unsupported, match=r"onnx.checker says .*Not.*unsupported type.*StableHLO"):
-        to_onnx(deploy(Each((jnp.square,)), (4, 4, 3)))
-
-
 def test_inputs_without_step_sizes_are_refused():
     model, shape = MODELS["resnet8"]
     quantizer = lsq.QUANTIZER._replace(acts=batch_max.ACTS)
     with pytest.raises(ValueError, match="no step sizes"):
         to_onnx(deploy(model, shape, quantizer=quantizer))
-
-
-def test_converters_are_of_primitives_that_there_are():
-    places = (jax.lax, jax.extend.core.primitives)
-    found = [value for place in places for value in vars(place).values()]
-    names = {p.name for p in found if isinstance(p, jax.extend.core.Primitive)}
-    (batch,) = jax.export.symbolic_shape("batch")
-    shape = jax.ShapeDtypeStruct((batch, 2), jnp.float32)
-    (size,) = jax.make_jaxpr(lambda x: jnp.asarray(x.shape[0]))(shape).eqns[:1]
-    assert size.primitive.name == onnx_graph.SIZE  # no module has it
-    assert CONVERTERS.keys() <= names | {onnx_graph.SIZE}
 
 
 @pytest.mark.slow

@@ -1,124 +1,26 @@
+"""The page of a report: what it holds, and that it is safe."""
+
 import dataclasses
-import html.parser
 import math
 import re
 
-import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.report_pages import (
+    COST,
+    LAYERS,
+    LIMIT,
+    MIXED,
+    TABLE,
+    Page,
+    candidate,
+    content,
+    written,
+)
 
-from mpq_jax.reporting.html import Candidate, Content, charts, layers, numbers, verdict, write_page
+from mpq_jax.reporting.html import Candidate, layers, verdict, write_page
 from mpq_jax.supernet import costs
-from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import LayerTable, Rule, bit_rules, trace_layers
-
-LAYERS = 5
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for index in range(LAYERS - 1):
-            x = nn.Conv(4, (3, 3), name=f"convolution{index}")(x)
-        return nn.Dense(3, name="classifier")(x.mean((1, 2)))
-
-
-RULES = bit_rules((4, 3, 2), first=(Rule(pattern="classifier", float_weights=True),))
-TABLE = trace_layers(Net(), (4, 4, 1), rules=RULES)
-COST = costs.cost_table(TABLE, "bitops")
-MIXED = BitConfig(jnp.array([8, 4, 2, 3, 8], jnp.int32), jnp.array([8, 4, 4, 2, 8], jnp.int32))
-
-
-def candidate(name, bits, accuracy, heldout=None):
-    by_kind = {
-        kind: costs.total(TABLE, costs.cost_table(TABLE, kind), bits)
-        for kind in ("bitops", "bytes", "mean_bits")
-    }
-    group = "uniform" if name.startswith("uniform") else "searched"
-    return Candidate(name, group, bits, accuracy, heldout, by_kind)
-
-
-UNIFORM = {f"uniform {n}/{n}": TABLE.uniform(n, n) for n in (4, 3, 2)}
-LIMIT = costs.total(TABLE, COST, MIXED) + 1.0
-
-
-def content(*, mixed=0.9, three=0.8725, found=None, **changed):
-    accuracies = {"uniform 4/4": 0.92, "uniform 3/3": three, "uniform 2/2": 0.61}
-    searched = {"A": (MIXED, mixed)} if found is None else found
-    generator = np.random.default_rng(0)
-    rises = generator.lognormal(-4.0, 1.5, (LAYERS, 2, len(TABLE.candidates)))
-    fields = {
-        "title": "net on images",
-        "table": TABLE,
-        "budget": "bitops",
-        "cost": COST,
-        "unit": (1e3, "kBitOPs"),
-        "candidates": [
-            *(candidate(name, UNIFORM[name], value) for name, value in accuracies.items()),
-            *(candidate(name, bits, value, 0.75) for name, (bits, value) in searched.items()),
-        ],
-        "float_accuracy": 0.9375,
-        "chosen": {"A": "at most a lot"},
-        "limits": dict.fromkeys(searched, LIMIT),
-        "sensitivity": np.where(TABLE.mask, rises, np.nan),
-        "metric": "error",
-        "scored": generator.uniform((2e4, 0.1), (9e4, 0.6), (50, 2)),
-        "hypervolume": 0.8125,
-        "config": "seed: 17\n",
-        "timings": {"search": 192.0, "tests": 3.5},
-        "provenance": {"jax": "0.10.2"},
-    }
-    return Content(**(fields | changed))
-
-
-def written(tmp_path, one):
-    path = tmp_path / "report.html"
-    write_page(one, path)
-    return path.read_text(encoding="utf-8")
-
-
-class Page(html.parser.HTMLParser):
-    """Elements with their attributes and texts, and the tables; refuses what does not nest."""
-
-    EMPTY = ("meta", "br", "path", "rect", "circle")
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.elements, self.open, self.tables, self.texts = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag == "meta" or tag == "br":
-            return
-        self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> within {self.open}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        if {"script", "style"}.intersection(self.open):
-            return
-        self.texts.append(data)
-        if "td" in self.open or "th" in self.open:
-            self.tables[-1][-1][-1] += data
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", "".join(self.texts))
+from mpq_jax.supernet.layer_table import LayerTable
 
 
 @pytest.fixture(scope="module")
@@ -211,113 +113,6 @@ def test_headings_facts_and_origin_are_told(page):
         "0.10.2",
     ):
         assert told in page.text, told
-
-
-def searched_budgets(*gains):
-    """Several budgets, all with room for uniform 3/3, whose accuracy is 0.8725."""
-    return {f"budget {n}": (MIXED, 0.8725 + gain / 100) for n, gain in enumerate(gains)}
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "headline"),
-    [
-        (0.9, "2.75 points more accurate than uniform 3/3, within the same budget."),
-        (0.8725, "As accurate as uniform 3/3, within the same budget."),
-        (0.87252, "As accurate as uniform 3/3, within the same budget."),
-        (0.87, "0.25 points less accurate than uniform 3/3, within the same budget."),
-    ],
-)
-def test_the_verdict_on_one_budget_is_true(tmp_path, accuracy, headline):
-    one = content(mixed=accuracy)
-    assert verdict.verdict(one, verdict.compare(one))[0] == headline
-    assert f'class="headline">{headline}<' in written(tmp_path, one)
-
-
-@pytest.mark.parametrize(
-    ("gains", "sentences"),
-    [
-        ((2, 1), ["More accurate than uniform bits at all 2 budgets, by 1.00 to 2.00 points."]),
-        ((2, 2), ["More accurate than uniform bits at all 2 budgets, by 2.00 points."]),
-        (
-            (2, 0, -1),
-            [
-                "More accurate than uniform bits at 1 of 3 budgets, by 2.00 points.",
-                "As accurate as uniform bits: budget 1.",
-                "Less accurate, by 1.00 points: budget 2.",
-            ],
-        ),
-        ((0, 0), ["As accurate as uniform bits at all 2 budgets, not more."]),
-        ((-1, -3), ["Less accurate than uniform bits at all 2 budgets, by 1.00 to 3.00 points."]),
-        (
-            (0, -3),
-            [
-                "Not more accurate than uniform bits at any of 2 budgets.",
-                "As accurate as uniform bits: budget 0.",
-                "Less accurate, by 3.00 points: budget 1.",
-            ],
-        ),
-    ],
-)
-def test_the_verdict_on_several_budgets_is_true(gains, sentences):
-    one = content(found=searched_budgets(*gains))
-    said = verdict.verdict(one, verdict.compare(one))
-    assert said[:-1] == sentences
-    best = max(range(len(gains)), key=lambda index: gains[index])
-    assert said[-1].startswith(f"The most accurate found, budget {best}, reaches ")
-
-
-def test_a_rival_is_the_largest_uniform_one_within_the_limit():
-    # MIXED costs less than uniform 3/3 here: without a limit only uniform 2/2 costs no more.
-    cheaper = MIXED._replace(acts=jnp.array([8, 3, 2, 2, 8], jnp.int32))
-    costs_of = {name: costs.total(TABLE, COST, bits) for name, bits in UNIFORM.items()}
-    assert costs_of["uniform 2/2"] < costs.total(TABLE, COST, cheaper) < costs_of["uniform 3/3"]
-    found = {"A": (cheaper, 0.9)}
-    limited = content(found=found, limits={"A": costs_of["uniform 3/3"]})
-    (standing,) = verdict.compare(limited)
-    assert standing.rival.name == "uniform 3/3" and standing.gain == pytest.approx(2.75)
-    assert standing.match.name == "uniform 4/4"  # 0.92, the cheapest that is not below 0.9
-    more = costs_of["uniform 4/4"] / costs.total(TABLE, COST, cheaper) - 1
-    assert standing.extra == pytest.approx(more)
-    unlimited = content(found=found, limits={})
-    (standing,) = verdict.compare(unlimited)
-    assert standing.rival.name == "uniform 2/2"
-    assert verdict.verdict(unlimited, [standing])[0].endswith("uniform 2/2, at no more cost.")
-
-
-def test_the_match_is_the_cheapest_uniform_one_that_is_as_accurate():
-    for accuracy, match in ((0.95, None), (0.9, "4/4"), (0.8725, "3/3"), (0.5, "2/2")):
-        (standing,) = verdict.compare(content(mixed=accuracy))
-        assert (standing.match and standing.match.name) == (match and f"uniform {match}")
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "told"),
-    [
-        (0.95, "1.25 points above float"),
-        (0.9375, "as accurate as float"),
-        (0.93, "0.75 points below float"),
-    ],
-)
-def test_the_distance_to_float_is_told(tmp_path, accuracy, told):
-    text = Page(written(tmp_path, content(mixed=accuracy))).text
-    assert text.count(told) == 2  # in the verdict and on the card
-    assert ("No uniform bits tested are as accurate." in text) == (accuracy > 0.92)
-
-
-def test_uniform_bits_that_were_found_are_called_so(tmp_path):
-    found = {"A": (UNIFORM["uniform 3/3"], 0.8725)}
-    one = content(found=found, limits={"A": costs.total(TABLE, COST, UNIFORM["uniform 3/3"])})
-    page = Page(written(tmp_path, one))
-    assert "The search ended with the bits of uniform 3/3." in page.text
-    assert "The same bits as uniform 3/3." in page.text
-
-
-def test_a_budget_below_all_uniform_bits_has_no_rival(tmp_path):
-    least = BitConfig(jnp.array([8, 2, 2, 2, 8], jnp.int32), jnp.array([8, 2, 2, 2, 8], jnp.int32))
-    one = content(found={"A": (least, 0.5)}, limits={})
-    without = [other for other in one.candidates if other.name != "uniform 2/2"]
-    page = Page(written(tmp_path, one._replace(candidates=without)))
-    assert "No uniform bits are as cheap" in page.text
 
 
 def test_sizes_are_of_kernels_at_their_bits_and_float_ones_at_32():
@@ -459,100 +254,3 @@ def test_a_wide_network_keeps_every_layer(tmp_path):
     assert [title.split(":")[0] for title in heads] == [*table.names, *table.names]
     short = [layers.short_name(name) for name in table.names]
     assert len(set(short)) == 80 and max(map(len, short)) <= layers.LONGEST_NAME
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (7.27, "7.270"), (1234.5, "1,234"), (0.001234, "0.001234"), (-3.5, "\u22123.500")],
-)
-def test_numbers_have_four_digits(value, text):
-    assert numbers.plain(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.42, "0.42 s"),
-        (12.34, "12.3 s"),
-        (59.97, "1 min 00 s"),
-        (192, "3 min 12 s"),
-        (7500, "2 h 05 min"),
-    ],
-)
-def test_durations_are_readable(seconds, text):
-    assert numbers.duration(seconds).replace("\u00a0", " ") == text
-
-
-def test_quantities_take_the_largest_unit_that_they_reach():
-    shown = [numbers.quantity(size, numbers.UNITS["bytes"]) for size in (512, 1536, 3 * 2**20)]
-    assert shown == ["512\u00a0B", "1.500\u00a0KiB", "3.000\u00a0MiB"]
-    assert numbers.quantity(2.5e-3, numbers.UNITS["latency"]) == "2.500\u00a0ms"
-    assert numbers.quantity(math.inf, numbers.UNITS["latency"]) == "unknown"
-
-
-@pytest.mark.parametrize(("low", "high"), [(3.58, 27.17), (1.0, 1000.0), (97.7, 99.5), (7.0, 7.0)])
-def test_a_scale_has_a_few_round_ticks_at_their_true_places(low, high):
-    scale = charts.fitting([low, high], 50.0, 450.0)
-    ticks = scale.ticks(8)
-    assert 2 <= len(ticks) <= 9
-    for place, text in ticks:
-        value = float(text)
-        share = (value - scale.low) / (scale.high - scale.low)
-        if scale.logarithmic:
-            share = math.log(value / scale.low) / math.log(scale.high / scale.low)
-        assert place == pytest.approx(50 + 400 * share, abs=0.06)
-    assert scale.logarithmic == (high / low >= charts.LOG_FROM)
-
-
-def test_points_of_the_frontier_are_at_their_places():
-    one = content(three=0.7, mixed=0.8)  # nothing lies below the plot
-    plot = charts.frontier(one, 720, 400)
-    across, up = (
-        (np.array([float(text) for _, text in ticks]), np.array([place for place, _ in ticks]))
-        for ticks in plot["ticks"]
-    )
-    height = np.polynomial.Polynomial.fit(*up, 1)
-    place = np.polynomial.Polynomial.fit(*across, 1)
-    for point, other in zip(plot["points"], one.candidates, strict=True):
-        assert not point["below"]
-        assert point["title"].startswith(f"{other.name}: {100 * other.accuracy:.2f}")
-        assert point["y"] == pytest.approx(height(100 * other.accuracy), abs=0.2)
-        assert point["x"] == pytest.approx(place(other.costs["bitops"] / 1e3), abs=0.2)
-
-
-def test_what_collapsed_is_marked_at_the_edge_with_its_value():
-    assert charts.lowest_shown([92.0, 91.5, 91.0, 90.0, 10.0]) == 90.0
-    assert charts.lowest_shown([92.0, 91.5, 91.0, 90.0, 88.0]) == 88.0
-    assert charts.lowest_shown([92.0, 10.0]) == 10.0
-    plot = charts.frontier(content(three=0.9), 720, 400)
-    (below,) = [point for point in plot["points"] if point["below"]]
-    assert below["label"] == "2/2: 61.00\u00a0%"
-    assert all(point["y"] < below["y"] for point in plot["points"] if point is not below)
-
-
-def test_labels_stay_inside_and_apart():
-    found = {f"a longer name {n}": (MIXED, 0.9 + n / 1000) for n in range(4)}
-    for width, height in ((720, 400), (360, 380)):
-        plot = charts.frontier(content(found=found, limits={}), width, height)
-        boxes = []
-        for point in plot["points"]:
-            x, y, anchor = point["label_at"]
-            length = charts.LETTER * len(point["label"])
-            left = x - length * {"start": 0, "middle": 0.5, "end": 1}[anchor]
-            boxes.append((left, y - charts.ABOVE, left + length, y + charts.BELOW))
-            assert 0 <= left and left + length <= width and 0 < y < height
-        if width == 720:
-            for first in range(len(boxes)):
-                for second in range(first):
-                    assert charts._overlap(boxes[first], boxes[second]) < 60
-
-
-def test_the_cloud_has_a_dot_for_every_place_and_a_line_below_them():
-    scored = np.array([[2e4, 0.5], [3e4, 0.6], [4e4, 0.3], [4e4, 0.3], [np.nan, 0.1], [5e4, 0.4]])
-    plot = charts.cloud(content(scored=scored), 360, 380)
-    assert plot["count"] == 5 and plot["dots"].count("h0") == 4
-    dots = re.findall(r"M([\d.]+ [\d.]+)h0", plot["dots"])
-    corners = re.findall(r"[ML]([\d.]+) ([\d.]+)", plot["best"])
-    (first, high), (second, still), (second_again, low), (_, last) = corners
-    assert f"{first} {high}" in dots and f"{second} {low}" in dots  # 0.5 at 2e4, 0.3 at 4e4
-    assert (second, high, low) == (second_again, still, last) and float(high) < float(low)

@@ -1,52 +1,46 @@
+"""Supernets against a forward pass written by hand."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
+from helpers.tiny_supernets import (
+    CHOICES,
+    CONV,
+    DEPTHWISE,
+    HEAD,
+    IMAGES,
+    INIT,
+    MODEL,
+    SHAPE,
+    STEM,
+    TABLE,
+    make_float_variables,
+    quantise,
+)
 
 from mpq_jax.program import linen
-from mpq_jax.quantizers import QUANTIZERS, double_rounding, lsq
+from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import (
     FIRST_LAST_8BIT,
-    FIRST_LAST_FLOAT,
     Rule,
     bit_rules,
     trace_layers,
 )
 
-CHOICES = (4, 3, 2)
+
+@pytest.fixture(scope="module")
+def float_variables():
+    return make_float_variables()
+
+
 PAIRS = [(w, a) for w in CHOICES for a in CHOICES]
 EPSILON = 1e-5  # nn.BatchNorm's
-STEM, CONV, DEPTHWISE, HEAD = range(4)
-INIT = jax.jit(supernet.init, static_argnums=(0, 1))
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, *, train):
-        y = nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)
-        return x + nn.BatchNorm(use_running_average=not train, name="norm")(y)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, *, train):
-        x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="stem")(x))
-        x = Block(name="block")(x, train=train)
-        x = nn.Conv(4, (3, 3), feature_group_count=4, use_bias=False, name="depthwise")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
-        return nn.Dense(3, name="head")(x.mean((1, 2)))
-
-
-MODEL = Net()
-RULES = bit_rules(CHOICES)
-TABLE = trace_layers(MODEL, (8, 8, 2), rules=RULES)
 KEY = jax.random.key(0)
-SHAPE = (8, 8, 2)
-IMAGES = jax.random.normal(jax.random.key(1), (8, 8, 8, 2))
 
 
 def disturb(tree, seed):
@@ -58,11 +52,6 @@ def disturb(tree, seed):
         return jnp.asarray(np.asarray(x) * factor + 0.1 * (factor - 1), jnp.float32)
 
     return jax.tree.map(change, tree)
-
-
-@pytest.fixture(scope="module")
-def float_variables():
-    return drawn_variables(MODEL, SHAPE, 2)
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +103,6 @@ def conv(x, kernel, strides=1, groups=1):
 def norm(x, params, stats, *, train):
     mean, var = (x.mean((0, 1, 2)), x.var((0, 1, 2))) if train else (stats["mean"], stats["var"])
     return (x - mean) / np.sqrt(var + EPSILON) * params["scale"] + params["bias"]
-
-
-def quantise(x, step, bits, signed):
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    return np.clip(np.round(x / step), low, high) * step
 
 
 def reference(float_or_supernet, bits, *, train):
@@ -469,356 +453,3 @@ def test_a_users_own_model_works_unchanged(model, eval_mode):
 def test_published_rules_leave_the_first_input_float():
     table = trace_layers(MODEL, (8, 8, 2), rules=FIRST_LAST_8BIT)
     assert [layer.float_acts for layer in table.layers] == [True, False, False, False]
-
-
-# Norm rows of every kind, by brute force.
-
-ROW_NAMES = {
-    "shared": lambda weights, acts, previous: (),
-    "weights": lambda weights, acts, previous: (weights,),
-    "pair": lambda weights, acts, previous: (weights, acts),
-    "transition": lambda weights, acts, previous: (weights, previous),
-}
-NORMS = {"block/norm": CONV, "norm": DEPTHWISE}
-
-
-def numbered(tree):
-    """Gives every element of every leaf a number of its own."""
-    leaves, structure = jax.tree.flatten(tree)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    numbers = [
-        np.arange(end - leaf.size, end, dtype=np.float32).reshape(leaf.shape) + np.float32(1)
-        for leaf, end in zip(leaves, ends, strict=True)
-    ]
-    return structure.unflatten([jnp.asarray(leaf) for leaf in numbers])
-
-
-def numbered_supernet(table, float_variables):
-    """A supernet in which no two values of norms are the same, whatever rows it has."""
-    rows = (len(CHOICES),) * len(table.norm_axes)
-
-    def widened(tree):
-        return numbered(
-            linen.map_leaves(
-                tree, lambda path, x: jnp.zeros(rows + x.shape) if "norm" in path else x
-            )
-        )
-
-    steps = jnp.full((len(table), len(table.candidates)), 0.1)
-    learned = supernet.Learned(widened(float_variables["params"]), steps, steps)
-    return supernet.Variables(
-        learned, widened(float_variables["batch_stats"]), jnp.ones(len(table), bool)
-    )
-
-
-def named_row(kind, norm, bits):
-    """Returns the row that a configuration names: by its own bits, and by those before it."""
-    own = NORMS[norm]
-    previous = CONV  # the depthwise layer's; the first layer with a choice is its own
-    places = [bits.weights[own], bits.acts[own], bits.weights[previous]]
-    return ROW_NAMES[kind](*(CHOICES.index(int(place)) for place in places))
-
-
-# What the rows of both norms hang on: weights and inputs of both layers.
-SEVERAL = [
-    BitConfig(jnp.array([8, w, d, 8], jnp.int32), jnp.array([8, a, b, 8], jnp.int32))
-    for w, d, a, b in [(4, 2, 3, 4), (2, 4, 2, 3), (3, 3, 4, 2), (2, 3, 4, 4)]
-]
-
-
-@pytest.mark.parametrize("kind", ROW_NAMES)
-def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
-    table = TABLE.with_norm_rows(kind)
-    made = numbered_supernet(table, float_variables)
-    stats, params = linen.flatten(made.batch_stats), linen.flatten(made.learned.params)
-    marked = {norm: np.zeros((len(CHOICES),) * len(table.norm_axes), bool) for norm in NORMS}
-    for bits in SEVERAL:
-        selected = supernet.select(table, made, bits)
-        float_model = supernet.plain(table, made, bits)
-        after = jax.tree.map(lambda leaf: -leaf, selected.batch_stats)
-        scattered = linen.flatten(
-            supernet.scatter_batch_stats(table, made.batch_stats, bits, after)
-        )
-        for norm in NORMS:
-            place = named_row(kind, norm, bits)
-            marked[norm][place] = True
-            for source, found, plain in (
-                (params, selected.params, float_model["params"]),
-                (stats, selected.batch_stats, float_model["batch_stats"]),
-            ):
-                for path in (path for path in source if linen.module_of(path) == norm):
-                    wanted = np.asarray(source[path])[place]
-                    np.testing.assert_array_equal(linen.flatten(found)[path], wanted, strict=True)
-                    np.testing.assert_array_equal(linen.flatten(plain)[path], wanted, strict=True)
-            for path in (path for path in stats if linen.module_of(path) == norm):
-                wanted = np.array(stats[path])
-                wanted[place] *= -1
-                np.testing.assert_array_equal(scattered[path], wanted, strict=True)
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *SEVERAL)
-    used = linen.flatten(supernet.used_rows(table, made.learned.params, together).params)
-    for norm in NORMS:
-        for name in ("scale", "bias"):
-            np.testing.assert_array_equal(used[f"{norm}/{name}"], marked[norm])
-
-
-@pytest.mark.parametrize("kind", ROW_NAMES)
-def test_plain_returns_float_kernels(float_variables, kind):
-    table = TABLE.with_norm_rows(kind)
-    made = INIT(MODEL, table, float_variables, IMAGES)
-    for bits in SEVERAL[:2]:
-        found = supernet.plain(table, made, bits)
-        jax.tree.map(np.testing.assert_array_equal, found, dict(float_variables))
-
-
-def test_norms_per_precision_become_norms_per_pair_of_precisions(float_variables):
-    held = numbered_supernet(TABLE.with_norm_rows("weights"), float_variables)
-    table = TABLE.with_norm_rows("transition")
-    made = supernet.with_rows_of(table, held)
-    pairs = [
-        (made.learned.params, held.learned.params),
-        (made.batch_stats, held.batch_stats),
-    ]
-    for found, source in pairs:
-        source = linen.flatten(source)
-        for path, leaf in linen.flatten(found).items():
-            if linen.module_of(path) not in NORMS:
-                np.testing.assert_array_equal(leaf, source[path])
-                continue
-            assert leaf.shape == (3, 3, 4)
-            for own in range(3):
-                for previous in range(3):
-                    np.testing.assert_array_equal(leaf[own, previous], source[path][own])
-    np.testing.assert_array_equal(made.learned.weight_steps, held.learned.weight_steps)
-    np.testing.assert_array_equal(made.signed, held.signed)
-    # The float model in it is the same before the rows are repeated and after.
-    for bits in SEVERAL:
-        before, after = (supernet.plain(table, variables, bits) for variables in (held, made))
-        jax.tree.map(np.testing.assert_array_equal, before, after)
-
-
-@pytest.mark.parametrize(("few", "many"), [("shared", "weights"), ("shared", "transition")])
-def test_one_norm_is_repeated_for_every_row(float_variables, few, many):
-    held = numbered_supernet(TABLE.with_norm_rows(few), float_variables)
-    table = TABLE.with_norm_rows(many)
-    made = supernet.with_rows_of(table, held)
-    rows = (3,) * len(table.norm_axes)
-    stats = linen.flatten(held.batch_stats)
-    for path, leaf in linen.flatten(made.batch_stats).items():
-        np.testing.assert_array_equal(leaf, np.broadcast_to(stats[path], (*rows, 4)))
-
-
-@pytest.mark.parametrize("kind", ROW_NAMES)
-def test_rows_that_are_already_there_are_not_repeated(float_variables, kind):
-    table = TABLE.with_norm_rows(kind)
-    held = numbered_supernet(table, float_variables)
-    jax.tree.map(np.testing.assert_array_equal, supernet.with_rows_of(table, held), held)
-
-
-def test_rows_of_other_bits_are_refused(float_variables):
-    held = numbered_supernet(TABLE.with_norm_rows("weights"), float_variables)
-    other = trace_layers(MODEL, (8, 8, 2), rules=bit_rules((6, 4, 3, 2)))
-    message = r"'block/norm/bias' has rows \[3\]; wanted at most 2 axes of 4 rows.*\(6, 4, 3, 2\)"
-    with pytest.raises(ValueError, match=message):
-        supernet.with_rows_of(other.with_norm_rows("transition"), held)
-
-
-def test_more_row_axes_than_the_table_has_are_refused(float_variables):
-    held = numbered_supernet(TABLE.with_norm_rows("transition"), float_variables)
-    with pytest.raises(ValueError, match=r"has rows \[3, 3\]; wanted at most 1 axes of 3 rows"):
-        supernet.with_rows_of(TABLE.with_norm_rows("weights"), held)
-
-
-# One step size for all bits, and float kernels.
-
-FLOAT_ENDS = trace_layers(
-    MODEL, (8, 8, 2), rules=bit_rules(CHOICES, first_last=FIRST_LAST_FLOAT)
-).with_norm_rows("weights")
-
-
-def double_rounded(w, step, bits, highest):
-    """The two roundings, in float64 (the inputs hold no tie)."""
-    w, step = np.asarray(w, np.float64), float(step)
-    stored = np.clip(np.round(w / step), -(2 ** (highest - 1)), 2 ** (highest - 1) - 1)
-    ratio = 2 ** (highest - bits)
-    lower = np.clip(np.round(stored / ratio), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return lower * step * ratio
-
-
-@pytest.fixture(scope="module")
-def float_ends(float_variables):
-    """A supernet with float ends, of different step sizes everywhere."""
-    made = INIT(MODEL, FLOAT_ENDS, float_variables, IMAGES)
-    factors = np.random.default_rng(3).uniform(0.7, 1.3, (2, *made.learned.act_steps.shape))
-    learned = made.learned._replace(
-        weight_steps=made.learned.weight_steps * jnp.asarray(factors[0], jnp.float32),
-        act_steps=made.learned.act_steps * jnp.asarray(factors[1], jnp.float32),
-    )
-    return made._replace(learned=learned)
-
-
-def float_ends_config(w, d):
-    bits = jnp.array([32, w, d, 32], jnp.int32)
-    return BitConfig(bits, bits)
-
-
-@pytest.mark.parametrize(("w", "d"), [(4, 4), (3, 2), (2, 3)])
-def test_double_rounding_takes_the_step_size_of_the_highest_bits(float_ends, w, d):
-    quantizer = double_rounding.QUANTIZER
-    bits = float_ends_config(w, d)
-    selected = supernet.select(FLOAT_ENDS, float_ends, bits, quantizer=quantizer)
-    kernels = supernet.kernels(FLOAT_ENDS, float_ends.learned.params)
-    found = supernet.kernels(FLOAT_ENDS, selected.params)
-    highest = FLOAT_ENDS.candidates.index(4)
-    for layer, own in ((CONV, w), (DEPTHWISE, d)):
-        step = float_ends.learned.weight_steps[layer, highest]
-        wanted = double_rounded(kernels[layer], step, own, 4)
-        np.testing.assert_allclose(found[layer], wanted, rtol=1e-6)  # float32 products
-        assert len(np.unique(found[layer])) <= 2**own
-    for layer in (STEM, HEAD):  # float
-        np.testing.assert_array_equal(found[layer], kernels[layer])
-    steps = supernet.chosen_weight_steps(
-        FLOAT_ENDS, float_ends.learned, bits.weights, quantizer=quantizer
-    )
-    np.testing.assert_array_equal(steps[CONV], float_ends.learned.weight_steps[CONV, highest])
-    np.testing.assert_array_equal(steps[DEPTHWISE], float_ends.learned.weight_steps[2, highest])
-
-
-@pytest.mark.parametrize("name", ["double_rounding", "double_rounding_unshared", "lsq"])
-def test_only_the_step_sizes_that_serve_get_a_gradient_and_are_marked(float_ends, name):
-    quantizer, bits = QUANTIZERS[name], float_ends_config(3, 2)
-
-    @jax.jit
-    @jax.grad
-    def gradient(learned):
-        variables = float_ends._replace(learned=learned)
-        selected = supernet.select(FLOAT_ENDS, variables, bits, quantizer=quantizer)
-        out = supernet.apply(MODEL, FLOAT_ENDS, selected, IMAGES, train=True, quantizer=quantizer)
-        return jnp.sum(out.logits**2)
-
-    found = gradient(float_ends.learned)
-    one = jax.tree.map(lambda leaf: leaf[None], bits)
-    used = supernet.used_rows(FLOAT_ENDS, float_ends.learned.params, one, quantizer=quantizer)
-    index = FLOAT_ENDS.candidates.index
-    serving = (4, 4) if name == "double_rounding" else (3, 2)
-    wanted = [[CONV, index(serving[0])], [DEPTHWISE, index(serving[1])]]
-    assert np.argwhere(found.weight_steps).tolist() == wanted
-    assert np.argwhere(used.weight_steps).tolist() == wanted
-    wanted = [[CONV, index(3)], [DEPTHWISE, index(2)]]  # each precision has its own
-    assert np.argwhere(found.act_steps).tolist() == wanted
-    assert np.argwhere(used.act_steps).tolist() == wanted
-    flat = linen.flatten(found.params)
-    assert all(np.all(flat[f"{name}/kernel"]) for name in ("stem", "head"))  # straight through
-    assert all(linen.flatten(used.params)[f"{name}/kernel"] for name in FLOAT_ENDS.names)
-
-
-def test_the_highest_bits_are_those_of_the_layer(float_variables):
-    rules = [Rule("^depthwise$", weights=(3, 2), acts=(4, 3, 2)), Rule(weights=CHOICES, acts=8)]
-    table = trace_layers(MODEL, (8, 8, 2), rules=rules)
-    made = INIT(MODEL, table, float_variables, IMAGES)
-    bits = BitConfig(jnp.full(4, 2, jnp.int32), jnp.array([8, 8, 2, 8], jnp.int32))
-    selected = supernet.select(table, made, bits, quantizer=double_rounding.QUANTIZER)
-    kernels = supernet.kernels(table, made.learned.params)
-    for layer, highest in enumerate((4, 4, 3, 4)):
-        step = made.learned.weight_steps[layer, table.candidates.index(highest)]
-        wanted = double_rounded(kernels[layer], step, 2, highest)
-        found = supernet.kernels(table, selected.params)[layer]
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
-
-
-def test_float_layers_do_not_read_their_step_sizes(float_ends):
-    @jax.jit
-    def logits(learned):
-        variables = float_ends._replace(learned=learned)
-        selected = supernet.select(
-            FLOAT_ENDS, variables, float_ends_config(4, 2), quantizer=double_rounding.QUANTIZER
-        )
-        return supernet.apply(MODEL, FLOAT_ENDS, selected, IMAGES, train=False).logits
-
-    learned = float_ends.learned
-    ends = jnp.array([STEM, HEAD])
-    broken = learned._replace(
-        weight_steps=learned.weight_steps.at[ends].set(jnp.nan),
-        act_steps=learned.act_steps.at[ends].set(jnp.nan),
-    )
-    np.testing.assert_array_equal(logits(broken), logits(learned))
-
-
-# Kernels that are quantised once for many subnets.
-
-OTHER_HIGHEST = [
-    Rule("^block/conv$", weights=(4, 2), acts=(3, 2)),
-    Rule("^depthwise$", weights=(3, 2), acts=(4, 3)),
-    Rule("^stem$", weights=8, acts=32, float_acts=True),
-    Rule(weights=4, acts=8),
-]
-QUANTISE = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))
-SELECT = jax.jit(supernet.select, static_argnums=0, static_argnames="quantizer")
-SELECT_QUANTISED = jax.jit(supernet.select_quantised, static_argnums=0)
-
-
-def rowed_supernet(table, float_variables, seed):
-    """A supernet in which no two rows and no two step sizes are the same."""
-    made = numbered_supernet(table, float_variables)
-    generator = np.random.default_rng(seed)
-    steps = [
-        jnp.asarray(generator.uniform(0.02, 0.2, (len(table), len(table.candidates))), jnp.float32)
-        for _ in range(2)
-    ]
-    params = linen.flatten(made.learned.params)
-    for path in params:
-        if path.endswith("kernel"):
-            params[path] = linen.flatten(float_variables["params"])[path]
-    return made._replace(learned=supernet.Learned(linen.unflatten(params), *steps))
-
-
-def allowed_configs(table, seed, count=6):
-    """Some configurations in which every candidate of every tensor comes up."""
-    generator = np.random.default_rng(seed)
-    bits = np.stack(
-        [
-            [generator.permutation(np.resize(candidates, count)) for candidates in both]
-            for layer in table.layers
-            for both in [(layer.weight_candidates, layer.act_candidates)]
-        ]
-    )
-    return [BitConfig(*jnp.asarray(bits[..., i].T, jnp.int32)) for i in range(count)]
-
-
-QUANTISED_TABLES = {
-    "pair": TABLE,
-    "shared": TABLE.with_norm_rows("shared"),
-    "transition": TABLE.with_norm_rows("transition"),
-    "float ends": FLOAT_ENDS,
-    "other highest": trace_layers(MODEL, SHAPE, rules=OTHER_HIGHEST),
-}
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("kind", QUANTISED_TABLES)
-def test_kernels_that_were_quantised_before_make_the_same_subnets(float_variables, kind, name):
-    table, quantizer = QUANTISED_TABLES[kind], QUANTIZERS[name]
-    made = rowed_supernet(table, float_variables, 7)
-    quantised = QUANTISE(table, made.learned, quantizer=quantizer)
-    assert {path: len(kernels) for path, kernels in quantised.items()} == {
-        layer.name: len(layer.weight_candidates)
-        for layer in table.layers
-        if not layer.float_weights
-    }
-    for bits in allowed_configs(table, 8):
-        table.check(bits)
-        found = SELECT_QUANTISED(table, made, quantised, bits)
-        wanted = SELECT(table, made, bits, quantizer=quantizer)
-        assert jax.tree.structure(found) == jax.tree.structure(wanted)
-        jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-def test_quantised_kernels_are_in_the_order_of_the_candidates(float_variables):
-    table = QUANTISED_TABLES["other highest"]
-    made = rowed_supernet(table, float_variables, 7)
-    quantised = QUANTISE(table, made.learned, quantizer=lsq.QUANTIZER)
-    for index, layer in enumerate(table.layers):
-        w = linen.flatten(float_variables["params"])[f"{layer.name}/kernel"]
-        for kernel, bits in zip(quantised[layer.name], layer.weight_candidates, strict=True):
-            step = made.learned.weight_steps[index, table.candidates.index(bits)]
-            wanted = quantise(np.asarray(w), np.asarray(step), bits, True)
-            np.testing.assert_array_equal(kernel, wanted)

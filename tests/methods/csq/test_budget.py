@@ -1,4 +1,4 @@
-"""Options, phases and the budget of CSQ; references are written anew in NumPy float64."""
+"""The budget of CSQ; references are written anew in NumPy float64."""
 
 import itertools
 
@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 from mpq_jax import models
-from mpq_jax.methods import METHODS, csq
-from mpq_jax.methods.base import Run
-from mpq_jax.methods.csq import budget, method, network, phases
+from mpq_jax.methods.csq import budget, method, network
 from mpq_jax.methods.csq.budget import Budget
-from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
 from mpq_jax.quantizers.bit_planes import BitPlanes
 from mpq_jax.supernet.layer_table import FIRST_LAST_SAME, bit_rules, trace_layers
 
@@ -34,171 +31,6 @@ def with_masks(masks, shape=(2,)):
         )
         for name, mask in masks.items()
     }
-
-
-# Options.
-
-
-@pytest.mark.parametrize("kind", [Options, UniformOptions])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"start": "random"}, r"start is 'random'; wanted one of \('preserving', 'literal'\)"),
-        ({"acts": "minmax"}, "acts is 'minmax'; wanted one of .*'lsq', 'pact', 'batch_max'"),
-        ({"plane_optimizer": "adamw"}, r"plane_optimizer is 'adamw'; wanted one of \('sgd', 'adam"),
-        ({"warmup": -0.1}, "warmup is -0.1; wanted a number from 0 to 1"),
-        ({"label_smoothing": 1.5}, "label_smoothing is 1.5; wanted a number from 0 to 1"),
-        ({"harden": 1.5, "temperature": 9.0}, "harden is 1.5; wanted a fraction of the run"),
-        ({"reach": -1.0}, "reach is -1.0; wanted root mean squares, or 0"),
-        ({"temperature": 1.0}, "temperature is 1.0; wanted a number above 1"),
-        ({"act_bits": 1}, "act_bits is 1; wanted 2 to 16, or 32 for float"),
-        ({"act_bits": 17}, "act_bits is 17; wanted 2 to 16, or 32 for float"),
-    ],
-)
-def test_bad_options_are_refused(kind, change, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**change)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"average": "weight"}, r"average is 'weight'; wanted one of \('layer', 'param'\)"),
-        ({"ticket": 0.0}, "ticket is 0.0 and harden 0.9; wanted fractions .* above 0"),
-        ({"ticket": 0.95}, "ticket is 0.95 and harden 0.9; .* the ticket not after the hardening"),
-        ({"target": -1.0}, "target is -1.0; wanted no negative number"),
-        ({"least_planes": -1}, "least_planes is -1; wanted no negative number"),
-        ({"budget_weight": -0.5}, "budget_weight is -0.5; wanted no negative number"),
-        ({"tighten": 1.1}, "tighten is 1.1; wanted a number from 0 to 1"),
-        ({"mask_start": 0.0}, "mask_start is 0.0; wanted a positive logit"),
-        ({"ticket": 0.9, "rewind": True}, "rewind needs time between ticket, 0.9, and harden, 0.9"),
-    ],
-)
-def test_bad_options_of_a_grown_scheme_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        Options(**{"ticket": 0.5, "harden": 0.9} | change)
-
-
-@pytest.mark.parametrize("planes", [0, 16])
-def test_a_uniform_scheme_needs_planes_that_integers_can_hold(planes):
-    with pytest.raises(ValueError, match=f"planes is {planes}; wanted 1 to 15"):
-        UniformOptions(planes=planes)
-    assert UniformOptions(planes=15).planes == 15  # with the sign the 16 bits of an integer
-
-
-def test_inputs_stay_float_at_32_bits_unless_they_are_clipped():
-    stays = {
-        (acts, bits): SharedOptions(acts=acts, act_bits=bits).float_acts
-        for acts in ("lsq", "pact", "batch_max")
-        for bits in (4, 32)
-    }
-    assert [key for key, value in stays.items() if value] == [("lsq", 32), ("batch_max", 32)]
-
-
-def test_both_methods_are_listed():
-    assert METHODS["csq"] is csq.FAMILY and csq.FAMILY.options is Options
-    assert METHODS["csq_uniform"] is csq.UNIFORM_FAMILY
-    assert csq.UNIFORM_FAMILY.options is UniformOptions
-
-
-# Phases.
-
-
-def a_run(epochs, steps_per_epoch=7):
-    return Run(epochs, steps_per_epoch, prepare=lambda batch, key: batch["image"])
-
-
-@pytest.mark.parametrize(
-    ("epochs", "ticket", "harden", "rewind", "wanted"),
-    [
-        (10, 0.3, 0.8, False, (3, 8)),
-        (10, 0.32, 0.78, True, (3, 8)),  # to the nearest epoch
-        (10, 0.5, 0.5, False, (5, 5)),
-        (10, 0.02, 0.8, False, (1, 8)),  # at least one epoch for the masks
-        (10, 0.61, 0.63, True, (6, 7)),  # and for bits that are to learn anew
-        (10, 0.0, 0.03, False, (0, 1)),  # and for the bits of a given scheme
-        (1, 0.5, 0.9, False, (1, 1)),
-        (600, 0.9917, 1.0, False, (595, 600)),
-    ],
-)
-def test_phases_begin_with_whole_epochs(epochs, ticket, harden, rewind, wanted):
-    found = phases.make_phases(a_run(epochs), ticket=ticket, harden=harden, rewind=rewind)
-    assert (found.ticket, found.harden) == tuple(7 * epoch for epoch in wanted)
-    assert (found.end, found.steps_per_epoch, found.rewind) == (7 * epochs, 7, rewind)
-
-
-@pytest.mark.parametrize(
-    ("ticket", "harden", "rewind"),
-    [(0.5, 0.95, True), (0.9, 0.95, True), (0.9, 1.0, True), (0.9, 0.95, False), (1.0, 1.0, False)],
-)
-def test_no_phase_begins_after_the_run(ticket, harden, rewind):
-    """Rounding to epochs moves no phase out of the run, however short it is."""
-    for epochs in range(2, 30):
-        found = phases.make_phases(a_run(epochs), ticket=ticket, harden=harden, rewind=rewind)
-        assert found.ticket + rewind <= found.harden <= found.end, epochs
-
-
-def temperatures(found, final, steps):
-    at = jax.jit(jax.vmap(lambda step: phases.temperature_at(found, step, final=final)))
-    return np.asarray(at(jnp.arange(steps, dtype=jnp.int32)))
-
-
-def test_the_temperature_rises_exponentially_to_the_hardening_and_stays():
-    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.6)
-    values = temperatures(found, 200.0, 80)  # beyond the end of the run, too
-    wanted = 200.0 ** np.minimum(np.arange(80) / 42, 1)
-    np.testing.assert_allclose(values, wanted, rtol=1e-6)  # a power of float32
-    assert values[0] == 1 and (values[42:] == 200).all() and (values <= 200).all()
-    assert (np.diff(values[:43]) > 0).all()  # by step, not by epoch
-    given = phases.make_phases(a_run(10), ticket=0.0, harden=0.6)  # the scheme is
-    np.testing.assert_array_equal(temperatures(given, 200.0, 80), values)
-
-
-def test_rewinding_rises_once_to_the_ticket_and_once_more_to_the_hardening():
-    found = phases.make_phases(a_run(10), ticket=0.4, harden=0.9, rewind=True)
-    values = temperatures(found, 50.0, 75)
-    steps = np.arange(75)
-    part = np.where(steps < 28, steps / 28, np.minimum((steps - 28) / 35, 1))
-    np.testing.assert_allclose(values, 50.0**part, rtol=1e-6)  # a power of float32
-    assert values[0] == values[28] == 1
-    assert (values[63:] == 50).all() and (values <= 50).all()
-
-
-def rates(found, *, warmup, tuning):
-    shape = jax.jit(jax.vmap(phases.rate_shape(found, warmup=warmup, tuning=tuning)))
-    return np.asarray(shape(jnp.arange(found.end, dtype=jnp.int32)))
-
-
-def cosine(steps, length):
-    return 0.5 * (1 + np.cos(np.pi * steps / length))
-
-
-def test_the_rate_falls_until_the_hardening_and_is_tuned_after_it():
-    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.8)
-    wanted = np.concatenate([cosine(np.arange(56), 56), 0.2 * cosine(np.arange(14), 14)])
-    np.testing.assert_allclose(rates(found, warmup=0.0, tuning=0.2), wanted, atol=1e-6)  # float32
-
-
-def test_rewinding_starts_the_rate_anew():
-    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.8, rewind=True)
-    parts = (cosine(np.arange(35), 35), cosine(np.arange(21), 21), 0.1 * cosine(np.arange(14), 14))
-    wanted = np.concatenate(parts)
-    np.testing.assert_allclose(rates(found, warmup=0.0, tuning=0.1), wanted, atol=1e-6)  # float32
-
-
-def test_the_warm_up_is_a_part_of_the_first_phase_alone():
-    found = phases.make_phases(a_run(10), ticket=0.5, harden=0.8, rewind=True)
-    values = rates(found, warmup=0.2, tuning=0.1)
-    without = rates(found, warmup=0.0, tuning=0.1)
-    np.testing.assert_allclose(values[:7], np.arange(7) / 7, atol=1e-6)  # 7 of 35 steps
-    np.testing.assert_array_equal(values[7:], without[7:])
-
-
-@pytest.mark.parametrize("tuning", [0.0, 0.1])
-def test_a_run_without_tuning_has_one_cosine(tuning):
-    found = phases.make_phases(a_run(3), ticket=0.7, harden=1.0)
-    wanted = cosine(np.arange(21), 21)
-    np.testing.assert_allclose(rates(found, warmup=0.0, tuning=tuning), wanted, atol=1e-6)
 
 
 # The mean.

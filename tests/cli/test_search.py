@@ -1,0 +1,182 @@
+"""search.py as a user runs it, on a small supernet."""
+
+import csv
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from helpers.program_results import PNG, make_table, read_bits
+from helpers.programs import (
+    FLOAT,
+    SUPERNET,
+    run,
+    run_all,
+)
+
+from configs import digits
+from mpq_jax.supernet import costs
+
+
+@pytest.fixture(scope="module")
+def table():
+    return make_table()
+
+
+LEVELS = (4, 3)  # of SMOKE
+
+
+class Searched(NamedTuple):
+    """One search by BitOPs, the same again, and one by bytes, of the same supernet."""
+
+    directory: Path
+    output: str
+    first: dict[str, str]
+    again: dict[str, str]
+    again_output: str
+    bytes_directory: Path
+    bytes_output: str
+    refused: dict[str, tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def searched(shared, tmp_path_factory) -> Searched:
+    directory = tmp_path_factory.mktemp("searched")
+    by_bytes, untrained = directory / "bytes", directory / "untrained"
+    shutil.copytree(shared.smoke, by_bytes)
+    smoke = ("search.py", *shared.smoke_flags)
+    code, output = run(*smoke, f"--workdir={shared.smoke}", output=directory / "bitops.txt")
+    assert code == 0, output
+    written = sorted((shared.smoke / "search").glob("bits_*.json"))
+    first = {path.name: path.read_text() for path in written}
+    refusals = {
+        "too small": (*smoke, f"--workdir={shared.smoke}", "--config.search.budgets=(1.0,)"),
+        "unit": (*smoke, f"--workdir={shared.smoke}", "--config.search.budget=watts"),
+        "float": ("search.py", *FLOAT, f"--workdir={shared.float_run}"),
+        "other config": ("search.py", *SUPERNET, f"--workdir={shared.float_run}"),
+        "untrained": (*smoke, f"--workdir={untrained}"),
+    }
+    kilobytes = (*smoke, f"--workdir={by_bytes}", "--config.search.budget=bytes")
+    kilobytes += ("--config.search.levels=()", "--config.search.budgets=(2000.0, 1500.0)")
+    kilobytes += ("--config.search.strategy=exchange", "--config.search.tolerance=20.0")
+    kilobytes += ("--config.search.limits.bitops=3e6",)
+    again = (*smoke, f"--workdir={shared.smoke}")
+    commands = refusals | {"bytes": kilobytes, "again": again}
+    results = run_all(commands, directory, cache=shared.cache)
+    again_code, again_output = results.pop("again")
+    assert again_code == 0, again_output
+    bytes_code, bytes_output = results.pop("bytes")
+    assert bytes_code == 0, bytes_output
+    return Searched(
+        directory=shared.smoke / "search",
+        output=output,
+        first=first,
+        again={path.name: path.read_text() for path in written},
+        again_output=again_output,
+        bytes_directory=by_bytes / "search",
+        bytes_output=bytes_output,
+        refused=results,
+    )
+
+
+def test_writes_bits_within_each_budget(searched, table):
+    found = read_bits(searched.directory, table)
+    assert set(found) == {f"bits_{level}-bit_level" for level in LEVELS}
+    for level in LEVELS:
+        cost = costs.bitops(table, found[f"bits_{level}-bit_level"])
+        assert cost <= costs.bitops(table, table.uniform(level, level))
+
+
+def test_writes_bits_within_budgets_of_bytes(searched, table):
+    found = read_bits(searched.bytes_directory, table)
+    for budget in (2000, 1500):
+        assert costs.model_bytes(table, found[f"bits_{budget / 1024:.4g}_KiB"]) <= budget
+    assert "KiB" in searched.bytes_output
+
+
+def test_writes_tables_and_plots(searched, table):
+    with (searched.directory / "results.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    groups = {row["group"] for row in rows.values()}
+    assert groups == {"float", "uniform", "searched"}
+    assert [name for name, row in rows.items() if row["group"] == "uniform"] == [
+        f"uniform {bits}/{bits}"
+        for bits in table.candidates
+        if bits in digits.get_config().bits.candidates
+    ]
+    for name, bits in read_bits(searched.directory, table).items():
+        row = rows[name.removeprefix("bits_").replace("_", " ")]
+        assert float(row["bitops"]) == costs.bitops(table, bits)
+        assert 0 < float(row["test_accuracy"]) <= 1
+    with (searched.directory / "path.csv").open() as file:
+        path = list(csv.DictReader(file))
+    assert {row["phase"] for row in path} <= {"programme", "exchange"} and len(path) > 2
+    for plot in ("frontier", "bits"):
+        assert (searched.directory / f"{plot}.png").read_bytes().startswith(PNG)
+        assert "<svg" in (searched.directory / f"{plot}.svg").read_text()
+    page = (searched.directory / "report.html").read_text()
+    assert all(f"{level}-bit level" in page for level in LEVELS)
+
+
+def test_a_search_again_scores_nothing_anew(searched):
+    """Another strategy asked for other things in between; its scores have a place of their own."""
+    first = re.search(r"(\d+) configurations scored", searched.output)
+    again = re.search(r"(\d+) configurations scored", searched.again_output)
+    assert int(first[1]) > 50 and again[1] == "0"
+    assert f"going on with {first[1]} scores" in searched.again_output
+    assert searched.again == searched.first
+
+
+def test_a_tolerance_finds_cheap_bits_that_are_good_enough(searched, table):
+    (bits,) = [
+        bits
+        for name, bits in read_bits(searched.bytes_directory, table).items()
+        if name.startswith("bits_within")
+    ]
+    table.check(bits)
+    with (searched.bytes_directory / "results.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    lost = float(rows["uniform 6/6"]["heldout_accuracy"]) - float(
+        rows["within 20 points"]["heldout_accuracy"]
+    )
+    assert lost <= 0.2 + 1e-9
+    assert float(rows["within 20 points"]["bytes"]) < float(rows["uniform 6/6"]["bytes"])
+
+
+def test_prints_float_uniform_and_searched_configurations(searched):
+    shown = [line for line in searched.output.splitlines() if line.count("│") == 5 and "%" in line]
+    names = [line.split("│")[1].strip() for line in shown]
+    uniform = [f"uniform {bits}/{bits}" for bits in (6, 5, 4, 3, 2)]
+    assert sorted(names) == sorted(["float", *uniform, "4-bit level", "3-bit level"])
+    assert names[0] == "float"
+    accuracy = {
+        name: float(line.split("│")[4].strip(" %")) for name, line in zip(names, shown, strict=True)
+    }
+    assert accuracy["float"] > 85 and accuracy["uniform 6/6"] > 70
+    assert f"bits, tables, plots and report.html are in {searched.directory}" in searched.output
+
+
+def test_configurations_never_recompile(searched):
+    (line,) = re.findall("^compilations: (.*)$", searched.output, re.M)
+    counts = dict(re.findall(r"(\w+) x(\d+)", line))
+    assert counts["recalibrate"] == counts["quantise_kernels"] == "1", line
+    assert int(counts["run_segment"]) <= 3, line  # stem and first block; two blocks and the head
+    assert counts.get("score_configs", "1") == "1", line
+
+
+SEARCH_REFUSALS = {
+    "too small": r"1e-06 MBitOPs: no configuration .* bitops cannot be met; .* range is \d+",
+    "unit": r"budget is 'watts'; known: \['act_bytes', 'bitops', 'bytes', 'latency', 'mean_bits'",
+    "float": "'plain' has no bits: there is nothing to search; pass the workdir and config",
+    "other config": "holds a run of another config: .*config.method was 'plain', now 'rfquant'",
+    "untrained": "untrained holds no training run; run train.py with the same flags first",
+}
+
+
+@pytest.mark.parametrize("name", SEARCH_REFUSALS)
+def test_what_cannot_be_searched_is_refused_with_what_can(searched, name):
+    code, output = searched.refused[name]
+    assert code == 1, output
+    assert "Traceback" not in output
+    assert re.search(SEARCH_REFUSALS[name], output), output

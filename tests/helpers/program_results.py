@@ -1,0 +1,75 @@
+"""Reads what the programs wrote and printed."""
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from helpers.programs import (
+    PATIENCE,
+    TOLERANCES,
+    entries,
+    losses,
+    start,
+    wait_for,
+)
+
+from configs import digits
+from mpq_jax.cli import train
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet.layer_table import LayerTable
+
+
+def assert_same_curve(logged: list[dict], expected: list[dict], names: tuple[str, ...]) -> None:
+    """Compares the first steps."""
+    count = len(TOLERANCES)
+    for left, right, tolerance in zip(logged[:count], expected[:count], TOLERANCES, strict=True):
+        assert set(left) == set(right)
+        for name in names:
+            assert left[name] == pytest.approx(right[name], rel=tolerance), (name, left, right)
+
+
+def run_two_processes(flags: tuple[str, ...], workdir: Path, *, stop_after: int) -> list[str]:
+    """Trains in two processes until one of them gets SIGTERM; returns what each printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = (*flags, f"--workdir={workdir}", "--distributed", f"--coordinator={address}")
+    outputs = [workdir.parent / f"process{index}" for index in range(2)]
+    processes = [
+        start(
+            "train.py",
+            *flags,
+            "--process_count=2",
+            f"--process_index={index}",
+            "--stopped_status=143",
+            output=outputs[index],
+        )
+        for index in range(2)
+    ]
+    try:
+        wait_for(lambda: len(losses(entries(workdir))) >= stop_after, processes[0])
+        processes[1].send_signal(signal.SIGTERM)  # not the one that writes
+        codes = [process.wait(PATIENCE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    printed = [output.read_text() for output in outputs]
+    assert codes == [143, 143], printed
+    return printed
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_table() -> LayerTable:
+    config = digits.get_config()
+    config.model.options.width = 4
+    return train.build(config).table
+
+
+def read_bits(directory: Path, table: LayerTable) -> dict[str, bit_configs.BitConfig]:
+    return {
+        path.stem: bit_configs.from_json(path.read_text(), table.names)
+        for path in directory.glob("bits_*.json")
+    }

@@ -1,0 +1,141 @@
+"""Segments one after another are the model."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.random_variables import drawn_variables
+from helpers.segmented_models import BATCH, MODELS, SHAPE, USERS, table_of
+
+from mpq_jax.program import linen
+from mpq_jax.quantizers import lsq
+from mpq_jax.search import segments
+from mpq_jax.search.segments import find_segments
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+
+
+def drawn_images(shape):
+    """Images of different contrast, so that even few bits can tell them apart."""
+    contrast = np.linspace(0.2, 2, BATCH).reshape(-1, 1, 1, 1)
+    drawn = np.random.default_rng(0).normal(0.3, 1, (BATCH, *shape))
+    return jnp.asarray(contrast * drawn, jnp.float32)
+
+
+IMAGES = drawn_images(SHAPE)
+
+
+# Running them.
+
+
+def supernet_of(model, table, shape=SHAPE):
+    """A supernet of drawn numbers in which all norm rows differ; nothing is computed."""
+    generator, rows = np.random.default_rng(2), (len(table.bank_bits),) * len(table.norm_axes)
+
+    def widened(path, leaf):
+        if linen.module_of(path) not in table.bank_norms:
+            return leaf
+        return leaf * jnp.asarray(generator.uniform(0.6, 1.5, (*rows, *leaf.shape)), jnp.float32)
+
+    with jax.numpy_rank_promotion("allow"):
+        variables = drawn_variables(model, shape, 1)
+        params, stats = (
+            linen.map_leaves(variables.get(kind, {}), widened) for kind in ("params", "batch_stats")
+        )
+    step = 2.0 ** -np.array(table.candidates) * generator.uniform(0.7, 1.4, (2, len(table), 1))
+    weight_steps, act_steps = jnp.asarray(step * [[[1.0]], [[2.0]]], jnp.float32)
+    learned = supernet.Learned(params, weight_steps, act_steps)
+    return supernet.Variables(learned, stats, jnp.ones(len(table), bool))
+
+
+def drawn_bits(table, seed):
+    """Bits of which one layer has few, so that the image can still be told at the end."""
+    generator = np.random.default_rng(seed)
+    both = np.stack(table.uniform(4, 4), axis=-1)
+    chosen = generator.choice(np.flatnonzero(table.searchable))
+    both[chosen] = generator.permutation([3, 2])
+    return BitConfig(*jnp.asarray(both.T, jnp.int32))
+
+
+def run(model, table, cut, place, made, bits, x, train):
+    selected = supernet.select(table, made, bits)
+    return segments.run(model, table, cut, place, selected, x, train=train, quantizer=lsq.QUANTIZER)
+
+
+def own_logits(model, table, made, bits, x, train):
+    selected = supernet.select(table, made, bits)
+    return supernet.apply(model, table, selected, x, train=train).logits
+
+
+CASES = MODELS | {name: (model, SHAPE) for name, (model, _) in USERS.items()}
+
+
+@pytest.mark.parametrize("name", list(CASES)[1:])
+def test_segments_one_after_another_are_the_model(name):
+    model, shape = CASES[name]
+    table = table_of(model, shape)
+    cut = find_segments(model, table, shape)
+    made, bits = supernet_of(model, table, shape), drawn_bits(table, 5)
+    images = drawn_images(shape)
+    train = name not in ("another program in evaluation", "vgg", "nested")
+
+    @jax.jit
+    def both(made, bits, x):
+        own = own_logits(model, table, made, bits, x, train)
+        for place, segment in enumerate(cut.parts):
+            assert x.size == BATCH * segment.size
+            x = run(model, table, cut, place, made, bits, x, train)
+        return own, x
+
+    own, found = both(made, bits, images)
+    assert len(np.unique(own, axis=0)) > 1  # the image can still be told
+    np.testing.assert_array_equal(found, own)
+
+
+def test_segments_that_are_compiled_apart_are_the_model():
+    model, shape = CASES["cifar resnet"]
+    table = table_of(model, shape)
+    cut = find_segments(model, table, shape)
+    made, bits = supernet_of(model, table, shape), drawn_bits(table, 5)
+    part = jax.jit(run, static_argnums=(0, 1, 2, 3, 7))
+    own = jax.jit(own_logits, static_argnums=(0, 1, 5))
+    x = IMAGES
+    for place in range(len(cut.parts)):
+        x = part(model, table, cut, place, made, bits, x, True)
+    np.testing.assert_array_equal(x, own(model, table, made, bits, IMAGES, True))
+
+
+@pytest.mark.parametrize(
+    ("name", "norm_rows"),
+    [
+        ("norms", "pair"),
+        ("norms", "transition"),
+        ("a layer called twice", "pair"),
+    ],
+)
+def test_a_segment_depends_on_the_bits_of_its_layers_alone(name, norm_rows):
+    """Changes every tensor of every layer, and looks at what each segment makes of it."""
+    model, _ = USERS[name]
+    table = table_of(model, norm_rows=norm_rows)
+    cut = find_segments(model, table, SHAPE)
+    made = supernet_of(model, table)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def part(place, bits, x):
+        return run(model, table, cut, place, made, bits, x, False)
+
+    base, x = np.stack(table.uniform(3, 3), axis=-1), IMAGES
+    for place, segment in enumerate(cut.parts):
+        same = part(place, BitConfig(*base.T), x)
+        dependent = set()
+        for layer, column, bits in itertools.product(range(len(table)), (0, 1), (4, 2)):
+            if table.layers[layer].searchable:
+                changed = base.copy()
+                changed[layer, column] = bits
+                if not np.array_equal(part(place, BitConfig(*changed.T), x), same):
+                    dependent.add(layer)
+        assert dependent == {i for i in segment.layers if table.layers[i].searchable}
+        x = same

@@ -1,0 +1,156 @@
+"""Norm rows of every kind, by brute force."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.tiny_supernets import (
+    CHOICES,
+    CONV,
+    DEPTHWISE,
+    IMAGES,
+    INIT,
+    MODEL,
+    TABLE,
+    make_float_variables,
+    numbered_supernet,
+)
+
+from mpq_jax.program import linen
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import (
+    bit_rules,
+    trace_layers,
+)
+
+
+@pytest.fixture(scope="module")
+def float_variables():
+    return make_float_variables()
+
+
+ROW_NAMES = {
+    "shared": lambda weights, acts, previous: (),
+    "weights": lambda weights, acts, previous: (weights,),
+    "pair": lambda weights, acts, previous: (weights, acts),
+    "transition": lambda weights, acts, previous: (weights, previous),
+}
+NORMS = {"block/norm": CONV, "norm": DEPTHWISE}
+
+
+def named_row(kind, norm, bits):
+    """Returns the row that a configuration names: by its own bits, and by those before it."""
+    own = NORMS[norm]
+    previous = CONV  # the depthwise layer's; the first layer with a choice is its own
+    places = [bits.weights[own], bits.acts[own], bits.weights[previous]]
+    return ROW_NAMES[kind](*(CHOICES.index(int(place)) for place in places))
+
+
+# What the rows of both norms hang on: weights and inputs of both layers.
+SEVERAL = [
+    BitConfig(jnp.array([8, w, d, 8], jnp.int32), jnp.array([8, a, b, 8], jnp.int32))
+    for w, d, a, b in [(4, 2, 3, 4), (2, 4, 2, 3), (3, 3, 4, 2), (2, 3, 4, 4)]
+]
+
+
+@pytest.mark.parametrize("kind", ROW_NAMES)
+def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
+    table = TABLE.with_norm_rows(kind)
+    made = numbered_supernet(table, float_variables)
+    stats, params = linen.flatten(made.batch_stats), linen.flatten(made.learned.params)
+    marked = {norm: np.zeros((len(CHOICES),) * len(table.norm_axes), bool) for norm in NORMS}
+    for bits in SEVERAL:
+        selected = supernet.select(table, made, bits)
+        float_model = supernet.plain(table, made, bits)
+        after = jax.tree.map(lambda leaf: -leaf, selected.batch_stats)
+        scattered = linen.flatten(
+            supernet.scatter_batch_stats(table, made.batch_stats, bits, after)
+        )
+        for norm in NORMS:
+            place = named_row(kind, norm, bits)
+            marked[norm][place] = True
+            for source, found, plain in (
+                (params, selected.params, float_model["params"]),
+                (stats, selected.batch_stats, float_model["batch_stats"]),
+            ):
+                for path in (path for path in source if linen.module_of(path) == norm):
+                    wanted = np.asarray(source[path])[place]
+                    np.testing.assert_array_equal(linen.flatten(found)[path], wanted, strict=True)
+                    np.testing.assert_array_equal(linen.flatten(plain)[path], wanted, strict=True)
+            for path in (path for path in stats if linen.module_of(path) == norm):
+                wanted = np.array(stats[path])
+                wanted[place] *= -1
+                np.testing.assert_array_equal(scattered[path], wanted, strict=True)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *SEVERAL)
+    used = linen.flatten(supernet.used_rows(table, made.learned.params, together).params)
+    for norm in NORMS:
+        for name in ("scale", "bias"):
+            np.testing.assert_array_equal(used[f"{norm}/{name}"], marked[norm])
+
+
+@pytest.mark.parametrize("kind", ROW_NAMES)
+def test_plain_returns_float_kernels(float_variables, kind):
+    table = TABLE.with_norm_rows(kind)
+    made = INIT(MODEL, table, float_variables, IMAGES)
+    for bits in SEVERAL[:2]:
+        found = supernet.plain(table, made, bits)
+        jax.tree.map(np.testing.assert_array_equal, found, dict(float_variables))
+
+
+def test_norms_per_precision_become_norms_per_pair_of_precisions(float_variables):
+    held = numbered_supernet(TABLE.with_norm_rows("weights"), float_variables)
+    table = TABLE.with_norm_rows("transition")
+    made = supernet.with_rows_of(table, held)
+    pairs = [
+        (made.learned.params, held.learned.params),
+        (made.batch_stats, held.batch_stats),
+    ]
+    for found, source in pairs:
+        source = linen.flatten(source)
+        for path, leaf in linen.flatten(found).items():
+            if linen.module_of(path) not in NORMS:
+                np.testing.assert_array_equal(leaf, source[path])
+                continue
+            assert leaf.shape == (3, 3, 4)
+            for own in range(3):
+                for previous in range(3):
+                    np.testing.assert_array_equal(leaf[own, previous], source[path][own])
+    np.testing.assert_array_equal(made.learned.weight_steps, held.learned.weight_steps)
+    np.testing.assert_array_equal(made.signed, held.signed)
+    # The float model in it is the same before the rows are repeated and after.
+    for bits in SEVERAL:
+        before, after = (supernet.plain(table, variables, bits) for variables in (held, made))
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.parametrize(("few", "many"), [("shared", "weights"), ("shared", "transition")])
+def test_one_norm_is_repeated_for_every_row(float_variables, few, many):
+    held = numbered_supernet(TABLE.with_norm_rows(few), float_variables)
+    table = TABLE.with_norm_rows(many)
+    made = supernet.with_rows_of(table, held)
+    rows = (3,) * len(table.norm_axes)
+    stats = linen.flatten(held.batch_stats)
+    for path, leaf in linen.flatten(made.batch_stats).items():
+        np.testing.assert_array_equal(leaf, np.broadcast_to(stats[path], (*rows, 4)))
+
+
+@pytest.mark.parametrize("kind", ROW_NAMES)
+def test_rows_that_are_already_there_are_not_repeated(float_variables, kind):
+    table = TABLE.with_norm_rows(kind)
+    held = numbered_supernet(table, float_variables)
+    jax.tree.map(np.testing.assert_array_equal, supernet.with_rows_of(table, held), held)
+
+
+def test_rows_of_other_bits_are_refused(float_variables):
+    held = numbered_supernet(TABLE.with_norm_rows("weights"), float_variables)
+    other = trace_layers(MODEL, (8, 8, 2), rules=bit_rules((6, 4, 3, 2)))
+    message = r"'block/norm/bias' has rows \[3\]; wanted at most 2 axes of 4 rows.*\(6, 4, 3, 2\)"
+    with pytest.raises(ValueError, match=message):
+        supernet.with_rows_of(other.with_norm_rows("transition"), held)
+
+
+def test_more_row_axes_than_the_table_has_are_refused(float_variables):
+    held = numbered_supernet(TABLE.with_norm_rows("transition"), float_variables)
+    with pytest.raises(ValueError, match=r"has rows \[3, 3\]; wanted at most 1 axes of 3 rows"):
+        supernet.with_rows_of(TABLE.with_norm_rows("weights"), held)

@@ -1,0 +1,108 @@
+"""Kernels that are quantised once for many subnets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.tiny_supernets import (
+    FLOAT_ENDS,
+    MODEL,
+    SHAPE,
+    TABLE,
+    make_float_variables,
+    numbered_supernet,
+    quantise,
+)
+
+from mpq_jax.program import linen
+from mpq_jax.quantizers import QUANTIZERS, lsq
+from mpq_jax.supernet import supernet
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import (
+    Rule,
+    trace_layers,
+)
+
+
+@pytest.fixture(scope="module")
+def float_variables():
+    return make_float_variables()
+
+
+OTHER_HIGHEST = [
+    Rule("^block/conv$", weights=(4, 2), acts=(3, 2)),
+    Rule("^depthwise$", weights=(3, 2), acts=(4, 3)),
+    Rule("^stem$", weights=8, acts=32, float_acts=True),
+    Rule(weights=4, acts=8),
+]
+QUANTISE = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))
+SELECT = jax.jit(supernet.select, static_argnums=0, static_argnames="quantizer")
+SELECT_QUANTISED = jax.jit(supernet.select_quantised, static_argnums=0)
+
+
+def rowed_supernet(table, float_variables, seed):
+    """A supernet in which no two rows and no two step sizes are the same."""
+    made = numbered_supernet(table, float_variables)
+    generator = np.random.default_rng(seed)
+    steps = [
+        jnp.asarray(generator.uniform(0.02, 0.2, (len(table), len(table.candidates))), jnp.float32)
+        for _ in range(2)
+    ]
+    params = linen.flatten(made.learned.params)
+    for path in params:
+        if path.endswith("kernel"):
+            params[path] = linen.flatten(float_variables["params"])[path]
+    return made._replace(learned=supernet.Learned(linen.unflatten(params), *steps))
+
+
+def allowed_configs(table, seed, count=6):
+    """Some configurations in which every candidate of every tensor comes up."""
+    generator = np.random.default_rng(seed)
+    bits = np.stack(
+        [
+            [generator.permutation(np.resize(candidates, count)) for candidates in both]
+            for layer in table.layers
+            for both in [(layer.weight_candidates, layer.act_candidates)]
+        ]
+    )
+    return [BitConfig(*jnp.asarray(bits[..., i].T, jnp.int32)) for i in range(count)]
+
+
+QUANTISED_TABLES = {
+    "pair": TABLE,
+    "shared": TABLE.with_norm_rows("shared"),
+    "transition": TABLE.with_norm_rows("transition"),
+    "float ends": FLOAT_ENDS,
+    "other highest": trace_layers(MODEL, SHAPE, rules=OTHER_HIGHEST),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("kind", QUANTISED_TABLES)
+def test_kernels_that_were_quantised_before_make_the_same_subnets(float_variables, kind, name):
+    table, quantizer = QUANTISED_TABLES[kind], QUANTIZERS[name]
+    made = rowed_supernet(table, float_variables, 7)
+    quantised = QUANTISE(table, made.learned, quantizer=quantizer)
+    assert {path: len(kernels) for path, kernels in quantised.items()} == {
+        layer.name: len(layer.weight_candidates)
+        for layer in table.layers
+        if not layer.float_weights
+    }
+    for bits in allowed_configs(table, 8):
+        table.check(bits)
+        found = SELECT_QUANTISED(table, made, quantised, bits)
+        wanted = SELECT(table, made, bits, quantizer=quantizer)
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_quantised_kernels_are_in_the_order_of_the_candidates(float_variables):
+    table = QUANTISED_TABLES["other highest"]
+    made = rowed_supernet(table, float_variables, 7)
+    quantised = QUANTISE(table, made.learned, quantizer=lsq.QUANTIZER)
+    for index, layer in enumerate(table.layers):
+        w = linen.flatten(float_variables["params"])[f"{layer.name}/kernel"]
+        for kernel, bits in zip(quantised[layer.name], layer.weight_candidates, strict=True):
+            step = made.learned.weight_steps[index, table.candidates.index(bits)]
+            wanted = quantise(np.asarray(w), np.asarray(step), bits, True)
+            np.testing.assert_array_equal(kernel, wanted)
