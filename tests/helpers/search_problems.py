@@ -15,7 +15,9 @@ from mpq_jax.supernet.tied_layers import tie_acts_to_weights
 KEY = jax.random.key(3)
 
 
-def layer(name, weights, acts, *, macs=1000, params=100, inputs=0, shares_input_with=None, **others):
+def layer(
+    name, weights, acts, *, macs=1000, params=100, inputs=0, shares_input_with=None, **others
+):
     return Layer(
         name=name,
         kind="conv",

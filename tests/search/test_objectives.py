@@ -33,7 +33,9 @@ def test_rises_are_those_of_one_entry_alone(which):
     top = BITS[space.largest()]
     for index, column, choice in np.ndindex(5, 2, 4):
         moved = top.copy().ravel()
-        group = next((g for g in table.tied_groups if 2 * index + column in g), (2 * index + column,))
+        group = next(
+            (g for g in table.tied_groups if 2 * index + column in g), (2 * index + column,)
+        )
         moved[list(group)] = BITS[choice]
         found = rises[index, column, choice]
         if not table.mask[index, column, choice]:
