@@ -54,7 +54,7 @@ class SearchReport:
     Attributes:
         table: the layers.
         cost: the metric of the budgets.
-        tested: uniform configurations, and those found for the budgets, in their order.
+        configs: uniform configurations, and those found for the budgets, in their order.
         requests: what each budget asked for, in words: "at most 41.2 GBitOPs".
         limits: largest cost that a budget allows, by its name; requests of another kind, such as
             an accuracy, have none.
@@ -73,7 +73,7 @@ class SearchReport:
 
     table: LayerTable
     cost: CostMetric
-    tested: tuple[EvaluatedConfig, ...]
+    configs: tuple[EvaluatedConfig, ...]
     requests: dict[str, str]
     limits: dict[str, float]
     metric: str
@@ -88,20 +88,20 @@ class SearchReport:
     float_accuracy: float | None
 
     def __getitem__(self, name: str) -> EvaluatedConfig:
-        for one in self.tested:
+        for one in self.configs:
             if one.name == name:
                 return one
-        raise KeyError(f"{name!r} was not tested; tested are {[one.name for one in self.tested]}")
+        raise KeyError(f"{name!r} was not tested; tested are {[one.name for one in self.configs]}")
 
     @property
     def searched(self) -> dict[str, EvaluatedConfig]:
         """The configurations found, by the name of their budget."""
-        return {one.name: one for one in self.tested if one.group == SEARCHED}
+        return {one.name: one for one in self.configs if one.group == SEARCHED}
 
     @property
     def split(self) -> str:
         """The images that accuracies are of: "test" or "validation"."""
-        return "validation" if any(one.test is None for one in self.tested) else "test"
+        return "validation" if any(one.test is None for one in self.configs) else "test"
 
     def cost_of(self, one: EvaluatedConfig) -> float:
         """Returns the cost of a configuration by the metric of the budgets."""
@@ -109,7 +109,7 @@ class SearchReport:
 
     def ranked(self, group: str) -> list[EvaluatedConfig]:
         """Returns the configurations of a group, the most expensive first."""
-        members = [one for one in self.tested if one.group == group]
+        members = [one for one in self.configs if one.group == group]
         return sorted(members, key=self.cost_of, reverse=True)
 
     @property
