@@ -8,7 +8,7 @@ import numpy as np
 from mpq_jax.search import pareto
 from mpq_jax.search.cost_metrics import CostMetric
 from mpq_jax.search.problem import Step
-from mpq_jax.supernet import costs
+from mpq_jax.search.readers import TEST, VALIDATION
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.sensitivity import Trace
@@ -61,7 +61,8 @@ class SearchReport:
         metric: name of the score: "error" (0 to 1), "loss" or "kl".
         steps: steps of the strategy.
         scored: float64 [configs, 2], cost and score of every configuration that was scored.
-        new_scores: number of scores that were computed, not read from the cache.
+        new_scores: number of scores that were computed.
+        known_scores: number of scores that were in the cache before.
         sensitivity: float64 [layers, 2 (weights, input), choices], score increase if one tensor
             alone has these bits; NaN: not allowed; None: not measured.
         traces: Hessian traces of the layers, if the objective used them.
@@ -80,6 +81,7 @@ class SearchReport:
     steps: tuple[Step, ...]
     scored: np.ndarray
     new_scores: int
+    known_scores: int
     sensitivity: np.ndarray | None
     traces: Trace | None
     notes: tuple[str, ...]
@@ -100,8 +102,8 @@ class SearchReport:
 
     @property
     def split(self) -> str:
-        """The images that accuracies are of: "test" or "validation"."""
-        return "validation" if any(one.test is None for one in self.configs) else "test"
+        """The images that accuracies are of: `TEST`, or `VALIDATION` if none were given."""
+        return VALIDATION if any(one.test is None for one in self.configs) else TEST
 
     def cost_of(self, one: EvaluatedConfig) -> float:
         """Returns the cost of a configuration by the metric of the budgets."""
@@ -116,10 +118,9 @@ class SearchReport:
     def hypervolume(self) -> float:
         """Share of cost x error that the searched configurations leave below and beside them.
 
-        Costs are relative to that of the largest bits.
+        Costs are relative to the largest one.
         """
-        most = costs.total(self.table, self.cost.cost, self.table.max_config)
-        found = self.ranked(SEARCHED)
+        found, most = self.ranked(SEARCHED), self.cost.largest
         relative = [self.cost_of(one) / most for one in found]
         errors = [1 - one.accuracy for one in found]
         return pareto.hypervolume(relative, errors, reference=(1.0, 1.0))

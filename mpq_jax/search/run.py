@@ -104,8 +104,11 @@ def search(
         evaluator = Evaluator(net, state, readers)
         found, notes = finalists.choose(problem, results, find, evaluator, chosen)
         evaluated = finalists.evaluate_all(problem, found, evaluator, on_step)
-    with log.timed("sensitivity"):
-        sensitivity = _sensitivity(problem, score, chosen)
+    sensitivity = None
+    if chosen.sensitivity:
+        with log.timed("sensitivity"):
+            key = jax.random.key(chosen.seed)
+            sensitivity = objectives.measured_sensitivity(score, problem.space, key)
     scored = [(problem.cost_of(bits), value) for bits, value in scores.configs]
     return SearchReport(
         table=net.table,
@@ -117,6 +120,7 @@ def search(
         steps=tuple(log.steps),
         scored=np.array(scored, np.float64).reshape(-1, 2),
         new_scores=scores.scored,
+        known_scores=scores.known,
         sensitivity=sensitivity,
         traces=traces,
         notes=tuple(notes),
@@ -224,12 +228,6 @@ def _make_find(
     strategy = STRATEGIES[options.strategy].search
     key = jax.random.key(options.seed)
     return lambda budgets: strategy(score, problem.space, budgets, key, on_step=on_step, **own)
-
-
-def _sensitivity(problem: SearchProblem, score: Score, options: SearchOptions) -> np.ndarray | None:
-    if not options.sensitivity:
-        return None
-    return objectives.measured_sensitivity(score, problem.space, jax.random.key(options.seed))
 
 
 def _requests(problem: SearchProblem, found: Collection[str], points: float) -> dict[str, str]:
