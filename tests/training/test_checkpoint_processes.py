@@ -49,9 +49,9 @@ state = {
     "whole": sharding.replicate(values, mesh),
     "host": values,
 }
-assert finite.bad_leaves(state) == []
+assert finite.nonfinite_leaves(state) == []
 bad = split(np.where(values == 40, np.nan, values))  # on a device of the second process
-assert finite.bad_leaves(state | {"split": bad}) == ["split"]
+assert finite.nonfinite_leaves(state | {"split": bad}) == ["split"]
 with open_manager(directory) as manager:
     save(manager, 1, state)
     step, restored = restore_latest(manager, abstract(state))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mpq_jax.parallel.mesh import batch_sharded, make_mesh
-from mpq_jax.training.nonfinite import bad_leaves, first_bad_step, shorten
+from mpq_jax.training.nonfinite import first_bad_step, nonfinite_leaves, shorten
 
 
 def scalars(**values: float) -> dict[str, np.ndarray]:
@@ -35,8 +35,8 @@ def test_leaves_with_one_bad_value_are_named_wherever_they_are():
         "empty": jnp.zeros((0, 3)),
         "none": None,
     }
-    assert bad_leaves(tree) == ["half/0", "split"]
-    assert bad_leaves({"good": good}) == bad_leaves({"count": jnp.int32(3)}) == []
+    assert nonfinite_leaves(tree) == ["half/0", "split"]
+    assert nonfinite_leaves({"good": good}) == nonfinite_leaves({"count": jnp.int32(3)}) == []
 
 
 def test_long_lists_of_names_are_cut():
