@@ -29,7 +29,7 @@ def make_network(name: str, side: int):
     """Returns table and variables of an untrained multi-precision network, and some images."""
     model, shape = make_model(name, num_classes=CLASSES), (side, side, 3)
     rules = bit_rules(CANDIDATES, first_last=FIRST_LAST_FLOAT)
-    table = trace_layers(model, shape, rules=rules).with_norm_rows("weights")
+    table = trace_layers(model, shape, rules=rules).with_bn_banks("weights")
     images = jax.random.normal(jax.random.key(1), (IMAGES, *shape))
 
     @jax.jit
@@ -60,7 +60,7 @@ def main():
         artifact = integers.load(path)
     numbers = sizes.codes + sizes.floats
     print(f"file {sizes.file:,} bytes: integers {sizes.codes:,}, floats {sizes.floats:,}")
-    print(f"{sizes.file / numbers - 1:+.3%} over its numbers; one byte per quantised weight")
+    print(f"{sizes.file / numbers - 1:+.3%} over its numbers; one byte per quantized weight")
     switches = {bits: [] for bits in artifact.precisions}
     forwards = {bits: [] for bits in artifact.precisions}
     with metrics.CompileCounter() as counter:

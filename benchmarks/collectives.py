@@ -91,8 +91,8 @@ def step_program(model_name: str, pixels: int, parts, *, subnets: int) -> tuple[
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     lowered = method.train_step.lower(placed, batch, key)  # pyright: ignore[reportFunctionMemberAccess]
-    learned = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.variables.learned))
-    return lowered.compile().as_text(), learned
+    trainable = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.variables.trainable))
+    return lowered.compile().as_text(), trainable
 
 
 def main() -> None:
@@ -107,24 +107,24 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
 
     from mpq_jax.parallel import mesh as sharding
-    from mpq_jax.parallel.grad_accumulation import Parts
+    from mpq_jax.parallel.grad_accumulation import BatchPartition
 
     mesh = sharding.make_mesh()
     ways = {
-        "reduced once (ours)": Parts(mesh),
-        "reduced for each subnet (the compiler's)": Parts(mesh, by_device=False),
-        "reduced once, state split": Parts(sharding.make_mesh(fsdp=given.devices)),
+        "reduced once (ours)": BatchPartition(mesh),
+        "reduced for each subnet (the compiler's)": BatchPartition(mesh, by_device=False),
+        "reduced once, state split": BatchPartition(sharding.make_mesh(fsdp=given.devices)),
     }
     print(f"{given.model}, {given.pixels} px, {given.devices} devices\n")
     print("| way | random subnets | operation | how many | MB | parts of what is learned |")
     print("|---" * 6 + "|")
     for way, parts in ways.items():
         for subnets in given.subnets:
-            text, learned = step_program(given.model, given.pixels, parts, subnets=subnets)
+            text, trainable = step_program(given.model, given.pixels, parts, subnets=subnets)
             for kind, sent in sorted(collectives(text).items()):
                 print(
                     f"| {way} | {subnets} | {kind} | {sent.operations} | {sent.bytes / 1e6:.3f} "
-                    f"| {sent.bytes / learned:.2f} |",
+                    f"| {sent.bytes / trainable:.2f} |",
                     flush=True,
                 )
 

@@ -175,7 +175,7 @@ def main():
             plots.plot_growth(list(row["layouts"]), row["history"], path=path)
             table = Bench(arguments.data_dir, 0, 1).table((8,), first=(FLOAT_INPUTS,))
             counted = {
-                kind: BitConfig(jnp.asarray(bits, jnp.int32), table.largest.acts)
+                kind: BitConfig(jnp.asarray(bits, jnp.int32), table.max_config.acts)
                 for kind, bits in row["bits"].items()
             }
             plots.plot_scheme(table, counted, path=out / f"scheme_{target}.png")

@@ -75,7 +75,7 @@ def train(bench: Bench, float_variables, candidates, changes, keep=None) -> dict
 def scale_gradients(bench: Bench, method, variables, changes) -> dict:
     """Returns the mean absolute gradient of every scale in use, by precision and layer."""
     table, options = method.table, Options(**changes)
-    pieces = learner.make_learner(bench.model, table, options, bench.run, highest=CANDIDATES[0])
+    pieces = learner.make_learner(bench.model, table, options, bench.run, max_bits=CANDIDATES[0])
     batches = bench.dataset.train_batches(0)
     read = [next(batches) for _ in range(GRADIENT_BATCHES)]
     found = {}
@@ -84,7 +84,7 @@ def scale_gradients(bench: Bench, method, variables, changes) -> dict:
         for index, batch in enumerate(read):
             example = pieces.prepare(batch, jax.random.key(index))
             gradient, _, _ = pieces.gradient(variables, example, bits, None)
-            steps = (gradient.learned.weight_steps, gradient.learned.act_steps)
+            steps = (gradient.trainable.weight_step_sizes, gradient.trainable.act_step_sizes)
             per_batch.append([np.abs(np.asarray(one)).sum(axis=1) for one in steps])
         weights, acts = np.mean(per_batch, axis=0)
         layers = [i for i, layer in enumerate(table.layers) if layer.searchable]
@@ -145,7 +145,7 @@ def plot_gradients(rows: list[dict], path: pathlib.Path) -> None:
             values = np.mean([one[kind] for one in found], axis=0)
             by_layer.plot(values, marker, color=f"C{index}", label=f"{kind}, {bits} bits")
     rate = Options().scale_learning_rate
-    over_time.axhline(rate, color="grey", linestyle=":", label="first learning rate")
+    over_time.axhline(rate, color="gray", linestyle=":", label="first learning rate")
     over_time.set(
         xlabel="training step", ylabel="mean clipped gradient of the scales", yscale="log"
     )

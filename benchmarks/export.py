@@ -94,13 +94,13 @@ def print_verified(networks: list[str], repeats: int) -> None:
 def mixed(name: str) -> deployed_networks.Deployed:
     """Returns an untrained network whose layers with a choice take turns at the bits."""
     model = make_model(name, num_classes=CLASSES)
-    table = trace_layers(model, SHAPE, rules=bit_rules(BITS)).with_norm_rows("shared")
+    table = trace_layers(model, SHAPE, rules=bit_rules(BITS)).with_bn_banks("shared")
     variables = jax.jit(lambda key: linen.init_variables(model, key, SHAPE))(jax.random.key(0))
     steps = jnp.full((len(table), len(table.candidates)), 0.01, jnp.float32)
-    learned = supernet.Learned(variables["params"], steps, steps)
-    net = supernet.Variables(learned, variables["batch_stats"], jnp.zeros(len(table), bool))
+    trainable = supernet.TrainableParams(variables["params"], steps, steps)
+    net = supernet.SupernetState(trainable, variables["batch_stats"], jnp.zeros(len(table), bool))
     in_turn = np.arange(len(table)) % len(BITS) + min(BITS)
-    chosen = (np.where(table.searchable, in_turn, column) for column in table.largest)
+    chosen = (np.where(table.searchable, in_turn, column) for column in table.max_config)
     bits = BitConfig(*(jnp.asarray(column, jnp.int32) for column in chosen))
     provenance = {"model": {"name": name, "options": {}}, "bits": "in turn"}
     return deployed_networks.Deployed(

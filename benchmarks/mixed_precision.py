@@ -5,7 +5,7 @@
 
 Starts, per seed, from the multi-precision network that the first command left behind; trains a
 mixed-precision supernet with each roulette; then searches each for several mean bits by integer
-programme (the best by objective alone, and the best of eight on held-out images) and, for the
+program (the best by objective alone, and the best of eight on held-out images) and, for the
 published roulette, by the printed objective and the greedy descent, all with equal bits for
 weights and input. Prints test accuracy after recalibration and plots both frontiers. A finished
 run is a line in OUT/results_SEED.jsonl and is not repeated.
@@ -36,7 +36,7 @@ SOLUTIONS, RANDOM, TRACE_BATCHES, TRACE_PROBES, RECALIBRATION_BATCHES = 8, 6, 8,
 SEARCH_BATCH, SEARCH_BATCHES = 1024, 4  # held-out images of a greedy move; of a comparison, 4 times
 
 
-def start_of(bench: Bench, table, path: pathlib.Path) -> supernet.Variables:
+def start_of(bench: Bench, table, path: pathlib.Path) -> supernet.SupernetState:
     """Returns the multi-precision network in a file of benchmarks/double_rounding.py."""
     method = METHODS["double_rounding"].make(bench.model, table, Options(), bench.run)
     images = np.zeros((1, *bench.dataset.image_shape), np.float32)
@@ -87,12 +87,12 @@ def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, f
     read_batches = bench.dataset.train_batches(0)
     batches = [next(read_batches) for _ in range(TRACE_BATCHES)]
     batches = [batch | {"image": bench.normalize(batch["image"])} for batch in batches]
-    plain = supernet.plain(table, variables, table.largest)
+    plain = supernet.plain(table, variables, table.max_config)
     traces = sensitivity.layer_traces(
         bench.model, table, plain, batches, jax.random.key(0), probes=TRACE_PROBES
     )
     average = np.asarray(traces.mean) / np.array([layer.params for layer in table.layers])
-    errors = sensitivity.weight_errors(table, variables.learned, quantizer=method.quantizer)
+    errors = sensitivity.weight_errors(table, variables.trainable, quantizer=method.quantizer)
     cost = costs.cost_table(table, "mean_bits")
     scores = {}
     for name in objectives:

@@ -44,7 +44,7 @@ def train_supernet(bench: Bench, float_variables, changes) -> dict:
     accuracy = bench.recalibrated(method)
     uniform = {f"uniform {b}": table.uniform(b, b) for b in table.bank_bits}
     configs = uniform | search(bench, table, variables)
-    configs["min bits"] = bit_configs.smallest(table.candidates, table.mask)
+    configs["min bits"] = bit_configs.min_config(table.candidates, table.mask)
     scores = {
         split: {name: accuracy(variables, bits, split) for name, bits in configs.items()}
         for split in ("test", "heldout")

@@ -30,12 +30,12 @@ def measure(arguments) -> None:
     from mpq_jax.methods.base import Run
     from mpq_jax.models import make_model
     from mpq_jax.parallel import mesh as sharding
-    from mpq_jax.parallel.grad_accumulation import Parts
+    from mpq_jax.parallel.grad_accumulation import BatchPartition
     from mpq_jax.program import linen
     from mpq_jax.supernet.layer_table import bit_rules, trace_layers
 
     fsdp = jax.device_count() if arguments.split else 1
-    parts = Parts(sharding.make_mesh(fsdp=fsdp))
+    parts = BatchPartition(sharding.make_mesh(fsdp=fsdp))
     shape = (arguments.pixels, arguments.pixels, 3)
     model = make_model(arguments.model, num_classes=10)
     table = trace_layers(model, shape, rules=bit_rules())
@@ -113,12 +113,12 @@ def print_sizes() -> None:
             return method.init(linen.init_variables(model, key, shape), images)
 
         state = jax.eval_shape(start, jax.random.key(0))
-        learned, whole = (
+        trainable, whole = (
             sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 1e6
-            for tree in (state.variables.learned, state)
+            for tree in (state.variables.trainable, state)
         )
         print(
-            f"| {name} | {learned:.1f} | {whole:.1f} | {per_device(state, 8):.1f} "
+            f"| {name} | {trainable:.1f} | {whole:.1f} | {per_device(state, 8):.1f} "
             f"| {per_device(state, 32):.1f} |",
             flush=True,
         )

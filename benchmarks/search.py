@@ -55,10 +55,10 @@ class Case:
         self.variables = init(self.model, self.table, self.float, self.images)
         self.space = Space(self.table, self.table.candidates, self.table.mask)
 
-    def neighbours(self) -> BitConfig:
+    def neighbors(self) -> BitConfig:
         """Returns what the first greedy move compares: each layer's weights up and down."""
         genes = [gene for gene in self.space.genes if gene % 2 == 0]
-        return self.space.config(self.space.neighbours(self.space.uniform(5), genes))
+        return self.space.config(self.space.neighbors(self.space.uniform(5), genes))
 
     def score(self) -> scoring.BatchScore:
         return scoring.make_score(self.model, self.table, self.variables, metric="loss")
@@ -89,7 +89,7 @@ def in_turn(works: dict, rounds: int) -> dict[str, np.ndarray]:
 
 def print_scores(name: str, rounds: int) -> None:
     case = Case(name, *NETWORKS[name])
-    configs, images, labels = case.neighbours(), case.images, case.labels
+    configs, images, labels = case.neighbors(), case.images, case.labels
     count = len(configs.weights)
     forward = jax.jit(case.loss)
     vmapped = jax.jit(jax.vmap(case.loss, in_axes=(None, 0, None)))
@@ -158,7 +158,7 @@ def print_descents(rounds: int) -> None:
     scores = {"lax.map": case.score(), "shared beginnings": case.prefix_score()}
     works = {kind: functools.partial(descend, kind, score) for kind, score in scores.items()}
     for score in scores.values():  # compiles
-        score(case.neighbours(), case.images, case.labels)
+        score(case.neighbors(), case.images, case.labels)
     with CompileCounter() as counter:
         seconds = {kind: [] for kind in works}
         for _ in range(rounds):
@@ -187,7 +187,7 @@ def print_layers(rounds: int) -> None:
     print("|---" * 6 + "|")
     for name in DEPTHS:
         case = Case(name, 32, 32)
-        configs = case.neighbours()
+        configs = case.neighbors()
         scores = {"map": case.score(), "prefix": case.prefix_score()}
         works = {
             kind: functools.partial(score, configs, case.images, case.labels)

@@ -48,7 +48,7 @@ CORRELATED = 30  # random configurations that scores and test accuracy are compa
 METRICS = {"greedy": "error", "greedy, patience 8": "error", "hybrid, loss": "loss"}  # others: kl
 
 
-def trained(bench: Bench, table, out: pathlib.Path) -> supernet.Variables:
+def trained(bench: Bench, table, out: pathlib.Path) -> supernet.SupernetState:
     """Trains the supernet, or reads it from where it was left."""
     method = METHODS["rfquant"].make(
         bench.model,

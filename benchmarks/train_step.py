@@ -1,4 +1,4 @@
-"""Times and sizes one training step: float, one quantised subnet, and RFQuant with everything on.
+"""Times and sizes one training step: float, one quantized subnet, and RFQuant with everything on.
 
     python -m benchmarks.train_step [--model=resnet20] [--size=32] [--batch=128] [--rounds=9]
 
@@ -56,10 +56,10 @@ def make_step(name: str, arguments):
     images = jax.random.normal(jax.random.key(0), (arguments.batch, *shape))
     batch = {"image": images, "label": jnp.arange(arguments.batch, dtype=jnp.int32) % 10}
     state = method.init(linen.init_variables(model, jax.random.key(1), shape), images)
-    return functools.partial(one_step, method, batch), state
+    return functools.partial(shared_step_size, method, batch), state
 
 
-def one_step(method, batch, state, key):
+def shared_step_size(method, batch, state, key):
     state, _ = method.train_step(state, batch, key)
     return jax.block_until_ready(state)
 

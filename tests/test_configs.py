@@ -13,7 +13,7 @@ from mpq_jax.configs import default
 from mpq_jax.configs.csq import digits as csq_digits
 from mpq_jax.data import DATASETS, Reading
 from mpq_jax.methods import METHODS, make_options
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.csq.options import SharedOptions
 from mpq_jax.methods.csq.phases import make_phases
 from mpq_jax.models import make_model
@@ -72,7 +72,7 @@ def a_model(config):
 
 def a_run(config):
     """The run of a config, as if its data were a single batch."""
-    return Run(config.epochs, 1, prepare=lambda batch, key: batch["image"])
+    return TrainingInfo(config.epochs, 1, prepare=lambda batch, key: batch["image"])
 
 
 def table_of(config):
@@ -208,9 +208,12 @@ def test_published_csq_fixes_scheme_and_bits_when_it_says(file):
     config = get_config(file)
     options = make_options("csq", config)
     phases = make_phases(
-        a_run(config), ticket=options.ticket, harden=options.harden, rewind=options.rewind
+        a_run(config),
+        freeze_scheme=options.freeze_scheme,
+        binarize=options.binarize,
+        rewind=options.rewind,
     )
-    assert (phases.ticket, phases.harden) == PUBLISHED_CSQ[file]
+    assert (phases.freeze_scheme, phases.binarize) == PUBLISHED_CSQ[file]
 
 
 @pytest.mark.parametrize("file", CSQ)
@@ -225,7 +228,7 @@ def test_grown_and_uniform_schemes_fit_the_network(file):
         assert [layer.name for layer in grown] == [
             layer.name for layer in with_choice if not layer.float_weights
         ]
-        assert {layer.highest for layer in grown} == {planes}
+        assert {layer.max_bits for layer in grown} == {planes}
 
 
 @every_file

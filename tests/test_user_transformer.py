@@ -18,7 +18,7 @@ from mpq_jax.methods import rfquant
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant import terms
 from mpq_jax.models.vit import attention
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.search.prefix_scoring import make_fast_score
 from mpq_jax.supernet import latency, supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -77,13 +77,13 @@ LABELS = jnp.arange(8, dtype=jnp.int32) % 3
 def with_axes_together(params):
     """Parameters of `GENERAL` as those of `PLAIN`."""
     flat = {}
-    for name, leaf in linen.flatten(params).items():
+    for name, leaf in paths.flatten(params).items():
         if "/out/" in name:
             leaf = leaf.reshape(-1, DIM) if name.endswith("kernel") else leaf
         elif "attention" in name:
             leaf = leaf.reshape(DIM, DIM) if name.endswith("kernel") else leaf.reshape(DIM)
         flat[name.replace("attention/", "attention_")] = leaf
-    return linen.unflatten(flat)
+    return paths.unflatten(flat)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_every_projection_is_a_layer():
         assert (layer.inputs, layer.channels) == (TOKENS * DIM, DIM)
     assert len(TABLE) == 1 + 2 * (4 + 1) + 1
     first = TABLE.names.index("mix1/attention/query")
-    assert [TABLE.layers[first + i].reads_with for i in range(3)] == 3 * [first]
+    assert [TABLE.layers[first + i].shares_input_with for i in range(3)] == 3 * [first]
 
 
 def test_the_table_is_that_of_dense_layers():
@@ -137,18 +137,18 @@ def test_subnets_and_their_gradients_are_those_of_dense_layers(variables):
     def logits_and_gradients(model, table, variables):
         made = supernet.init(model, table, variables, IMAGES)
 
-        def loss_of(learned):
+        def loss_of(trainable):
             selected = supernet.select(
-                table, made._replace(learned=learned), bits, scale_step_gradient=True
+                table, made._replace(trainable=trainable), bits, scale_step_gradient=True
             )
             out = supernet.apply(
                 model, table, selected, IMAGES, train=True, scale_step_gradient=True
             )
             features = terms.pick_features(table, out.features, "norm_output")
-            error = terms.quantisation_error(table, learned, bits, bits.weights)
+            error = terms.quantization_error(table, trainable, bits, bits.weights)
             return jnp.sum(out.logits**2) + error, (out.logits, features, error)
 
-        gradient, found = jax.grad(loss_of, has_aux=True)(made.learned)
+        gradient, found = jax.grad(loss_of, has_aux=True)(made.trainable)
         return gradient, found
 
     both = jax.jit(
@@ -170,7 +170,7 @@ def test_subnets_and_their_gradients_are_those_of_dense_layers(variables):
     assert len(found[1]) == TABLE.searchable.sum()  # no norm of it counts: each speaks for itself
     for name, feature in found[1].items():
         close(feature, wanted[1][name.replace("attention/", "attention_")])
-    assert np.any(gradient.act_steps[TABLE.searchable] != 0, axis=1).all()
+    assert np.any(gradient.act_step_sizes[TABLE.searchable] != 0, axis=1).all()
 
 
 def test_its_dropout_is_on_only_where_there_is_a_key(variables):
@@ -179,7 +179,7 @@ def test_its_dropout_is_on_only_where_there_is_a_key(variables):
     @jax.jit
     def logits(key):
         made = supernet.init(model, TABLE, variables, IMAGES)
-        selected = supernet.select(TABLE, made, TABLE.largest)
+        selected = supernet.select(TABLE, made, TABLE.max_config)
         return [
             supernet.apply(model, TABLE, selected, IMAGES, train=train, dropout_key=k).logits
             for train, k in ((True, key), (True, None), (False, None))
@@ -197,11 +197,11 @@ def test_it_is_trained_and_scored(variables):
     method = rfquant.make(GENERAL, TABLE, options, run)
     state = method.init(variables, IMAGES)
     kernels = "mix0/attention/query/kernel"
-    before = np.array(linen.flatten(state.variables.learned.params)[kernels])
+    before = np.array(paths.flatten(state.variables.trainable.params)[kernels])
     state, metrics = method.train_step(state, {"image": IMAGES, "label": LABELS}, jax.random.key(0))
     assert all(np.isfinite(value) for value in metrics.values())
     trained = method.variables(state)
-    assert np.all(linen.flatten(trained.learned.params)[kernels] != before)
+    assert np.all(paths.flatten(trained.trainable.params)[kernels] != before)
 
     configs = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *(TABLE.uniform(bits, bits) for bits in (4, 2))

@@ -40,7 +40,7 @@ def as_published(config: ConfigDict, *, target: float, code_lambda: float) -> Co
     config.bits.first_last = "same"
     config.bits.rules = (FLOAT_SHORTCUTS, FLOAT_INPUT_OF_HEAD)
     config.csq.average = "layer"
-    config.csq.tighten = 0.0
+    config.csq.budget_anneal = 0.0
     config.csq.least_planes = 0
     config.csq.rewind = False
     config.csq.budget_weight = code_lambda * CODE_TO_BITS

@@ -2,7 +2,7 @@
 
 The paper's two phases: the scheme grows for 90 epochs, then it is fixed, the temperature starts
 anew and the bits are trained for 90 more (the paper's numbers of epochs are not at hand; the
-published code trains rounds of 90). Inputs are quantised by learned step sizes;
+published code trains rounds of 90). Inputs are quantized by learned step sizes;
 `--config.csq.acts=batch_max` takes the published ones, which cannot be exported. Not run here yet.
 Several GPUs. Needs TFDS's imagenet2012 as array_record files.
 """
@@ -21,6 +21,6 @@ def get_config(variant: str = ""):
     config.csq.acts = "lsq"
     config.csq.act_bits = 4
     config.csq.rewind = True
-    config.csq.ticket = 0.5
-    config.csq.harden = 175 / 180
+    config.csq.freeze_scheme = 0.5
+    config.csq.binarize = 175 / 180
     return default.finish(config, variant)

@@ -19,6 +19,6 @@ def get_config(variant: str = ""):
     config.csq.warmup = 5 / 600
     config.csq.acts = "pact"
     config.csq.act_bits = 32
-    config.csq.ticket = 595 / 600
-    config.csq.harden = 597 / 600  # the published code never fixes the bits
+    config.csq.freeze_scheme = 595 / 600
+    config.csq.binarize = 597 / 600  # the published code never fixes the bits
     return default.finish(config, variant)

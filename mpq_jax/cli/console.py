@@ -5,7 +5,7 @@ import rich.table
 
 from mpq_jax import data
 from mpq_jax.export.packed import integers
-from mpq_jax.methods.base import Found
+from mpq_jax.methods.base import LearnedScheme
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.training.metrics import CompileCounter
@@ -55,16 +55,16 @@ def print_integers(
     )
 
 
-def print_scheme(console: rich.console.Console, table: LayerTable, found: Found) -> None:
+def print_scheme(console: rich.console.Console, table: LayerTable, scheme: LearnedScheme) -> None:
     """Prints the bits that training found for every layer, and the size of all kernels."""
-    shown = rich.table.Table("layer", "weights", "layout", *found.bits)
+    shown = rich.table.Table("layer", "weights", "layout", *scheme.bits)
     for index, layer in enumerate(table.layers):
-        counted = [str(int(bits.weights[index])) for bits in found.bits.values()]
-        layout = found.layouts.get(layer.name, "float" if layer.float_weights else "")
+        counted = [str(int(bits.weights[index])) for bits in scheme.bits.values()]
+        layout = scheme.layouts.get(layer.name, "float" if layer.float_weights else "")
         shown.add_row(layer.name, f"{layer.params:,}", layout, *counted)
     console.print(shown)
     floats = 4 * sum(layer.params for layer in table.layers)
-    for name, bits in found.bits.items():
+    for name, bits in scheme.bits.items():
         by_layer, by_param = (
             float(costs.mean_bits(table, bits, by=by)) for by in ("layer", "param")
         )

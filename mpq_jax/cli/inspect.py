@@ -49,7 +49,7 @@ def show_contents(artifact: integers.Artifact, console: rich.console.Console) ->
     precisions = "every layer has its own bits"
     if artifact.table.searchable.any():
         precisions = f"precisions {' '.join(map(str, artifact.precisions))}"
-    kept_by = " x ".join(artifact.table.norm_axes) or "none (one for all)"
+    kept_by = " x ".join(artifact.table.bank_axes) or "none (one for all)"
     console.print(f"{precisions}, norms kept by {kept_by}")
     header = sizes.file - sizes.codes - sizes.floats
     console.print(
@@ -120,7 +120,7 @@ def main(arguments: Arguments) -> None:
     table = artifact.table
     configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in artifact.precisions}
     if not table.searchable.any():
-        configs = {"as stored": table.largest}
+        configs = {"as stored": table.max_config}
     for file in given.bits:
         config = bit_configs.from_json(pathlib.Path(file).read_text(), table.names)
         table.check(config)

@@ -16,7 +16,8 @@ from mpq_jax.cli.console import make_console
 from mpq_jax.models import MODELS, make_model, user_models
 from mpq_jax.supernet import latency
 from mpq_jax.supernet.latency import FLOAT, Pair, Timings
-from mpq_jax.supernet.layer_table import MOST_BITS, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import MAX_BITS
 
 ASKED = ("model", "options", "num_classes", "input", "batch", "rounds")  # flags that are noted
 
@@ -53,8 +54,8 @@ class Request(NamedTuple):
 def check(given: Any) -> Request:
     """Returns what is asked for; raises ValueError for what cannot be measured, before work."""
     bits = _integers("bits", given.bits)
-    if len(set(bits)) < len(bits) or not all(2 <= one <= MOST_BITS for one in bits):
-        raise ValueError(f"--bits is {given.bits}; wanted different ones from 2 to {MOST_BITS}")
+    if len(set(bits)) < len(bits) or not all(2 <= one <= MAX_BITS for one in bits):
+        raise ValueError(f"--bits is {given.bits}; wanted different ones from 2 to {MAX_BITS}")
     shape = _integers("input", given.input)
     if len(shape) not in (1, 3) or min(shape) < 1:
         raise ValueError(

@@ -59,8 +59,8 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "lost_after",
-        distributed.LOST_AFTER,
+        "heartbeat_timeout",
+        distributed.HEARTBEAT_TIMEOUT,
         "seconds until a silent process ends all others",
         flag_values=values,
     )
@@ -76,7 +76,7 @@ def start(arguments: Arguments) -> Run:
                 given.coordinator,
                 given.process_count,
                 given.process_index,
-                lost_after=given.lost_after,
+                heartbeat_timeout=given.heartbeat_timeout,
             )
         except RuntimeError as error:
             sys.exit(f"error: {error}")

@@ -64,7 +64,7 @@ COST_UNITS = {
     "mean_bits": ((1, "mean bits"),),
     "latency": ((1, "s"), (1e-3, "ms"), (1e-6, "us")),
 }
-MEASURED = "measured"  # objective of the integer programme that comes from scores
+MEASURED = "measured"  # objective of the integer program that comes from scores
 OPTIONS = {  # what each strategy takes from config.search
     "greedy": ("start_bits", "patience"),
     "exchange": ("rounds", "proposals", "tenure"),
@@ -107,7 +107,7 @@ def check_words(config: Config) -> None:
 
 def read_supernet(
     setup: Experiment, config: Config, workdir: pathlib.Path
-) -> tuple[int, supernet.Variables]:
+) -> tuple[int, supernet.SupernetState]:
     """Returns the step of the newest checkpoint of the workdir, and its supernet."""
     if setup.method.quantizer is None:
         why = "found its bits itself" if setup.method.found else "has no bits"
@@ -259,7 +259,7 @@ def make_scorer(setup: Experiment, config: Config, variables) -> Score:
 
 
 def make_images(setup: Experiment, config: Config) -> Callable[[Any], tuple[Any, Any]]:
-    """Returns `images(key)`: a batch of normalised held-out images, and labels."""
+    """Returns `images(key)`: a batch of normalized held-out images, and labels."""
     heldout = data.whole_split(setup.dataset, "heldout")
     images, labels = heldout["image"], heldout["label"]
     local = min(config.search.batch_size // jax.process_count(), len(images))
@@ -337,28 +337,28 @@ def hessian_objective(setup: Experiment, config: Config, variables) -> np.ndarra
     """Returns the objective that config.search.objective makes of Hessian traces."""
     table = setup.table
     free = [len(layer.act_candidates) > 1 for layer in table.layers]
-    if (np.array(free) & (table.leaders[:, 0] != table.leaders[:, 1])).any():
+    if (np.array(free) & (table.group_leaders[:, 0] != table.group_leaders[:, 1])).any():
         raise ValueError(
             f"config.search.objective is {config.search.objective!r}, which knows only weights and "
             "would give every input its fewest bits; set config.search.tied, or fix the inputs by "
             f"config.bits.rules, or take {MEASURED!r}"
         )
     traces = layer_traces(setup, config, variables)
-    errors = sensitivity.weight_errors(table, variables.learned, quantizer=quantizer_of(setup))
+    errors = sensitivity.weight_errors(table, variables.trainable, quantizer=quantizer_of(setup))
     return objectives.OBJECTIVES[config.search.objective](
         table, traces / np.array([layer.params for layer in table.layers]), errors
     )
 
 
 def largest_step(cost: np.ndarray) -> float:
-    """Returns the largest difference between neighbouring costs of one layer."""
+    """Returns the largest difference between neighboring costs of one layer."""
     by_layer = [np.unique(row[np.isfinite(row)]) for row in cost]
     return max(float(np.diff(row).max(initial=0.0)) for row in by_layer)
 
 
 def layer_traces(setup: Experiment, config: Config, variables) -> np.ndarray:
     """Returns the Hessian trace of each layer of the float model inside a supernet."""
-    plain = supernet.plain(setup.table, variables, setup.table.largest)
+    plain = supernet.plain(setup.table, variables, setup.table.max_config)
     count = max(1, config.search.trace_images // config.batch_size)
     read = setup.dataset.train_batches(0, steps=count)
     batches = [mesh.global_batch(batch, setup.mesh) for batch in read]
@@ -383,7 +383,7 @@ def layer_traces(setup: Experiment, config: Config, variables) -> np.ndarray:
 
 
 def quantizer_of(setup: Experiment) -> Quantizer:
-    """Returns the quantiser of the method, which has one if it has bits."""
+    """Returns the quantizer of the method, which has one if it has bits."""
     assert setup.method.quantizer is not None
     return setup.method.quantizer
 
@@ -482,7 +482,7 @@ def within_tolerance(
         named = {f"tolerance {amount!r}": amount for amount in amounts}
         return [one.bits for one in find(make_budgets(config, bill, limits, named))]
 
-    wanted = accuracy_of(table.largest) - points / 100
+    wanted = accuracy_of(table.max_config) - points / 100
     best, tried = tolerance.cheapest_within(
         find_all, bill.of, accuracy_of, low=low, high=high, wanted=wanted
     )
@@ -597,7 +597,7 @@ def main(arguments: Arguments) -> None:
     search(runs.start(arguments))
 
 
-@distributed.ending_together()
+@distributed.abort_together()
 def search(run: Run) -> None:
     """Searches, evaluates, writes and prints."""
     config, workdir = run.config, run.workdir
@@ -687,7 +687,7 @@ def search(run: Run) -> None:
         sensitivity=rises,
         metric=config.search.metric,
         scored=np.array(scored, np.float64).reshape(-1, 2),
-        hypervolume=hypervolume_of(candidates, bill, setup.table.largest),
+        hypervolume=hypervolume_of(candidates, bill, setup.table.max_config),
         config=str(config),
         timings=timings,
         provenance=provenance(config, step),

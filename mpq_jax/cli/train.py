@@ -21,7 +21,7 @@ from mpq_jax.cli.console import (
 from mpq_jax.cli.runs import Run
 from mpq_jax.export import run_results
 from mpq_jax.parallel import distributed
-from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.tasks import evaluation
 from mpq_jax.training import checkpoints, config_record
 from mpq_jax.training.experiment import (
@@ -56,7 +56,7 @@ def main(arguments: Arguments) -> int:
     return 0 if train(run) else arguments.flags.stopped_status
 
 
-@distributed.ending_together()
+@distributed.abort_together()
 def train(run: Run) -> bool:
     """Trains, or goes on training; returns whether the run came to its end."""
     with CompileCounter() as counter:
@@ -130,26 +130,24 @@ def _write_results(
 ) -> None:
     """Writes and prints the results of a finished run."""
     method = experiment.method
-    if method.found is None:
-        _write_integers(run, experiment, experiment.table, variables, method.quantizer)
+    if method.scheme is None:
+        _write_integers(run, experiment, method.net, variables)
         return
-    found = method.found(variables)
-    run_results.write_scheme(experiment, run.workdir, found)
-    _write_integers(run, experiment, found.table, found.variables, found.quantizer)
-    print_scheme(run.console, experiment.table, found)
+    scheme = method.scheme(variables)
+    run_results.write_scheme(experiment, run.workdir, scheme)
+    _write_integers(run, experiment, scheme.net, scheme.state)
+    print_scheme(run.console, experiment.table, scheme)
     scores = evaluate(variables, method.eval_bits, eval_batches(experiment, "test"))
     for name, score in scores.items():
         run.console.print(f"test accuracy, {name}: {score.accuracy:.2%}", highlight=False)
     run.console.print(f"the scheme and its plots are in {run.workdir / run_results.SCHEME}")
 
 
-def _write_integers(
-    run: Run, experiment: Experiment, table: LayerTable, variables: Any, quantizer: Any
-) -> None:
+def _write_integers(run: Run, experiment: Experiment, net: Supernet | None, state: Any) -> None:
     path = run.workdir / run_results.INTEGERS
-    sizes = run_results.write_integers(experiment, run.config, path, table, variables, quantizer)
-    if sizes:
-        print_integers(run.console, path, sizes, table)
+    sizes = run_results.write_integers(experiment, run.config, path, net, state)
+    if net is not None and sizes:
+        print_integers(run.console, path, sizes, net.table)
 
 
 COMMAND = Command(

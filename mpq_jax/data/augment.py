@@ -1,6 +1,6 @@
-"""Normalising and augmenting images on the device, inside jit.
+"""Normalizing and augmenting images on the device, inside jit.
 
-Augment first, as uint8, then normalise: the pixels that padding adds are black.
+Augment first, as uint8, then normalize: the pixels that padding adds are black.
 """
 
 from collections.abc import Sequence

@@ -34,12 +34,12 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Converts an image to one (grey) or three (RGB) channels; it is copied only if need be."""
+    """Converts an image to one (gray) or three (RGB) channels; it is copied only if need be."""
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Returns the pixels of a grey or RGB image: uint8 [height, width, channel]."""
+    """Returns the pixels of a gray or RGB image: uint8 [height, width, channel]."""
     return np.asarray(image).reshape(image.height, image.width, -1)
 
 
@@ -73,10 +73,10 @@ def random_box(
             return left, top, left + box_width, top + box_height
     box_width = min(width, max(1, round(height * high)))
     box_height = min(height, max(1, round(width / low)))
-    return centre_box(width, height, box_width=box_width, box_height=box_height)
+    return center_box(width, height, box_width=box_width, box_height=box_height)
 
 
-def centre_box(width: int, height: int, *, box_width: int, box_height: int) -> Box:
+def center_box(width: int, height: int, *, box_width: int, box_height: int) -> Box:
     """Returns the box of the given size in the middle of an image."""
     left, top = (width - box_width) // 2, (height - box_height) // 2
     return left, top, left + box_width, top + box_height
@@ -137,7 +137,7 @@ def reduce_decoding(
     return left, top, right, bottom
 
 
-def resize_and_centre_crop(
+def resize_and_center_crop(
     image: Image.Image,
     *,
     size: int,
@@ -159,7 +159,7 @@ def resize_and_centre_crop(
     """
     scale = size * resize_factor / min(image.width, image.height)
     width, height = round(image.width * scale), round(image.height * scale)
-    left, top, right, bottom = centre_box(width, height, box_width=size, box_height=size)
+    left, top, right, bottom = center_box(width, height, box_width=size, box_height=size)
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, right * across, bottom * down)
     resample = INTERPOLATIONS[interpolation]

@@ -28,7 +28,7 @@ def channel_statistics(
 ) -> tuple[Float64[np.ndarray, " channel"], Float64[np.ndarray, " channel"]]:
     """Returns mean and standard deviation of each channel, on the 0 to 1 scale.
 
-    A channel that never changes gets standard deviation one, so that normalising is harmless.
+    A channel that never changes gets standard deviation one, so that normalizing is harmless.
     """
     total = np.zeros(images.shape[-1], np.int64)
     total_of_squares = np.zeros(images.shape[-1], np.int64)

@@ -146,7 +146,7 @@ def read_evaluation(
 
     def crop(image: Image.Image, place: int) -> Image.Image:
         del place
-        return crops.resize_and_centre_crop(
+        return crops.resize_and_center_crop(
             image,
             size=image_shape[0],
             channels=image_shape[-1],
@@ -189,14 +189,14 @@ def make_dataset(
         functools.partial(read_evaluation, source, image_shape=image_shape, reading=reading)
         for source in (train, test)
     )
-    grey = image_shape[-1] == 1
+    gray = image_shape[-1] == 1
     by_threads = functools.partial(prefetch.by_threads, num_threads=reading.num_threads)
     return Dataset(
         name=name,
         num_classes=num_classes,
         image_shape=image_shape,
-        mean=(0.5,) if grey else IMAGENET_MEAN,
-        std=(0.5,) if grey else IMAGENET_STD,
+        mean=(0.5,) if gray else IMAGENET_MEAN,
+        std=(0.5,) if gray else IMAGENET_STD,
         plan=plan,
         splits={
             "train": Split(train_indices, read_train),

@@ -21,14 +21,14 @@ from jaxtyping import Array, Float
 
 from mpq_jax.export import checksum, norm_statistics
 from mpq_jax.methods.base import Found
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import batch_max
 from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.bn_recalibration import recalibrate
-from mpq_jax.supernet.layer_table import FLOAT_BITS, MOST_BITS, LayerTable
+from mpq_jax.supernet.layer_table import FLOAT_BITS, MAX_BITS, LayerTable
 from mpq_jax.training import checkpoints, config_record, experiment
 
 UNIFORM = "uniform:"  # `uniform:4`, in place of a bit file: these bits in every layer with a choice
@@ -54,7 +54,7 @@ class Deployed(NamedTuple):
 
     model: nn.Module
     table: LayerTable
-    variables: supernet.Variables
+    variables: supernet.SupernetState
     bits: BitConfig
     quantizer: Quantizer
     image_shape: tuple[int, ...]
@@ -187,16 +187,16 @@ def _asked(
     if setup.method.quantizer is None:
         raise ValueError(
             f"{workdir} is a float run, which has no bits: there are no integers to export; pass "
-            "the workdir of a quantised run"
+            "the workdir of a quantized run"
         )
     return _read_bits(setup.table, bits)
 
 
 def _found(setup: experiment.Experiment, workdir: pathlib.Path, variables: Any):
-    """Returns what a run found: table, network, quantiser, bits, and more of its provenance."""
+    """Returns what a run found: table, network, quantizer, bits, and more of its provenance."""
     assert setup.method.found is not None
     found: Found = setup.method.found(variables)
-    chosen = found.table.largest
+    chosen = found.table.max_config
     tested = norm_statistics.find(workdir, found.table, found.variables, chosen)
     origin = "estimated anew" if tested is None else "of the run's own test"
     more = {"bits": FOUND, "norms": origin, "planes": found.layouts}
@@ -241,10 +241,10 @@ def _uniform(table: LayerTable, name: str) -> BitConfig:
 def _with_norms(
     setup: experiment.Experiment,
     workdir: pathlib.Path,
-    variables: supernet.Variables,
+    variables: supernet.SupernetState,
     quantizer: Quantizer,
     bits: BitConfig,
-) -> tuple[supernet.Variables, str]:
+) -> tuple[supernet.SupernetState, str]:
     """Returns the network with the norm statistics that belong to its bits, and whence they are."""
     tested = norm_statistics.find(workdir, setup.table, variables, bits)
     if tested is not None:
@@ -258,8 +258,8 @@ def _with_norms(
     return ready, f"estimated anew on {images.shape[0] * images.shape[1]} training images"
 
 
-def selected(deployed: Deployed) -> supernet.Selected:
-    """Returns the subnet: plain variables, and how the inputs of its layers are quantised."""
+def selected(deployed: Deployed) -> supernet.Subnet:
+    """Returns the subnet: plain variables, and how the inputs of its layers are quantized."""
     return _select(deployed.table, deployed.variables, deployed.bits, quantizer=deployed.quantizer)
 
 
@@ -267,7 +267,7 @@ _select = jax.jit(supernet.select, static_argnames=("table", "quantizer"))
 
 
 def logits(deployed: Deployed, images: Float[Array, "batch ..."]) -> Float[Array, "batch classes"]:
-    """Returns the logits of the training-time model on normalised images; traceable."""
+    """Returns the logits of the training-time model on normalized images; traceable."""
     return supernet.predict(
         deployed.model,
         deployed.table,
@@ -290,13 +290,13 @@ def float_twin(deployed: Deployed) -> Deployed:
         )
         for layer in deployed.table.layers
     ]
-    table = LayerTable(tuple(layers), norm_rows="shared")
+    table = LayerTable(tuple(layers), bn_banks="shared")
     no_steps = jnp.ones((len(table), 1), jnp.float32)
-    learned = supernet.Learned(plain["params"], no_steps, no_steps)
-    variables = supernet.Variables(learned, plain["batch_stats"], deployed.variables.signed)
+    trainable = supernet.TrainableParams(plain["params"], no_steps, no_steps)
+    variables = supernet.SupernetState(trainable, plain["batch_stats"], deployed.variables.signed)
     provenance = deployed.provenance | {"bits": "float"}
     return deployed._replace(
-        table=table, variables=variables, bits=table.largest, provenance=provenance
+        table=table, variables=variables, bits=table.max_config, provenance=provenance
     )
 
 
@@ -312,13 +312,13 @@ def codes(deployed: Deployed) -> list[LayerCodes]:
             selected(deployed),
             _codes(
                 deployed.table,
-                deployed.variables.learned,
+                deployed.variables.trainable,
                 jnp.asarray(deployed.bits.weights),
                 quantizer=deployed.quantizer,
             ),
         )
     )
-    params = linen.flatten(chosen.params)
+    params = paths.flatten(chosen.params)
     made = []
     for index, layer in enumerate(deployed.table.layers):
         integers, step = found.get(layer.name, (None, 1))
@@ -330,7 +330,7 @@ def codes(deployed: Deployed) -> list[LayerCodes]:
                 step=np.float32(step),
                 bits=int(np.asarray(deployed.bits.weights)[index]),
                 kernel=np.asarray(params[f"{layer.name}/kernel"]),
-                input_step=None if layer.float_acts else np.float32(chosen.act_steps[index]),
+                input_step=None if layer.float_acts else np.float32(chosen.act_step_sizes[index]),
                 input_bits=int(chosen.act_bits[index]),
                 input_signed=bool(chosen.signed[index]),
             )
@@ -340,14 +340,18 @@ def codes(deployed: Deployed) -> list[LayerCodes]:
 
 @functools.partial(jax.jit, static_argnames=("table", "quantizer"))
 def _codes(
-    table: LayerTable, learned: supernet.Learned, weight_bits: Array, *, quantizer: Quantizer
+    table: LayerTable,
+    trainable: supernet.TrainableParams,
+    weight_bits: Array,
+    *,
+    quantizer: Quantizer,
 ) -> dict[str, tuple[Array, Array]]:
-    """Returns codes and their width of every quantised kernel, by layer."""
-    steps = supernet.chosen_weight_steps(table, learned, weight_bits, quantizer=quantizer)
-    kernels = supernet.kernels(table, learned.params)
+    """Returns codes and their width of every quantized kernel, by layer."""
+    steps = supernet.chosen_weight_steps(table, trainable, weight_bits, quantizer=quantizer)
+    kernels = supernet.kernels(table, trainable.params)
     return {
         layer.name: quantizer.weights.codes(
-            kernels[index], steps[index], weight_bits[index], highest=layer.highest
+            kernels[index], steps[index], weight_bits[index], max_bits=layer.max_bits
         )
         for index, layer in enumerate(table.layers)
         if not layer.float_weights
@@ -370,8 +374,8 @@ def check(deployed: Deployed) -> None:
         )
     acts = np.asarray(deployed.bits.acts)
     for layer, bits in zip(deployed.table.layers, acts, strict=True):
-        if not layer.float_acts and bits > MOST_BITS:
+        if not layer.float_acts and bits > MAX_BITS:
             raise ValueError(
                 f"the input of {layer.name!r} has {bits} bits, clipped but not rounded; integers "
-                f"have at most {MOST_BITS}: train with fewer (config.csq.act_bits)"
+                f"have at most {MAX_BITS}: train with fewer (config.csq.act_bits)"
             )

@@ -27,7 +27,7 @@ from mpq_jax.supernet.bits import BitConfig
 
 CHECKSUM = "checksum"  # key of the metadata of ONNX files
 PROVIDERS = ["CPUExecutionProvider"]  # of ONNX Runtime
-RunImages = Callable[[np.ndarray], np.ndarray]  # normalised float32 images -> logits
+RunImages = Callable[[np.ndarray], np.ndarray]  # normalized float32 images -> logits
 
 
 class Format(NamedTuple):

@@ -5,7 +5,6 @@ that of these numbers. So they are kept: what is exported later is the network t
 """
 
 import pathlib
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax.export import safetensors_file
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.fingerprint import fingerprint
 from mpq_jax.supernet.layer_table import LayerTable
 
 FORMAT = "mpq_jax.norms"
@@ -30,20 +30,20 @@ class Tested(NamedTuple):
 
     Attributes:
         bits: the configuration.
-        learned: fingerprint of the network.
+        trainable: fingerprint of the network.
         stats: norm statistics as the model takes them, by path.
     """
 
     bits: BitConfig
-    learned: int
+    trainable: int
     stats: dict[str, np.ndarray]
 
 
-def of(table: LayerTable, variables: supernet.Variables, bits: BitConfig) -> Tested:
+def of(table: LayerTable, variables: supernet.SupernetState, bits: BitConfig) -> Tested:
     """Returns what to keep of a network in which the rows that `bits` name are those tested."""
     plain = supernet.plain(table, variables, bits)
-    stats = {name: np.asarray(leaf) for name, leaf in linen.flatten(plain["batch_stats"]).items()}
-    return Tested(bits, fingerprint(variables.learned), stats)
+    stats = {name: np.asarray(leaf) for name, leaf in paths.flatten(plain["batch_stats"]).items()}
+    return Tested(bits, fingerprint(variables.trainable), stats)
 
 
 def save(path: pathlib.Path, table: LayerTable, tested: dict[str, Tested]) -> None:
@@ -51,7 +51,7 @@ def save(path: pathlib.Path, table: LayerTable, tested: dict[str, Tested]) -> No
     tensors, entries = {}, []
     for index, (name, one) in enumerate(tested.items()):
         tensors |= {f"{index}/{leaf}": value for leaf, value in one.stats.items()}
-        entries.append({"name": name, "learned": one.learned} | _columns(one.bits))
+        entries.append({"name": name, "learned": one.trainable} | _columns(one.bits))
     content = {"layers": table.names, "tested": entries}
     safetensors_file.write(path, tensors, content, kind=FORMAT, version=VERSION)
 
@@ -61,8 +61,8 @@ def _columns(bits: BitConfig) -> dict[str, list[int]]:
 
 
 def find(
-    workdir: pathlib.Path, table: LayerTable, variables: supernet.Variables, bits: BitConfig
-) -> supernet.Variables | None:
+    workdir: pathlib.Path, table: LayerTable, variables: supernet.SupernetState, bits: BitConfig
+) -> supernet.SupernetState | None:
     """Returns a network with the statistics it was tested with at some bits; None: it was not.
 
     Args:
@@ -74,7 +74,7 @@ def find(
     Raises:
         ValueError: a file of statistics is damaged or of another version.
     """
-    wanted = {"learned": fingerprint(variables.learned)} | _columns(bits)
+    wanted = {"learned": fingerprint(variables.trainable)} | _columns(bits)
     for path in (workdir / name for name in FILES):
         if not path.is_file():
             continue
@@ -83,23 +83,15 @@ def find(
             if all(entry[name] == wanted[name] for name in wanted):
                 start = f"{index}/"
                 flat = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
-                return with_statistics(table, variables, bits, linen.unflatten(flat))
+                return with_statistics(table, variables, bits, paths.unflatten(flat))
     return None
 
 
 def with_statistics(
-    table: LayerTable, variables: supernet.Variables, bits: BitConfig, stats: PyTree
-) -> supernet.Variables:
+    table: LayerTable, variables: supernet.SupernetState, bits: BitConfig, stats: PyTree
+) -> supernet.SupernetState:
     """Returns the network with plain statistics written into the rows that bits name."""
     placed = jax.tree.map(jnp.asarray, stats)
     return variables._replace(
         batch_stats=supernet.scatter_batch_stats(table, variables.batch_stats, bits, placed)
     )
-
-
-def fingerprint(learned: supernet.Learned) -> int:
-    """Returns the CRC-32 of everything that was learned."""
-    found = 0
-    for leaf in jax.tree.leaves(learned):
-        found = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), found)
-    return found

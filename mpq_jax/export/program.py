@@ -11,18 +11,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mpq_jax.export import exported_model as deployed_networks
 from mpq_jax.export.exported_model import Deployed, LayerCodes
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers.base import ActQuantizer
 from mpq_jax.supernet import supernet
 
 BATCH = "batch"  # name of the size that may vary
-MARK = "mpq_jax_input:"  # begins the name of the place where a layer's input is quantised
+MARK = "mpq_jax_input:"  # begins the name of the place where a layer's input is quantized
 TRIED = 8  # images with which it is tried whether a model computes each image alone
 ROUNDING = 1e-3  # part of an image's largest logit that rounding may move one by
 
 
 class InputCodes(NamedTuple):
-    """How the input of a layer is quantised: codes of LSQ, `round(clip(x / step))`.
+    """How the input of a layer is quantized: codes of LSQ, `round(clip(x / step))`.
 
     Attributes:
         step: width of a code.
@@ -55,7 +55,7 @@ class Program(NamedTuple):
 
 
 def trace(deployed: Deployed) -> Program:
-    """Traces the network; where an input is quantised stands a mark instead of the arithmetic.
+    """Traces the network; where an input is quantized stands a mark instead of the arithmetic.
 
     Raises:
         ValueError: the network has no integers, see `deployed.codes`.
@@ -88,21 +88,21 @@ def trace(deployed: Deployed) -> Program:
     )
 
 
-def flat_variables(chosen: supernet.Selected) -> dict[str, Any]:
+def flat_variables(chosen: supernet.Subnet) -> dict[str, Any]:
     """Returns parameters and statistics of a subnet by path, `params/conv/kernel`."""
-    return linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
+    return paths.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
 
 
 def forward(
     deployed: Deployed,
-    chosen: supernet.Selected,
+    chosen: supernet.Subnet,
     variables: dict[str, Any],
     images: jax.Array,
     *,
     quantizer: Any,
 ) -> jax.Array:
     """Returns the logits of a subnet with other variables, given as by `flat_variables`."""
-    trees = {"params": {}, "batch_stats": {}} | linen.unflatten(variables)
+    trees = {"params": {}, "batch_stats": {}} | paths.unflatten(variables)
     chosen = chosen._replace(params=trees["params"], batch_stats=trees["batch_stats"])
     return supernet.apply(
         deployed.model, deployed.table, chosen, images, train=False, quantizer=quantizer

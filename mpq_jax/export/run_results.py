@@ -8,13 +8,13 @@ import jax
 from mpq_jax import extras
 from mpq_jax.export import norm_statistics
 from mpq_jax.export.packed import integers
-from mpq_jax.methods.base import Found
+from mpq_jax.methods.base import LearnedScheme
 from mpq_jax.models import user_models
 from mpq_jax.parallel import mesh
-from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.reporting import plots
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training import metrics
 from mpq_jax.training.config_record import Config, to_record
 from mpq_jax.training.experiment import Experiment
@@ -26,9 +26,8 @@ def write_integers(
     experiment: Experiment,
     config: Config,
     path: pathlib.Path,
-    table: LayerTable,
-    variables: Any,
-    quantizer: Quantizer | None,
+    net: Supernet | None,
+    state: Any,
 ) -> integers.Sizes | None:
     """Writes a network as integers, if all its precisions follow from them.
 
@@ -37,9 +36,9 @@ def write_integers(
     Returns:
         Sizes of the file; None: nothing was written.
     """
-    if not integers.can_store(quantizer):
+    if net is None or not integers.can_store(net.quantizer):
         return None
-    variables = mesh.to_host(variables)
+    state = mesh.to_host(state)
     if jax.process_index() != 0:
         return None
     model, dataset = config["model"], experiment.dataset
@@ -48,8 +47,8 @@ def write_integers(
     options = dict(model["options"]) | {"dtype": model["dtype"]}
     return integers.save(
         path,
-        table,
-        variables,
+        net.table,
+        state,
         model=integers.ModelSpec(name, dataset.num_classes, options),
         mean=tuple(float(value) for value in dataset.mean),
         std=tuple(float(value) for value in dataset.std),
@@ -65,19 +64,19 @@ def write_norms(
         norm_statistics.save(path, table, tested)
 
 
-def write_scheme(experiment: Experiment, workdir: pathlib.Path, found: Found) -> None:
-    """Writes the bits that training found, as tables and plots, and the tested statistics."""
+def write_scheme(experiment: Experiment, workdir: pathlib.Path, scheme: LearnedScheme) -> None:
+    """Writes the bits that training learned, as tables and plots, and the tested statistics."""
     directory, table = workdir / SCHEME, experiment.table
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, bits in found.bits.items():
+        for name, bits in scheme.bits.items():
             file = directory / f"bits_{name}.json"
             file.write_text(bit_configs.to_json(bits, table.names))
-        plots.write_scheme(table, found.bits, found.layouts, directory / "scheme.csv")
+        plots.write_scheme(table, scheme.bits, scheme.layouts, directory / "scheme.csv")
         if extras.is_installed("report"):
-            plots.plot_scheme(table, found.bits, path=directory / "scheme.png")
+            plots.plot_scheme(table, scheme.bits, path=directory / "scheme.png")
             entries = metrics.read_metrics(workdir)
             plots.plot_growth(table.names, entries, path=directory / "growth.png")
-    bits = found.table.largest
-    tested = {"found": norm_statistics.of(found.table, mesh.to_host(found.variables), bits)}
-    write_norms(directory / NORMS, found.table, tested)
+    table = scheme.net.table
+    tested = norm_statistics.of(table, mesh.to_host(scheme.state), table.max_config)
+    write_norms(directory / NORMS, table, {"found": tested})

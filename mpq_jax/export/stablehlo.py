@@ -2,14 +2,14 @@
 
     pathlib.Path("net.stablehlo").write_bytes(to_stablehlo(deployed))
 
-What it writes is what `jax.export` serialises, so it runs without this library:
+What it writes is what `jax.export` serializes, so it runs without this library:
 
     import jax.export
     network = jax.export.deserialize(pathlib.Path("net.stablehlo").read_bytes())
-    logits = network.call(images)  # float32 [any batch, height, width, channels], normalised
+    logits = network.call(images)  # float32 [any batch, height, width, channels], normalized
 
 Kernels are constants of 4, 8 or 16 bits, made into floats while the program runs; inputs of layers
-are quantised as in training. JAX promises to read such files for six months after they were
+are quantized as in training. JAX promises to read such files for six months after they were
 written, and to run them on the platforms that they were written for alone. Behind the program
 stands a line of JSON, which JAX does not read: what the file holds, and a checksum.
 """
@@ -36,7 +36,7 @@ CODE_TYPES = {4: jnp.int4, 8: jnp.int8, 16: jnp.int16}  # by the bits that they 
 
 
 def to_stablehlo(deployed: Deployed, *, platforms: Sequence[str] = PLATFORMS) -> bytes:
-    """Writes a network as a StableHLO program of normalised images.
+    """Writes a network as a StableHLO program of normalized images.
 
     Args:
         deployed: the network.

@@ -151,17 +151,17 @@ def check_dataset(deployed: Deployed, dataset: data.Dataset) -> None:
 
 
 def batches(deployed: Deployed, dataset: data.Dataset) -> Iterable[dict[str, np.ndarray]]:
-    """Yields the test images, normalised as in training, with "label" and "weight"."""
+    """Yields the test images, normalized as in training, with "label" and "weight"."""
     mean, std = deployed.mean, deployed.std
     if mean is None or std is None:
-        raise ValueError("it is not known how the network's images are normalised")
+        raise ValueError("it is not known how the network's images are normalized")
     normalize = jax.jit(lambda images: data.normalize(images, mean=mean, std=std))
     for batch in dataset.eval_batches("test"):
         yield dict(batch) | {"image": np.asarray(normalize(batch["image"]))}
 
 
 def some_images(deployed: Deployed, dataset: data.Dataset, count: int) -> np.ndarray:
-    """Returns normalised test images, the first ones again and again if there are too few."""
+    """Returns normalized test images, the first ones again and again if there are too few."""
     found = next(iter(batches(deployed, dataset)))
     real = found["image"][found["weight"] > 0]
     return np.resize(real, (count, *real.shape[1:]))
@@ -170,7 +170,7 @@ def some_images(deployed: Deployed, dataset: data.Dataset, count: int) -> np.nda
 def compare(
     exported: RunImages, trained: RunImages, images: Iterable[Mapping[str, Any]]
 ) -> Agreement:
-    """Compares two networks on batches of normalised images with labels and weights.
+    """Compares two networks on batches of normalized images with labels and weights.
 
     Raises:
         ValueError: there is no image, or a logit is not finite.

@@ -1,19 +1,23 @@
-"""Float training: the baseline, and the start of every quantised run."""
+"""Float training: the baseline, and the start of every quantized run."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.warm_start import float_variables
-from mpq_jax.parallel.grad_accumulation import gathered, gradient_of_parts, kept, reduced
-from mpq_jax.program import linen
+from mpq_jax.parallel.grad_accumulation import (
+    all_gather_params,
+    constrain_state,
+    partitioned_gradient,
+    reduce_mean,
+)
+from mpq_jax.program import linen, paths
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.tasks import classification
 
@@ -44,7 +48,7 @@ class Options:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}; wanted one of {OPTIMIZERS}")
 
@@ -58,8 +62,8 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
-def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
-    """Builds float training; the table is only handed on, a float model has no bits."""
+def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
+    """Builds float training; the table is only passed on, since a float model has no bits."""
     schedule = optim.warmup_cosine(
         peak=options.learning_rate,
         end=options.end_learning_rate,
@@ -86,7 +90,7 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
             examples["image"],
             train=True,
             dropout_key=dropout_key,
-            part=run.parts.seen,
+            shard=run.partition.shard,
         )
         loss = classification.cross_entropy(
             logits, examples["label"], smoothing=options.label_smoothing
@@ -97,21 +101,23 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
     def float_train_step(state: TrainState, batch: Batch, key):
         image_key, dropout_key = jax.random.split(key)
         examples = {"image": run.prepare(batch, image_key), "label": batch["label"]}
-        gradient, batch_stats, metrics, _ = gradient_of_parts(
-            run.parts,
+        gradient, batch_stats, metrics, _ = partitioned_gradient(
+            run.partition,
             loss_of,
-            gathered(run.parts, state.params),
+            all_gather_params(run.partition, state.params),
             (),
             state.batch_stats,
             examples,
             dropout_key,
         )
         updates, opt_state = optimizer.update(
-            reduced(run.parts, gradient), state.opt_state, state.params
+            reduce_mean(run.partition, gradient), state.opt_state, state.params
         )
         params = optax.apply_updates(state.params, updates)
         moved = TrainState(state.step + 1, params, batch_stats, opt_state)
-        return kept(run.parts, moved), metrics | {"learning_rate": schedule(state.step)}
+        return constrain_state(run.partition, moved), metrics | {
+            "learning_rate": schedule(state.step)
+        }
 
     def predict(variables, bits, images):
         del bits
@@ -125,13 +131,13 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         eval_bits={"float": None},
         variables=lambda state: {"params": state.params, "batch_stats": state.batch_stats},
         predict=predict,
-        quantizer=None,
-        read=float_variables,
+        net=None,
+        load_warm_start=float_variables,
     )
 
 
 def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the optimiser that the options name, at the rates of a schedule."""
+    """Makes the optimizer that the options name, with the learning rates of a schedule."""
     decay = optax.add_decayed_weights(options.weight_decay, mask=_is_kernel)
     if options.optimizer == "adamw":
         return optax.chain(optim.scale_by_adam(), decay, optax.scale_by_learning_rate(schedule))
@@ -139,7 +145,7 @@ def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.Gradient
 
 
 def _is_kernel(params: PyTree) -> PyTree:
-    return linen.map_leaves(params, lambda path, _: path.split("/")[-1] == "kernel")
+    return paths.map_leaves(params, lambda path, _: path.split("/")[-1] == "kernel")
 
 
 FAMILY = MethodFamily(options=Options, make=make)

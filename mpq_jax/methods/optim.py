@@ -32,7 +32,7 @@ def warmup_cosine(
         start: rate at the first step of the warm-up.
         warmup: length of the warm-up as a fraction of the run.
         steps: length of the run.
-        steps_per_epoch: optimiser steps of an epoch.
+        steps_per_epoch: optimizer steps of an epoch.
         change: "epoch" holds the rate during an epoch (as published), "step" does not.
     """
     if change not in ("step", "epoch"):
@@ -124,7 +124,7 @@ def scale_by_adam() -> optax.GradientTransformationExtraArgs:
 def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by minus the extra argument `learning_rate`.
 
-    For optimisers that are called several times in a training step, where a schedule that counts
+    For optimizers that are called several times in a training step, where a schedule that counts
     calls would run ahead.
     """
 
@@ -152,17 +152,17 @@ class AlrsState(NamedTuple):
     mean_gradient: Float[Array, ""]
 
 
-def precision_factor(bits: Int[AnyArray, ""], highest: Int[AnyArray, ""]) -> Float[Array, ""]:
+def precision_factor(bits: Int[AnyArray, ""], max_bits: Int[AnyArray, ""]) -> Float[Array, ""]:
     """Returns eta_b, ALRS's factor of a precision.
 
     With D = highest - bits: 10^(-D/2) where D is even, 5 * 10^(-(D+1)/2) where it is odd.
     """
-    distance = (jnp.asarray(highest, jnp.int32) - jnp.asarray(bits, jnp.int32)).astype(jnp.float32)
+    distance = (jnp.asarray(max_bits, jnp.int32) - jnp.asarray(bits, jnp.int32)).astype(jnp.float32)
     odd = distance % 2 == 1
     return jnp.where(odd, 5 * 10 ** (-(distance + 1) / 2), 10 ** (-distance / 2))
 
 
-ALRS_READINGS: dict[str, Callable[[Array, Array], Array]] = {
+ALRS_VARIANTS: dict[str, Callable[[Array, Array], Array]] = {
     "floor": lambda rate, mean: jnp.maximum(rate - mean, 0),
     "literal": lambda rate, mean: rate - mean,
     "relative": lambda rate, mean: rate * (1 - mean),
@@ -178,19 +178,19 @@ def largest_per_leaf(gradients: Any) -> Float[Array, " layers"]:
 def alrs(
     inner: optax.GradientTransformation | None = None,
     *,
-    highest: int,
-    reading: str = "relative",
+    max_bits: int,
+    variant: str = "relative",
     clip: float = 1.0,
     per_layer: Callable[[Any], Float[Array, " layers"]] = largest_per_leaf,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adaptive learning-rate scaling: the update rule of quantisation scales, by precision.
+    """Adaptive learning-rate scaling: the update rule of quantization scales, by precision.
 
     The scales of precision b move by lambda_b times what `inner` makes of their gradients, with
 
         lambda_b = eta_b (lambda - m),  m = mean over layers of min(max |clip(gradient)|, 1)
 
     and eta_b as in `precision_factor`. As printed, lambda_b is negative wherever m exceeds the
-    scheduled rate lambda, and the paper does not say what then; hence the readings:
+    scheduled rate lambda, and the paper does not say what then; hence the variants:
 
     - "floor": the printed formula, not below 0, so that scales rest where m exceeds lambda;
     - "literal": the printed formula; where it is negative, scales climb;
@@ -199,14 +199,14 @@ def alrs(
 
     `update` takes the extra arguments `bits` (the precision trained in this update) and
     `learning_rate` (lambda, the scheduled rate). The gradients that come in must be those of the
-    loss: put it first in a chain, with the optimiser as `inner`; it applies the learning rate
+    loss: put it first in a chain, with the optimizer as `inner`; it applies the learning rate
     itself. `optax.tree_utils.tree_get(state, "learning_rate")` reads lambda_b for logs.
 
     Args:
         inner: what turns gradients into directions, without rate and sign, such as
             `scale_by_adam` or `optax.trace` (not `optax.adam`); None: Adam (as published).
-        highest: bits of the highest precision.
-        reading: of the formula, a key of `ALRS_READINGS`.
+        max_bits: bits of the highest precision.
+        variant: of the formula, a key of `ALRS_VARIANTS`.
         clip: bound of every gradient element within m.
         per_layer: largest absolute gradient of each layer's scales, from the gradients and
             whatever their tree is; by default each leaf is one layer.
@@ -221,8 +221,8 @@ def alrs(
         Nearly Lossless Adaptive Bit Switching, https://arxiv.org/abs/2502.01565, section on
         adaptive learning-rate scaling.
     """
-    if reading not in ALRS_READINGS:
-        raise ValueError(f"reading is {reading!r}; wanted one of {sorted(ALRS_READINGS)}")
+    if variant not in ALRS_VARIANTS:
+        raise ValueError(f"variant is {variant!r}; wanted one of {sorted(ALRS_VARIANTS)}")
     if clip <= 0:
         raise ValueError(f"clip is {clip}; wanted a positive bound")
     inside = optax.with_extra_args_support(optax.scale_by_adam() if inner is None else inner)
@@ -235,7 +235,7 @@ def alrs(
         clipped = jax.tree.map(lambda leaf: jnp.clip(leaf, -clip, clip), updates)
         mean = jnp.mean(jnp.minimum(per_layer(clipped), 1)).astype(jnp.float32)
         rate = jnp.asarray(learning_rate, jnp.float32)
-        scaled = precision_factor(bits, highest) * ALRS_READINGS[reading](rate, mean)
+        scaled = precision_factor(bits, max_bits) * ALRS_VARIANTS[variant](rate, mean)
         with jax.numpy_dtype_promotion("standard"):  # of Adam, see scale_by_adam
             directions, inner_state = inside.update(updates, state.inner, params, **extra_args)
         moved = jax.tree.map(lambda leaf: -scaled.astype(leaf.dtype) * leaf, directions)

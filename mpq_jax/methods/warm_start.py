@@ -1,20 +1,19 @@
-"""What a run may start from: variables in the checkpoint of a finished run, checked."""
+"""Warm starts: variables taken from the checkpoint of a finished run, checked."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.program import linen
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.program import paths
+from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 
 PyTree = Any
 SHOWN_DIFFERENCES = 5
 
 
 def float_variables(saved: dict[str, Any], wanted: PyTree) -> PyTree:
-    """Returns the float model in a checkpoint of float training.
+    """Takes the float model out of a checkpoint of float training.
 
     Args:
         saved: the checkpoint as nested dicts, from `checkpoints.load_best`.
@@ -32,12 +31,12 @@ def float_variables(saved: dict[str, Any], wanted: PyTree) -> PyTree:
     return found
 
 
-def supernet_or_float_variables(table: LayerTable, saved: dict[str, Any], wanted: PyTree) -> PyTree:
-    """Returns the network in a checkpoint of multi-precision training, or a float model.
+def supernet_or_float_variables(net: Supernet, saved: dict[str, Any], wanted: PyTree) -> PyTree:
+    """Takes the network out of a checkpoint of multi-precision training, or a float model.
 
     Args:
-        table: layers of the network that is going to be trained.
-        saved: the checkpoint as nested dicts; of the same candidates and the same quantiser, which
+        net: the network that is going to be trained.
+        saved: the checkpoint as nested dicts; of the same candidates and the same quantizer, which
             it does not say itself.
         wanted: float variables of the model, or their shapes.
 
@@ -46,27 +45,27 @@ def supernet_or_float_variables(table: LayerTable, saved: dict[str, Any], wanted
     """
     if "variables" not in saved:
         return float_variables(saved, wanted)
-    held = saved["variables"]
-    variables = supernet.Variables(
-        supernet.Learned(**held["learned"]), held.get("batch_stats", {}), held["signed"]
+    table, held = net.table, saved["variables"]
+    variables = SupernetState(
+        TrainableParams(**held["trainable"]), held.get("batch_stats", {}), held["signed"]
     )
     _check_shapes(
-        {"weight_steps": variables.learned.weight_steps},
-        {"weight_steps": jnp.zeros((len(table), len(table.candidates)))},
+        {"weight_step_sizes": variables.trainable.weight_step_sizes},
+        {"weight_step_sizes": jnp.zeros((len(table), len(table.candidates)))},
     )
-    narrow = jax.eval_shape(lambda found: supernet.plain(table, found, table.largest), variables)
+    narrow = jax.eval_shape(lambda found: net.float_variables(found, table.max_config), variables)
     _check_shapes(narrow, {name: wanted.get(name, {}) for name in narrow})
     return variables
 
 
 def _check_shapes(found: PyTree, wanted: PyTree) -> None:
     shapes, wanted_shapes = (
-        {name: tuple(leaf.shape) for name, leaf in linen.flatten(tree).items()}
+        {name: tuple(leaf.shape) for name, leaf in paths.flatten(tree).items()}
         for tree in (found, wanted)
     )
     if shapes != wanted_shapes:
         other = sorted(dict(shapes.items() ^ wanted_shapes.items()))[:SHOWN_DIFFERENCES]
         raise ValueError(
-            "it is of another model than config.model, or of other bits or norm_rows: these "
+            "it is of another model than config.model, or of other bits or bn_banks: these "
             f"differ: {', '.join(other)}"
         )

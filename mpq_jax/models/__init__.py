@@ -1,4 +1,4 @@
-"""Plain Flax models; they know nothing of quantisation. `MODELS` lists them."""
+"""Plain Flax models; they know nothing of quantization. `MODELS` lists them."""
 
 import functools
 from collections.abc import Callable

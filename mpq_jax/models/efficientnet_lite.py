@@ -1,4 +1,4 @@
-"""EfficientNet-Lite: EfficientNets without what is hard to quantise, in the authors' layout.
+"""EfficientNet-Lite: EfficientNets without what is hard to quantize, in the authors' layout.
 
 No squeeze-and-excitation, ReLU6 for swish, and neither the stem, the last convolution nor the
 repetitions of the first and the last stage grow with the network.
@@ -160,7 +160,7 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalised images."""
+        """Returns the logits of a batch of normalized images."""
         if self.padding not in PADDINGS:
             raise ValueError(f"padding is {self.padding!r}; wanted one of {PADDINGS}")
         dtype = computation.type_of(self.dtype)

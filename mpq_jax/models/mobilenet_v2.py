@@ -106,7 +106,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalised images."""
+        """Returns the logits of a batch of normalized images."""
         dtype = computation.type_of(self.dtype)
         block = computation.block_of(InvertedResidual, remat=self.remat)
         conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=dtype)

@@ -102,7 +102,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalised images."""
+        """Returns the logits of a batch of normalized images."""
         dtype, block = (
             computation.type_of(self.dtype),
             computation.block_of(self.block, remat=self.remat),

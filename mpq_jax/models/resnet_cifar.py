@@ -81,7 +81,7 @@ class ResNetCifar(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalised images."""
+        """Returns the logits of a batch of normalized images."""
         if self.shortcut not in ("A", "B"):
             raise ValueError(f'shortcut is {self.shortcut!r}; wanted "A" or "B"')
         dtype = computation.type_of(self.dtype)

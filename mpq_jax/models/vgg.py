@@ -41,7 +41,7 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalised images."""
+        """Returns the logits of a batch of normalized images."""
         _check_size(x.shape[1], x.shape[2], halvings=len(self.stage_sizes))
         dtype = computation.type_of(self.dtype)
         conv = functools.partial(

@@ -36,7 +36,7 @@ def attention(
 
 
 class Block(nn.Module):
-    """Self-attention, then a perceptron with one hidden layer; each normalises and adds its input.
+    """Self-attention, then a perceptron with one hidden layer; each normalizes and adds its input.
 
     Attributes:
         heads: of the attention.
@@ -76,7 +76,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer for images of any size that patches divide; fixed once it is initialised.
+    """Vision Transformer for images of any size that patches divide; fixed once it is initialized.
 
     Every projection is an `nn.Dense` and the patch embedding an `nn.Conv`, so each is a layer
     with bits of its own. The two products of the attention and its softmax stay float, and costs
@@ -109,7 +109,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalised images."""
+        """Returns the logits of a batch of normalized images."""
         self._check(x.shape[1], x.shape[2])
         dtype = computation.type_of(self.dtype)
         block = computation.block_of(Block, remat=self.remat)

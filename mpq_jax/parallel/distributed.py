@@ -2,11 +2,11 @@
 
 Each process runs the same program. What one of them computes alone it may do at any time; what all
 compute together (a step, a checkpoint) waits for the slowest, and would wait for ever for one that
-is gone. So whoever fails leaves at once, and whoever hears nothing of another for `lost_after`
+is gone. So whoever fails leaves at once, and whoever hears nothing of another for `heartbeat_timeout`
 seconds is ended by JAX.
 
     join("host0:1234", 2, index)
-    with ending_together():
+    with abort_together():
         ...
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import jax
 from orbax.checkpoint import multihost
 
-LOST_AFTER = 100  # seconds of silence until a process counts as lost; JAX's own default
+HEARTBEAT_TIMEOUT = 100  # seconds of silence until a process counts as lost; JAX's own default
 FAILING_TOGETHER = 5.0  # seconds that processes which fail for the same reason may be apart
 FINISHING_TOGETHER = 24 * 3600.0  # seconds that the first process may still write when all is done
 
@@ -29,7 +29,7 @@ def join(
     process_count: int | None = None,
     process_index: int | None = None,
     *,
-    lost_after: int = LOST_AFTER,
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> None:
     """Joins this process to the others of a run; call it before any other use of JAX.
 
@@ -40,7 +40,7 @@ def join(
         coordinator_address: "host:port" of process 0, the same in every process.
         process_count: number of processes in the run.
         process_index: number of this process, 0 to process_count - 1.
-        lost_after: when nothing is heard of a process for so many seconds, all others are ended;
+        heartbeat_timeout: when nothing is heard of a process for so many seconds, all others are ended;
             when process 0 is gone, at once.
 
     Raises:
@@ -51,7 +51,7 @@ def join(
             coordinator_address,
             process_count,
             process_index,
-            heartbeat_timeout_seconds=lost_after,
+            heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except (ValueError, RuntimeError) as error:
         raise RuntimeError(
@@ -73,7 +73,7 @@ def describe() -> str:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
+def abort_together() -> Iterator[None]:
     """Ends this process at once when it fails alone, so that the others do not wait for it.
 
     Without this a failed process waits minutes for the others to end as well, while they wait for

@@ -1,9 +1,9 @@
-"""A step's batch in parts: every device has a share of it, and may take that in micro-batches.
+"""Gradients of a batch that is divided over devices and micro-batches, reduced once per step.
 
-Each device sums the gradients of its own share over all micro-batches and subnets of a step; what
-the devices have is summed over them once (`reduced`). Until then a gradient has a leading axis,
-one row for each device. Norms take their statistics over all devices (`linen.Part`), so a step is
-the same on any number of them.
+Each device sums the gradients of its own share over all micro-batches and subnets of a step; the
+sums are averaged over the devices once (`reduce_mean`). Until then a gradient has a leading axis,
+one row per device. BatchNorms take their statistics over all devices (`BatchShard`), so a step
+gives the same result on any number of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,27 +14,43 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Key
 
-from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.parallel import mesh as meshes
 
 PyTree = Any
 Body = Callable[[PyTree, Array], tuple[PyTree, PyTree]]
 Loop = Callable[[Body, PyTree, int], tuple[PyTree, PyTree]]
 
-SHARED = PartitionSpec()  # the same on every device
-OWN = PartitionSpec("each")  # every device has its part of the leading axis
+REPLICATED = PartitionSpec()  # the same on every device
+SHARDED = PartitionSpec("device")  # the leading axis is split over the devices
 
 
-class Parts(NamedTuple):
+class BatchShard(NamedTuple):
+    """The share of a batch that one call of the model sees.
+
+    Attributes:
+        axis: name of the mapped axis, or axes, over the devices with the other shares; norms take
+            their statistics over all of them. None: no other device has a share.
+        shares: number of shares in the batch.
+    """
+
+    axis: str | tuple[str, ...] | None = None
+    shares: int = 1
+
+
+WHOLE_BATCH = BatchShard()
+
+
+class BatchPartition(NamedTuple):
     """How a batch is divided.
 
     Attributes:
-        mesh: devices that each take a share, and keep the training state as
-            `sharding.state_shardings` says; None: all of it is one program's, and where its
-            arrays are is left to the compiler.
-        micro_batches: that a device takes one after another; norms see one at a time.
-        by_device: False: the compiler divides the work itself. For methods with something that
-            depends on all of the batch at once, beside norms.
+        mesh: devices that each take a share, and hold the training state as
+            `mesh.state_shardings` says; None: one program computes everything, and the compiler
+            places its arrays.
+        micro_batches: number of micro-batches that a device takes one after another; norms see
+            one at a time.
+        by_device: False leaves the division to the compiler, for methods in which something other
+            than norms depends on the whole batch.
     """
 
     mesh: Mesh | None = None
@@ -48,179 +64,180 @@ class Parts(NamedTuple):
 
     @property
     def axis(self) -> tuple[str, ...] | None:
-        """Names of the mapped axes over the devices, if there are several."""
+        """Names of the mapped axes over the devices, if there are several devices."""
         return self.mesh.axis_names if self.mesh is not None and self.devices > 1 else None
 
     @property
     def shares_state(self) -> bool:
         """Whether several devices share one copy of the training state."""
-        return self.mesh is not None and sharding.shares_state(self.mesh)
+        return self.mesh is not None and meshes.shares_state(self.mesh)
 
     @property
-    def seen(self) -> linen.Part:
-        """What one call of the model sees of the batch."""
-        return linen.Part(self.axis, self.devices * self.micro_batches)
+    def shard(self) -> BatchShard:
+        """The share of the batch that one call of the model sees."""
+        return BatchShard(self.axis, self.devices * self.micro_batches)
 
 
-def on_each_device(
-    parts: Parts, function: Callable, takes: Sequence[PyTree], gives: PyTree
+def shard_map_over_devices(
+    partition: BatchPartition, function: Callable, in_specs: Sequence[PyTree], out_specs: PyTree
 ) -> Callable:
-    """Returns `function` run by every device for itself; with one device, as it is.
+    """Maps a function over the devices; with one device, returns it unchanged.
 
     Args:
-        parts: how the batch is divided.
-        function: what each device computes.
-        takes: of each argument, or of its leaves, `SHARED` or `OWN`.
-        gives: the same of the results.
+        partition: the division of the batch.
+        function: the computation of one device.
+        in_specs: `REPLICATED` or `SHARDED` for each argument, or for its leaves.
+        out_specs: the same for the results.
     """
-    if parts.axis is None:
+    if partition.axis is None:
         return function
 
     def placed(spec):
-        return PartitionSpec(parts.axis) if spec == OWN else spec
+        return PartitionSpec(partition.axis) if spec == SHARDED else spec
 
-    takes, gives = jax.tree.map(placed, (tuple(takes), gives))
-    # What is "shared" among the results was averaged over the devices by the function itself.
+    in_specs, out_specs = jax.tree.map(placed, (tuple(in_specs), out_specs))
+    # Replicated results were averaged over the devices by the function itself: nothing to check.
     return jax.shard_map(
-        function, mesh=parts.mesh, in_specs=takes, out_specs=gives, check_vma=False
+        function, mesh=partition.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
 
 
-def micro_batch(parts: Parts, examples: PyTree, index: Array | int) -> PyTree:
-    """Returns one micro-batch: every `parts.micro_batches`-th example, on any number of devices."""
-    if parts.micro_batches == 1:
+def micro_batch(partition: BatchPartition, examples: PyTree, index: Array | int) -> PyTree:
+    """Takes one micro-batch: every `micro_batches`-th example, on any number of devices."""
+    if partition.micro_batches == 1:
         return examples
     return jax.tree.map(
-        lambda leaf: leaf.reshape(-1, parts.micro_batches, *leaf.shape[1:])[:, index], examples
+        lambda leaf: leaf.reshape(-1, partition.micro_batches, *leaf.shape[1:])[:, index], examples
     )
 
 
-def put_together(parts: Parts, stacked: PyTree) -> PyTree:
-    """Returns what was computed of every example, [count, examples, ...], in the batch's order."""
-    if parts.micro_batches == 1:
+def merge_micro_batches(partition: BatchPartition, stacked: PyTree) -> PyTree:
+    """Merges results per example, [micro-batches, examples, ...], into the batch's order."""
+    if partition.micro_batches == 1:
         return jax.tree.map(lambda leaf: leaf[0], stacked)
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), stacked)
 
 
-def key_of_part(parts: Parts, key: Key[Array, ""], index: Array) -> Key[Array, ""]:
-    """Returns a key of this device's micro-batch alone; for dropout."""
-    if parts.micro_batches > 1:
+def shard_key(partition: BatchPartition, key: Key[Array, ""], index: Array) -> Key[Array, ""]:
+    """Derives the dropout key of this device's micro-batch."""
+    if partition.micro_batches > 1:
         key = jax.random.fold_in(key, index)
-    if parts.axis is not None:
-        key = jax.random.fold_in(key, jax.lax.axis_index(parts.axis))
+    if partition.axis is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(partition.axis))
     return key
 
 
-def mean_over_devices(parts: Parts, values: PyTree) -> PyTree:
-    """Returns the mean over the devices; inside `on_each_device`."""
-    return values if parts.axis is None else jax.lax.pmean(values, parts.axis)
+def mean_over_devices(partition: BatchPartition, values: PyTree) -> PyTree:
+    """Averages over the devices; called inside `shard_map_over_devices`."""
+    return values if partition.axis is None else jax.lax.pmean(values, partition.axis)
 
 
-def no_gradient(parts: Parts, learned: PyTree) -> PyTree:
-    """Returns zeros to add each device's gradient to: a leading axis of devices."""
+def zero_grads(partition: BatchPartition, params: PyTree) -> PyTree:
+    """Makes zeros that each device adds its gradient to, with a leading axis of devices."""
 
     def zeros(leaf):
-        made = jnp.zeros((parts.devices, *leaf.shape), leaf.dtype)
-        if parts.mesh is None or parts.axis is None:
+        made = jnp.zeros((partition.devices, *leaf.shape), leaf.dtype)
+        if partition.mesh is None or partition.axis is None:
             return made
-        return jax.lax.with_sharding_constraint(made, sharding.batch_sharded(parts.mesh))
+        return jax.lax.with_sharding_constraint(made, meshes.batch_sharded(partition.mesh))
 
-    return jax.tree.map(zeros, learned)
+    return jax.tree.map(zeros, params)
 
 
-def plus(gradient: PyTree, own: PyTree) -> PyTree:
-    """Adds a device's gradient to its row; inside `on_each_device`."""
+def accumulate(gradient: PyTree, own: PyTree) -> PyTree:
+    """Adds a device's gradient to its row; called inside `shard_map_over_devices`."""
     return jax.tree.map(lambda total, leaf: total + leaf[None], gradient, own)
 
 
-def reduced(parts: Parts, gradient: PyTree) -> PyTree:
-    """Returns the mean over all parts of the batch: the one reduction over the devices."""
-    number = parts.devices * parts.micro_batches
-    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / number, gradient)
+def reduce_mean(partition: BatchPartition, gradient: PyTree) -> PyTree:
+    """Averages over all shares of the batch: the one reduction over the devices."""
+    count = partition.devices * partition.micro_batches
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / count, gradient)
 
 
-def gathered(parts: Parts, tree: PyTree) -> PyTree:
-    """Returns parts of a sharded state whole on every device; traceable."""
-    if parts.mesh is None or not parts.shares_state:
+def all_gather_params(partition: BatchPartition, tree: PyTree) -> PyTree:
+    """Gathers a sharded state on every device; traceable."""
+    if partition.mesh is None or not partition.shares_state:
         return tree
-    return jax.lax.with_sharding_constraint(tree, sharding.replicated(parts.mesh))
+    return jax.lax.with_sharding_constraint(tree, meshes.replicated(partition.mesh))
 
 
-def kept(parts: Parts, state: PyTree) -> PyTree:
-    """Returns a training state laid out as it is kept between steps; traceable."""
-    if parts.mesh is None or not parts.shares_state:
+def constrain_state(partition: BatchPartition, state: PyTree) -> PyTree:
+    """Lays a training state out as it is held between steps; traceable."""
+    if partition.mesh is None or not partition.shares_state:
         return state
-    return jax.lax.with_sharding_constraint(state, sharding.state_shardings(state, parts.mesh))
+    return jax.lax.with_sharding_constraint(state, meshes.state_shardings(state, partition.mesh))
 
 
-def gradient_of_parts(
-    parts: Parts,
+def partitioned_gradient(
+    partition: BatchPartition,
     loss_of: Callable,
-    learned: PyTree,
+    trainable: PyTree,
     shared: PyTree,
     batch_stats: PyTree,
     examples: PyTree,
     key: Key[Array, ""],
 ) -> tuple[PyTree, PyTree, dict[str, Array], PyTree]:
-    """Returns the gradient of a loss that is a mean over examples, not yet reduced.
+    """Computes the gradient of a loss that is a mean over examples, not yet reduced.
 
     Args:
-        parts: how the batch is divided.
-        loss_of: `(learned, shared, batch_stats, examples, key) -> (loss, (batch_stats, metrics,
-            of_examples))` of a micro-batch; calls the model with `parts.seen`.
-        learned: what to differentiate by.
+        partition: the division of the batch.
+        loss_of: `(trainable, shared, batch_stats, examples, key) -> (loss, (batch_stats, metrics,
+            per example))` of a micro-batch; it calls the model with `partition.shard`.
+        trainable: parameters to differentiate by.
         shared: whatever else the loss needs; the same on every device.
         batch_stats: norm statistics; each micro-batch starts from those of the one before.
         examples: arrays of the whole batch.
-        key: for dropout.
+        key: dropout key.
 
     Returns:
-        The gradient, for `reduced`; statistics; mean metrics; and what was computed of each
+        The gradient, for `reduce_mean`; norm statistics; mean metrics; and the results per
         example, in the batch's order.
     """
 
-    def on_device(learned, shared, batch_stats, examples, key):
+    def on_device(trainable, shared, batch_stats, examples, key):
         def body(carry, index):
             gradient, stats = carry
-            own, (stats, metrics, of_examples) = jax.grad(loss_of, has_aux=True)(
-                learned,
+            own, (stats, metrics, per_example) = jax.grad(loss_of, has_aux=True)(
+                trainable,
                 shared,
                 stats,
-                micro_batch(parts, examples, index),
-                key_of_part(parts, key, index),
+                micro_batch(partition, examples, index),
+                shard_key(partition, key, index),
             )
-            return (plus(gradient, own), stats), (metrics, of_examples)
+            return (accumulate(gradient, own), stats), (metrics, per_example)
 
-        start = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), learned)
+        start = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape), leaf.dtype), trainable)
         loop = unrolled if jax.default_backend() == "cpu" else scanned
-        (gradient, stats), (metrics, of_examples) = loop(
-            body, (start, batch_stats), parts.micro_batches
+        (gradient, stats), (metrics, per_example) = loop(
+            body, (start, batch_stats), partition.micro_batches
         )
         means = {name: jnp.mean(values) for name, values in metrics.items()}
         return (
             gradient,
             stats,
-            mean_over_devices(parts, means),
-            put_together(parts, of_examples),
+            mean_over_devices(partition, means),
+            merge_micro_batches(partition, per_example),
         )
 
-    takes, gives = (SHARED, SHARED, SHARED, OWN, SHARED), (OWN, SHARED, SHARED, OWN)
-    mapped = on_each_device(parts, on_device, takes, gives)
-    return mapped(learned, shared, batch_stats, examples, key)
+    in_specs = (REPLICATED, REPLICATED, REPLICATED, SHARDED, REPLICATED)
+    out_specs = (SHARDED, REPLICATED, REPLICATED, SHARDED)
+    mapped = shard_map_over_devices(partition, on_device, in_specs, out_specs)
+    return mapped(trainable, shared, batch_stats, examples, key)
 
 
 def called(body: Body, carry: PyTree, count: int) -> tuple[PyTree, PyTree]:
-    """Runs a compiled body again and again; as `jax.lax.scan`, with `count` indices."""
+    """Calls a compiled body `count` times; same results as `jax.lax.scan` over the indices."""
 
     def one_at_a_time(carry, index):
-        # XLA would set aside the memory of the next programs as soon as they are queued.
+        # XLA would allocate the memory of the next programs as soon as they are queued.
         return body(jax.block_until_ready(carry), index)
 
     return unrolled(one_at_a_time, carry, count)
 
 
 def unrolled(body: Body, carry: PyTree, count: int) -> tuple[PyTree, PyTree]:
-    """Repeats the body `count` times within the program."""
+    """Repeats the body `count` times within one program."""
     results = []
     for index in range(count):
         carry, result = body(carry, jnp.asarray(index, jnp.int32))
@@ -229,7 +246,7 @@ def unrolled(body: Body, carry: PyTree, count: int) -> tuple[PyTree, PyTree]:
 
 
 def scanned(body: Body, carry: PyTree, count: int) -> tuple[PyTree, PyTree]:
-    """Loops within the program: compiled once, one part's memory."""
+    """Loops within one program: the body is compiled once and its memory is reused."""
     if not count:
         return carry, {}
     return jax.lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))

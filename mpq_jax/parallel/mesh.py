@@ -37,7 +37,7 @@ def make_mesh(device_count: int | None = None, *, fsdp: int = 1) -> Mesh:
 
     Args:
         device_count: use only this many devices, the first ones; one process only.
-        fsdp: so many neighbouring devices share one copy of the training state, best those of one
+        fsdp: so many neighboring devices share one copy of the training state, best those of one
             host. With 1 the mesh has one axis, "data"; else it has a second one, "fsdp".
     """
     devices = jax.devices()

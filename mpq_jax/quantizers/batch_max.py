@@ -74,7 +74,7 @@ def fake_quant(
     the batch, and nothing can be exported. For comparison with published numbers only.
 
     Outputs of a ReLU meet ReLU6 here, as in the published code; `x` may be negative all the same.
-    The gradient in `x` is that of the clipping alone, bounds included: the quantiser after it, its
+    The gradient in `x` is that of the clipping alone, bounds included: the quantizer after it, its
     scale too, counts as the identity. The gradient in `step_size` is zero. Reverse-mode
     differentiation only.
 
@@ -121,4 +121,4 @@ def init_step(
     return _rounded(x, bits)[1]
 
 
-ACTS = ActQuantizer(fake_quant, codes, init_step)
+ACTS = ActQuantizer(fake_quant, codes, init_step, batch_scale=True)

@@ -30,38 +30,38 @@ NO_BITS = 0  # `highest` of such a kernel: its one code is zero
 
 
 def codes(
-    w: Float[Array, "*shape"], step_size: Float[AnyArray, ""], *, highest: int
+    w: Float[Array, "*shape"], step_size: Float[AnyArray, ""], *, max_bits: int
 ) -> Int[Array, "*shape"]:
     """Returns the integers that are stored: int32 codes of the highest precision (W_h).
 
     Args:
         w: weights.
         step_size: width of one code at the highest precision (s_h), positive.
-        highest: bits of the highest precision, 2 to 16; 0: of a kernel of zeros.
+        max_bits: bits of the highest precision, 2 to 16; 0: of a kernel of zeros.
     """
-    _check(highest)
-    return lsq.codes(w, step_size, highest, signed=True)
+    _check(max_bits)
+    return lsq.codes(w, step_size, max_bits, signed=True)
 
 
 def switch(
-    codes: Int[Array, "*shape"], bits: Int[AnyArray, ""], *, highest: int
+    codes: Int[Array, "*shape"], bits: Int[AnyArray, ""], *, max_bits: int
 ) -> Int[Array, "*shape"]:
     """Returns the codes of a lower precision (W_l) from those of the highest, by integers alone.
 
-    Rounds `codes / 2^(highest - bits)` to nearest, halves to even, and clips to the range of
+    Rounds `codes / 2^(max_bits - bits)` to nearest, halves to even, and clips to the range of
     `bits` bits.
 
     Args:
         codes: of `codes(...)`, any signed integer type that holds them.
-        bits: wanted bits, traced or not; 2 to `highest`.
-        highest: bits of the stored codes.
+        bits: wanted bits, traced or not; 2 to `max_bits`.
+        max_bits: bits of the stored codes.
 
     Returns:
         Codes of the same type.
     """
-    _check(highest, bits)
+    _check(max_bits, bits)
     wide = codes.astype(jnp.int32)
-    return _halve(wide, _halvings(bits, highest), jnp.asarray(bits, jnp.int32)).astype(codes.dtype)
+    return _halve(wide, _halvings(bits, max_bits), jnp.asarray(bits, jnp.int32)).astype(codes.dtype)
 
 
 def _halve(wide, halvings, bits):
@@ -78,22 +78,22 @@ def _floor(wide, halvings, bits):
     return jnp.right_shift(wide, halvings)
 
 
-def _halvings(bits, highest: int) -> Int[Array, ""]:
-    return highest - jnp.asarray(bits, jnp.int32)
+def _halvings(bits, max_bits: int) -> Int[Array, ""]:
+    return max_bits - jnp.asarray(bits, jnp.int32)
 
 
-def _check(highest: int, bits: Any = None) -> None:
-    if highest != NO_BITS and not HIGHEST[0] <= highest <= HIGHEST[1]:
-        raise ValueError(f"highest is {highest}; wanted {HIGHEST[0]} to {HIGHEST[1]} bits")
-    least = min(HIGHEST[0], highest)
-    if isinstance(bits, int | np.integer) and not least <= bits <= highest:
-        raise ValueError(f"bits is {bits}; wanted {least} to {highest}, the highest")
+def _check(max_bits: int, bits: Any = None) -> None:
+    if max_bits != NO_BITS and not HIGHEST[0] <= max_bits <= HIGHEST[1]:
+        raise ValueError(f"highest is {max_bits}; wanted {HIGHEST[0]} to {HIGHEST[1]} bits")
+    least = min(HIGHEST[0], max_bits)
+    if isinstance(bits, int | np.integer) and not least <= bits <= max_bits:
+        raise ValueError(f"bits is {bits}; wanted {least} to {max_bits}, the highest")
 
 
-def _lower_codes(reduce, w, step_size, bits, highest):
+def _lower_codes(reduce, w, step_size, bits, max_bits):
     """Returns the codes of `bits` bits and the width of one (s_h 2^D)."""
-    halvings = _halvings(bits, highest)
-    stored = lsq.codes(w, step_size, highest, signed=True)
+    halvings = _halvings(bits, max_bits)
+    stored = lsq.codes(w, step_size, max_bits, signed=True)
     return reduce(stored, halvings, bits), _width(step_size, halvings)
 
 
@@ -103,19 +103,19 @@ def _width(step_size: Float[Array, ""], halvings: Int[Array, ""]) -> Float[Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fake_quant(reduce, highest, w, step_size, bits, grad_scale):
-    lower, width = _lower_codes(reduce, w, step_size, bits, highest)
+def _fake_quant(reduce, max_bits, w, step_size, bits, grad_scale):
+    lower, width = _lower_codes(reduce, w, step_size, bits, max_bits)
     return lower.astype(w.dtype) * width
 
 
-def _fake_quant_forward(reduce, highest, w, step_size, bits, grad_scale):
-    out = _fake_quant(reduce, highest, w, step_size, bits, grad_scale)
+def _fake_quant_forward(reduce, max_bits, w, step_size, bits, grad_scale):
+    out = _fake_quant(reduce, max_bits, w, step_size, bits, grad_scale)
     return out, (w, step_size, bits, grad_scale)
 
 
-def _fake_quant_backward(reduce, highest, residuals, gradient):
+def _fake_quant_backward(reduce, max_bits, residuals, gradient):
     w, step_size, bits, grad_scale = residuals
-    lower, width = _lower_codes(reduce, w, step_size, bits, highest)
+    lower, width = _lower_codes(reduce, w, step_size, bits, max_bits)
     low, high = lsq.code_range(bits, signed=True)
     low, high = low.astype(w.dtype), high.astype(w.dtype)
     # Compared in the units of w, as in LSQ: there `code * width` meets a bound exactly.
@@ -135,10 +135,10 @@ def fake_quant(
     step_size: Float[AnyArray, ""],
     bits: Int[AnyArray, ""],
     *,
-    highest: int,
+    max_bits: int,
     grad_scale: Float[AnyArray, ""] | None = None,
 ) -> Float[Array, "*shape"]:
-    """Returns weights quantised to `bits` bits by way of the codes of the highest precision.
+    """Returns weights quantized to `bits` bits by way of the codes of the highest precision.
 
     Equals `switch(codes(w, step_size), bits) * (step_size * 2^D)` exactly. The gradient in `w`
     passes where `w` lies in the range of `bits` bits, bounds included. The gradient in
@@ -148,48 +148,50 @@ def fake_quant(
     Args:
         w: weights.
         step_size: width of one code at the highest precision (s_h), positive.
-        bits: wanted bits, traced: changing them never recompiles; 2 to `highest`.
-        highest: bits of the highest precision, 2 to 16; 0: of a kernel of zeros.
+        bits: wanted bits, traced: changing them never recompiles; 2 to `max_bits`.
+        max_bits: bits of the highest precision, 2 to 16; 0: of a kernel of zeros.
         grad_scale: factor of the gradient in `step_size`; None leaves it as it is.
     """
-    return _weight_fake_quant(_halve, w, step_size, bits, highest=highest, grad_scale=grad_scale)
+    return _weight_fake_quant(_halve, w, step_size, bits, max_bits=max_bits, grad_scale=grad_scale)
 
 
-def _weight_fake_quant(reduce, w, step_size, bits, *, highest, grad_scale) -> Any:
-    _check(highest, bits)
+def _weight_fake_quant(reduce, w, step_size, bits, *, max_bits, grad_scale) -> Any:
+    _check(max_bits, bits)
     scale = jnp.asarray(1.0 if grad_scale is None else grad_scale, w.dtype)
     step_size = jnp.asarray(step_size, w.dtype)
-    return _fake_quant(reduce, highest, w, step_size, jnp.asarray(bits, jnp.int32), scale)
+    return _fake_quant(reduce, max_bits, w, step_size, jnp.asarray(bits, jnp.int32), scale)
 
 
-def _weight_codes(reduce, w, step_size, bits, *, highest):
-    _check(highest)
+def _weight_codes(reduce, w, step_size, bits, *, max_bits):
+    _check(max_bits)
     step_size = jnp.asarray(step_size, w.dtype)
-    return _lower_codes(reduce, w, step_size, jnp.asarray(bits, jnp.int32), highest)
+    return _lower_codes(reduce, w, step_size, jnp.asarray(bits, jnp.int32), max_bits)
 
 
-def _of_highest(w, width, bits, highest: int) -> Array:
+def _of_highest(w, width, bits, max_bits: int) -> Array:
     """Returns s_h of a precision's own width of a code, s_h 2^D."""
-    return _width(jnp.asarray(width, w.dtype), -_halvings(bits, highest))
+    return _width(jnp.asarray(width, w.dtype), -_halvings(bits, max_bits))
 
 
-def _unshared_fake_quant(w, step_size, bits, *, highest, grad_scale) -> Any:
-    own = _of_highest(w, step_size, bits, highest)
-    return _weight_fake_quant(_halve, w, own, bits, highest=highest, grad_scale=grad_scale)
+def _unshared_fake_quant(w, step_size, bits, *, max_bits, grad_scale) -> Any:
+    own = _of_highest(w, step_size, bits, max_bits)
+    return _weight_fake_quant(_halve, w, own, bits, max_bits=max_bits, grad_scale=grad_scale)
 
 
-def _unshared_codes(w, step_size, bits, *, highest):
-    return _weight_codes(_halve, w, _of_highest(w, step_size, bits, highest), bits, highest=highest)
+def _unshared_codes(w, step_size, bits, *, max_bits):
+    return _weight_codes(
+        _halve, w, _of_highest(w, step_size, bits, max_bits), bits, max_bits=max_bits
+    )
 
 
-def _stored_codes(w, step_size, bits, *, highest):
-    width = _width(jnp.asarray(step_size), _halvings(bits, highest))
-    return switch(w.astype(jnp.int32), bits, highest=highest), width
+def _stored_codes(w, step_size, bits, *, max_bits):
+    width = _width(jnp.asarray(step_size), _halvings(bits, max_bits))
+    return switch(w.astype(jnp.int32), bits, max_bits=max_bits), width
 
 
-def _stored_values(w, step_size, bits, *, highest, grad_scale) -> Array:
+def _stored_values(w, step_size, bits, *, max_bits, grad_scale) -> Array:
     del grad_scale  # integers do not learn
-    lower, width = _stored_codes(w, step_size, bits, highest=highest)
+    lower, width = _stored_codes(w, step_size, bits, max_bits=max_bits)
     return lower.astype(width.dtype) * width
 
 
@@ -202,7 +204,7 @@ def _sharing(reduce) -> Quantizer:
         functools.partial(_weight_fake_quant, reduce),
         functools.partial(_weight_codes, reduce),
         lsq.init_weight_step,
-        one_step=True,
+        shared_step_size=True,
     )
     return Quantizer(weights, lsq.ACTS)
 
@@ -211,10 +213,12 @@ QUANTIZER = _sharing(_halve)
 FLOORED = _sharing(_floor)  # an arithmetic shift instead of rounding (ablation)
 # Each precision learns the width of its own codes ("Ours*"); then float weights must be kept.
 UNSHARED = Quantizer(
-    WeightQuantizer(_unshared_fake_quant, _unshared_codes, lsq.init_weight_step, one_step=False),
+    WeightQuantizer(
+        _unshared_fake_quant, _unshared_codes, lsq.init_weight_step, shared_step_size=False
+    ),
     lsq.ACTS,
 )
 # Of kernels that are the stored integers themselves (`codes`): no float weight is needed.
 STORED = Quantizer(
-    WeightQuantizer(_stored_values, _stored_codes, _stored_step, one_step=True), lsq.ACTS
+    WeightQuantizer(_stored_values, _stored_codes, _stored_step, shared_step_size=True), lsq.ACTS
 )

@@ -1,4 +1,4 @@
-"""LSQ: uniform quantisation with a learned step size, one per tensor.
+"""LSQ: uniform quantization with a learned step size, one per tensor.
 
 References:
     Esser et al., Learned Step Size Quantization, ICLR 2020, https://arxiv.org/abs/1902.08153.
@@ -119,7 +119,7 @@ def init_weight_step(w: Float[Array, "*shape"], bits: Int[AnyArray, ""]) -> Floa
     of a bit less.
 
     References:
-        The rule of RFQuant's published code (quantiser initialisation of the weights).
+        The rule of RFQuant's published code (quantizer initialization of the weights).
     """
     mean, sigma = jnp.mean(w), jnp.std(w, ddof=1 if w.size > 1 else 0)
     reach = jnp.maximum(jnp.abs(mean - 3 * sigma), jnp.abs(mean + 3 * sigma))
@@ -145,17 +145,18 @@ def init_act_step(
     return jnp.maximum(step, MIN_STEP_SIZE)
 
 
-def _fake_quant_weight(w, step_size, bits, *, highest, grad_scale):
-    del highest
+def _fake_quant_weight(w, step_size, bits, *, max_bits, grad_scale):
+    del max_bits
     return fake_quant(w, step_size, bits, signed=True, grad_scale=grad_scale)
 
 
-def _weight_codes(w, step_size, bits, *, highest):
-    del highest
+def _weight_codes(w, step_size, bits, *, max_bits):
+    del max_bits
     return codes(w, step_size, bits, signed=True), jnp.asarray(step_size, w.dtype)
 
 
 ACTS = ActQuantizer(fake_quant, codes, init_act_step)
 QUANTIZER = Quantizer(
-    WeightQuantizer(_fake_quant_weight, _weight_codes, init_weight_step, one_step=False), ACTS
+    WeightQuantizer(_fake_quant_weight, _weight_codes, init_weight_step, shared_step_size=False),
+    ACTS,
 )

@@ -1,4 +1,4 @@
-"""PACT: inputs of layers clipped at a learned bound, then quantised uniformly.
+"""PACT: inputs of layers clipped at a learned bound, then quantized uniformly.
 
 The bound alpha is kept as a step size, s = alpha / (largest code), so that values, codes and
 exports are those of LSQ; only the gradient of the parameter differs.
@@ -64,7 +64,7 @@ def fake_quant(
     What is returned as the gradient in `step_size` is dL/dalpha / (largest code), not the
     product with it that the chain rule asks for. So gradient descent on the step size moves alpha
     just as PACT's does, `high * (change of s) = -rate * dL/dalpha`, and so do momentum and weight
-    decay; by the chain rule it would move high^2 times as far. Optimisers that normalise gradients
+    decay; by the chain rule it would move high^2 times as far. Optimizers that normalize gradients
     (Adam) do not keep this. Reverse-mode differentiation only.
 
     Args:

@@ -111,7 +111,7 @@ def plot_bits(table: LayerTable, configs: dict[str, BitConfig], *, path: pathlib
         path: file to write.
     """
     positions = np.arange(len(table))
-    highest = max(table.candidates)
+    max_bits = max(table.candidates)
     size = (max(6.0, 0.38 * len(table) + 1.5), 1.7 * len(configs) + 1.6)
     figure = _figure(*size)
     all_axes = figure.subplots(len(configs), 1, sharex=True, squeeze=False)[:, 0]
@@ -124,7 +124,7 @@ def plot_bits(table: LayerTable, configs: dict[str, BitConfig], *, path: pathlib
             if layer.float_acts:
                 bar.set(fill=False, hatch="///", edgecolor="#edae49")
         axes.set_title(title, fontsize=9, loc="left")
-        axes.set_ylim(0, highest + 0.5)
+        axes.set_ylim(0, max_bits + 0.5)
         axes.set_yticks(sorted(table.candidates))
         axes.set_ylabel("bits")
         axes.grid(axis="y", alpha=0.25)
@@ -166,17 +166,17 @@ def plot_scheme(table: LayerTable, configs: dict[str, BitConfig], *, path: pathl
     figure = _figure(max(6.0, 0.38 * len(table) + 1.5), 3.6)
     axes = figure.subplots()
     positions, width = np.arange(len(table)), 0.8 / len(configs)
-    quantised = [not layer.float_weights for layer in table.layers]
-    highest = 1
+    quantized = [not layer.float_weights for layer in table.layers]
+    max_bits = 1
     for place, (name, bits) in enumerate(configs.items()):
-        weights = np.where(quantised, np.asarray(bits.weights), 0)
-        highest = max(highest, weights.max())
+        weights = np.where(quantized, np.asarray(bits.weights), 0)
+        max_bits = max(max_bits, weights.max())
         offset = (place - (len(configs) - 1) / 2) * width
         axes.bar(positions + offset, weights, width, color=COLOURS[place], label=name)
-    for index in np.flatnonzero(~np.array(quantised)):
-        axes.bar(index, highest, 0.8, fill=False, hatch="///", edgecolor="#bbbbbb")
+    for index in np.flatnonzero(~np.array(quantized)):
+        axes.bar(index, max_bits, 0.8, fill=False, hatch="///", edgecolor="#bbbbbb")
     axes.set_ylabel("bits of the weights")
-    axes.set_yticks(range(highest + 1))
+    axes.set_yticks(range(max_bits + 1))
     axes.grid(axis="y", alpha=0.25)
     axes.set_xticks(positions, table.names, rotation=60, ha="right", fontsize=7)
     figure.legend(loc="outside upper right", ncols=len(configs), fontsize=8)
@@ -205,13 +205,13 @@ def plot_growth(names: Sequence[str], entries: list[dict[str, Any]], *, path: pa
         )
         figure.colorbar(image, ax=layers, label="planes")
     layers.set_yticks(range(len(grown)), grown, fontsize=7)
-    for by, colour in zip(("layer", "param"), COLOURS, strict=False):
+    for by, color in zip(("layer", "param"), COLOURS, strict=False):
         values = [entry[f"mean_planes_by_{by}"] for entry in summaries]
-        means.plot(epochs, values, color=colour, marker=".", label=f"mean by {by}")
+        means.plot(epochs, values, color=color, marker=".", label=f"mean by {by}")
     means.set_ylabel("planes")
-    for kind, colour in zip(("masks", "bits"), COLOURS, strict=False):
+    for kind, color in zip(("masks", "bits"), COLOURS, strict=False):
         values = [100 * entry[f"undecided_{kind}"] for entry in summaries]
-        gates.plot(epochs, values, color=colour, marker=".", label=f"undecided {kind}")
+        gates.plot(epochs, values, color=color, marker=".", label=f"undecided {kind}")
     gates.set_ylabel("% of gates")
     gates.set_xlabel("epoch")
     for axes in (means, gates):

@@ -10,20 +10,18 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.search import segments
 from mpq_jax.search.segments import Segments
-from mpq_jax.supernet import scoring, supernet
+from mpq_jax.supernet import scoring
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.scoring import BatchScore
+from mpq_jax.supernet.supernet import Supernet, SupernetState
 
 MEMORY = 2**31  # bytes of intermediate activations that are held at once
 TOGETHER = {"cpu": 1}  # inputs of one call by backend: on CPU, larger convolutions are no faster
@@ -42,50 +40,44 @@ _Group = tuple[int, list[_Node]]  # a configuration whose bits they share in the
 
 
 def make_prefix_score(
-    model: nn.Module,
-    table: LayerTable,
-    variables: supernet.Variables,
+    net: Supernet,
+    state: SupernetState,
     cut: Segments,
     *,
     metric: str = "error",
     norms: str = "batch",
-    quantizer: Quantizer = lsq.QUANTIZER,
     memory: int = MEMORY,
     together: int | None = None,
-    quantised: dict[str, Array] | None = None,
+    quantized: dict[str, Array] | None = None,
 ) -> BatchScore:
     """Returns `score(configs, images, labels)` like `evaluate.make_score`, by shared beginnings.
 
     Each segment is compiled once, and once more for several inputs at a time.
 
     Args:
-        model: the Linen model.
-        table: its layers.
-        variables: the supernet.
+        net: the supernet.
+        state: its state.
         cut: the model's segments, from `segments.find_segments`.
         metric: see `evaluate.make_score`.
         norms: "batch" or "stored"; see there. Norms that are recalibrated depend on other images.
-        quantizer: of kernels and inputs.
         memory: bytes of activations to hold at once, about; what does not fit is computed later.
         together: how many activations a segment is run on at once, where several beginnings meet
             the same bits. 1: never; None: 1 on CPU, where it costs time, 8 elsewhere.
-        quantised: kernels from `evaluate.quantise_all`; None: they are made here.
+        quantized: kernels from `evaluate.quantize_all`; None: they are made here.
     """
     scoring.check(metric, norms, None)
-    if quantised is None:
-        quantised = scoring.quantise_all(table, variables.learned, quantizer=quantizer)
+    if quantized is None:
+        quantized = scoring.quantize_all(net, state.trainable)
     measure = jax.jit(scoring.METRICS[metric])
     most = together or TOGETHER.get(jax.default_backend(), MOST_TOGETHER)
     last = len(cut.parts) - 1
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run_segment(depth: int, variables, quantised, bits: BitConfig, inputs: tuple[Array, ...]):
-        selected = supernet.select_quantised(table, variables, quantised, bits)
+    def run_segment(depth: int, state, quantized, bits: BitConfig, inputs: tuple[Array, ...]):
+        subnet = net.select_quantized(state, quantized, bits)
 
         def run(x: Array) -> Array:
-            return segments.run(
-                model, table, cut, depth, selected, x, train=norms == "batch", quantizer=quantizer
-            )
+            return segments.run(net, cut, depth, subnet, x, train=norms == "batch")
 
         if len(inputs) == 1:
             return (run(inputs[0]),)
@@ -97,7 +89,7 @@ def make_prefix_score(
             left = len(inputs) - len(outputs)
             size = most if left >= most else 1
             chosen = tuple(inputs[len(outputs) : len(outputs) + size])
-            outputs += run_segment(depth, variables, quantised, bits, chosen)
+            outputs += run_segment(depth, state, quantized, bits, chosen)
         return outputs
 
     def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
@@ -107,7 +99,7 @@ def make_prefix_score(
         if metric == "kl":
             teacher = images
             for depth in range(last + 1):
-                (teacher,) = run_all(depth, table.largest, [teacher])
+                (teacher,) = run_all(depth, net.table.max_config, [teacher])
 
         def begun(depth: int, nodes: list[_Node]) -> list[tuple[int, list[_Group]]]:
             """Returns what is to be run next, in parts that fit into memory."""
@@ -156,15 +148,13 @@ def shared_work(table: LayerTable, cut: Segments, configs: BitConfig) -> float:
 
 
 def make_fast_score(
-    model: nn.Module,
-    table: LayerTable,
-    variables: supernet.Variables,
+    net: Supernet,
+    state: SupernetState,
     image_shape: Sequence[int],
     *,
     metric: str = "error",
     norms: str = "batch",
     calibration: Float[Array, "batches batch ..."] | None = None,
-    quantizer: Quantizer = lsq.QUANTIZER,
     memory: int = MEMORY,
 ) -> BatchScore:
     """Returns the faster of both scores for each set of configurations; see `make_score`.
@@ -173,47 +163,41 @@ def make_fast_score(
     norms that need no images of their own.
 
     Args:
-        model: the Linen model.
-        table: its layers.
-        variables: the supernet.
+        net: the supernet.
+        state: its state.
         image_shape: of one image.
         metric: see `evaluate.make_score`, as for the next three.
         norms: statistics of the norms.
         calibration: images for them.
-        quantizer: of kernels and inputs.
         memory: see `make_prefix_score`.
     """
     scoring.check(metric, norms, calibration)
-    quantised = scoring.quantise_all(table, variables.learned, quantizer=quantizer)
+    quantized = scoring.quantize_all(net, state.trainable)
     one_by_one = scoring.make_score(
-        model,
-        table,
-        variables,
+        net,
+        state,
         metric=metric,
         norms=norms,
         calibration=calibration,
-        quantizer=quantizer,
-        quantised=quantised,
+        quantized=quantized,
     )
     if norms == "recalibrated":
         return one_by_one
-    cut = segments.find_segments(model, table, image_shape)
+    cut = segments.find_segments(net, image_shape)
     if len(cut.parts) == 1:
         return one_by_one
     shared = make_prefix_score(
-        model,
-        table,
-        variables,
+        net,
+        state,
         cut,
         metric=metric,
         norms=norms,
-        quantizer=quantizer,
         memory=memory,
-        quantised=quantised,
+        quantized=quantized,
     )
 
     def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
-        worth_it = shared_work(table, cut, configs) < WORTH_SHARING
+        worth_it = shared_work(net.table, cut, configs) < WORTH_SHARING
         return (shared if worth_it else one_by_one)(configs, images, labels)
 
     return score

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -18,9 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from mpq_jax.program import linen
-from mpq_jax.quantizers.base import Quantizer
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Subnet, Supernet
 
 START = "segment_start"  # name under which the input of the next segment is recorded
 MARK = "mpq_jax_cut:"  # begins the names that the analysis gives to inputs of modules
@@ -57,17 +55,17 @@ class Segments(NamedTuple):
     outputs: tuple[tuple[str, tuple[int, ...], str], ...]
 
 
-def find_segments(model: nn.Module, table: LayerTable, image_shape: Sequence[int]) -> Segments:
+def find_segments(net: Supernet, image_shape: Sequence[int]) -> Segments:
     """Returns the finest segments that each hold a layer with a choice.
 
     Args:
-        model: the Linen model.
-        table: its layers.
-        image_shape: of one image, or with a batch axis.
+        net: the supernet.
+        image_shape: shape of one image, or with a batch axis.
     """
+    table = net.table
     shape = linen.batch_shape(image_shape)
-    calls, program = _trace(model, shape, train=True)
-    alike = _cuts(_trace(model, shape, train=False)[1])  # models may differ in evaluation mode
+    calls, program = _trace(net.model, shape, train=True)
+    alike = _cuts(_trace(net.model, shape, train=False)[1])  # models may differ in evaluation mode
     cuts = {
         name: size
         for name, size in _cuts(program).items()
@@ -102,7 +100,7 @@ def find_segments(model: nn.Module, table: LayerTable, image_shape: Sequence[int
 
 def _layers_of_row(table: LayerTable, layer: int) -> set[int]:
     """Returns the layers whose bits name the row of the norm after a layer."""
-    return {layer, table.previous[layer]} if "previous" in table.norm_axes else {layer}
+    return {layer, table.previous[layer]} if "previous" in table.bank_axes else {layer}
 
 
 class _Calls(NamedTuple):
@@ -120,21 +118,21 @@ class _Calls(NamedTuple):
     around: dict[str, tuple[str, ...]]
 
 
-def _trace(model: nn.Module, shape: tuple[int, ...], *, train: bool) -> tuple[_Calls, Any]:
+def _trace(model: linen.Model, shape: tuple[int, ...], *, train: bool) -> tuple[_Calls, Any]:
     """Returns the calls of modules, and the program; inputs that are a batch are marked."""
     calls, open_calls = _Calls([], {}, {}), []
 
-    def intercept(next_call, args, kwargs, context):
-        name = linen.path_name(context.module)
-        if context.method_name != "__call__" or not name:
-            return next_call(*args, **kwargs)
+    def mark(call: linen.ModuleCall) -> Any:
+        name = call.path
+        if not name:
+            return call.run()
         calls.order.append(name)
         calls.around[name] = tuple(open_calls)
-        x = linen.input_of(args, kwargs)
-        if _is_batch(x, shape[0]):
-            args, kwargs = linen.with_input(args, kwargs, checkpoint_name(x, MARK + name))
         open_calls.append(name)
-        out = next_call(*args, **kwargs)
+        if _is_batch(call.x, shape[0]):
+            out = call.run_with(checkpoint_name(call.x, MARK + name))
+        else:
+            out = call.run()
         open_calls.pop()
         if _is_batch(out, shape[0]):
             calls.outputs[name] = (out.shape[1:], out.dtype.name)
@@ -145,7 +143,7 @@ def _trace(model: nn.Module, shape: tuple[int, ...], *, train: bool) -> tuple[_C
 
     key = jax.random.key(0)
     variables = jax.eval_shape(lambda key: linen.init_variables(model, key, shape), key)
-    with nn.intercept_methods(intercept):
+    with linen.intercept(mark):
         program = jax.make_jaxpr(logits)(variables, jax.ShapeDtypeStruct(shape, jnp.float32))
     return calls, program.jaxpr
 
@@ -224,15 +222,7 @@ def _is_literal(var: Any) -> bool:
 
 
 def run(
-    model: nn.Module,
-    table: LayerTable,
-    segments: Segments,
-    place: int,
-    selected: supernet.Selected,
-    x: Array,
-    *,
-    train: bool,
-    quantizer: Quantizer,
+    net: Supernet, segments: Segments, place: int, subnet: Subnet, x: Array, *, train: bool
 ) -> Array:
     """Runs one segment of a subnet; returns the input of the next one, or the logits.
 
@@ -240,14 +230,12 @@ def run(
     dead code to the compiler.
 
     Args:
-        model: the Linen model.
-        table: its layers.
-        segments: from `find_segments`.
-        place: which one to run.
-        selected: the subnet.
-        x: images, for the first segment, or what the one before it returned.
+        net: the supernet.
+        segments: its segments, from `find_segments`.
+        place: index of the segment to run.
+        subnet: the subnet.
+        x: images, for the first segment, or the result of the segment before it.
         train: training mode: norms use the statistics of this batch.
-        quantizer: of the layers' inputs.
     """
     start, around = segments.parts[place].start, segments.parts[place].around
     stop = segments.parts[place + 1].start if place + 1 < len(segments.parts) else None
@@ -255,19 +243,16 @@ def run(
         name: (shape, dtype) for name, shape, dtype in segments.outputs if name not in around
     }
 
-    def intercept(next_call, args, kwargs, context):
-        name = linen.path_name(context.module)
-        if context.method_name != "__call__" or name not in outputs:
-            return next_call(*args, **kwargs)
-        if name == start:
-            args, kwargs = linen.with_input(args, kwargs, x)
-            return next_call(*args, **kwargs)
-        if name == stop:
-            linen.record(context.module, START, linen.input_of(args, kwargs))
-        shape, dtype = outputs[name]
+    def only_this_segment(call: linen.ModuleCall) -> Any:
+        if call.path not in outputs:
+            return call.run()
+        if call.path == start:
+            return call.run_with(x)
+        if call.path == stop:
+            call.record(START, call.x)
+        shape, dtype = outputs[call.path]
         return jnp.zeros((len(x), *shape), dtype)
 
     images = jnp.zeros((len(x), *segments.image_shape), jnp.float32) if start else x
-    with nn.intercept_methods(intercept):
-        out = supernet.apply(model, table, selected, images, train=train, quantizer=quantizer)
-    return out.logits if stop is None else linen.named(out.records, START)[stop]
+    out = net.forward(subnet, images, train=train, hook=only_this_segment)
+    return out.logits if stop is None else linen.named_records(out.records, START)[stop]

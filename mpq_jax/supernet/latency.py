@@ -26,10 +26,10 @@ from jaxtyping import Array
 
 from mpq_jax.program import linen
 from mpq_jax.supernet import costs
-from mpq_jax.supernet.layer_table import MOST_BITS
+from mpq_jax.supernet.rules import MAX_BITS
 
 Pair = tuple[int, int]  # bits of weights and of the input
-STORAGE = ((4, "int4"), (8, "int8"), (MOST_BITS, "int16"))  # most bits of codes, and their type
+STORAGE = ((4, "int4"), (8, "int8"), (MAX_BITS, "int16"))  # most bits of codes, and their type
 FLOAT = "float32"  # where integers cannot be multiplied
 SAMPLE_SECONDS = 2e-3  # duration of one sample, long enough for the clock's resolution
 REFUSALS = (jax.errors.JaxRuntimeError, NotImplementedError, TypeError)  # of compilers, of a type
@@ -78,18 +78,15 @@ def layer_calls(
     """
     found: dict[str, tuple[Call, ...]] = {}
 
-    def record(next_call, args, kwargs, context):
-        module, out = context.module, next_call(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(module, linen.LAYERS):
-            kernel = module.variables["params"]["kernel"]
-            alone = module.clone(parent=None, name=None)
-            call = Call(alone, kernel.shape, linen.input_of(args, kwargs).shape)
-            name = linen.path_name(module)
-            found[name] = (*found.get(name, ()), call)
-        return out
+    def record(call: linen.ModuleCall) -> Any:
+        if isinstance(call.module, linen.LAYERS):
+            kernel = call.module.variables["params"]["kernel"]
+            alone = call.module.clone(parent=None, name=None)
+            found[call.path] = (*found.get(call.path, ()), Call(alone, kernel.shape, call.x.shape))
+        return call.run()
 
     shape = (batch, *input_shape)
-    with nn.intercept_methods(record):
+    with linen.intercept(record):
         jax.eval_shape(lambda key: linen.init_variables(model, key, shape), jax.random.key(0))
     return found
 

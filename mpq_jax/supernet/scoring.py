@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,38 +10,35 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.base import Quantizer
-from mpq_jax.search.problem import Score, words_of
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.bn_recalibration import norm_statistics
-from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 
 BatchScore = Callable[[BitConfig, Array, Array], Float[Array, " configs"]]
 NORMS = ("batch", "recalibrated", "stored")
-PER_CALL = 64  # configurations that one call of the compiled program has room for
+PER_CALL = 64  # configurations that one call of the compiled program can hold
 
 
-quantise_all = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))
-"""`supernet.quantise_kernels`, compiled: what scores are made from, once."""
+@functools.partial(jax.jit, static_argnums=0)
+def quantize_all(net: Supernet, trainable: TrainableParams) -> dict[str, Array]:
+    """Computes `net.quantize_kernels(trainable)` by a compiled program."""
+    return net.quantize_kernels(trainable)
 
 
 def top1_error(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
-    """Returns the part of the images that are taken for something else, 0 to 1."""
+    """Computes the top-1 error, 0 to 1."""
     del teacher
     return jnp.mean((jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32))
 
 
 def mean_loss(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
-    """Returns the mean cross-entropy in nats."""
+    """Computes the mean cross-entropy in nats."""
     del teacher
     logits = logits.astype(jnp.float32)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def divergence(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
-    """Returns the mean KL divergence of the prediction from the teacher's, in nats."""
+    """Computes the mean KL divergence from the teacher's prediction, in nats."""
     del labels
     targets = jax.nn.softmax(teacher.astype(jnp.float32))
     log_predictions = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -53,7 +49,7 @@ METRICS = {"error": top1_error, "loss": mean_loss, "kl": divergence}
 
 
 def check(metric: str, norms: str, calibration: Array | None) -> None:
-    """Raises ValueError for what no score can be made of."""
+    """Raises ValueError for an unknown metric or source of norms, or missing calibration images."""
     for name, value, known in (("metric", metric, tuple(METRICS)), ("norms", norms, NORMS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known {name} are {known}")
@@ -64,104 +60,37 @@ def check(metric: str, norms: str, calibration: Array | None) -> None:
         )
 
 
-def on_drawn_images(score: BatchScore, images: Array, labels: Array, *, size: int) -> Score:
-    """Returns `score(configs, key)` as searches take it: on so many images that the key draws.
-
-    Args:
-        score: from `make_score` or `prefixes.make_fast_score`.
-        images: normalised, to draw from without replacement.
-        labels: theirs.
-        size: how many to draw.
-    """
-    if not 1 <= size <= len(images):
-        raise ValueError(f"size is {size}; there are {len(images)} images to draw from")
-
-    @functools.lru_cache(maxsize=1)  # most searches score everything with one key
-    def drawn(words: tuple[int, ...]) -> tuple[Array, Array]:
-        chosen = np.random.default_rng(words).choice(len(images), size, replace=False)
-        return images[chosen], labels[chosen]
-
-    return lambda configs, key: score(configs, *drawn(words_of(key)))
-
-
 def make_score(
-    model: nn.Module,
-    table: LayerTable,
-    variables: supernet.Variables,
+    net: Supernet,
+    state: SupernetState,
     *,
     metric: str = "error",
     norms: str = "batch",
     calibration: Float[Array, "batches batch ..."] | None = None,
-    quantizer: Quantizer = lsq.QUANTIZER,
     mesh: Mesh | None = None,
-    quantised: dict[str, Array] | None = None,
+    quantized: dict[str, Array] | None = None,
 ) -> BatchScore:
-    """Returns `score(configs, images, labels)`: one number per configuration, smaller is better.
+    """Makes `score(configs, images, labels)`: one number per configuration, smaller is better.
 
-    Nothing is written back: scoring has no side effects. All kernels are quantised at all their
+    Nothing is written back: scoring has no side effects. All kernels are quantized at all their
     bits once, here. One program serves any number of configurations; only another shape of the
-    images compiles another. With the images split over devices so is the work; with images on all
+    images compiles another. With the images split over devices, so is the work; with images on all
     devices of a mesh, the configurations may be split instead.
 
     Args:
-        model: the Linen model.
-        table: its layers.
-        variables: the supernet.
+        net: the supernet.
+        state: its state.
         metric: "error" (top-1, 0 to 1, as published), "loss" (cross-entropy, less noisy on
             few images) or "kl" (divergence from the largest subnet; needs no labels).
-        norms: statistics of the norms: "batch" (of the images that are scored, as published),
-            "recalibrated" (on `calibration`, as a found configuration will be used) or "stored".
-        calibration: normalised training images for "recalibrated".
-        quantizer: of kernels and inputs.
+        norms: source of the norm statistics: "batch" (the images that are scored, as published),
+            "recalibrated" (`calibration`, as a chosen configuration will be used) or "stored".
+        calibration: normalized training images for "recalibrated".
         mesh: devices to split the configurations over; None: they are scored one after another.
-        quantised: kernels from `quantise_all`; None: they are made here.
+        quantized: kernels from `quantize_all`; None: they are quantized here.
     """
     check(metric, norms, calibration)
-    measure = METRICS[metric]
-    if quantised is None:
-        quantised = quantise_all(table, variables.learned, quantizer=quantizer)
-
-    def map_configs(variables, quantised, calibration, configs, places, count, images, labels):
-        def logits_of(bits: BitConfig) -> Array:
-            selected = supernet.select_quantised(table, variables, quantised, bits)
-            if norms == "recalibrated":
-                statistics = norm_statistics(
-                    model, table, selected, calibration, quantizer=quantizer
-                )
-                selected = selected._replace(batch_stats=statistics)
-            train = norms == "batch"
-            return supernet.apply(
-                model, table, selected, images, train=train, quantizer=quantizer
-            ).logits
-
-        teacher = logits_of(table.largest) if metric == "kl" else jnp.zeros(())
-
-        def score_one(place_and_bits):
-            place, bits = place_and_bits
-            return jax.lax.cond(
-                place < count,
-                lambda: measure(logits_of(bits), labels, teacher),
-                lambda: jnp.zeros(()),  # room that is left over takes no time
-            )
-
-        # lax.map, not vmap: a batch of kernels would turn every convolution into a grouped one.
-        return jax.lax.map(score_one, (places, configs))
-
-    mapped = map_configs
-    if mesh is not None:
-        whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
-        mapped = jax.shard_map(
-            map_configs,
-            mesh=mesh,
-            in_specs=(whole, whole, whole, split, split, whole, whole, whole),
-            out_specs=split,
-            check_vma=False,
-        )
-
-    @jax.jit
-    def score_configs(*inputs):
-        return mapped(*inputs)
-
+    if quantized is None:
+        quantized = quantize_all(net, state.trainable)
     devices = 1 if mesh is None else mesh.size
     room = devices * -(-PER_CALL // devices)
     dealt = np.arange(room).reshape(-1, devices).T.ravel()  # places, in the order of devices
@@ -171,10 +100,14 @@ def make_score(
         found = np.zeros(len(weights), np.float32)
         for first in range(0, len(weights), room):
             count = min(room, len(weights) - first)
-            places = first + dealt % count  # room that is left over repeats the first ones
+            places = first + dealt % count  # places that are left over repeat the first ones
             scores = score_configs(
-                variables,
-                quantised,
+                net,
+                metric,
+                norms,
+                mesh,
+                state,
+                quantized,
                 calibration,
                 BitConfig(jnp.asarray(weights[places]), jnp.asarray(acts[places])),
                 jnp.asarray(dealt, jnp.int32),
@@ -188,3 +121,54 @@ def make_score(
         return jnp.asarray(found)
 
     return score
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def score_configs(net: Supernet, metric: str, norms: str, mesh: Mesh | None, *arrays):
+    """Scores as many configurations as one call can hold; arguments as of `_map_configs`."""
+    mapped = functools.partial(_map_configs, net, metric, norms)
+    if mesh is not None:
+        whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
+        mapped = jax.shard_map(
+            mapped,
+            mesh=mesh,
+            in_specs=(whole, whole, whole, split, split, whole, whole, whole),
+            out_specs=split,
+            check_vma=False,
+        )
+    return mapped(*arrays)
+
+
+def _map_configs(
+    net: Supernet,
+    metric: str,
+    norms: str,
+    state: SupernetState,
+    quantized,
+    calibration,
+    configs: BitConfig,
+    places,
+    count,
+    images,
+    labels,
+):
+    measure = METRICS[metric]
+
+    def logits_of(bits: BitConfig) -> Array:
+        subnet = net.select_quantized(state, quantized, bits)
+        if norms == "recalibrated":
+            subnet = subnet._replace(batch_stats=net.norm_statistics(subnet, calibration))
+        return net.forward(subnet, images, train=norms == "batch").logits
+
+    teacher = logits_of(net.table.max_config) if metric == "kl" else jnp.zeros(())
+
+    def score_one(place_and_bits):
+        place, bits = place_and_bits
+        return jax.lax.cond(
+            place < count,
+            lambda: measure(logits_of(bits), labels, teacher),
+            lambda: jnp.zeros(()),  # places that are left over take no time
+        )
+
+    # lax.map, not vmap: a batch of kernels would turn every convolution into a grouped one.
+    return jax.lax.map(score_one, (places, configs))

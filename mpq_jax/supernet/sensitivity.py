@@ -1,22 +1,19 @@
-"""How much a layer minds its bits: instability of weights near bin edges, and Hessian traces."""
+"""Per-layer sensitivity to quantization: weights near bin edges, errors, Hessian traces."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import lsq
-from mpq_jax.quantizers.base import Quantizer
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Supernet, TrainableParams, kernels
 from mpq_jax.tasks import classification
 
 PROBES_PER_CALL = 4  # on two CPU cores, ResNet-8: per probe 5-15 % less work than one at a time
@@ -33,8 +30,8 @@ def instability(
 ) -> Float[Array, ""]:
     """Measures how many weights of one layer stand near a decision boundary, low bits first.
 
-    For each bit-width b, the share of weights whose distance to the code's centre exceeds
-    `(1 - proportion) / 2` steps, on the side of a neighbouring code, divided by b; the mean of it
+    For each bit-width b, the share of weights whose distance to the code's center exceeds
+    `(1 - proportion) / 2` steps, on the side of a neighboring code, divided by b; the mean of it
     over the allowed bit-widths. Weights beyond the outermost codes are clipped and never count.
 
     Args:
@@ -62,27 +59,24 @@ def instability(
     return jnp.sum(jnp.where(mask, shares, 0.0)) / jnp.sum(mask.astype(jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnames=("table", "quantizer"))
-def weight_errors(
-    table: LayerTable, learned: supernet.Learned, *, quantizer: Quantizer
-) -> Float[Array, "layers choices"]:
-    """Returns the squared error ||Q(W, b) - W||^2 of each kernel at each candidate.
+@functools.partial(jax.jit, static_argnums=0)
+def weight_errors(net: Supernet, trainable: TrainableParams) -> Float[Array, "layers choices"]:
+    """Computes the squared error ||Q(W, b) - W||^2 of each kernel at each candidate.
 
-    Candidates that a layer may not take, and kernels that stay float, have 0.
+    Candidates that a layer may not take, and float kernels, have 0.
 
     Args:
-        table: the layers.
-        learned: kernels and step sizes of a supernet.
-        quantizer: of the kernels.
+        net: the supernet.
+        trainable: its kernels and step sizes.
     """
-    quantised = supernet.quantise_kernels(table, learned, quantizer=quantizer)
+    table, quantized = net.table, net.quantize_kernels(trainable)
     errors = jnp.zeros((len(table), len(table.candidates)), jnp.float32)
     for index, (layer, w) in enumerate(
-        zip(table.layers, supernet.kernels(table, learned.params), strict=True)
+        zip(table.layers, kernels(table, trainable.params), strict=True)
     ):
         if not layer.float_weights:
             places = np.array([table.candidates.index(bits) for bits in layer.weight_candidates])
-            squares = jnp.square(quantised[layer.name] - w[None])
+            squares = jnp.square(quantized[layer.name] - w[None])
             errors = errors.at[index, places].set(jnp.sum(squares, axis=range(1, squares.ndim)))
     return errors
 
@@ -192,8 +186,7 @@ def _probe(loss_of, params, batch, key, first, *, count: int) -> Float[Array, "c
 
 
 def layer_traces(
-    model: nn.Module,
-    table: LayerTable,
+    net: Supernet,
     variables: dict,
     batches: Iterable[dict[str, Any]],
     key: Key[Array, ""],
@@ -206,13 +199,12 @@ def layer_traces(
     The loss is the mean cross-entropy in nats, without smoothing, of the model in evaluation mode
     (stored norm statistics, no dropout); so traces are in nats per squared unit of the weights.
     All other parameters are held constant. The average trace over a layer's weights is
-    `mean / layer.params`. Compiles once for each model, table and shape of the batches.
+    `mean / layer.params`. Compiles once per supernet and shape of the batches.
 
     Args:
-        model: the Linen model.
-        table: its layers.
+        net: the supernet; its quantizer is not used.
         variables: "params" and, where the model has norms, "batch_stats" of the float model.
-        batches: dicts of "image", normalised, and "label" [batch], all of one shape.
+        batches: dicts of "image", normalized, and "label" [batch], all of one shape.
         key: random key.
         probes: number of random vectors, at least 2; see `hessian_trace`.
         probes_per_call: how many are computed at once.
@@ -223,16 +215,16 @@ def layer_traces(
     References:
         Dong et al., HAWQ-V2, NeurIPS 2020, https://arxiv.org/abs/1911.03852.
     """
-    flat = linen.flatten(variables["params"])
-    kernels = tuple(flat.pop(f"{name}/kernel") for name in table.names)
+    flat = paths.flatten(variables["params"])
+    layer_kernels = tuple(flat.pop(f"{name}/kernel") for name in net.table.names)
 
     def with_constants() -> Iterator[_Inputs]:
         for batch in batches:
             yield _Inputs(flat, variables.get("batch_stats", {}), batch["image"], batch["label"])
 
     trace = hessian_trace(
-        _KernelLoss(model, table),
-        kernels,
+        _KernelLoss(net.model, net.table.names),
+        layer_kernels,
         with_constants(),
         key,
         probes=probes,
@@ -242,7 +234,7 @@ def layer_traces(
 
 
 class _Inputs(NamedTuple):
-    """What the loss of a model's kernels depends on besides them."""
+    """Inputs of the loss other than the kernels."""
 
     other_params: dict[str, Array]  # by path
     batch_stats: dict
@@ -252,17 +244,15 @@ class _Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _KernelLoss:
-    """The loss as a function of the kernels; equal for equal models, so that it compiles once."""
+    """Loss as a function of the kernels; equal for equal models, so that it compiles once."""
 
-    model: nn.Module
-    table: LayerTable
+    model: linen.Model
+    names: tuple[str, ...]  # of the layers
 
     def __call__(self, kernels: tuple[Array, ...], inputs: _Inputs) -> Float[Array, ""]:
-        named = {
-            f"{name}/kernel": kernel for name, kernel in zip(self.table.names, kernels, strict=True)
-        }
+        named = {f"{name}/kernel": kernel for name, kernel in zip(self.names, kernels, strict=True)}
         variables = {
-            "params": linen.unflatten(inputs.other_params | named),
+            "params": paths.unflatten(inputs.other_params | named),
             "batch_stats": inputs.batch_stats,
         }
         logits, _ = linen.forward(self.model, variables, inputs.images, train=False)

@@ -1,87 +1,92 @@
 """A supernet is a pure function around an ordinary Flax model.
 
-    variables --select(bits)--> plain variables + input quantisers --apply--> logits
+    state --select(bits)--> plain variables + input quantizers --forward--> logits
 
-All bit-widths share one set of kernels. `select` replaces each kernel by its quantised value and
-picks the BatchNorm rows that the bits name; `apply` calls the model, quantising the inputs of its
-layers on the way through `flax.linen.intercept_methods`. The model itself is never changed.
+All bit-widths share one set of kernels. `select` replaces each kernel by its quantized value and
+picks the BatchNorm rows that the bits name; `forward` calls the model and quantizes the inputs of
+its layers on the way. The model itself is never changed.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax.program import linen
+from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
+from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import Quantizer
+from mpq_jax.supernet import bits as bit_configs
+from mpq_jax.supernet import bn_banks, bn_recalibration
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 
 PyTree = Any
-IN, OUT = "input", "output"  # names under which arrays are recorded during a call
+INPUT, OUTPUT = "input", "output"  # names under which arrays are recorded during a call
 
 
-class Learned(NamedTuple):
-    """What the optimiser moves.
+class TrainableParams(NamedTuple):
+    """Parameters that the optimizer updates.
 
     Attributes:
-        params: the model's parameters; leaves of a switchable norm have leading row axes
-            (`table.norm_axes`), each in the order of `table.bank_bits`.
-        weight_steps: float32 [layers, choices], step size of each kernel at each candidate; of
-            quantisers with one step for all bits, the column of the highest is used.
-        act_steps: float32 [layers, choices], step size of each layer's input.
+        params: the model's parameters; leaves of a banked norm have leading row axes
+            (`table.bank_axes`), each in the order of `table.bank_bits`.
+        weight_step_sizes: float32 [layers, choices], step size of each kernel at each candidate;
+            quantizers with one step size for all bits use the column of the most bits.
+        act_step_sizes: float32 [layers, choices], step size of each layer's input.
     """
 
     params: PyTree
-    weight_steps: Any
-    act_steps: Any
+    weight_step_sizes: Any
+    act_step_sizes: Any
 
 
-class Variables(NamedTuple):
-    """Everything that a supernet is made of.
+class SupernetState(NamedTuple):
+    """All arrays of a supernet.
 
     Attributes:
-        learned: parameters and step sizes.
+        trainable: parameters and step sizes.
         batch_stats: the model's BatchNorm statistics, with row axes like the parameters.
         signed: bool [layers], whether the codes of a layer's input are signed.
     """
 
-    learned: Learned
+    trainable: TrainableParams
     batch_stats: PyTree
     signed: Bool[Array, " layers"]
 
 
-class Selected(NamedTuple):
-    """One subnet: plain variables of the model, and how to quantise the input of each layer.
+class Subnet(NamedTuple):
+    """One subnet: plain variables of the model, and the quantizers of its layers' inputs.
 
     Attributes:
-        params: parameters as the model expects them, kernels quantised.
+        params: parameters as the model expects them, kernels quantized.
         batch_stats: statistics as the model expects them.
-        act_steps: float32 [layers].
+        act_step_sizes: float32 [layers].
         act_bits: int32 [layers].
         signed: bool [layers].
     """
 
     params: PyTree
     batch_stats: PyTree
-    act_steps: Float[Array, " layers"]
+    act_step_sizes: Float[Array, " layers"]
     act_bits: Int[Array, " layers"]
     signed: Bool[Array, " layers"]
 
 
 class Output(NamedTuple):
-    """What `apply` returns.
+    """Result of `Supernet.forward`.
 
     Attributes:
         logits: float32 [batch, classes].
         batch_stats: the model's statistics after the call (unchanged in evaluation mode).
-        features: output of the norm after every layer with a choice (of the layer itself where it
-            has none), and of the module around that norm, by path.
-        records: everything that was recorded during the call (`linen.record`), by path and name.
+        features: outputs of the norm after every layer with a choice (of the layer itself where
+            it has no norm), and of the module around that norm, by path.
+        records: arrays that hooks recorded during the call, by path and name.
     """
 
     logits: Float[Array, "batch classes"]
@@ -90,438 +95,421 @@ class Output(NamedTuple):
     records: dict[str, Array]
 
 
-def init(
-    model: nn.Module,
-    table: LayerTable,
-    variables: PyTree,
-    images: Float[Array, "batch ..."],
-    *,
-    quantizer: Quantizer = lsq.QUANTIZER,
-) -> Variables:
-    """Builds a supernet from the variables of the float model, calibrating on some images.
+@dataclasses.dataclass(frozen=True)
+class Supernet:
+    """A model, its layer table and its quantizer, bound together; hashable.
 
-    Weight steps come from the kernels, input steps from one forward pass of the float model with
-    the batch's own BatchNorm statistics; every norm row is a copy of the float norm. Inputs of
-    which one value is negative on the calibration images get signed codes, unless a rule says
-    otherwise. Call it under `jax.jit` for large models; with a sharded batch the means are those
-    of the whole batch.
-
-    Args:
+    Attributes:
         model: the Linen model.
         table: its layers, from `trace_layers`.
-        variables: `{"params": ..., "batch_stats": ...}` of the float model.
-        images: normalised calibration images, at least one batch of training data.
-        quantizer: where the initial step sizes come from.
+        quantizer: quantizer of the kernels and of the layers' inputs.
     """
-    candidates = jnp.array(table.candidates, jnp.int32)
-    params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    inputs = _layer_inputs(model, table, variables, images)
-    signed = jnp.stack(
-        [
-            jnp.asarray(jnp.min(inputs[layer.name]) < 0 if layer.signed is None else layer.signed)
-            for layer in table.layers
+
+    model: linen.Model
+    table: LayerTable
+    _: dataclasses.KW_ONLY
+    quantizer: Quantizer
+
+    def init(self, variables: PyTree, inputs: Float[Array, "batch ..."]) -> SupernetState:
+        """Builds the state from the variables of the float model, calibrating on some inputs.
+
+        Weight step sizes come from the kernels, input step sizes from one forward pass of the
+        float model with the batch's own BatchNorm statistics; every norm row is a copy of the
+        float norm. Layer inputs with a negative value on the calibration inputs get signed codes,
+        unless a rule says otherwise. Call it under `jax.jit` for large models; with a sharded
+        batch, means are those of the whole batch.
+
+        Args:
+            variables: `{"params": ..., "batch_stats": ...}` of the float model.
+            inputs: normalized calibration images, at least one batch of training data.
+        """
+        table, quantizer = self.table, self.quantizer
+        candidates = jnp.array(table.candidates, jnp.int32)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        read = self._layer_inputs(variables, inputs)
+        signed = jnp.stack(
+            [
+                jnp.asarray(jnp.min(read[layer.name]) < 0 if layer.signed is None else layer.signed)
+                for layer in table.layers
+            ]
+        )
+        weight_step_sizes = [
+            jax.vmap(lambda bits, w=w: quantizer.weights.init_step(w, bits))(candidates)
+            for w in kernels(table, params)
         ]
-    )
-    weight_steps = [
-        jax.vmap(lambda bits, w=w: quantizer.weights.init_step(w, bits))(candidates)
-        for w in kernels(table, params)
-    ]
-    act_steps = [
-        jax.vmap(
-            lambda bits, x=inputs[layer.name], s=s: quantizer.acts.init_step(x, bits, signed=s)
-        )(candidates)
-        for layer, s in zip(table.layers, signed, strict=True)
-    ]
-    return Variables(
-        learned=Learned(_widen(table, params), jnp.stack(weight_steps), jnp.stack(act_steps)),
-        batch_stats=_widen(table, batch_stats),
-        signed=signed,
+        act_step_sizes = [
+            jax.vmap(
+                lambda bits, x=read[layer.name], s=s: quantizer.acts.init_step(x, bits, signed=s)
+            )(candidates)
+            for layer, s in zip(table.layers, signed, strict=True)
+        ]
+        return SupernetState(
+            trainable=TrainableParams(
+                bn_banks.tile(table, params),
+                jnp.stack(weight_step_sizes),
+                jnp.stack(act_step_sizes),
+            ),
+            batch_stats=bn_banks.tile(table, batch_stats),
+            signed=signed,
+        )
+
+    def sample(
+        self, key: Key[Array, ""], mask: Bool[AnyArray, "layers 2 choices"] | None = None
+    ) -> BitConfig:
+        """Draws the bits of every layer independently and uniformly; tied layers draw together.
+
+        Args:
+            key: random key; the same key gives the same configuration on every device.
+            mask: allowed choices, traced or not; None: all that the table allows.
+        """
+        allowed = self.table.mask if mask is None else mask
+        return self.table.apply_ties(bit_configs.sample(key, self.table.candidates, allowed))
+
+    def select(
+        self, state: SupernetState, bits: BitConfig, *, scale_step_gradient: bool = False
+    ) -> Subnet:
+        """Picks one subnet: quantizes the kernels, gathers the step sizes and the norm rows.
+
+        Differentiable: gradients reach the shared kernels and only the rows that `bits` name.
+
+        Args:
+            state: the supernet.
+            bits: one configuration, traced; it must be allowed by the table (`table.check`).
+            scale_step_gradient: whether the gradients of the weights' step sizes have LSQ's
+                scale, 1 / sqrt(weights * largest code).
+        """
+        weight_bits = jnp.asarray(bits.weights)
+        step_sizes = self.weight_step_sizes(state.trainable, weight_bits)
+
+        def quantized(index: int, w: Array) -> Array:
+            scale = lsq_grad_scale(w.size, weight_bits[index]) if scale_step_gradient else None
+            return self.quantizer.weights.fake_quant(
+                w,
+                step_sizes[index],
+                weight_bits[index],
+                max_bits=self.table.layers[index].max_bits,
+                grad_scale=scale,
+            )
+
+        return self._subnet(state, bits, quantized)
+
+    def quantize_kernels(self, trainable: TrainableParams) -> dict[str, Array]:
+        """Quantizes every kernel at all of its candidates, for `select_quantized`.
+
+        Returns:
+            Kernels in the order of the layer's candidates, by its path; float kernels are left
+            out.
+        """
+        stacked = {}
+        for index, (layer, w) in enumerate(
+            zip(self.table.layers, kernels(self.table, trainable.params), strict=True)
+        ):
+            if layer.float_weights:
+                continue
+            choices = []
+            for bits in layer.weight_candidates:
+                uniform = jnp.full((len(self.table),), bits, jnp.int32)
+                step_size = self.weight_step_sizes(trainable, uniform)[index]
+                choices.append(
+                    self.quantizer.weights.fake_quant(
+                        w, step_size, jnp.int32(bits), max_bits=layer.max_bits, grad_scale=None
+                    )
+                )
+            stacked[layer.name] = jnp.stack(choices)
+        return stacked
+
+    def select_quantized(
+        self, state: SupernetState, quantized: dict[str, Array], bits: BitConfig
+    ) -> Subnet:
+        """Picks one subnet like `select`, from the kernels of `quantize_kernels`.
+
+        For many subnets of one state; it has no gradient in kernels and step sizes.
+        """
+        weight_bits = jnp.asarray(bits.weights)
+
+        def chosen(index: int, w: Array) -> Array:
+            del w
+            layer = self.table.layers[index]
+            place = weight_bits[index] == jnp.array(layer.weight_candidates, jnp.int32)
+            return quantized[layer.name][jnp.argmax(place)]
+
+        return self._subnet(state, bits, chosen)
+
+    def _subnet(
+        self, state: SupernetState, bits: BitConfig, kernel_of: Callable[[int, Array], Array]
+    ) -> Subnet:
+        table, act_bits = self.table, jnp.asarray(bits.acts)
+        params = paths.flatten(bn_banks.gather(table, state.trainable.params, bits))
+        for index, layer in enumerate(table.layers):
+            if not layer.float_weights:
+                name = f"{layer.name}/kernel"
+                params[name] = kernel_of(index, params[name])
+        rows, columns = jnp.arange(len(table)), choice_index(table, act_bits)
+        return Subnet(
+            params=paths.unflatten(params),
+            batch_stats=bn_banks.gather(table, state.batch_stats, bits),
+            act_step_sizes=state.trainable.act_step_sizes[rows, columns],
+            act_bits=act_bits,
+            signed=state.signed,
+        )
+
+    def weight_step_sizes(
+        self, trainable: TrainableParams, weight_bits: Int[Array, " layers"]
+    ) -> Float[Array, " layers"]:
+        """Gathers the step size of each layer's kernel at some bits."""
+        columns = choice_index(self.table, self._bits_of_step_sizes(weight_bits))
+        return trainable.weight_step_sizes[jnp.arange(len(self.table)), columns]
+
+    def _bits_of_step_sizes(self, weight_bits: Array) -> Array:
+        """Finds the bits whose step sizes are used: each layer's own, or its most bits."""
+        if not self.quantizer.weights.shared_step_size:
+            return weight_bits
+        max_bits = jnp.array([layer.max_bits for layer in self.table.layers], jnp.int32)
+        return jnp.broadcast_to(max_bits, weight_bits.shape)
+
+    def forward(
+        self,
+        subnet: Subnet,
+        inputs: Float[Array, "batch ..."],
+        *,
+        train: bool,
+        scale_step_gradient: bool = False,
+        dropout_key: Key[Array, ""] | None = None,
+        shard: BatchShard = WHOLE_BATCH,
+        hook: linen.Hook | None = None,
+    ) -> Output:
+        """Calls the model as a subnet.
+
+        Layer inputs are quantized in float32, whatever dtype the model computes in, and handed on
+        in their own dtype; so gradients of step sizes are float32.
+
+        Args:
+            subnet: a subnet, from `select`.
+            inputs: normalized images.
+            train: training mode: norms use the statistics of this batch and update their rows.
+            scale_step_gradient: whether the gradients of the inputs' step sizes have LSQ's scale.
+            dropout_key: random key of the model's dropout layers; None: no dropout.
+            shard: share of the batch that `inputs` are.
+            hook: runs inside every module call, after the input is quantized; it may record.
+        """
+        table = self.table
+        place = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
+        around_norms = {paths.parent(norm) for norm in table.searchable_norms} - {""}
+        watched = set(table.features) | around_norms
+
+        def quantized_input(index: int, x: Array) -> Array:
+            bits, signed = subnet.act_bits[index], subnet.signed[index]
+            size = x.size * shard.shares
+            scale = lsq_grad_scale(size, bits, signed=signed) if scale_step_gradient else None
+            return self.quantizer.acts.fake_quant(
+                x.astype(jnp.float32),
+                subnet.act_step_sizes[index],
+                bits,
+                signed=signed,
+                grad_scale=scale,
+            ).astype(x.dtype)
+
+        def quantize(call: linen.ModuleCall) -> Any:
+            if dropout_key is None and linen.silence_dropout(call):
+                return call.x
+            path = call.path
+            if path in place and isinstance(call.module, linen.LAYERS):
+                out = call.run_with(quantized_input(place[path], call.x))
+            else:
+                out = call.run()
+            if path in watched:
+                call.record(OUTPUT, out)
+            return out
+
+        with linen.intercept(hook or linen.ModuleCall.run), linen.intercept(quantize):
+            logits, batch_stats, records = linen.recorded_forward(
+                self.model,
+                {"params": subnet.params, "batch_stats": subnet.batch_stats},
+                inputs,
+                train=train,
+                dropout_key=dropout_key,
+                shard=shard,
+            )
+        return Output(logits, batch_stats, linen.named_records(records, OUTPUT), records)
+
+    def apply(
+        self, state: SupernetState, bits: BitConfig, inputs: Any
+    ) -> Float[Array, "batch classes"]:
+        """Computes the model's logits at one configuration, in evaluation mode; traceable."""
+        return self.forward(self.select(state, bits), inputs, train=False).logits
+
+    def predict(
+        self, state: SupernetState, bits: BitConfig, inputs: Any
+    ) -> Float[Array, "batch classes"]:
+        """Computes `apply` by a compiled program; one program serves all bits.
+
+        Raises:
+            ValueError: the table does not allow the bits.
+        """
+        self.table.check(bits)
+        return _apply(self, state, bits, inputs)
+
+    def recalibrate(
+        self, state: SupernetState, bits: BitConfig, batches: Float[Array, "batches batch ..."]
+    ) -> SupernetState:
+        """Re-estimates the BatchNorm statistics of one configuration.
+
+        Every batch is normalized by its own statistics, as in training. Means and variances are
+        merged exactly over the batches (law of total variance), so the result is that of one
+        large batch, however the images are spread over devices. Rows of other bits stay, and the
+        old statistics do not enter the new ones.
+
+        Args:
+            state: the supernet.
+            bits: the configuration.
+            batches: normalized training images (RFQuant takes about 7,000).
+        """
+        return _recalibrate(self, state, bits, batches)
+
+    def norm_statistics(self, subnet: Subnet, batches: Float[Array, "batches batch ..."]) -> PyTree:
+        """Estimates the statistics of all norms of a subnet on some images; see `recalibrate`."""
+
+        def moments(batch) -> dict[str, Array]:
+            hook = bn_recalibration.record_moments
+            out = self.forward(subnet, batch, train=True, hook=hook)
+            return linen.named_records(out.records, bn_recalibration.MOMENTS)
+
+        return bn_recalibration.merge(subnet.batch_stats, jax.lax.map(moments, batches))
+
+    def score(
+        self,
+        state: SupernetState,
+        configs: BitConfig,
+        inputs: Float[Array, "batch ..."],
+        labels: Int[Array, " batch"],
+        *,
+        metric: str = "kl",
+        norms: str = "batch",
+        calibration: Float[Array, "batches batch ..."] | None = None,
+    ) -> Float[Array, " configs"]:
+        """Scores many configurations in one compiled program; smaller is better.
+
+        Args:
+            state: the supernet.
+            configs: configurations, [configs, layers].
+            inputs: normalized images.
+            labels: their classes.
+            metric: a key of `scoring.METRICS`: "kl", "loss" or "error".
+            norms: source of the norm statistics, see `scoring.make_score`.
+            calibration: training images for `norms="recalibrated"`.
+        """
+        from mpq_jax.supernet import scoring  # scoring builds on this module
+
+        score = scoring.make_score(self, state, metric=metric, norms=norms, calibration=calibration)
+        return score(configs, inputs, labels)
+
+    def float_variables(self, state: SupernetState, bits: BitConfig) -> PyTree:
+        """Takes out the float model: its kernels, and the norm rows that the bits name.
+
+        The state may have fewer row axes than the table asks for, see `bn_banks.expand`.
+        """
+        full = expand_bn_banks(self.table, state)
+        return {
+            "params": bn_banks.gather(self.table, full.trainable.params, bits),
+            "batch_stats": bn_banks.gather(self.table, full.batch_stats, bits),
+        }
+
+    def update_mask(self, params: PyTree, configs: BitConfig) -> TrainableParams:
+        """Marks what some configurations use, for optimizers that must leave the rest alone.
+
+        Args:
+            params: the supernet's parameters, for their structure.
+            configs: configurations, [configs, layers].
+
+        Returns:
+            Booleans: one per row for leaves of a banked norm, [layers, choices] for step sizes,
+            scalar True for all other parameters.
+        """
+        configs = BitConfig(jnp.asarray(configs.weights), jnp.asarray(configs.acts))
+        candidates = jnp.array(self.table.candidates, jnp.int32)
+        used = bn_banks.update_mask(self.table, configs)
+
+        def used_step_sizes(bits: Array, is_float: list[bool]) -> Bool[Array, "layers choices"]:
+            chosen = jnp.any(bits[:, :, None] == candidates[None, None], axis=0)
+            return chosen & ~jnp.array(is_float)[:, None]
+
+        return TrainableParams(
+            params=paths.map_leaves(
+                params, lambda path, _: used.get(paths.parent(path), jnp.array(True))
+            ),
+            weight_step_sizes=used_step_sizes(
+                self._bits_of_step_sizes(configs.weights),
+                [layer.float_weights for layer in self.table.layers],
+            ),
+            act_step_sizes=used_step_sizes(
+                configs.acts, [layer.float_acts for layer in self.table.layers]
+            ),
+        )
+
+    def _layer_inputs(self, variables: PyTree, inputs: Array) -> dict[str, Array]:
+        """Records the input of every layer in one training-mode pass of the float model."""
+        names = set(self.table.names)
+
+        def record(call: linen.ModuleCall) -> Any:
+            if call.path in names:
+                call.record(INPUT, call.x.astype(jnp.float32))
+            return call.run()
+
+        with linen.intercept(record):
+            _, _, records = linen.recorded_forward(
+                self.model, variables, inputs, train=True, dropout_key=jax.random.key(0)
+            )
+        return linen.named_records(records, INPUT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(net: Supernet, state: SupernetState, bits: BitConfig, inputs: Any) -> Array:
+    return net.apply(state, bits, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _recalibrate(
+    net: Supernet, state: SupernetState, bits: BitConfig, batches: Array
+) -> SupernetState:
+    statistics = net.norm_statistics(net.select(state, bits), batches)
+    return state._replace(
+        batch_stats=bn_banks.scatter(net.table, state.batch_stats, bits, statistics)
     )
 
 
 def kernels(table: LayerTable, params: PyTree) -> list[Array]:
-    """Returns the kernel of every layer of the table, in its order."""
-    flat = linen.flatten(params)
+    """Lists the kernel of every layer of the table, in its order."""
+    flat = paths.flatten(params)
     return [flat[f"{layer.name}/kernel"] for layer in table.layers]
 
 
 def choice_index(table: LayerTable, bits: Int[Array, " layers"]) -> Int[Array, " layers"]:
-    """Returns where each layer's bits stand in `table.candidates`."""
+    """Finds the position of each layer's bits in `table.candidates`."""
     return jnp.argmax(bits[:, None] == jnp.array(table.candidates, jnp.int32)[None], axis=1)
-
-
-def select(
-    table: LayerTable,
-    variables: Variables,
-    bits: BitConfig,
-    *,
-    quantizer: Quantizer = lsq.QUANTIZER,
-    scale_step_gradient: bool = False,
-) -> Selected:
-    """Picks one subnet: quantises the kernels, gathers the step sizes and the norm rows.
-
-    Differentiable: gradients reach the shared kernels and only the rows that `bits` name.
-
-    Args:
-        table: the model's layers.
-        variables: the supernet.
-        bits: one configuration, traced; it must be allowed by the table (`table.check`).
-        quantizer: how the kernels are quantised.
-        scale_step_gradient: LSQ's gradient scale 1 / sqrt(weights * largest code) for the
-            weights' step sizes.
-    """
-    weight_bits, learned = jnp.asarray(bits.weights), variables.learned
-    weight_steps = chosen_weight_steps(table, learned, weight_bits, quantizer=quantizer)
-
-    def quantised(index: int, w: Array) -> Array:
-        scale = lsq_grad_scale(w.size, weight_bits[index]) if scale_step_gradient else None
-        return quantizer.weights.fake_quant(
-            w,
-            weight_steps[index],
-            weight_bits[index],
-            highest=table.layers[index].highest,
-            grad_scale=scale,
-        )
-
-    return _selected(table, variables, bits, quantised)
-
-
-def quantise_kernels(
-    table: LayerTable, learned: Learned, *, quantizer: Quantizer
-) -> dict[str, Array]:
-    """Quantises every kernel at all of its candidates, for `select_quantised`.
-
-    Returns:
-        Kernels in the order of the layer's candidates, by its path; those that stay float are
-        left out.
-    """
-    made = {}
-    kept = kernels(table, learned.params)
-    for index, layer in enumerate(table.layers):
-        if layer.float_weights:
-            continue
-        choices = []
-        for bits in layer.weight_candidates:
-            uniform = jnp.full((len(table),), bits, jnp.int32)
-            step = chosen_weight_steps(table, learned, uniform, quantizer=quantizer)[index]
-            choices.append(
-                quantizer.weights.fake_quant(
-                    kept[index], step, jnp.int32(bits), highest=layer.highest, grad_scale=None
-                )
-            )
-        made[layer.name] = jnp.stack(choices)
-    return made
-
-
-def select_quantised(
-    table: LayerTable, variables: Variables, quantised: dict[str, Array], bits: BitConfig
-) -> Selected:
-    """Picks one subnet like `select`, from kernels that `quantise_kernels` made before.
-
-    For many subnets of the same supernet; it takes no derivatives in kernels and steps.
-    """
-    weight_bits = jnp.asarray(bits.weights)
-
-    def chosen(index: int, w: Array) -> Array:
-        del w
-        layer = table.layers[index]
-        place = weight_bits[index] == jnp.array(layer.weight_candidates, jnp.int32)
-        return quantised[layer.name][jnp.argmax(place)]
-
-    return _selected(table, variables, bits, chosen)
-
-
-def _selected(
-    table: LayerTable,
-    variables: Variables,
-    bits: BitConfig,
-    kernel_of: Callable[[int, Array], Array],
-) -> Selected:
-    act_bits, learned = jnp.asarray(bits.acts), variables.learned
-    params = linen.flatten(_narrow(table, learned.params, bits))
-    for index, layer in enumerate(table.layers):
-        if not layer.float_weights:
-            name = f"{layer.name}/kernel"
-            params[name] = kernel_of(index, params[name])
-    return Selected(
-        params=linen.unflatten(params),
-        batch_stats=_narrow(table, variables.batch_stats, bits),
-        act_steps=learned.act_steps[jnp.arange(len(table)), choice_index(table, act_bits)],
-        act_bits=act_bits,
-        signed=variables.signed,
-    )
-
-
-def chosen_weight_steps(
-    table: LayerTable,
-    learned: Learned,
-    weight_bits: Int[Array, " layers"],
-    *,
-    quantizer: Quantizer,
-) -> Float[Array, " layers"]:
-    """Returns the step size that each layer's weight quantiser works with at some bits."""
-    served = _bits_of_steps(table, weight_bits, quantizer)
-    return learned.weight_steps[jnp.arange(len(table)), choice_index(table, served)]
-
-
-def _bits_of_steps(table: LayerTable, weight_bits: Array, quantizer: Quantizer) -> Array:
-    """Returns the bits under which the step sizes are kept: each layer's own, or its highest."""
-    if not quantizer.weights.one_step:
-        return weight_bits
-    highest = jnp.array([layer.highest for layer in table.layers], jnp.int32)
-    return jnp.broadcast_to(highest, weight_bits.shape)
 
 
 def lsq_grad_scale(
     size: int, bits: Int[Array, ""], *, signed: bool | Bool[Array, ""] = True
 ) -> Float[Array, ""]:
-    """Returns LSQ's gradient scale, 1 / sqrt(size * largest code) (section 2.2 of the paper)."""
+    """Computes LSQ's gradient scale, 1 / sqrt(size * largest code) (section 2.2 of the paper)."""
     _, high = lsq.code_range(bits, signed=signed)
     return jax.lax.rsqrt(size * high)
 
 
-def apply(
-    model: nn.Module,
-    table: LayerTable,
-    selected: Selected,
-    images: Float[Array, "batch ..."],
-    *,
-    train: bool,
-    quantizer: Quantizer = lsq.QUANTIZER,
-    scale_step_gradient: bool = False,
-    dropout_key: Key[Array, ""] | None = None,
-    part: linen.Part = linen.WHOLE,
-) -> Output:
-    """Calls the model as the selected subnet.
-
-    Inputs are quantised in float32, whatever type the model computes in, and handed on in the type
-    that they came in; so gradients of step sizes are float32.
-
-    Args:
-        model: the Linen model.
-        table: its layers.
-        selected: from `select`.
-        images: normalised images.
-        train: training mode: norms use the statistics of this batch and update their rows.
-        quantizer: how the inputs of the layers are quantised.
-        scale_step_gradient: LSQ's gradient scale for the inputs' step sizes.
-        dropout_key: random key of the model's dropout layers; None: they let everything through.
-        part: what part of the batch `images` are.
-    """
-    position = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
-    around_norms = {linen.module_of(norm) for norm in table.chosen_norms} - {""}
-    watched = set(table.features) | around_norms
-
-    def intercept(next_call, args, kwargs, context):
-        if context.method_name != "__call__":
-            return next_call(*args, **kwargs)
-        name = linen.path_name(context.module)
-        if isinstance(context.module, nn.Dropout) and dropout_key is None:
-            return linen.input_of(args, kwargs)
-        if isinstance(context.module, nn.MultiHeadDotProductAttention) and dropout_key is None:
-            # Its dropout is no module. It was made for this call alone; Linen freezes it.
-            object.__setattr__(context.module, "dropout_rate", 0.0)
-        if name in position and isinstance(context.module, linen.LAYERS):
-            i = position[name]
-            bits, signed = selected.act_bits[i], selected.signed[i]
-            x = linen.input_of(args, kwargs)
-            size = x.size * part.number
-            scale = lsq_grad_scale(size, bits, signed=signed) if scale_step_gradient else None
-            quantised = quantizer.acts.fake_quant(
-                x.astype(jnp.float32), selected.act_steps[i], bits, signed=signed, grad_scale=scale
-            )
-            args, kwargs = linen.with_input(args, kwargs, quantised.astype(x.dtype))
-        out = next_call(*args, **kwargs)
-        if name in watched:
-            linen.record(context.module, OUT, out)
-        return out
-
-    with nn.intercept_methods(intercept):
-        logits, batch_stats, records = linen.recorded_forward(
-            model,
-            {"params": selected.params, "batch_stats": selected.batch_stats},
-            images,
-            train=train,
-            dropout_key=dropout_key,
-            part=part,
-        )
-    return Output(logits, batch_stats, linen.named(records, OUT), records)
-
-
-def predict(
-    model: nn.Module,
-    table: LayerTable,
-    variables: Any,
-    bits: BitConfig | None,
-    images: Any,
-    *,
-    quantizer: Quantizer,
-) -> Float[Array, "batch classes"]:
-    """Returns the logits of one configuration in evaluation mode; `bits` may not be None."""
-    if bits is None:
-        raise ValueError("a supernet needs to be told its bits")
-    selected = select(table, variables, bits, quantizer=quantizer)
-    return apply(model, table, selected, images, train=False, quantizer=quantizer).logits
-
-
-def with_positive_steps(learned: Learned, *, least: float = lsq.MIN_STEP_SIZE) -> Learned:
-    """Returns what an update left, with step sizes that no learning rate can have made negative."""
-    return learned._replace(
-        weight_steps=jnp.maximum(learned.weight_steps, least),
-        act_steps=jnp.maximum(learned.act_steps, least),
+def clip_step_sizes(
+    trainable: TrainableParams, *, least: float = lsq.MIN_STEP_SIZE
+) -> TrainableParams:
+    """Bounds step sizes from below, so that no update can make one negative."""
+    return trainable._replace(
+        weight_step_sizes=jnp.maximum(trainable.weight_step_sizes, least),
+        act_step_sizes=jnp.maximum(trainable.act_step_sizes, least),
     )
 
 
-def scatter_batch_stats(
-    table: LayerTable, banked: PyTree, bits: BitConfig, plain: PyTree
-) -> PyTree:
-    """Writes a subnet's statistics back into the rows that its bits name; other rows stay."""
-    rows = _bank_rows(table, bits)
-    flat = linen.flatten(plain)
-    return linen.map_leaves(
-        banked,
-        lambda name, leaf: (
-            leaf.at[rows[norm]].set(flat[name])
-            if (norm := linen.module_of(name)) in rows
-            else flat[name]
-        ),
-    )
-
-
-def plain(table: LayerTable, variables: Variables, bits: BitConfig) -> PyTree:
-    """Returns the float model inside a supernet: its kernels, and the norm rows that bits name.
-
-    The variables may have fewer row axes than the table asks for, see `with_rows_of`.
-    """
-    full = with_rows_of(table, variables)
-    return {
-        "params": _narrow(table, full.learned.params, bits),
-        "batch_stats": _narrow(table, full.batch_stats, bits),
-    }
-
-
-def with_rows_of(table: LayerTable, variables: Variables) -> Variables:
-    """Repeats norm rows until they have all row axes of the table.
-
-    So a network with norms per precision becomes one with norms per pair of precisions, whose
-    rows all start as those of the layer's own precision.
-
-    Args:
-        table: the layers; the first of its row axes are those of the variables.
-        variables: a supernet.
-    """
-    axes, rows = len(table.norm_axes), len(table.bank_bits)
-
-    def repeat(name: str, leaf: Array) -> Array:
-        if linen.module_of(name) not in table.bank_norms:
-            return leaf
-        *held, channels = leaf.shape  # every leaf of a norm is one number per channel
-        if held != [rows] * len(held) or len(held) > axes:
-            raise ValueError(
-                f"{name!r} has rows {held}; wanted at most {axes} axes of {rows} rows, one for "
-                f"each of the bits {table.bank_bits}"
-            )
-        missing = (1,) * (axes - len(held))
-        return jnp.broadcast_to(
-            leaf.reshape(*held, *missing, channels), (rows,) * axes + (channels,)
-        )
-
-    learned = variables.learned
-    return variables._replace(
-        learned=learned._replace(params=linen.map_leaves(learned.params, repeat)),
-        batch_stats=linen.map_leaves(variables.batch_stats, repeat),
-    )
-
-
-def used_rows(
-    table: LayerTable,
-    params: PyTree,
-    configs: BitConfig,
-    *,
-    quantizer: Quantizer = lsq.QUANTIZER,
-) -> Learned:
-    """Marks what some configurations use, for optimisers that must leave the rest alone.
-
-    Args:
-        table: the model's layers.
-        params: the supernet's parameters, for their structure.
-        configs: configurations with one leading axis.
-        quantizer: of the kernels; says which step sizes serve which bits.
-
-    Returns:
-        Booleans: one per row for leaves of a switchable norm, [layers, choices] for step sizes,
-        scalar True for all other parameters.
-    """
-    configs = BitConfig(jnp.asarray(configs.weights), jnp.asarray(configs.acts))
-    candidates = jnp.array(table.candidates, jnp.int32)
-    unused = jnp.zeros((len(table.bank_bits),) * len(table.norm_axes), bool)
-    rows = jax.vmap(lambda bits: _bank_rows(table, bits))(configs)
-    used = {norm: unused.at[row].set(True) for norm, row in rows.items()}
-
-    def used_steps(bits: Array, is_float: list[bool]) -> Bool[Array, "layers choices"]:
-        chosen = jnp.any(bits[:, :, None] == candidates[None, None], axis=0)
-        return chosen & ~jnp.array(is_float)[:, None]
-
-    return Learned(
-        params=linen.map_leaves(
-            params, lambda name, _: used.get(linen.module_of(name), jnp.array(True))
-        ),
-        weight_steps=used_steps(
-            _bits_of_steps(table, configs.weights, quantizer),
-            [layer.float_weights for layer in table.layers],
-        ),
-        act_steps=used_steps(configs.acts, [layer.float_acts for layer in table.layers]),
-    )
-
-
-def _layer_inputs(model, table, variables, images) -> dict[str, Array]:
-    names = set(table.names)
-
-    def intercept(next_call, args, kwargs, context):
-        name = linen.path_name(context.module)
-        if context.method_name == "__call__" and name in names:
-            x = linen.input_of(args, kwargs)
-            linen.record(context.module, IN, x.astype(jnp.float32))
-        return next_call(*args, **kwargs)
-
-    with nn.intercept_methods(intercept):
-        _, _, records = linen.recorded_forward(
-            model, variables, images, train=True, dropout_key=jax.random.key(0)
-        )
-    return linen.named(records, IN)
-
-
-def _bank_rows(table: LayerTable, bits: BitConfig) -> dict[str, tuple[Array, ...]]:
-    """Returns for each switchable norm the indices of the row that the bits name."""
-    bank_bits = jnp.array(table.bank_bits, jnp.int32)
-    weights, acts = jnp.asarray(bits.weights), jnp.asarray(bits.acts)
-
-    def naming(axis: str, layer: int) -> Array:
-        if axis == "acts":
-            return acts[layer]
-        return weights[table.previous[layer] if axis == "previous" else layer]
-
-    return {
-        norm: tuple(jnp.argmax(naming(axis, layer) == bank_bits) for axis in table.norm_axes)
-        for norm, layer in table.bank_norms.items()
-    }
-
-
-def _widen(table: LayerTable, tree: PyTree) -> PyTree:
-    rows = (len(table.bank_bits),) * len(table.norm_axes)
-    return linen.map_leaves(
-        tree,
-        lambda name, leaf: (
-            jnp.broadcast_to(leaf, (*rows, *leaf.shape))
-            if linen.module_of(name) in table.bank_norms
-            else leaf
-        ),
-    )
-
-
-def _narrow(table: LayerTable, tree: PyTree, bits: BitConfig) -> PyTree:
-    rows = _bank_rows(table, bits)
-    return linen.map_leaves(
-        tree,
-        lambda name, leaf: leaf[rows[norm]] if (norm := linen.module_of(name)) in rows else leaf,
+def expand_bn_banks(table: LayerTable, state: SupernetState) -> SupernetState:
+    """Repeats norm rows until they have all row axes of the table; see `bn_banks.expand`."""
+    params = bn_banks.expand(table, state.trainable.params)
+    return state._replace(
+        trainable=state.trainable._replace(params=params),
+        batch_stats=bn_banks.expand(table, state.batch_stats),
     )

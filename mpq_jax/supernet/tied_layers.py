@@ -1,7 +1,8 @@
-"""Ties between bits: entries of a configuration that always change together.
+"""Tied layers: slots of a configuration that always have equal bits.
 
-A tied table says so by itself: its mask has only choices that all tied entries may take, sampling
-and searches follow the first entry of each group, and costs know no other pairs.
+A slot is the weights or the input of one layer. The ties are part of the table: its mask has only
+choices that all slots of a group may take, sampling and searches move the first slot of each group
+and the others with it, and cost tables hold no other pairs.
 """
 
 import dataclasses
@@ -10,13 +11,13 @@ from collections.abc import Iterable, Sequence
 
 from mpq_jax.supernet.layer_table import LayerTable
 
-KINDS = ("weights", "acts")  # the two entries of a layer, 2 * layer and 2 * layer + 1
+KINDS = ("weights", "acts")  # the two slots of a layer, 2 * layer and 2 * layer + 1
 
 
 def tie_acts_to_weights(table: LayerTable) -> LayerTable:
-    """Returns the layers with the same bits for weights and input, where both have a choice.
+    """Ties the weights of each layer to its input, where both have a choice.
 
-    Methods that train equal bits have seen no others.
+    For methods that train equal bits only.
 
     Raises:
         ValueError: a layer has no bits in common.
@@ -25,11 +26,11 @@ def tie_acts_to_weights(table: LayerTable) -> LayerTable:
 
 
 def tie_matching(table: LayerTable, patterns: Sequence[str]) -> LayerTable:
-    """Returns the layers with groups whose weights have the same bits, and whose inputs have.
+    """Ties the weights of each group of layers to each other, and their inputs likewise.
 
     Args:
         table: the layers.
-        patterns: regular expressions, one for each group, searched in the layers' paths.
+        patterns: regular expressions, one per group, searched in the layers' paths.
 
     Raises:
         ValueError: a pattern is malformed or ties nothing, or a group has no bits in common.
@@ -39,7 +40,7 @@ def tie_matching(table: LayerTable, patterns: Sequence[str]) -> LayerTable:
         try:
             found = [i for i, name in enumerate(table.names) if re.search(pattern, name)]
         except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         both = [tuple(2 * i + kind for i in found) for kind in range(2)]
         if all(len(_with_choice(table, group)) < 2 for group in both):
             raise ValueError(
@@ -51,39 +52,41 @@ def tie_matching(table: LayerTable, patterns: Sequence[str]) -> LayerTable:
 
 
 def tie_shared_inputs(table: LayerTable) -> LayerTable:
-    """Returns the layers with the same bits for inputs that are one and the same array.
+    """Ties the inputs of layers that read the same array.
 
-    So the array has to be quantised only once, as for a block's first convolution and shortcut.
+    So the array is quantized only once, as for a block's first convolution and shortcut.
 
     Raises:
         ValueError: such layers have no bits for their inputs in common.
     """
     readers: dict[int, list[int]] = {}
     for index, layer in enumerate(table.layers):
-        first = index if layer.reads_with is None else layer.reads_with
+        first = index if layer.shares_input_with is None else layer.shares_input_with
         readers.setdefault(first, []).append(2 * index + 1)
-    return _tied(table, [tuple(entries) for entries in readers.values()])
+    return _tied(table, [tuple(slots) for slots in readers.values()])
 
 
-def _with_choice(table: LayerTable, entries: Iterable[int]) -> list[int]:
-    """Returns the entries that have a choice; those of a float tensor are only bills."""
-    return [entry for entry in entries if len(table.candidates_of(entry)) > 1]
+def _with_choice(table: LayerTable, slots: Iterable[int]) -> list[int]:
+    """Drops slots without a choice; a float tensor's bit-width only enters the cost."""
+    return [slot for slot in slots if len(table.candidates_of(slot)) > 1]
 
 
 def _tied(table: LayerTable, groups: Iterable[tuple[int, ...]]) -> LayerTable:
-    """Returns the table with further ties; groups that meet become one."""
-    merged = [set(group) for group in table.ties]
+    """Adds groups to a table; groups that share a slot are merged."""
+    merged = [set(group) for group in table.tied_groups]
     for group in groups:
         new = set(_with_choice(table, group))
         met = [one for one in merged if one & new]
         merged = [one for one in merged if not one & new]
         merged.append(new.union(*met))
-    ties = sorted(tuple(sorted(group)) for group in merged if len(group) > 1)
-    for group in ties:
-        if not set.intersection(*(set(table.candidates_of(entry)) for entry in group)):
+    tied_groups = sorted(tuple(sorted(group)) for group in merged if len(group) > 1)
+    for group in tied_groups:
+        if not set.intersection(*(set(table.candidates_of(slot)) for slot in group)):
             named = "; ".join(
-                f"{KINDS[entry % 2]} of {table.names[entry // 2]} {table.candidates_of(entry)}"
-                for entry in group
+                f"{KINDS[slot % 2]} of {table.names[slot // 2]} {table.candidates_of(slot)}"
+                for slot in group
             )
-            raise ValueError(f"bits that should be tied have none in common: {named}")
-    return dataclasses.replace(table, ties=tuple(ties))
+            raise ValueError(
+                f"tied bits have no candidate in common: {named}; change the rules or the groups"
+            )
+    return dataclasses.replace(table, tied_groups=tuple(tied_groups))

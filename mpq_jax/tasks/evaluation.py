@@ -9,8 +9,6 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from mpq_jax.supernet.bits import BitConfig
-
 PyTree = Any
 Name = TypeVar("Name")
 
@@ -30,9 +28,9 @@ class Score(NamedTuple):
 
 
 def make_evaluate(
-    predict: Callable[[PyTree, BitConfig | None, Array], Array],
+    predict: Callable[[PyTree, Any, Array], Array],
     normalize: Callable[[Array], Array],
-) -> Callable[[PyTree, BitConfig | None, Iterable[Mapping[str, Any]]], Score]:
+) -> Callable[[PyTree, Any, Iterable[Mapping[str, Any]]], Score]:
     """Returns `evaluate(variables, bits, batches) -> Score`; no bits ever recompile it.
 
     Args:
@@ -48,11 +46,9 @@ def make_evaluate(
 
 
 def make_evaluate_all(
-    predict: Callable[[PyTree, BitConfig | None, Array], Array],
+    predict: Callable[[PyTree, Any, Array], Array],
     normalize: Callable[[Array], Array],
-) -> Callable[
-    [PyTree, Mapping[Name, BitConfig | None], Iterable[Mapping[str, Any]]], dict[Name, Score]
-]:
+) -> Callable[[PyTree, Mapping[Name, Any], Iterable[Mapping[str, Any]]], dict[Name, Score]]:
     """Returns `evaluate(variables, configs, batches) -> scores`, both by the configurations' names.
 
     The batches are read once for all configurations. Arguments as in `make_evaluate`.

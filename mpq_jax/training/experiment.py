@@ -7,19 +7,19 @@ holds. Its keys are those of `configs/default.py`.
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mpq_jax import data
 from mpq_jax.methods import METHODS, Method, make_options
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models import make_model, user_models
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.parallel.grad_accumulation import Parts
+from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program import linen
 from mpq_jax.supernet import tied_layers
-from mpq_jax.supernet.layer_table import FIRST_LAST, LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST, Rule, bit_rules
 
 COUNTS = ("epochs", "batch_size", "grad_accum_steps", "log_every", "calibration_batches")
 LAYER_DEFAULTS = {"dtype": "float32", "remat": False}  # which a user's own model need not know
@@ -42,10 +42,10 @@ class Experiment(NamedTuple):
 
     dataset: data.Dataset
     mesh: jax.sharding.Mesh
-    model: nn.Module
+    model: linen.Model
     table: LayerTable
     method: Method
-    run: Run
+    run: TrainingInfo
     normalize: Callable[[jax.Array], jax.Array]
 
 
@@ -80,8 +80,8 @@ def build(config: Config) -> Experiment:
     def images() -> jax.Array:
         return recalibration_images(config, dataset, mesh, prepare)
 
-    parts = Parts(mesh, config["grad_accum_steps"])
-    run = Run(config["epochs"], dataset.steps_per_epoch, prepare, images, parts)
+    partition = BatchPartition(mesh, config["grad_accum_steps"])
+    run = TrainingInfo(config["epochs"], dataset.steps_per_epoch, prepare, images, partition)
     method = METHODS[config["method"]].make(model, table, options, run)
     return Experiment(dataset, mesh, model, method.table, method, run, normalize)
 
@@ -104,7 +104,7 @@ def check_batch_size(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def make_configured_model(model: Config, *, num_classes: int) -> nn.Module:
+def make_configured_model(model: Config, *, num_classes: int) -> linen.Model:
     """Makes the model that config.model names: one of `MODELS`, or a user's own class."""
     layer_options = {name: model[name] for name in LAYER_DEFAULTS}
     options = dict(model["options"])

@@ -53,7 +53,7 @@ def load_start(experiment: Experiment, method: Method, config: Config) -> tuple[
     wanted = jax.eval_shape(lambda: fresh_variables(experiment, jax.random.key(0)))
     try:
         saved, origin = read_start(experiment, config)
-        start = method.read(with_fitting_head(experiment, config, saved), wanted)
+        start = method.load_warm_start(with_fitting_head(experiment, config, saved), wanted)
     except ValueError as error:
         raise ValueError(f"config.init_from is {config['init_from']!r}: {error}") from error
     return mesh.replicate(start, experiment.mesh), origin
@@ -113,25 +113,25 @@ def _classes(params: dict[str, Any]) -> int | None:
 def check_start(config: Config) -> None:
     """Raises ValueError if config.init_from is a run whose bits mean something else here."""
     family = METHODS[config["method"]]
-    if family.successor_of is None:
+    if family.warm_starts_from is None:
         return
     place = config["init_from"]
     if not place:
         raise ValueError(
             f"config.init_from is empty, but {config['method']} starts from a finished run of "
-            f"{family.successor_of} (or a float run, for a try)"
+            f"{family.warm_starts_from} (or a float run, for a try)"
         )
     path = pathlib.Path(place) / config_record.FILE
     method = json.loads(path.read_text()).get("method") if path.exists() else None
     if method in (None, "plain"):
         return  # reading its variables tells the rest
-    if method != family.successor_of:
+    if method != family.warm_starts_from:
         raise ValueError(
             f"config.init_from is {place!r}, a run of {method}; wanted one of "
-            f"{family.successor_of}, or a float run"
+            f"{family.warm_starts_from}, or a float run"
         )
     theirs = config_record.read(path.parent)
-    changed = _changed_options(config, theirs, family.successor_of, family.inherited)
+    changed = _changed_options(config, theirs, family.warm_starts_from, family.must_match)
     if changed:
         raise ValueError(f"config.init_from is {place!r}, trained otherwise: {'; '.join(changed)}")
 

@@ -28,7 +28,7 @@ def first_bad_step(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str,
 
 
 def nonfinite_leaves(tree: PyTree) -> list[str]:
-    """Names the arrays that hold a non-finite value, by their paths.
+    """Names the arrays with a value that is infinite or not a number, by their paths.
 
     Computed on the devices in one program; only one bit per array comes to the host.
 

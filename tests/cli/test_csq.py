@@ -53,15 +53,15 @@ GROWN = (
     CSQ,
     WIDTH,
     f"--config.epochs={CSQ_EPOCHS}",
-    f"--config.csq.ticket={TICKET / CSQ_STEPS}",
-    f"--config.csq.harden={HARDEN / CSQ_STEPS}",
+    f"--config.csq.freeze_scheme={TICKET / CSQ_STEPS}",
+    f"--config.csq.binarize={HARDEN / CSQ_STEPS}",
     "--config.csq.rewind=True",
     f"--config.csq.temperature={TEMPERATURE}",
     f"--config.csq.target={TARGET}",
     "--config.csq.budget_weight=0.1",  # masks must close within 34 steps, but not all of them
     "--config.csq.mask_start=1.0",
     "--config.csq.mask_learning_rate=1.0",
-    "--config.csq.tighten=0.0",
+    "--config.csq.budget_anneal=0.0",
     "--config.csq.act_bits=4",
     "--config.log_every=1",
 )
@@ -214,7 +214,7 @@ def test_the_integers_are_as_accurate_as_the_hardened_network(grown, table, caps
     method = {"grown": "csq", "uniform": "csq_uniform"}[name]
     assert artifact.config["method"] == method
     assert "csq" in artifact.config and "rfquant" not in artifact.config
-    stored = {layer.name: layer.highest for layer in artifact.table.layers}
+    stored = {layer.name: layer.max_bits for layer in artifact.table.layers}
     bits = bits_of(workdir / "scheme", table)["integers"]
     assert {layer: stored[layer] for layer in bits} == bits
     main.main(["inspect", str(path), "--dataset=digits"])
@@ -275,8 +275,8 @@ def test_two_processes_grow_a_scheme_like_one(grown, tmp_path):
     logged, alone = losses(entries(workdir)), losses(entries(grown.workdir))
     assert "stopped by a signal after step" in first and "stopped by" not in second
     assert_same_curve(logged, alone, ("loss", "temperature"))
-    ticket = [entry for entry in entries(workdir) if "planes_switched_at_ticket" in entry]
-    assert [entry["step"] for entry in ticket] == [TICKET + 1]
+    freeze_scheme = [entry for entry in entries(workdir) if "planes_switched_at_ticket" in entry]
+    assert [entry["step"] for entry in freeze_scheme] == [TICKET + 1]
     for entry in summaries(workdir)[TICKET // EPOCH_STEPS :]:
         assert abs(entry["mean_planes_by_layer"] - TARGET) < 0.1
     step, state = checkpoints.load_latest(workdir / "checkpoints")

@@ -133,11 +133,11 @@ def rounded(shared, tmp_path_factory) -> Rounded:
 
 @pytest.mark.parametrize("name", ["multi", "mixed"])
 def test_train_writes_the_network_as_integers(rounded, name):
-    """Its accuracy is that of the last evaluation; so it is normalised as in training."""
+    """Its accuracy is that of the last evaluation; so it is normalized as in training."""
     path = getattr(rounded, name) / "integers.safetensors"
     artifact = integers.load(path)
     assert artifact.precisions == PRECISIONS
-    assert artifact.table.norm_rows == {"multi": "weights", "mixed": "transition"}[name]
+    assert artifact.table.bn_banks == {"multi": "weights", "mixed": "transition"}[name]
     dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.2)
     mean, std = artifact.mean, artifact.std
     evaluate = make_evaluate(
@@ -148,7 +148,7 @@ def test_train_writes_the_network_as_integers(rounded, name):
     one_image = 1 / dataset.sizes["heldout"]
     for bits in PRECISIONS:
         score = evaluate(artifact.switch(bits), None, dataset.eval_batches("heldout"))
-        # Compiled with other optimisations: an image on the edge of two classes may change sides.
+        # Compiled with other optimizations: an image on the edge of two classes may change sides.
         assert abs(score.accuracy - logged[f"validation/w{bits}a{bits}"]) < 1.5 * one_image
     method = {"multi": "double_rounding", "mixed": "double_rounding_mixed"}[name]
     assert artifact.config["method"] == method and artifact.config["epochs"] == 1
@@ -177,7 +177,7 @@ def test_starting_from_the_multi_precision_network_keeps_what_it_learned(rounded
     assert min(logged) > 0.5 and logged[1] > logged[0] - 0.1
 
 
-def test_the_programme_finds_bits_of_the_wanted_mean(rounded):
+def test_the_program_finds_bits_of_the_wanted_mean(rounded):
     directory, output = rounded.by_bits
     found = read_bits(directory, rounded.table)
     assert set(found) == {"bits_5_mean_bits", "bits_3_mean_bits"}
@@ -194,7 +194,7 @@ def test_the_programme_finds_bits_of_the_wanted_mean(rounded):
     assert not re.search(r"(recalibrate|_probe|weight_errors) x([2-9]|1\d)", line), line
 
 
-def test_the_programme_keeps_latency_and_a_further_limit(rounded):
+def test_the_program_keeps_latency_and_a_further_limit(rounded):
     """Nothing that is chosen on held-out images may be beyond the limit either."""
     directory, output = rounded.by_latency
     seconds = costs.latency_table(rounded.table, rounded.latency.read_text())

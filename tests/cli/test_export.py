@@ -27,7 +27,7 @@ from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, LayerTable, Rule, bit
 MODEL = make_model("resnet8", num_classes=10, width=4)
 SHAPE = (8, 8, 1)
 RULES = bit_rules((8, 4), first_last=FIRST_LAST_FLOAT)
-TABLE = trace_layers(MODEL, SHAPE, rules=RULES).with_norm_rows("weights")
+TABLE = trace_layers(MODEL, SHAPE, rules=RULES).with_bn_banks("weights")
 ONE = trace_layers(MODEL, SHAPE, rules=(Rule(weights=8, acts=8),))
 SPEC = integers.ModelSpec("resnet8", 10, {"width": 4})
 # As training may find them; the layers in between have 4 bits, and a kernel of zeros has none.
@@ -38,7 +38,7 @@ class Saved(NamedTuple):
     """An untrained network and its file."""
 
     table: LayerTable
-    variables: supernet.Variables
+    variables: supernet.SupernetState
     path: str
     sizes: integers.Sizes
     dataset: data.Dataset
@@ -120,7 +120,7 @@ def test_sizes_are_shown_and_add_up(saved, capsys):
 
 
 def accuracy_of(saved, configs):
-    """Evaluates the fake-quantised network on the test digits, counting image by image."""
+    """Evaluates the fake-quantized network on the test digits, counting image by image."""
     quantizer = double_rounding.QUANTIZER
 
     @jax.jit
@@ -136,7 +136,7 @@ def accuracy_of(saved, configs):
     return {name: f"{np.mean(hits):.2%}" for name, hits in right.items()}
 
 
-def test_accuracy_is_that_of_the_fake_quantised_network(saved, mixed, tmp_path, capsys):
+def test_accuracy_is_that_of_the_fake_quantized_network(saved, mixed, tmp_path, capsys):
     file = tmp_path / "found.json"
     file.write_text(bit_configs.to_json(mixed, TABLE.names))
     main(["inspect", str(saved.path), "--dataset", "digits", "--bits", str(file)])
@@ -154,7 +154,7 @@ def test_accuracy_is_that_of_the_fake_quantised_network(saved, mixed, tmp_path, 
 
 
 def test_a_network_whose_layers_have_their_own_bits_has_one_row(found, tmp_path, capsys):
-    largest = found.table.largest
+    largest = found.table.max_config
     file = tmp_path / "again.json"
     file.write_text(bit_configs.to_json(largest, found.table.names))
     main(["inspect", str(found.path), "--dataset", "digits", "--bits", str(file)])
@@ -223,7 +223,7 @@ def test_bits_of_another_model_are_refused_before_anything_is_evaluated(saved, t
     assert "acts of 'stage0_block0/conv2' are 6; allowed: (8, 4)" in message
 
 
-def test_a_file_without_its_normalisation_cannot_be_evaluated(saved, tmp_path, capsys):
+def test_a_file_without_its_normalization_cannot_be_evaluated(saved, tmp_path, capsys):
     path = other_file(tmp_path, TABLE, MODEL, SPEC, saved.variables)
     main(["inspect", str(path)])
     message = failure([path, "--dataset", "digits"], capsys)
@@ -241,7 +241,7 @@ def test_datasets_of_another_kind_of_images_are_refused(
     digits, tmp_path, capsys, classes, shape, message
 ):
     model = make_model("resnet8", num_classes=classes, width=4)
-    table = trace_layers(model, shape, rules=RULES).with_norm_rows("shared")
+    table = trace_layers(model, shape, rules=RULES).with_bn_banks("shared")
     spec = SPEC._replace(num_classes=classes)
     make = functools.partial(supernet.init, model, table, quantizer=double_rounding.QUANTIZER)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -302,9 +302,9 @@ def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
     assert numpy_reader.read(out).norms["stage0_block0/norm1"].integers is not None
     # Another network of these bits: the table is shown, and the program fails.
     deployed = networks.load(workdir, "uniform:8")
-    turned = jax.tree.map(lambda leaf: -leaf, deployed.variables.learned.params)
-    learned = deployed.variables.learned._replace(params=turned)
-    other = deployed._replace(variables=deployed.variables._replace(learned=learned))
+    turned = jax.tree.map(lambda leaf: -leaf, deployed.variables.trainable.params)
+    trainable = deployed.variables.trainable._replace(params=turned)
+    other = deployed._replace(variables=deployed.variables._replace(trainable=trainable))
     formats.save(out, other, "packed")
     message = failure([out, *network], capsys, ["verify"])
     assert "differs by" in message and "wanted at most 0.05" in message

@@ -31,7 +31,7 @@ from helpers.programs import (
 
 from mpq_jax import data
 from mpq_jax.configs import digits
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.parallel.mesh import make_mesh
 from mpq_jax.training import checkpoints
 from mpq_jax.training.experiment import Experiment
@@ -39,7 +39,7 @@ from mpq_jax.training.loop import DivergedError, train_loop
 
 EPOCH_STEPS = 17  # 1,437 training images, a fifth of them held out, in batches of 64
 STEPS = 2 * EPOCH_STEPS
-LOST_AFTER = 20  # seconds; a healthy process on a busy machine is never silent for so long
+HEARTBEAT_TIMEOUT = 20  # seconds; a healthy process on a busy machine is never silent for so long
 PATIENCE = 240  # seconds for one program, on a busy machine
 FLOAT = (
     "--config=configs/digits.py:float",
@@ -71,7 +71,7 @@ def stop_in_second_epoch(directory: Path, name: str, *flags: str, **how) -> Path
 
 # Of losses, relative: sums over the batch, of gradients and of norms, are taken in another order,
 # which adds a few units in the last place (6e-8) in every step; 1.5e-7 is seen after 13 of them.
-# Quantised, some activation soon falls on the other side of the edge between two codes: only the
+# Quantized, some activation soon falls on the other side of the edge between two codes: only the
 # first steps can be compared, see TOLERANCES.
 FLOAT_TOLERANCES = (2e-6,) * STEPS
 
@@ -146,7 +146,9 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_state(tmp_path, t
     config: Any = digits.get_config()
     config.update(log_every=20, save_every=5)
     dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.2)
-    run = Run(epochs=2, steps_per_epoch=dataset.steps_per_epoch, prepare=lambda batch, key: batch)
+    run = TrainingInfo(
+        epochs=2, steps_per_epoch=dataset.steps_per_epoch, prepare=lambda batch, key: batch
+    )
     method: Any = types.SimpleNamespace(
         train_step=jax.jit(train_step), on_epoch=lambda state, epoch: (state, {})
     )
@@ -237,7 +239,7 @@ def start_pair(directory: Path, name: str, *flags: str) -> list[subprocess.Popen
             *flags,
             *joined,
             f"--process_index={index}",
-            f"--lost_after={LOST_AFTER}",
+            f"--heartbeat_timeout={HEARTBEAT_TIMEOUT}",
             output=directory / f"{name}{index}",
             cache=directory / "cache",
             devices=2,
@@ -268,8 +270,8 @@ def test_two_processes_of_which_one_is_killed_end_with_the_same_bits(tmp_path):
             processes[victim].send_signal(signal.SIGKILL)
             other = processes[1 - victim]
             began = time.monotonic()
-            code = other.wait(LOST_AFTER + 60)  # ends by itself, though not in peace
-            assert code != 0 and time.monotonic() - began < LOST_AFTER + 15
+            code = other.wait(HEARTBEAT_TIMEOUT + 60)  # ends by itself, though not in peace
+            assert code != 0 and time.monotonic() - began < HEARTBEAT_TIMEOUT + 15
         finally:
             finish_pair(processes)
         printed = (tmp_path / f"killed{victim}_{1 - victim}").read_text()

@@ -111,7 +111,7 @@ def test_writes_tables_and_plots(searched, table):
         assert 0 < float(row["test_accuracy"]) <= 1
     with (searched.directory / "path.csv").open() as file:
         path = list(csv.DictReader(file))
-    assert {row["phase"] for row in path} <= {"programme", "exchange"} and len(path) > 2
+    assert {row["phase"] for row in path} <= {"program", "exchange"} and len(path) > 2
     for plot in ("frontier", "bits"):
         assert (searched.directory / f"{plot}.png").read_bytes().startswith(PNG)
         assert "<svg" in (searched.directory / f"{plot}.svg").read_text()
@@ -160,7 +160,7 @@ def test_prints_float_uniform_and_searched_configurations(searched):
 def test_configurations_never_recompile(searched):
     (line,) = re.findall("^compilations: (.*)$", searched.output, re.M)
     counts = dict(re.findall(r"(\w+) x(\d+)", line))
-    assert counts["recalibrate"] == counts["quantise_kernels"] == "1", line
+    assert counts["recalibrate"] == counts["quantize_kernels"] == "1", line
     assert int(counts["run_segment"]) <= 3, line  # stem and first block; two blocks and the head
     assert counts.get("score_configs", "1") == "1", line
 

@@ -24,7 +24,7 @@ def load_arrays(folder, stored):
     return data.load("arrays", path=folder / "mine.npz", **COMMON)
 
 
-def test_grey_images_get_a_channel_and_labels_become_int32(tmp_path):
+def test_gray_images_get_a_channel_and_labels_become_int32(tmp_path):
     stored = good_arrays()
     dataset = load_arrays(tmp_path, stored)
     assert (dataset.name, dataset.num_classes, dataset.image_shape) == ("mine", 3, (6, 5, 1))

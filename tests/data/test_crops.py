@@ -56,7 +56,7 @@ def test_random_crop_is_a_function_of_the_generator():
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64), (7, 31), (640, 480)])
 def test_evaluation_keeps_seven_eighths_of_the_short_side(height, width):
-    crop = crops.resize_and_centre_crop(ramp(height, width), size=28, channels=3)
+    crop = crops.resize_and_center_crop(ramp(height, width), size=28, channels=3)
     crop = np.asarray(crop).astype(int)
     assert crop.shape == (28, 28, 3)
     short = min(height, width)
@@ -69,7 +69,7 @@ def test_evaluation_keeps_seven_eighths_of_the_short_side(height, width):
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P", "1"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_stored_mode_becomes_grey_or_rgb(mode, channels):
+def test_any_stored_mode_becomes_gray_or_rgb(mode, channels):
     file = io.BytesIO()
     ramp(9, 12).convert(mode).save(file, "TIFF")
     image = crops.to_channels(crops.open_image(file.getvalue()), channels)

@@ -77,7 +77,7 @@ def test_classes_are_folders_in_sorted_order_and_images_may_lie_deeper(stored):
     weight = np.concatenate([batch["weight"] for batch in batches])
     np.testing.assert_array_equal(labels[weight == 1], np.repeat([0, 1, 2], TEST_PER_CLASS))
     # sorted by path: 0.jpg, 1.JPEG, 3.webp, deep/er/2.Png
-    image = crops.resize_and_centre_crop(Image.fromarray(pixels(102)), size=16, channels=3)
+    image = crops.resize_and_center_crop(Image.fromarray(pixels(102)), size=16, channels=3)
     np.testing.assert_array_equal(batches[0]["image"][7], np.asarray(image))
     trained = np.concatenate([batch["label"] for batch in take(dataset, 30)])
     assert set(trained) == {0, 1, 2}

@@ -39,7 +39,7 @@ class TinyBase(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {
             "train": self._generate_examples(range(NUM_TRAIN)),
             "test": self._generate_examples(range(100, 100 + NUM_TEST)),
-            "unlabelled": self._generate_examples(range(2), labels=[-1, -1]),
+            "unlabeled": self._generate_examples(range(2), labels=[-1, -1]),
         }
 
     def _describe(self, shape, form, names=("image", "label")):
@@ -121,7 +121,7 @@ def test_images_of_many_sizes_are_streamed(data_dir):
     expected = []
     for index in range(100, 110):
         jpeg = encode(make_pixels(index, height=20 + index % 7, width=30 - index % 4), "JPEG")
-        image = crops.resize_and_centre_crop(Image.open(jpeg), size=16, channels=3)
+        image = crops.resize_and_center_crop(Image.open(jpeg), size=16, channels=3)
         expected.append(np.asarray(image))
     assert sort_images(images) == sort_images(expected)
     np.testing.assert_array_equal(np.bincount(labels), [2] * 5)
@@ -146,7 +146,7 @@ def test_small_images_are_streamed_on_demand(data_dir, options):
     assert images.shape == (6, side, side, 3)
     icons = load("tiny_icons", data_dir)
     expected = [
-        np.asarray(crops.resize_and_centre_crop(Image.fromarray(image), size=side, channels=3))
+        np.asarray(crops.resize_and_center_crop(Image.fromarray(image), size=side, channels=3))
         for image in real_examples(icons, "heldout")[0]
     ]
     np.testing.assert_array_equal(images, expected)  # the same images are held out
@@ -185,7 +185,7 @@ def test_told_statistics_are_taken(data_dir, dataset, size):
         ("tiny_icons", {"in_memory": True, "image_size": 9}, r"\(8, 8, 3\) and image_size is 9"),
         ("tiny_icons", {"in_memory": False}, r"image_size is None"),
         ("tiny_icons", {"test_split": "validation"}, r"no split 'validation'; it has \['test'"),
-        ("tiny_icons", {"test_split": "unlabelled"}, r"'unlabelled' of tiny_icons has no labels"),
+        ("tiny_icons", {"test_split": "unlabeled"}, r"'unlabeled' of tiny_icons has no labels"),
         ("tiny_icons", {"mean": (0.5, 0.5, 0.5)}, r"std is None; give both or neither"),
         ("tiny_icons", {"mean": (0.5,), "std": (0.5,)}, r"3 channels, but mean is \(0.5,\)"),
     ],

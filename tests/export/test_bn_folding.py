@@ -8,7 +8,7 @@ from mpq_jax.export import program
 from mpq_jax.export.packed import bn_folding
 from mpq_jax.export.packed.integers import NORM_LEAVES, leaf_of
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 
 
 def fold(deployed):
@@ -19,7 +19,7 @@ def fold(deployed):
 def test_a_folded_norm_is_the_norm():
     deployed = deploy(make_model("resnet8", num_classes=10, width=4), (8, 8, 3), turned=0.5)
     chosen = networks.selected(deployed)
-    leaves = linen.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
+    leaves = paths.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
     norms = fold(deployed)
     assert set(norms) == {layer.norm for layer in deployed.table.layers if layer.norm}
     for name, (multiplier, offset) in norms.items():

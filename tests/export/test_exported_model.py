@@ -11,7 +11,7 @@ from helpers.finished_runs import make_config, make_run, some_digits
 
 from mpq_jax.export import exported_model as networks
 from mpq_jax.export import norm_statistics
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import batch_max, double_rounding, lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet
@@ -105,7 +105,9 @@ def test_statistics_of_the_search_are_taken_as_they_were_tested(workdirs, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, rows, wanted)
     # Statistics of another network, as of an earlier training in this place, do not count.
     changed = variables._replace(
-        learned=variables.learned._replace(act_steps=variables.learned.act_steps * 2)
+        trainable=variables.trainable._replace(
+            act_step_sizes=variables.trainable.act_step_sizes * 2
+        )
     )
     norm_statistics.save(
         workdir / "search" / "norms.safetensors",
@@ -151,7 +153,7 @@ def test_codes_times_steps_are_the_kernels(deployed):
     first, last = layers["stem_conv"], layers["head"]
     assert first.codes is None and last.codes is None  # of Double Rounding they stay float
     assert first.input_step is None and first.bits == 32
-    params = linen.flatten(networks.selected(deployed).params)
+    params = paths.flatten(networks.selected(deployed).params)
     for name in deployed.table.names[1:-1]:
         layer = layers[name]
         assert layer.codes is not None and layer.codes.dtype == np.int32 and layer.bits == 4

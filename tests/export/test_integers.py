@@ -22,7 +22,7 @@ from helpers.packed_networks import (
 )
 
 from mpq_jax.export.packed import integers
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet
@@ -39,14 +39,14 @@ def with_found_bits(table, found):
         layer._replace(weight_candidates=(found[layer.name],)) if layer.name in found else layer
         for layer in table.layers
     ]
-    return LayerTable(tuple(layers), table.norm_rows)
+    return LayerTable(tuple(layers), table.bn_banks)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def saved(request, tmp_path_factory):
     case = CASES[request.param]
     model = Net(affine=case.affine)
-    table = trace_layers(model, SHAPE, rules=case.rules).with_norm_rows(case.norm_rows)
+    table = trace_layers(model, SHAPE, rules=case.rules).with_bn_banks(case.bn_banks)
     table = with_found_bits(table, case.found)
     variables, codes = draw_network(model, table, SHAPE, every=case.every)
     path = tmp_path_factory.mktemp("saved") / "integers.safetensors"
@@ -60,17 +60,17 @@ def saved(request, tmp_path_factory):
 
 def test_codes_in_the_file_are_the_rounded_weights(saved):
     _, header, data = parse(saved.path)
-    params = linen.flatten(saved.variables.learned.params)
+    params = paths.flatten(saved.variables.trainable.params)
     for index, layer in enumerate(saved.table.layers):
         if layer.float_weights:
             continue
-        column = saved.table.candidates.index(layer.highest)
-        step = np.float64(saved.variables.learned.weight_steps[index, column])
-        low, high = code_range(layer.highest)
+        column = saved.table.candidates.index(layer.max_bits)
+        step = np.float64(saved.variables.trainable.weight_step_sizes[index, column])
+        low, high = code_range(layer.max_bits)
         w = np.asarray(params[f"{layer.name}/kernel"], np.float64)
         expected = np.clip(np.rint(w / step), low, high)
         name = f"codes/{layer.name}"
-        bytes_each = 1 if layer.highest <= 8 else 2
+        bytes_each = 1 if layer.max_bits <= 8 else 2
         assert header[name] == {"dtype": f"I{8 * bytes_each}", "shape": list(layer.kernel_shape)}
         stored = np.frombuffer(data[name], f"<i{bytes_each}").reshape(layer.kernel_shape)
         np.testing.assert_array_equal(stored, expected)
@@ -81,14 +81,14 @@ def test_every_integer_of_the_highest_precision_occurs(saved, request):
     case = CASES[request.node.callspec.params["saved"]]
     for layer in saved.table.layers:
         if layer.name in case.every:
-            low, high = code_range(layer.highest)
+            low, high = code_range(layer.max_bits)
             assert set(saved.codes[layer.name].flat) == set(range(low, high + 1))
 
 
-def test_nothing_of_a_quantised_kernel_is_kept_in_float(saved):
+def test_nothing_of_a_quantized_kernel_is_kept_in_float(saved):
     _, header, _ = parse(saved.path)
-    quantised = {layer.name for layer in saved.table.layers if not layer.float_weights}
-    assert {name.removeprefix("codes/") for name in header if "codes/" in name} == quantised
+    quantized = {layer.name for layer in saved.table.layers if not layer.float_weights}
+    assert {name.removeprefix("codes/") for name in header if "codes/" in name} == quantized
     floats = {name: tensor for name, tensor in header.items() if tensor["dtype"] == "F32"}
     for layer in saved.table.layers:
         kept = [name for name in floats if name.endswith(f"{layer.name}/kernel")]
@@ -105,26 +105,26 @@ def test_sizes_add_up(saved):
     assert codes == sum(c.size * bytes_each[name] for name, c in saved.codes.items())
     assert saved.sizes == (codes, total - codes, saved.path.stat().st_size)
     assert saved.artifact.sizes == saved.sizes
-    numbers = [np.size(leaf) for leaf in jax.tree.leaves(saved.variables.learned)]
+    numbers = [np.size(leaf) for leaf in jax.tree.leaves(saved.variables.trainable)]
     numbers += [np.size(leaf) for leaf in jax.tree.leaves(saved.variables.batch_stats)]
-    quantised = sum(c.size for c in saved.codes.values())
-    assert saved.sizes.floats == 4 * (sum(numbers) - quantised) + len(saved.table)  # `signed`
+    quantized = sum(c.size for c in saved.codes.values())
+    assert saved.sizes.floats == 4 * (sum(numbers) - quantized) + len(saved.table)  # `signed`
 
 
 def test_the_table_and_everything_that_is_float_come_back(saved):
     assert saved.artifact.table == saved.table
     assert saved.artifact.precisions == saved.table.precisions
     before, after = (
-        linen.flatten(network.learned.params) for network in (saved.variables, as_host(saved))
+        paths.flatten(network.trainable.params) for network in (saved.variables, as_host(saved))
     )
     assert set(before) == set(after)
     codes = {f"{name}/kernel" for name in saved.codes}
     for name in set(before) - codes:
         np.testing.assert_array_equal(after[name], before[name], strict=True)
-    rest = ("weight_steps", "act_steps")
+    rest = ("weight_step_sizes", "act_step_sizes")
     for name in rest:
         np.testing.assert_array_equal(
-            getattr(as_host(saved).learned, name), getattr(saved.variables.learned, name)
+            getattr(as_host(saved).trainable, name), getattr(saved.variables.trainable, name)
         )
     jax.tree.map(np.testing.assert_array_equal, as_host(saved)[1:], saved.variables[1:])
 
@@ -162,27 +162,27 @@ def test_switched_kernels_are_those_of_training_at_every_precision(saved):
 
 
 def check_kernel(saved, layer, index, bits, subnet):
-    factor = 2 ** (layer.highest - bits)
+    factor = 2 ** (layer.max_bits - bits)
     codes = np.rint(saved.codes[layer.name] / factor)  # exact quotients, halves to even
     codes = np.clip(codes, *code_range(bits)).astype(np.float32)
-    column = saved.table.candidates.index(layer.highest)
-    step = np.asarray(saved.variables.learned.weight_steps)[index, column]
-    kernel = linen.flatten(subnet.params)[f"{layer.name}/kernel"]
+    column = saved.table.candidates.index(layer.max_bits)
+    step = np.asarray(saved.variables.trainable.weight_step_sizes)[index, column]
+    kernel = paths.flatten(subnet.params)[f"{layer.name}/kernel"]
     np.testing.assert_array_equal(kernel, codes * (step * np.float32(factor)), strict=True)
 
 
 def test_fake_quant_gives_the_switched_kernels(saved):
-    quantised = jax.jit(double_rounding.fake_quant, static_argnames="highest")
-    params = linen.flatten(saved.variables.learned.params)
+    quantized = jax.jit(double_rounding.fake_quant, static_argnames="max_bits")
+    params = paths.flatten(saved.variables.trainable.params)
     for bits in saved.table.precisions:
-        switched = linen.flatten(saved.artifact.switch(bits).params)
+        switched = paths.flatten(saved.artifact.switch(bits).params)
         config = saved.table.uniform(bits, bits)
         for index, layer in enumerate(saved.table.layers):
             if layer.float_weights:
                 continue
-            name, column = f"{layer.name}/kernel", saved.table.candidates.index(layer.highest)
-            step = saved.variables.learned.weight_steps[index, column]
-            expected = quantised(params[name], step, config.weights[index], highest=layer.highest)
+            name, column = f"{layer.name}/kernel", saved.table.candidates.index(layer.max_bits)
+            step = saved.variables.trainable.weight_step_sizes[index, column]
+            expected = quantized(params[name], step, config.weights[index], max_bits=layer.max_bits)
             np.testing.assert_array_equal(switched[name], expected, strict=True)
 
 
@@ -203,11 +203,11 @@ def test_logits_are_those_of_the_trained_network(saved):
 
 def test_without_bits_every_layer_has_its_highest(saved):
     layers = saved.table.layers
-    highest = BitConfig(
+    max_bits = BitConfig(
         jnp.array([layer.weight_candidates[0] for layer in layers], jnp.int32),
         jnp.array([layer.act_candidates[0] for layer in layers], jnp.int32),
     )
-    for other in (highest, max(saved.artifact.precisions)):
+    for other in (max_bits, max(saved.artifact.precisions)):
         given, expected = saved.artifact.switch(), saved.artifact.switch(other)
         jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), given, expected)
         logits = saved.artifact.at(other)(IMAGES)
@@ -222,7 +222,7 @@ def test_layers_may_have_bits_of_their_own(saved, tmp_path):
     assert stored == {"stem": "I8", "wide": "I16", "point": "I8", "hidden": "I8", "head": "I8"}
     assert not np.frombuffer(data["codes/point"], np.int8).any()
     assert not np.asarray(saved.artifact.switch().params["point"]["kernel"]).any()
-    bits = saved.table.largest
+    bits = saved.table.max_config
     assert bits.weights.tolist() == [8, 9, 0, 3, 8]
     with pytest.raises(ValueError, match=r"weights of 'point' are 8; allowed: \(0,\)"):
         saved.artifact.at(bits._replace(weights=bits.weights.at[2].set(8)))

@@ -50,7 +50,7 @@ def test_the_function_is_pure_and_may_be_traced(plain_net):
 
 
 def test_an_artifact_goes_where_a_supernet_goes(plain_net):
-    """Into recalibration and into the score of a search, with its quantiser."""
+    """Into recalibration and into the score of a search, with its quantizer."""
     artifact, table = plain_net.artifact, plain_net.table
     bits, batches = table.uniform(4, 4), IMAGES[None]
     recalibrated = [
@@ -100,7 +100,7 @@ def test_models_of_the_library_are_found_by_name(tmp_path):
     """With their options, tuples among them, which JSON makes lists of."""
     options = {"stage_sizes": (1,), "width": 4}
     model = make_model("resnet18", num_classes=7, **options)
-    table = trace_layers(model, (16, 16, 3), rules=ENDS_FLOAT((4, 2))).with_norm_rows("weights")
+    table = trace_layers(model, (16, 16, 3), rules=ENDS_FLOAT((4, 2))).with_bn_banks("weights")
     variables, _ = draw_network(model, table, (16, 16, 3))
     path = tmp_path / "named.safetensors"
     integers.save(path, table, variables, model=integers.ModelSpec("resnet18", 7, options))
@@ -119,7 +119,7 @@ def test_the_file_of_resnet20_takes_8_bits_per_weight_and_its_floats(
 ):
     model = make_model("resnet20", num_classes=10)
     rules = bit_rules(candidates, first_last=first_last)
-    table = trace_layers(model, (32, 32, 3), rules=rules).with_norm_rows("weights")
+    table = trace_layers(model, (32, 32, 3), rules=rules).with_bn_banks("weights")
     variables, codes = draw_network(model, table, (32, 32, 3))
     path = tmp_path / "resnet20.safetensors"
     config = {"method": "double_rounding", "epochs": 200}

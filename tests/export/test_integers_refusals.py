@@ -99,9 +99,12 @@ CODES = np.zeros((3, 3, 8, 16), np.int8)
         ({"codes/wide": CODES.astype(np.int16)}, "int16 for layer 'wide'; wanted int8"),
         ({"codes/more": CODES}, "codes/more"),
         ({"momentum": STEPS}, "momentum"),
-        ({"weight_steps": None}, "weight_steps"),
-        ({"weight_steps": STEPS[:4]}, r"'weight_steps' of shape \(4, 5\); wanted \(5, 5\)"),
-        ({"act_steps": STEPS[:, :4]}, r"'act_steps' of shape \(5, 4\); wanted \(5, 5\)"),
+        ({"weight_step_sizes": None}, "weight_step_sizes"),
+        (
+            {"weight_step_sizes": STEPS[:4]},
+            r"'weight_step_sizes' of shape \(4, 5\); wanted \(5, 5\)",
+        ),
+        ({"act_step_sizes": STEPS[:, :4]}, r"'act_step_sizes' of shape \(5, 4\); wanted \(5, 5\)"),
         ({"signed": np.zeros(4, bool)}, r"'signed' of shape \(4,\); wanted \(5,\)"),
         ({"norms/wide_norm": None}, "wide_norm"),
         ({"norms/wide_norm": np.ones((4, 3, 16), np.float32)}, r"wide_norm.* \(3,\); .* \(4,\)"),
@@ -116,7 +119,7 @@ def test_tensors_that_are_not_those_of_the_header_are_refused(plain_net, tmp_pat
 
 def test_codes_beyond_their_range_are_refused(tmp_path):
     model = Net()
-    table = trace_layers(model, SHAPE, rules=ENDS_FLOAT((4, 2))).with_norm_rows("shared")
+    table = trace_layers(model, SHAPE, rules=ENDS_FLOAT((4, 2))).with_bn_banks("shared")
     variables, _ = draw_network(model, table, SHAPE)
     path = tmp_path / "four"
     integers.save(path, table, variables, model=integers.ModelSpec(None, 3))

@@ -101,7 +101,7 @@ def test_logits_equal(name):
     [{"level": LEVELS.ORT_DISABLE_ALL}, {"level": LEVELS.ORT_ENABLE_BASIC}, {}, {"fold": True}],
     ids=["as written", "basic", "all", "kernels folded"],
 )
-def test_the_runtime_may_optimise_as_it_likes(resnet, how):
+def test_the_runtime_may_optimize_as_it_likes(resnet, how):
     deployed, model = resnet
     images = some_images(deployed)
     check_equal(run(model, images, **how), logits_of(deployed, images))
@@ -161,12 +161,12 @@ def test_no_norm_is_left_and_scales_are_positive(resnet):
 def test_a_norm_that_puts_a_channel_out():
     model, shape = MODELS["resnet8"]
     deployed = deploy(model, shape)
-    params = deployed.variables.learned.params
+    params = deployed.variables.trainable.params
     block = params["stage1_block0"]
     scale = block["norm1"]["scale"].at[0].set(0)
     params = params | {"stage1_block0": block | {"norm1": block["norm1"] | {"scale": scale}}}
-    learned = deployed.variables.learned._replace(params=params)
-    deployed = deployed._replace(variables=deployed.variables._replace(learned=learned))
+    trainable = deployed.variables.trainable._replace(params=params)
+    deployed = deployed._replace(variables=deployed.variables._replace(trainable=trainable))
     made, images = to_onnx(deployed), some_images(deployed)
     check_equal(run(made, images), logits_of(deployed, images))
     (turning,) = [node for node in made.graph.node if node.op_type == "Mul"]

@@ -19,7 +19,7 @@ from mpq_jax.export import exported_model as networks
 from mpq_jax.export import program
 from mpq_jax.export.packed import bn_folding, format, numpy_reader
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import costs, supernet
 from mpq_jax.supernet.layer_table import LayerTable, bit_rules, trace_layers
@@ -60,7 +60,7 @@ def logits_of(path, images):
 
 def drawn_network(model, shape, bits_of, *, rows="shared", quantizer=lsq.QUANTIZER):
     """A network of drawn weights with a table of one's own choice, without compiling anything."""
-    table = trace_layers(model, shape, rules=bit_rules((8, 6, 5, 4, 3, 2))).with_norm_rows(rows)
+    table = trace_layers(model, shape, rules=bit_rules((8, 6, 5, 4, 3, 2))).with_bn_banks(rows)
     variables = drawn_variables(model, shape, 0)
     layers = [
         layer._replace(weight_candidates=(bits,)) if bits is not None else layer
@@ -69,19 +69,21 @@ def drawn_network(model, shape, bits_of, *, rows="shared", quantizer=lsq.QUANTIZ
     table = LayerTable(tuple(layers), rows)
     kernels = [np.asarray(kernel) for kernel in supernet.kernels(table, variables["params"])]
     steps = [  # of which the codes of the layer fill its range
-        np.abs(kernel).max() / max(2 ** (layer.highest - 1) - 1, 1)
+        np.abs(kernel).max() / max(2 ** (layer.max_bits - 1) - 1, 1)
         for layer, kernel in zip(table.layers, kernels, strict=True)
     ]
-    weight_steps = np.repeat(np.array(steps, np.float32)[:, None], len(table.candidates), 1)
-    learned = supernet.Learned(variables["params"], weight_steps, np.full_like(weight_steps, 0.1))
-    made = supernet.Variables(
-        jax.tree.map(jnp.asarray, learned),
+    weight_step_sizes = np.repeat(np.array(steps, np.float32)[:, None], len(table.candidates), 1)
+    trainable = supernet.TrainableParams(
+        variables["params"], weight_step_sizes, np.full_like(weight_step_sizes, 0.1)
+    )
+    made = supernet.SupernetState(
+        jax.tree.map(jnp.asarray, trainable),
         variables.get("batch_stats", {}),
         jnp.zeros(len(table), bool),
     )
     provenance = {"model": {"name": None}, "planes": {}, "norms": "drawn", "bits": "drawn"}
     return networks.Deployed(
-        model, table, made, table.largest, quantizer, shape, 10, None, None, provenance
+        model, table, made, table.max_config, quantizer, shape, 10, None, None, provenance
     )
 
 
@@ -192,11 +194,11 @@ def test_norms_of_16_bits_are_rounded_once(deployed, reference, file, tmp_path):
 
 @pytest.mark.parametrize("factor", [1e-9, 1e-5, 1.0, 1e5])
 def test_norms_of_16_bits_are_as_fine_wherever_their_numbers_lie(deployed, tmp_path, factor):
-    params = linen.flatten(deployed.variables.learned.params)
+    params = paths.flatten(deployed.variables.trainable.params)
     for leaf in ("scale", "bias"):
         params[f"stage0_block0/norm1/{leaf}"] *= factor
-    learned = deployed.variables.learned._replace(params=linen.unflatten(params))
-    scaled = deployed._replace(variables=deployed.variables._replace(learned=learned))
+    trainable = deployed.variables.trainable._replace(params=paths.unflatten(params))
+    scaled = deployed._replace(variables=deployed.variables._replace(trainable=trainable))
     path = tmp_path / "network.safetensors"
     format.save(path, scaled, norms="half")
     exact, network = fold_norms(scaled), numpy_reader.read(path)
@@ -247,7 +249,7 @@ def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
     format.save(path, deployed)
     network = numpy_reader.read(path)
     assert set(network.norms) == {"folded"}
-    assert {linen.module_of(name) for name in network.stats} == {
+    assert {paths.parent(name) for name in network.stats} == {
         "batch",
         "rows",
         "tanh",
@@ -325,18 +327,18 @@ def bytes_beside_kernels(deployed):
     """Bytes of numbers that the cost model leaves out: norms, biases and step sizes."""
     folded = fold_norms(deployed)
     norms = sum(len(multiplier) for multiplier, _ in folded.values())
-    params = linen.flatten(deployed.variables.learned.params)
+    params = paths.flatten(deployed.variables.trainable.params)
     biases = sum(
         leaf.size
         for name, leaf in params.items()
-        if not name.endswith("kernel") and linen.module_of(name) not in folded
+        if not name.endswith("kernel") and paths.parent(name) not in folded
     )
     return 8 * norms + 4 * biases + 8 * len(deployed.table)
 
 
 def mixed_bits(table):
     return [
-        None if layer.highest == 8 and not layer.searchable else 2 + index % 7
+        None if layer.max_bits == 8 and not layer.searchable else 2 + index % 7
         for index, layer in enumerate(table.layers)
     ]
 
@@ -372,7 +374,7 @@ def test_layers_of_bit_planes_keep_their_bits_and_planes(tmp_path):
     deployed = drawn_network(
         model,
         (8, 8, 1),
-        lambda table: [wanted.get(layer.name, layer.highest) for layer in table.layers],
+        lambda table: [wanted.get(layer.name, layer.max_bits) for layer in table.layers],
         quantizer=double_rounding.QUANTIZER,
     )
     planes = {"stage0_block0/conv1": "00000000", "stage1_block0/conv1": "10000010"}

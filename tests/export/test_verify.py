@@ -87,12 +87,12 @@ def test_a_sound_file_agrees(deployed, digits, file):
 
 
 def test_another_network_disagrees(deployed, digits, tmp_path):
-    head = deployed.variables.learned.params["head"]
+    head = deployed.variables.trainable.params["head"]
     turned = {"kernel": -head["kernel"], "bias": head["bias"]}
-    learned = deployed.variables.learned
+    trainable = deployed.variables.trainable
     other = deployed._replace(
         variables=deployed.variables._replace(
-            learned=learned._replace(params=learned.params | {"head": turned})
+            trainable=trainable._replace(params=trainable.params | {"head": turned})
         )
     )
     path = formats.save(tmp_path / "other.safetensors", other, "packed")
@@ -106,7 +106,7 @@ def test_another_network_disagrees(deployed, digits, tmp_path):
     [
         ({"image_shape": (16, 16, 1)}, r"digits has images of shape \(8, 8, 1\), the network"),
         ({"num_classes": 7}, "digits has this number of classes: 10, the network 7"),
-        ({"mean": None}, "not known how the network's images are normalised"),
+        ({"mean": None}, "not known how the network's images are normalized"),
     ],
 )
 def test_what_does_not_fit_is_refused(deployed, digits, file, change, message):
@@ -170,7 +170,7 @@ def test_files_of_other_bits_or_layers_are_refused(name, deployed, digits, tmp_p
     with pytest.raises(ValueError, match="have 4 bits in the file and 2 in the network"):
         verify.verify(path, name, other, digits)
     layers = [layer._replace(name=f"{layer.name}_") for layer in deployed.table.layers]
-    other = deployed._replace(table=LayerTable(tuple(layers), deployed.table.norm_rows))
+    other = deployed._replace(table=LayerTable(tuple(layers), deployed.table.bn_banks))
     with pytest.raises(ValueError, match="is of another network: the bit configuration"):
         verify.check_bits(path, name, other)
 
@@ -218,7 +218,7 @@ def test_images_are_read_as_training_read_them(digits, monkeypatch):
 def test_packed_files_of_the_float_twin_are_larger_by_the_bits(deployed, tmp_path, file):
     path = tmp_path / "float.safetensors"
     format.save(path, networks.float_twin(deployed))
-    quantised = [x for x in deployed.table.layers if not x.float_weights]
-    saved = sum(layer.params * (32 - 4) // 8 for layer in quantised)
+    quantized = [x for x in deployed.table.layers if not x.float_weights]
+    saved = sum(layer.params * (32 - 4) // 8 for layer in quantized)
     # Each float kernel is a tensor of its own, whose name and place take about 100 bytes.
-    assert 0 <= path.stat().st_size - file.stat().st_size - saved <= 110 * len(quantised)
+    assert 0 <= path.stat().st_size - file.stat().st_size - saved <= 110 * len(quantized)

@@ -13,7 +13,7 @@ from mpq_jax.methods import csq
 from mpq_jax.methods.base import Method, Run
 from mpq_jax.methods.csq import Options, UniformOptions
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
 from mpq_jax.training import metrics as recording
@@ -73,7 +73,7 @@ MLP_RULES = [
 
 # Everything on which a test depends, whatever the defaults become.
 SHARED: dict[str, Any] = dict(
-    harden=0.8,
+    binarize=0.8,
     temperature=200.0,
     contiguous=False,
     start="preserving",
@@ -96,10 +96,10 @@ OWN: dict[str, Any] = dict(
     average="layer",
     least_planes=1,
     budget_weight=0.1,
-    tighten=0.0,
+    budget_anneal=0.0,
     mask_learning_rate=1.0,
     mask_start=0.5,
-    ticket=0.4,
+    freeze_scheme=0.4,
     rewind=True,
     rewind_bits=False,
 )
@@ -188,8 +188,8 @@ def sigmoid(x):
 
 def with_planes_of(state, change):
     """Returns the state or variables with changed bit planes: change(path, planes)."""
-    planes = {name: change(name, one) for name, one in state.learned.by_layer.items()}
-    return state._replace(learned=state.learned._replace(planes=linen.unflatten(planes)))
+    planes = {name: change(name, one) for name, one in state.trainable.by_layer.items()}
+    return state._replace(trainable=state.trainable._replace(planes=paths.unflatten(planes)))
 
 
 def with_masks(state, masks):
@@ -199,7 +199,7 @@ def with_masks(state, masks):
 
 
 def flatten(tree):
-    return linen.flatten(tree)
+    return paths.flatten(tree)
 
 
 def layers_of(table):
@@ -210,7 +210,7 @@ def hard_kernels(state, names=GROWN, contiguous=False):
     """Returns integers and the width of one, of every layer with planes."""
     found = {}
     for name in names:
-        planes = state.learned.by_layer[name]
+        planes = state.trainable.by_layer[name]
         mask = np.asarray(planes.mask)
         on = mask >= 0
         if contiguous:
@@ -245,7 +245,7 @@ MASKS = {"grown1": [0.3, -0.4, 0.5, 0.6], "grown2": [-0.1, 0.2, -0.3, 0.4]}
 def logits_of_found(found, images, model=MODEL):
     predict = jax.jit(
         lambda variables, images: supernet.predict(
-            model, found.table, variables, found.table.largest, images, quantizer=found.quantizer
+            model, found.table, variables, found.table.max_config, images, quantizer=found.quantizer
         )
     )
     return np.asarray(predict(found.variables, images))
@@ -320,7 +320,7 @@ MLP_BASE: dict[str, Any] = dict(
     scale_learning_rate=RATES["scale"],
     label_smoothing=0.1,
     target=1.5,
-    ticket=0.5,
-    harden=0.75,
+    freeze_scheme=0.5,
+    binarize=0.75,
     rewind=False,
 )

@@ -12,7 +12,7 @@ from helpers.random_variables import drawn_variables
 from mpq_jax.methods import double_rounding
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.double_rounding import MixedOptions, Options
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
 
 CHOICES = (4, 3, 2)  # with factors 1, 0.5 and 0.1
@@ -72,7 +72,7 @@ def made(options):
 
 
 def flatten(tree):
-    return linen.flatten(jax.tree.map(jnp.asarray, tree))
+    return paths.flatten(jax.tree.map(jnp.asarray, tree))
 
 
 # The reference: one flat dict of learned arrays, in which "name@bits" belongs to these bits, and
@@ -90,7 +90,7 @@ def names_of(bits, options):
             "shared": "",
             "weights": f"@{bits[layer]}",
             "transition": f"@{bits[layer]},{bits[previous]}",
-        }[options.norm_rows]
+        }[options.bn_banks]
         names |= {f"norm{index}/{part}": f"norm{index}/{part}{row}" for part in ("scale", "bias")}
         own = bits[layer] if options.scales == "unshared" else HIGHEST
         names[f"{layer}/w_step"] = f"{layer}/w_step@{own}"
@@ -108,30 +108,30 @@ def stats_names_of(bits, options):
     }
 
 
-def flat_of(variables, norm_rows):
+def flat_of(variables, bn_banks):
     """Returns the learned arrays and the statistics of a supernet as such flat dicts."""
 
     def rows_of(tree):
         flat = {}
         for path, leaf in flatten(tree).items():
-            if norm_rows == "shared" or linen.module_of(path) not in ("norm1", "norm2"):
+            if bn_banks == "shared" or paths.parent(path) not in ("norm1", "norm2"):
                 flat[path] = leaf
                 continue
             for i, own in enumerate(CHOICES):
-                if norm_rows == "weights":
+                if bn_banks == "weights":
                     flat[f"{path}@{own}"] = leaf[i]
                 else:
                     flat |= {f"{path}@{own},{b}": leaf[i, j] for j, b in enumerate(CHOICES)}
         return flat
 
-    learned = rows_of(variables.learned.params)
+    trainable = rows_of(variables.trainable.params)
     for layer in LAYERS:
         for bits in CHOICES:
             column = TABLE.candidates.index(bits)
-            steps = variables.learned
-            learned[f"{layer}/w_step@{bits}"] = steps.weight_steps[PLACE[layer], column]
-            learned[f"{layer}/x_step@{bits}"] = steps.act_steps[PLACE[layer], column]
-    return snapshot(learned), snapshot(rows_of(variables.batch_stats))
+            steps = variables.trainable
+            trainable[f"{layer}/w_step@{bits}"] = steps.weight_step_sizes[PLACE[layer], column]
+            trainable[f"{layer}/x_step@{bits}"] = steps.act_step_sizes[PLACE[layer], column]
+    return snapshot(trainable), snapshot(rows_of(variables.batch_stats))
 
 
 def straight_through(v, code, low, high):
@@ -145,7 +145,7 @@ def scaled_gradient(x, factor):
     return x * factor + jax.lax.stop_gradient(x - x * factor)
 
 
-def quantised_kernel(w, step, bits, rule):
+def quantized_kernel(w, step, bits, rule):
     """Section 2 of the method; `bits` are traced, floats."""
     ratio = 2.0 ** (HIGHEST - bits)
     low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
@@ -158,7 +158,7 @@ def quantised_kernel(w, step, bits, rule):
     return straight_through(w / width, code, low, high) * width
 
 
-def quantised_input(x, step, bits, rule):
+def quantized_input(x, step, bits, rule):
     high = 2.0**bits - 1
     step = scaled_gradient(step, jnp.where(rule["scaled"], 1 / jnp.sqrt(x.size * high), 1.0))
     v = x / step
@@ -186,10 +186,10 @@ def forward(theta, images, bits, rule):
 
     x = norm(convolved(images, theta["stem/kernel"], 2), "stem_norm")
     for index, layer in enumerate(LAYERS, start=1):
-        kernel = quantised_kernel(
+        kernel = quantized_kernel(
             theta[f"{layer}/kernel"], theta[f"{layer}/w_step"], bits[layer], rule
         )
-        x = quantised_input(x, theta[f"{layer}/x_step"], bits[layer], rule)
+        x = quantized_input(x, theta[f"{layer}/x_step"], bits[layer], rule)
         x = norm(convolved(x, kernel), f"norm{index}")
     logits = x.mean((1, 2)) @ theta["head/kernel"] + theta["head/bias"].reshape(1, -1)
     return logits, seen
@@ -280,9 +280,9 @@ class Reference:
         """Goes through {base: {layer: bits}}; returns metrics as the library names them.
 
         Each step starts from the library's variables: after a drift of 1e-7, a value between two
-        codes may round otherwise. The state of the optimisers is the reference's own.
+        codes may round otherwise. The state of the optimizers is the reference's own.
         """
-        self.theta, self.stats = flat_of(variables, self.options.norm_rows)
+        self.theta, self.stats = flat_of(variables, self.options.bn_banks)
         teacher, total, metrics = None, {}, {}
         for base, bits in sorted(configs.items(), reverse=True):
             gradient, logits, (loss, divergence) = self.gradient(bits, batch, teacher)
@@ -330,7 +330,7 @@ def roulette_by_hand(table, traces):
 
 
 MIXED = MixedOptions(
-    **{f.name: getattr(BASE, f.name) for f in dataclasses.fields(Options) if f.name != "norm_rows"},
+    **{f.name: getattr(BASE, f.name) for f in dataclasses.fields(Options) if f.name != "bn_banks"},
     switch_probability=1.0,
     trace_probes=4,
     trace_batch=3,

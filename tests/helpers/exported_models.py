@@ -5,7 +5,7 @@ import numpy as np
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.export.exported_model import Deployed
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -32,7 +32,7 @@ def deploy(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTI
             values = 0.3 * generator.normal(size=values.shape)
         return jnp.asarray(values, jnp.float32)
 
-    variables = linen.map_leaves(drawn_variables(model, shape, seed), leaf)
+    variables = paths.map_leaves(drawn_variables(model, shape, seed), leaf)
     traced = trace_layers(model, shape, rules=rules or bit_rules(BITS))
     layers, signed = [], []
     for index, layer in enumerate(traced.layers):
@@ -48,12 +48,14 @@ def deploy(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTI
     kernels = supernet.kernels(table, variables["params"])
     steps = np.zeros((2, len(table), len(table.candidates)), np.float32)
     for place, bits in enumerate(table.candidates):
-        highest = 2.0 ** (bits - 1)
-        steps[0, :, place] = [3 * float(jnp.std(w)) / highest for w in kernels]
-        steps[1, :, place] = REACH / highest / np.where(signed, 1, 2)
-    learned = supernet.Learned(variables["params"], jnp.array(steps[0]), jnp.array(steps[1]))
+        max_bits = 2.0 ** (bits - 1)
+        steps[0, :, place] = [3 * float(jnp.std(w)) / max_bits for w in kernels]
+        steps[1, :, place] = REACH / max_bits / np.where(signed, 1, 2)
+    trainable = supernet.TrainableParams(
+        variables["params"], jnp.array(steps[0]), jnp.array(steps[1])
+    )
     stats = variables.get("batch_stats", {})
-    net = supernet.Variables(learned, stats, jnp.array(signed))
+    net = supernet.SupernetState(trainable, stats, jnp.array(signed))
     bits = BitConfig(*(jnp.array(column, jnp.int32) for column in _decided(table)))
     facts = {"model": type(model).__name__}
     return Deployed(model, table, net, bits, quantizer, shape, 10, (0.5,), (0.25,), facts)

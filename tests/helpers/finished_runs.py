@@ -49,7 +49,7 @@ def make_run(workdir, method, *, done=True, **changes):
 
 
 def some_digits(deployed, count=64):
-    """Normalised images of the test split, and their labels."""
+    """Normalized images of the test split, and their labels."""
     dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.0)
     split = data.whole_split(dataset, "test")
     images = split["image"][:count].astype(np.float32) / 255

@@ -15,7 +15,7 @@ from helpers.random_variables import drawn_variables
 
 from mpq_jax.export import safetensors_file
 from mpq_jax.export.packed import integers
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import (
@@ -61,14 +61,14 @@ class Case(NamedTuple):
 
     Attributes:
         rules: of the layers.
-        norm_rows: how norms are kept.
+        bn_banks: how norms are kept.
         affine: whether norms have a scale and a bias.
         every: layers whose kernels take every integer of their range.
         found: bits of kernels beside the rules, as training finds them; 0 of a kernel of zeros.
     """
 
     rules: tuple[Rule, ...]
-    norm_rows: str
+    bn_banks: str
     affine: bool = True
     every: tuple[str, ...] = ("wide", "point", "hidden")
     found: dict[str, int] = {}
@@ -105,7 +105,7 @@ class Saved(NamedTuple):
 
     model: nn.Module
     table: LayerTable
-    variables: supernet.Variables
+    variables: supernet.SupernetState
     codes: dict[str, np.ndarray]
     path: str
     sizes: integers.Sizes
@@ -119,18 +119,18 @@ def code_range(bits):
 
 def drawn_codes(generator, layer, *, every: bool):
     """Draws the codes of a kernel; every integer of the range occurs where it is asked."""
-    low, high = code_range(layer.highest)
+    low, high = code_range(layer.max_bits)
     codes = generator.integers(low, high + 1, layer.params)
     if every:
         codes[: high + 1 - low] = np.arange(low, high + 1)
     return generator.permutation(codes).reshape(layer.kernel_shape)
 
 
-def weights_of(generator, codes, step, highest):
+def weights_of(generator, codes, step, max_bits):
     """Draws weights that round to the codes, some of them on ties or beyond the range."""
-    if highest == 0:
+    if max_bits == 0:
         return np.zeros(codes.shape, np.float32)
-    low, high = code_range(highest)
+    low, high = code_range(max_bits)
     offsets = generator.uniform(-0.49, 0.49, codes.shape)
     ties = (codes % 2 == 0) & (generator.random(codes.shape) < 0.3)  # they go to the even code
     offsets = np.where(ties, generator.choice([-0.5, 0.5], codes.shape), offsets)
@@ -153,29 +153,29 @@ def draw_network(model, table, shape, *, every=(), seed=0):
             return jnp.asarray(generator.uniform(0.6, 1.4, leaf.shape), jnp.float32)
         return jnp.asarray(0.1 * generator.normal(size=leaf.shape), jnp.float32)
 
-    params = jax.tree_util.tree_map_with_path(fill, wanted.learned.params)
-    flat, codes = linen.flatten(params), {}
+    params = jax.tree_util.tree_map_with_path(fill, wanted.trainable.params)
+    flat, codes = paths.flatten(params), {}
     grid = (len(table), len(table.candidates))
-    weight_steps = generator.uniform(0.001, 0.02, grid).astype(np.float32)
+    weight_step_sizes = generator.uniform(0.001, 0.02, grid).astype(np.float32)
     for index, layer in enumerate(table.layers):
         if layer.float_weights:
             continue
         exact = index % 2 == 1  # ties of a step that is a power of two are ties in float32
-        step = np.float32((2.0**-7 if exact else 0.0123) * 2.0 ** (8 - layer.highest))
-        weight_steps[index, table.candidates.index(layer.highest)] = step
+        step = np.float32((2.0**-7 if exact else 0.0123) * 2.0 ** (8 - layer.max_bits))
+        weight_step_sizes[index, table.candidates.index(layer.max_bits)] = step
         codes[layer.name] = drawn_codes(generator, layer, every=layer.name in every)
-        w = weights_of(generator, codes[layer.name], step, layer.highest)
+        w = weights_of(generator, codes[layer.name], step, layer.max_bits)
         if not exact:
             w = np.where(np.abs(w / step % 1 - 0.5) < 0.005, codes[layer.name] * step, w)
         flat[f"{layer.name}/kernel"] = jnp.asarray(w, jnp.float32)
-    learned = supernet.Learned(
-        linen.unflatten(flat),
-        jnp.asarray(weight_steps),
+    trainable = supernet.TrainableParams(
+        paths.unflatten(flat),
+        jnp.asarray(weight_step_sizes),
         jnp.asarray(generator.uniform(0.02, 0.4, grid), jnp.float32),
     )
     stats = jax.tree_util.tree_map_with_path(fill, wanted.batch_stats)
     signed = jnp.asarray(generator.random(len(table)) < 0.5)
-    return supernet.Variables(learned, stats, signed), codes
+    return supernet.SupernetState(trainable, stats, signed), codes
 
 
 def parse(path):
@@ -199,7 +199,7 @@ def trained_logits(model, table, variables, bits, images):
 def make_plain_net(tmp_path_factory):
     """Saves a network of the first case, which stands for all where they do not differ."""
     model = Net()
-    table = trace_layers(model, SHAPE, rules=CASES["8642"].rules).with_norm_rows("weights")
+    table = trace_layers(model, SHAPE, rules=CASES["8642"].rules).with_bn_banks("weights")
     variables, codes = draw_network(model, table, SHAPE)
     path = tmp_path_factory.mktemp("plain") / "integers.safetensors"
     sizes = integers.save(

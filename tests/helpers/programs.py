@@ -39,7 +39,7 @@ SMOKE = (
 )
 # Of losses, relative, where sums are taken in another order. 2e-7 is seen in the first two steps;
 # norm statistics of each device alone would make it 1e-4. Later, some activation falls on the other
-# side of the edge between two codes and comes back as a whole step of its quantiser: 5e-5 is seen.
+# side of the edge between two codes and comes back as a whole step of its quantizer: 5e-5 is seen.
 TOLERANCES = (1e-5, 1e-5, 2e-3, 2e-3, 2e-3)
 PATIENCE = 240  # seconds for one program, on a busy machine
 

@@ -1,4 +1,4 @@
-"""Random variables of a model for tests, without compiling its initialisers."""
+"""Random variables of a model for tests, without compiling its initializers."""
 
 import functools
 
@@ -10,7 +10,7 @@ from mpq_jax.program import linen
 
 
 def drawn_variables(model, shape, seed):
-    """Variables of a model, drawn without compiling its initialisers."""
+    """Variables of a model, drawn without compiling its initializers."""
     generator = np.random.default_rng(seed)
 
     def fill(path, leaf):

@@ -40,7 +40,7 @@ def with_kernel(w, step):
     tree = {name: {"kernel": kernel} for name, kernel in params.items()}
     tree["block"] = {"conv": {"kernel": jnp.asarray(w, jnp.float32)}}
     steps = jnp.ones((3, 4)).at[CONV].set(jnp.asarray(step, jnp.float32))
-    return supernet.Learned(tree, steps, jnp.ones((3, 4)))
+    return supernet.TrainableParams(tree, steps, jnp.ones((3, 4)))
 
 
 def config(w, a):

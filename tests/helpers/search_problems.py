@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 
-from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.search.problem import Budget, Constraint
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import Layer, LayerTable
 from mpq_jax.supernet.tied_layers import tie_acts_to_weights
@@ -15,7 +15,9 @@ from mpq_jax.supernet.tied_layers import tie_acts_to_weights
 KEY = jax.random.key(3)
 
 
-def layer(name, weights, acts, *, macs=1000, params=100, inputs=0, reads_with=None, **others):
+def layer(
+    name, weights, acts, *, macs=1000, params=100, inputs=0, shares_input_with=None, **others
+):
     return Layer(
         name=name,
         kind="conv",
@@ -27,7 +29,7 @@ def layer(name, weights, acts, *, macs=1000, params=100, inputs=0, reads_with=No
         act_candidates=acts,
         float_acts=others.pop("float_acts", False),
         signed=None,
-        reads_with=reads_with,
+        shares_input_with=shares_input_with,
         inputs=inputs,
         **others,
     )
@@ -46,7 +48,7 @@ FIXED = {"free": ["stem"], "tied": ["stem", "mixed"], "groups": ["stem"]}
 TABLES = {
     "free": FREE,
     "tied": tie_acts_to_weights(FREE),  # of "mixed" only 4 bits are left
-    "groups": dataclasses.replace(FREE, ties=((2, 9), (3, 4), (6, 8))),  # crosswise, 3 pairs
+    "groups": dataclasses.replace(FREE, tied_groups=((2, 9), (3, 4), (6, 8))),  # crosswise, 3 pairs
 }
 AMOUNTS = {"bitops": "macs", "bytes": "params", "act_bytes": "inputs"}
 # What each strategy takes, so that it is quick.
@@ -56,7 +58,7 @@ QUICK = {
 }
 
 
-def billed(table, bits, kind="bitops"):
+def exact_cost(table, bits, kind="bitops"):
     """What configurations [..., layers, 2] cost, from the definition."""
     weights, acts = (np.asarray(bits, np.float64)[..., column] for column in (0, 1))
     amounts = np.array([getattr(layer, AMOUNTS[kind]) for layer in table.layers])
@@ -73,7 +75,7 @@ def all_bits(table, mask=None):
             allowed = mask[index, column]
             entries.append([b for b in candidates if allowed[table.candidates.index(b)]])
     flat = np.array(list(itertools.product(*entries)))
-    for group in table.ties:
+    for group in table.tied_groups:
         flat = flat[(flat[:, list(group)] == flat[:, [group[0]]]).all(1)]
     return flat.reshape(len(flat), len(table), 2)
 
@@ -90,8 +92,8 @@ def cost_table(table, kind="bitops"):
     return amounts[:, None, None] * pairs[kind]
 
 
-def limit(table, most, kind="bitops", at_least=-math.inf):
-    return Limit(kind, cost_table(table, kind), float(most), at_least)
+def constraint(table, most, kind="bitops", lower_bound=-math.inf):
+    return Constraint(kind, cost_table(table, kind), float(most), lower_bound)
 
 
 def budget(name, *limits):

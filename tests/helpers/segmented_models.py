@@ -13,8 +13,8 @@ SHAPE, BATCH = (8, 8, 3), 6
 RULES = bit_rules((4, 3, 2))
 
 
-def table_of(model, shape=SHAPE, norm_rows="pair"):
-    return trace_layers(model, shape, rules=RULES).with_norm_rows(norm_rows)
+def table_of(model, shape=SHAPE, bn_banks="pair"):
+    return trace_layers(model, shape, rules=RULES).with_bn_banks(bn_banks)
 
 
 STAGES = (Stage(1, 8, 1, 1), Stage(6, 8, 2, 2))
@@ -100,7 +100,7 @@ class SharedLayer(nn.Module):
         return nn.relu(nn.Conv(4, (3, 3), name="last")(x))
 
 
-class Rematerialised(nn.Module):
+class Rematerialized(nn.Module):
     @nn.compact
     def __call__(self, x):
         for name in ("one", "two"):
@@ -108,7 +108,7 @@ class Rematerialised(nn.Module):
         return x
 
 
-class Setup(nn.Module):
+class Experiment(nn.Module):
     def setup(self):
         self.layers = [nn.Conv(4, (3, 3)), nn.Conv(6, (3, 3))]
         self.last = Chain(4)
@@ -259,11 +259,11 @@ USERS = {
         },
     ),
     "remat": (
-        Whole(Rematerialised()),
+        Whole(Rematerialized()),
         {"": ["stem", "middle/one/conv"], "middle/two": ["middle/two/conv", "head"]},
     ),
     "setup": (
-        Whole(Setup()),
+        Whole(Experiment()),
         {
             "": ["stem", "middle/layers_0"],
             "middle/layers_1": ["middle/layers_1"],

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import (
     FIRST_LAST_FLOAT,
@@ -47,7 +47,7 @@ def make_float_variables():
     return drawn_variables(MODEL, SHAPE, 2)
 
 
-def quantise(x, step, bits, signed):
+def quantize(x, step, bits, signed):
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     return np.clip(np.round(x / step), low, high) * step
 
@@ -65,22 +65,22 @@ def numbered(tree):
 
 def numbered_supernet(table, float_variables):
     """A supernet in which no two values of norms are the same, whatever rows it has."""
-    rows = (len(CHOICES),) * len(table.norm_axes)
+    rows = (len(CHOICES),) * len(table.bank_axes)
 
     def widened(tree):
         return numbered(
-            linen.map_leaves(
+            paths.map_leaves(
                 tree, lambda path, x: jnp.zeros(rows + x.shape) if "norm" in path else x
             )
         )
 
     steps = jnp.full((len(table), len(table.candidates)), 0.1)
-    learned = supernet.Learned(widened(float_variables["params"]), steps, steps)
-    return supernet.Variables(
-        learned, widened(float_variables["batch_stats"]), jnp.ones(len(table), bool)
+    trainable = supernet.TrainableParams(widened(float_variables["params"]), steps, steps)
+    return supernet.SupernetState(
+        trainable, widened(float_variables["batch_stats"]), jnp.ones(len(table), bool)
     )
 
 
 FLOAT_ENDS = trace_layers(
     MODEL, (8, 8, 2), rules=bit_rules(CHOICES, first_last=FIRST_LAST_FLOAT)
-).with_norm_rows("weights")
+).with_bn_banks("weights")

@@ -66,9 +66,9 @@ def step_of(method):
 def check(before, after, metrics, logits):
     types = jax.tree.map(lambda leaf: leaf.dtype, before)
     assert types == jax.tree.map(lambda leaf: leaf.dtype, after)
-    learned = [leaf.dtype for leaf in jax.tree.leaves(after)]
-    assert {dtype for dtype in learned if dtype.kind == "f"} == {jnp.dtype("float32")}
-    assert jnp.dtype("bfloat16") not in learned  # of no kind that NumPy knows
+    trainable = [leaf.dtype for leaf in jax.tree.leaves(after)]
+    assert {dtype for dtype in trainable if dtype.kind == "f"} == {jnp.dtype("float32")}
+    assert jnp.dtype("bfloat16") not in trainable  # of no kind that NumPy knows
     assert logits.dtype == jnp.float32
     assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
 
@@ -107,7 +107,9 @@ def test_it_is_the_step_of_float32_but_for_rounding(models):
     def moved(pair):
         before, after, *_ = pair
         change = jax.tree.map(
-            jnp.subtract, after.variables.learned.act_steps, before.variables.learned.act_steps
+            jnp.subtract,
+            after.variables.trainable.act_step_sizes,
+            before.variables.trainable.act_step_sizes,
         )
         return np.asarray(change)
 

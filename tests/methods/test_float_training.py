@@ -7,7 +7,7 @@ from helpers.random_variables import drawn_variables
 
 from mpq_jax.methods import METHODS, float_training
 from mpq_jax.methods.base import Run
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet.layer_table import trace_layers
 
 
@@ -94,8 +94,8 @@ def test_weight_decay_acts_on_kernels_only(variables, batch):
     for decay in (0.0, 0.5):
         method = make(weight_decay=decay, **base)
         state, _ = method.train_step(method.init(variables, batch["image"]), batch, KEY)
-        after.append(linen.flatten(state.params))
-    for path, leaf in linen.flatten(variables["params"]).items():
+        after.append(paths.flatten(state.params))
+    for path, leaf in paths.flatten(variables["params"]).items():
         taken = after[0][path] - after[1][path]
         wanted = 0.1 * 0.5 * leaf if path.endswith("kernel") else jnp.zeros_like(leaf)
         np.testing.assert_allclose(taken, wanted, atol=1e-6)  # a difference of float32 of order 1
@@ -104,8 +104,8 @@ def test_weight_decay_acts_on_kernels_only(variables, batch):
 def test_adamw_moves_by_signs_and_decays_kernels_alone(variables, batch):
     method = make(optimizer="adamw", learning_rate=0.01, warmup=0.0, weight_decay=0.5)
     state, _ = method.train_step(method.init(variables, batch["image"]), batch, KEY)
-    after = linen.flatten(state.params)
-    for path, leaf in linen.flatten(variables["params"]).items():
+    after = paths.flatten(state.params)
+    for path, leaf in paths.flatten(variables["params"]).items():
         if path == "conv/bias":
             continue  # the norm takes it away again, so that its gradient is rounding noise
         decay = 0.5 * leaf if path.endswith("kernel") else jnp.zeros_like(leaf)

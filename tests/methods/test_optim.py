@@ -80,10 +80,10 @@ def standard_promotion():
         yield
 
 
-def random_tree(seed, *, norm_axes=(2, 3, 4)):
+def random_tree(seed, *, bank_axes=(2, 3, 4)):
     keys = jax.random.split(jax.random.key(seed), 2)
     return {
-        "norm": jax.random.normal(keys[0], norm_axes),
+        "norm": jax.random.normal(keys[0], bank_axes),
         "steps": jax.random.normal(keys[1], (2, 3)),
     }
 
@@ -229,15 +229,15 @@ BY_HIGHEST = {
 }
 
 
-@pytest.mark.parametrize("highest", BY_HIGHEST)
-def test_factor_of_every_precision(highest):
-    table = BY_HIGHEST[highest]
+@pytest.mark.parametrize("max_bits", BY_HIGHEST)
+def test_factor_of_every_precision(max_bits):
+    table = BY_HIGHEST[max_bits]
     traced = jax.jit(precision_factor)
     for bits, wanted in table.items():
-        found = precision_factor(bits, highest)
+        found = precision_factor(bits, max_bits)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, wanted, rtol=1e-6)  # float32 powers
-        np.testing.assert_allclose(traced(jnp.int32(bits), jnp.int32(highest)), wanted, rtol=1e-6)
+        np.testing.assert_allclose(traced(jnp.int32(bits), jnp.int32(max_bits)), wanted, rtol=1e-6)
 
 
 # One learned scale per layer, as in the paper; the mean of their sizes is 0.3 / 4 unclipped.
@@ -248,14 +248,14 @@ def scalars(values):
     return {name: jnp.float32(value) for name, value in values.items()}
 
 
-def factor_by_hand(bits, highest):
-    distance = highest - bits
+def factor_by_hand(bits, max_bits):
+    distance = max_bits - bits
     if distance % 2:
         return 5 * 10.0 ** (-(distance + 1) // 2)
     return 10.0 ** (-distance // 2)
 
 
-def rate_by_hand(reading, rate, gradients, bits, highest=8, clip=1.0):
+def rate_by_hand(reading, rate, gradients, bits, max_bits=8, clip=1.0):
     """Section 4 of the method: lambda_b, with what each reading makes of the printed formula."""
     mean = np.mean([min(np.max(np.abs(np.clip(g, -clip, clip))), 1.0) for g in gradients])
     value = {
@@ -264,11 +264,11 @@ def rate_by_hand(reading, rate, gradients, bits, highest=8, clip=1.0):
         "relative": rate * (1 - mean),
         "constant": rate,
     }[reading]
-    return factor_by_hand(bits, highest) * value, mean
+    return factor_by_hand(bits, max_bits) * value, mean
 
 
-def alrs_update(gradients, *, bits, learning_rate, highest=8, **options):
-    optimizer = alrs(highest=highest, **options)
+def alrs_update(gradients, *, bits, learning_rate, max_bits=8, **options):
+    optimizer = alrs(max_bits=max_bits, **options)
     state = optimizer.init(gradients)
     return optimizer.update(gradients, state, bits=bits, learning_rate=learning_rate)
 
@@ -302,12 +302,12 @@ def test_where_gradients_exceed_the_rate_the_readings_part():
     assert rates["literal"] < 0 == rates["floor"] < rates["relative"] < rates["constant"]
 
 
-@pytest.mark.parametrize("highest", [8, 4])
-def test_factor_counts_from_the_given_highest_precision(highest):
+@pytest.mark.parametrize("max_bits", [8, 4])
+def test_factor_counts_from_the_given_highest_precision(max_bits):
     _, state = alrs_update(
-        scalars({"a": 0.25, "b": 0.75}), bits=3, learning_rate=0.8, highest=highest
+        scalars({"a": 0.25, "b": 0.75}), bits=3, learning_rate=0.8, max_bits=max_bits
     )
-    wanted = BY_HIGHEST[highest][3] * 0.8 * 0.5
+    wanted = BY_HIGHEST[max_bits][3] * 0.8 * 0.5
     np.testing.assert_allclose(state.learning_rate, wanted, rtol=1e-6)
 
 
@@ -328,7 +328,7 @@ def test_gradients_are_clipped_within_the_mean_only(clip):
     )
     wanted, mean = rate_by_hand("relative", 0.9, gradients.values(), 6, clip=clip)
     np.testing.assert_allclose(state.mean_gradient, mean, rtol=1e-6)
-    for name, gradient in gradients.items():  # the optimiser itself sees them as they are
+    for name, gradient in gradients.items():  # the optimizer itself sees them as they are
         np.testing.assert_allclose(updates[name], -wanted * gradient, rtol=1e-5)
 
 
@@ -378,7 +378,7 @@ HISTORY = [
 
 @pytest.mark.parametrize("around", ["alone", "chain", "partition", "multi_transform"])
 def test_scales_and_weights_over_several_updates(around):
-    scale_rule = alrs(highest=8)
+    scale_rule = alrs(max_bits=8)
     if around == "chain":
         scale_rule = optax.chain(optax.identity(), scale_rule)
     params = scalars({"a": 1.0, "b": 1.0})
@@ -422,7 +422,7 @@ def test_scales_and_weights_over_several_updates(around):
 
 
 def test_inner_transformations_get_their_own_extra_arguments():
-    optimizer = alrs(skip_unused_rows(scale_by_adam(), row_axes=1), highest=4)
+    optimizer = alrs(skip_unused_rows(scale_by_adam(), row_axes=1), max_bits=4)
     params = {"steps": jnp.ones(3)}
     used = {"steps": jnp.array([True, False, True])}
     updates, state = optimizer.update(
@@ -439,7 +439,7 @@ def test_inner_transformations_get_their_own_extra_arguments():
 
 
 def test_first_state_logs_zeros_of_the_same_type():
-    optimizer = alrs(highest=8)
+    optimizer = alrs(max_bits=8)
     gradients = scalars(SCALE_GRADIENTS)
     before = optimizer.init(gradients)
     _, after = optimizer.update(gradients, before, bits=8, learning_rate=0.1)
@@ -452,10 +452,10 @@ def test_first_state_logs_zeros_of_the_same_type():
 
 def test_unknown_readings_and_bounds_are_refused():
     with pytest.raises(ValueError, match=r"reading is 'printed'; wanted one of .*'relative'"):
-        alrs(highest=8, reading="printed")
+        alrs(max_bits=8, reading="printed")
     for clip in (0.0, -1.0):
         with pytest.raises(ValueError, match=rf"clip is {clip}; wanted a positive bound"):
-            alrs(highest=8, clip=clip)
+            alrs(max_bits=8, clip=clip)
 
 
 # What else the learners are made of.

@@ -48,7 +48,7 @@ class SupernetState(NamedTuple):
     """As the multi-precision method keeps it."""
 
     step: Any
-    variables: supernet.Variables
+    variables: supernet.SupernetState
     opt_state: Any
 
 
@@ -61,14 +61,14 @@ def as_loaded(tree):
     return np.asarray(tree)
 
 
-def table_of(model, candidates, norm_rows):
+def table_of(model, candidates, bn_banks):
     rules = bit_rules(candidates, first_last=FIRST_LAST_FLOAT)
-    return trace_layers(model, SHAPE, rules=rules).with_norm_rows(norm_rows)
+    return trace_layers(model, SHAPE, rules=rules).with_bn_banks(bn_banks)
 
 
-def supernet_of(model, candidates, norm_rows, seed=0):
+def supernet_of(model, candidates, bn_banks, seed=0):
     """A supernet of the right shapes whose numbers are all different."""
-    table = table_of(model, candidates, norm_rows)
+    table = table_of(model, candidates, bn_banks)
     shapes = jax.eval_shape(
         lambda variables, images: supernet.init(model, table, variables, images),
         drawn_variables(model, SHAPE, seed),
@@ -162,10 +162,10 @@ def test_network_of_several_precisions(wanted, held):
     state = supernet_of(Net(), (4, 3, 2), held)
     table = table_of(Net(), (4, 3, 2), "transition")
     found = supernet_or_float_variables(table, as_loaded(state), wanted)
-    assert isinstance(found, supernet.Variables)
-    assert isinstance(found.learned, supernet.Learned)
+    assert isinstance(found, supernet.SupernetState)
+    assert isinstance(found.trainable, supernet.TrainableParams)
     assert_same(found, state.variables)  # with its own rows; the method repeats them
-    repeated = supernet.with_rows_of(table, jax.tree.map(jnp.asarray, found))
+    repeated = supernet.expand_bn_banks(table, jax.tree.map(jnp.asarray, found))
     assert repeated.batch_stats["norm"]["mean"].shape == (3, 3, 3)
 
 
@@ -188,7 +188,9 @@ def test_what_comes_out_of_a_real_checkpoint(tmp_path, wanted):
 def test_networks_of_another_number_of_bits_are_refused(wanted, candidates):
     saved = as_loaded(supernet_of(Net(), candidates, "weights"))
     table = table_of(Net(), (4, 3, 2), "transition")
-    with pytest.raises(ValueError, match="of other bits or norm_rows: these differ: weight_steps"):
+    with pytest.raises(
+        ValueError, match="of other bits or bn_banks: these differ: weight_step_sizes"
+    ):
         supernet_or_float_variables(table, saved, wanted)
 
 

@@ -144,12 +144,12 @@ def test_subnets_of_recomputed_bfloat16_models(name):
 
     def subnet(variables, images):
         made = supernet.init(model, table, variables, images)
-        selected = supernet.select(table, made, table.largest)
+        selected = supernet.select(table, made, table.max_config)
         out = supernet.apply(model, table, selected, images, train=True)
         return made, out
 
     made, out = jax.eval_shape(subnet, variables_of(name), IMAGES)
-    leaves = jax.tree.leaves((made.learned, made.batch_stats, out.logits, out.batch_stats))
+    leaves = jax.tree.leaves((made.trainable, made.batch_stats, out.logits, out.batch_stats))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
     assert set(out.features) >= set(table.features)
     assert {feature.dtype for feature in out.features.values()} == {jnp.dtype("bfloat16")}

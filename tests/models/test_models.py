@@ -50,7 +50,7 @@ def convolve(x, kernel, stride=1):
     return np.einsum("bhwcij,ijco->bhwo", windows, np.asarray(kernel))
 
 
-def normalise(x, params):
+def normalize(x, params):
     """Applies a BatchNorm whose statistics are as before training: mean 0, variance 1."""
     return x / np.sqrt(1 + 1e-5) * np.asarray(params["scale"]) + np.asarray(params["bias"])
 
@@ -283,11 +283,11 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 convolutions against float64
 def test_basic_block(stride):
     x = np.random.default_rng(stride).normal(size=(2, 5, 4, 3)).astype(np.float32)
     given, p = applied(BasicBlock(3, stride), x)
-    y = np.maximum(normalise(convolve(x, p["conv1"]["kernel"], stride), p["norm1"]), 0)
-    y = normalise(convolve(y, p["conv2"]["kernel"]), p["norm2"])
+    y = np.maximum(normalize(convolve(x, p["conv1"]["kernel"], stride), p["norm1"]), 0)
+    y = normalize(convolve(y, p["conv2"]["kernel"]), p["norm2"])
     assert ("shortcut_conv" in p) == (stride == 2)
     if stride == 2:
-        x = normalise(convolve(x, p["shortcut_conv"]["kernel"], stride), p["shortcut_norm"])
+        x = normalize(convolve(x, p["shortcut_conv"]["kernel"], stride), p["shortcut_norm"])
     np.testing.assert_allclose(given, np.maximum(x + y, 0), **CLOSE)
 
 
@@ -299,10 +299,10 @@ def test_bottleneck_block_strides_its_middle_convolution(channels_in, stride):
     y = x
     for number, step in ((1, 1), (2, stride), (3, 1)):
         y = np.maximum(y, 0) if number > 1 else y
-        y = normalise(convolve(y, p[f"conv{number}"]["kernel"], step), p[f"norm{number}"])
+        y = normalize(convolve(y, p[f"conv{number}"]["kernel"], step), p[f"norm{number}"])
     assert ("shortcut_conv" in p) == ((channels_in, stride) != (8, 1))
     if "shortcut_conv" in p:
-        x = normalise(convolve(x, p["shortcut_conv"]["kernel"], stride), p["shortcut_norm"])
+        x = normalize(convolve(x, p["shortcut_conv"]["kernel"], stride), p["shortcut_norm"])
     np.testing.assert_allclose(given, np.maximum(x + y, 0), **CLOSE)
 
 
@@ -315,10 +315,10 @@ def test_inverted_residual(channels, stride, expansion):
     assert p["depthwise"]["kernel"].shape == (3, 3, 1, 3 * expansion)
     y = x
     if expansion > 1:
-        y = np.clip(normalise(convolve(y, p["expand"]["kernel"]), p["expand_norm"]), 0, 6)
-    y = normalise(convolve(y, p["depthwise"]["kernel"], stride), p["depthwise_norm"])
+        y = np.clip(normalize(convolve(y, p["expand"]["kernel"]), p["expand_norm"]), 0, 6)
+    y = normalize(convolve(y, p["depthwise"]["kernel"], stride), p["depthwise_norm"])
     assert y.max() > 6  # so that ReLU6 differs from ReLU
-    y = normalise(convolve(np.clip(y, 0, 6), p["project"]["kernel"]), p["project_norm"])
+    y = normalize(convolve(np.clip(y, 0, 6), p["project"]["kernel"]), p["project_norm"])
     assert ("expand" in p) == (expansion > 1)
     np.testing.assert_allclose(given, x + y if (channels, stride) == (3, 1) else y, **CLOSE)
     assert np.min(given) < 0  # linear
@@ -459,7 +459,7 @@ def test_small_vgg_is_convolution_norm_relu_and_pooling():
     for stage, size in enumerate((1, 2)):
         for index in range(size):
             y = convolve(x, p[f"stage{stage}_conv{index}"]["kernel"])
-            x = np.maximum(normalise(y, p[f"stage{stage}_norm{index}"]), 0)
+            x = np.maximum(normalize(y, p[f"stage{stage}_norm{index}"]), 0)
         even = x[:, : x.shape[1] // 2 * 2]
         x = even.reshape(2, even.shape[1] // 2, 2, even.shape[2] // 2, 2, -1).max(axis=(2, 4))
     assert x.shape == (2, 2, 3, 5)

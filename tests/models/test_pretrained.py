@@ -20,7 +20,7 @@ from mpq_jax.models.pretrained import (
     importing,
     read_tensors,
 )
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 
 
 class StateDict(dict):
@@ -323,7 +323,7 @@ def numbers(arrays):
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_finds_its_place(name):
     state, model, options, expected = CASES[name]
-    found = linen.flatten(from_tensors(model, dict(state), **options))
+    found = paths.flatten(from_tensors(model, dict(state), **options))
     for path, tensor in expected.items():
         wanted = state[tensor] if state[tensor].ndim == 3 else as_ours(state[tensor])
         np.testing.assert_array_equal(found[path], wanted, err_msg=path)

@@ -11,7 +11,7 @@ from mpq_jax.cli import train
 from mpq_jax.configs import digits
 from mpq_jax.methods import METHODS
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 from mpq_jax.training import experiment, initial_state
 
 WIDTH, SHAPE, CLASSES = 4, (8, 8, 1), 10  # of a small ResNet-8 for the digits
@@ -26,10 +26,10 @@ def write_weights(path, *, classes=CLASSES, width=WIDTH):
     random = np.random.default_rng(0)
     flat = {
         name: random.uniform(0.1, 1, leaf.shape).astype(np.float32)
-        for name, leaf in linen.flatten(variables).items()
+        for name, leaf in paths.flatten(variables).items()
     }
     safetensors.numpy.save_file({torch_name(name): torch_axes(x) for name, x in flat.items()}, path)
-    return linen.unflatten(flat)
+    return paths.unflatten(flat)
 
 
 def torch_name(path):

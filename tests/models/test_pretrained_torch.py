@@ -273,7 +273,7 @@ def test_trained_efficientnet_lite0_of_imagenet():
     model = lite_model(0)()
     model.load_state_dict(torch.load(path, weights_only=True))
     variables = pretrained.import_torch("efficientnet_lite0", path)
-    photos = [crop / 128 - 127 / 128 for crop in photos_of_sklearn()]  # the authors' normalisation
+    photos = [crop / 128 - 127 / 128 for crop in photos_of_sklearn()]  # the authors' normalization
     images = np.concatenate([some_images(224, 6), np.asarray(photos, np.float32)])
     ours = our_logits("efficientnet_lite0", {}, variables, images)
     compare(ours, torch_logits(model.eval(), images), "trained efficientnet_lite0")

@@ -9,7 +9,7 @@ from helpers.random_variables import drawn_variables
 
 from mpq_jax.models import make_model
 from mpq_jax.models.vit import ViT, attention
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 from mpq_jax.supernet.layer_table import trace_layers
 
 SHAPE, PATCH, DIM, DEPTH, HEADS = (8, 12, 2), 4, 8, 2, 2
@@ -35,7 +35,7 @@ def test_published_numbers_of_parameters(name):
 
 
 def test_names_and_shapes_of_parameters():
-    found = linen.flatten(shapes(MODEL, SHAPE)["params"])
+    found = paths.flatten(shapes(MODEL, SHAPE)["params"])
     block = {"norm1/scale": (8,), "norm1/bias": (8,), "norm2/scale": (8,), "norm2/bias": (8,)}
     for name, out in [("query", 8), ("key", 8), ("value", 8), ("out", 8), ("mlp1", 12)]:
         block |= {f"{name}/kernel": (8, out), f"{name}/bias": (out,)}
@@ -138,7 +138,7 @@ def test_layers():
     assert by_name["block1/mlp2"].macs == TOKENS * 12 * 8
     assert by_name["head"].macs == 8 * 5
     first = table.names.index("block1/query")
-    assert [table.layers[first + i].reads_with for i in range(3)] == 3 * [first]
+    assert [table.layers[first + i].shares_input_with for i in range(3)] == 3 * [first]
 
 
 @pytest.mark.parametrize("shape", [(224, 224, 3), (32, 48, 1)])

@@ -10,7 +10,7 @@ import pytest
 
 from mpq_jax.parallel import distributed
 
-LOST_AFTER = 20  # seconds; a healthy process on a busy machine is never silent for so long
+HEARTBEAT_TIMEOUT = 20  # seconds; a healthy process on a busy machine is never silent for so long
 
 
 def test_joining_after_jax_is_in_use_says_what_to_do():
@@ -21,10 +21,10 @@ def test_joining_after_jax_is_in_use_says_what_to_do():
 
 def test_a_process_alone_fails_and_ends_as_usual():
     assert distributed.describe() == "process 0 of 1: 8 of 8 cpu devices"
-    with distributed.ending_together():
+    with distributed.abort_together():
         pass
     for error in (ValueError("mine"), SystemExit("error: mine"), KeyboardInterrupt()):
-        with pytest.raises(type(error)) as raised, distributed.ending_together():
+        with pytest.raises(type(error)) as raised, distributed.abort_together():
             raise error
         assert raised.value is error
 
@@ -36,11 +36,11 @@ jax.config.update("jax_num_cpu_devices", 1)
 import jax.numpy as jnp
 from mpq_jax.parallel import distributed as processes, mesh as sharding
 
-address, index, mode, lost_after = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+address, index, mode, heartbeat_timeout = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 
-@processes.ending_together()
+@processes.abort_together()
 def main():
-    processes.join(address, 2, index, lost_after=lost_after)
+    processes.join(address, 2, index, heartbeat_timeout=heartbeat_timeout)
     mesh = sharding.make_mesh()
     batch = sharding.global_batch({"x": jax.device_get(jnp.ones(2))}, mesh)
     for step in range(10**6):
@@ -67,7 +67,7 @@ def test_a_failed_process_ends_the_others_in_bounded_time(mode):
         address = f"localhost:{free.getsockname()[1]}"
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", LONER, address, str(index), mode, str(LOST_AFTER)],
+            [sys.executable, "-c", LONER, address, str(index), mode, str(HEARTBEAT_TIMEOUT)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -76,7 +76,7 @@ def test_a_failed_process_ends_the_others_in_bounded_time(mode):
         for index in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=LOST_AFTER + 60) for process in running]
+        outputs = [process.communicate(timeout=HEARTBEAT_TIMEOUT + 60) for process in running]
     finally:
         for process in running:
             process.kill()

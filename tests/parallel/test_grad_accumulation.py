@@ -11,7 +11,7 @@ from mpq_jax.methods import METHODS
 from mpq_jax.methods.base import Run
 from mpq_jax.parallel import grad_accumulation
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.parallel.grad_accumulation import Parts
+from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program import linen
 from mpq_jax.supernet.layer_table import FIRST_LAST_8BIT, Rule, trace_layers
 
@@ -67,11 +67,11 @@ def loss_of(divided):
 @pytest.mark.parametrize("count", [1, 2])
 def test_gradient_of_parts_is_that_of_micro_batches_one_after_another(batch, mesh, start, count):
     """Against plain differentiation of each micro-batch, norms of the whole micro-batch."""
-    divided = Parts(mesh, count)
+    divided = BatchPartition(mesh, count)
 
     @jax.jit
     def divided_gradient(params, stats, examples):
-        gradient, stats, metrics, (logits, keys) = grad_accumulation.gradient_of_parts(
+        gradient, stats, metrics, (logits, keys) = grad_accumulation.partitioned_gradient(
             divided,
             loss_of(divided),
             params,
@@ -88,7 +88,7 @@ def test_gradient_of_parts_is_that_of_micro_batches_one_after_another(batch, mes
     assert {leaf.shape[0] for leaf in jax.tree.leaves(own)} == {8}
     assert len({tuple(key) for key in np.asarray(keys).tolist()}) == 8 * count  # dropout differs
 
-    alone, wanted_stats, total, losses = Parts(), start["batch_stats"], None, []
+    alone, wanted_stats, total, losses = BatchPartition(), start["batch_stats"], None, []
     wanted_logits = np.zeros((BATCH, 3), np.float32)
     differentiate = jax.jit(jax.value_and_grad(loss_of(alone), has_aux=True))
     for index in range(count):
@@ -112,13 +112,15 @@ def test_micro_batches_are_the_same_images_on_any_number_of_devices():
     examples = jnp.arange(24)
     for count in (1, 2, 3):
         whole = [
-            np.asarray(grad_accumulation.micro_batch(Parts(micro_batches=count), examples, i))
+            np.asarray(
+                grad_accumulation.micro_batch(BatchPartition(micro_batches=count), examples, i)
+            )
             for i in range(count)
         ]
         shares = [
             np.concatenate(
                 [
-                    grad_accumulation.micro_batch(Parts(micro_batches=count), share, i)
+                    grad_accumulation.micro_batch(BatchPartition(micro_batches=count), share, i)
                     for share in jnp.split(examples, 4)
                 ]
             )
@@ -127,7 +129,8 @@ def test_micro_batches_are_the_same_images_on_any_number_of_devices():
         np.testing.assert_array_equal(whole, shares)
         stacked = jnp.stack([jnp.asarray(part) for part in whole])
         np.testing.assert_array_equal(
-            grad_accumulation.put_together(Parts(micro_batches=count), stacked), np.arange(24)
+            grad_accumulation.merge_micro_batches(BatchPartition(micro_batches=count), stacked),
+            np.arange(24),
         )
 
 
@@ -155,12 +158,12 @@ def test_norms_that_have_an_axis_of_their_own_keep_it():
     variables["batch_stats"] = {"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
 
     def forward(x):
-        return linen.forward(Own(), variables, x, train=True, part=linen.Part("other", 2))[0]
+        return linen.forward(Own(), variables, x, train=True, part=BatchShard("other", 2))[0]
 
     out = jax.vmap(jax.vmap(forward, axis_name="other"), axis_name="mine")(x.reshape(2, 2, 1, 2))
     by_hand = np.asarray(x).reshape(2, 2, 1, 2)
-    centred = by_hand - by_hand.mean(axis=0, keepdims=True)
-    np.testing.assert_allclose(out, centred / np.sqrt(by_hand.var(axis=0) + 1e-5), rtol=1e-5)
+    centerd = by_hand - by_hand.mean(axis=0, keepdims=True)
+    np.testing.assert_allclose(out, centerd / np.sqrt(by_hand.var(axis=0) + 1e-5), rtol=1e-5)
 
 
 def make_step(name, divided, start, batch, **options):
@@ -209,9 +212,9 @@ def test_a_step_on_eight_devices_is_that_on_one(name, count, batch, start, monke
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 32)
     options = CASES[name]
     name = name.partition(",")[0]
-    alone, metrics = one_step(name, Parts(micro_batches=count), start, batch, **options)
+    alone, metrics = one_step(name, BatchPartition(micro_batches=count), start, batch, **options)
     mesh = sharding.make_mesh(fsdp=4)
-    divided = Parts(mesh, count)
+    divided = BatchPartition(mesh, count)
     state, found = one_step(name, divided, start, batch, **options)
     for key, value in metrics.items():
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
@@ -233,19 +236,19 @@ def test_what_devices_send_does_not_grow_with_the_subnets(batch, mesh, start):
     """But for the statistics of norms: mean and mean square, forward and backward."""
 
     def sent(subnets):
-        divided = Parts(mesh)
+        divided = BatchPartition(mesh)
         method, state, placed = make_step(
             "rfquant", divided, start, batch, random_subnets=subnets, subnet_loop="unrolled"
         )
         text = method.train_step.lower(state, placed, jax.random.key(0)).compile().as_text()
         kinds = collectives(text)
         assert set(kinds) == {"all-reduce"}
-        learned = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.variables.learned))
-        return kinds["all-reduce"].bytes, learned
+        trainable = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.variables.trainable))
+        return kinds["all-reduce"].bytes, trainable
 
-    (one, learned), (two, _) = sent(1), sent(2)
+    (one, trainable), (two, _) = sent(1), sent(2)
     norms_and_metrics = 2 * 2 * 2 * 8 * 4 + 8 * 4
-    assert learned <= one < 1.2 * learned
+    assert trainable <= one < 1.2 * trainable
     assert 0 < two - one <= norms_and_metrics
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 
 
 class Net(nn.Module):
@@ -201,4 +201,4 @@ def test_path_of_a_nested_module():
 
 def test_names_with_the_separator_are_refused():
     with pytest.raises(ValueError, match="'conv/kernel/scale' has a '/' in its name"):
-        linen.flatten({"norm": {"conv/kernel/scale": jnp.ones(2)}})
+        paths.flatten({"norm": {"conv/kernel/scale": jnp.ones(2)}})

@@ -44,7 +44,7 @@ def reference(bit_planes, beta, contiguous=False):
     return float(bit_planes.scale) * np.einsum("b,b,b...->...", gates, worth, digits)
 
 
-def quantised(w, planes):
+def quantized(w, planes):
     """Rounds magnitudes to whole parts of the largest one."""
     w = np.asarray(w, np.float64)
     largest = np.abs(w).max()
@@ -74,9 +74,9 @@ def test_every_integer_comes_back(planes):
     assert csq.active_planes(bit_planes).all()
 
 
-def test_a_float_tensor_is_quantised_to_the_nearest_code():
+def test_a_float_tensor_is_quantized_to_the_nearest_code():
     w = jax.random.normal(jax.random.key(0), (5, 5, 8))
-    codes, unit = quantised(w, 6)
+    codes, unit = quantized(w, 6)
     bit_planes = csq.from_float(w, planes=6)
     np.testing.assert_array_equal(csq.codes(bit_planes)[0], codes)
     np.testing.assert_allclose(csq.weights(bit_planes, 1.0), codes * unit, atol=1e-6)
@@ -84,7 +84,7 @@ def test_a_float_tensor_is_quantised_to_the_nearest_code():
 
 def test_the_literal_start_is_the_published_one():
     w = jax.random.normal(jax.random.key(1), (6, 7))
-    codes, unit = quantised(w, 8)
+    codes, unit = quantized(w, 8)
     bit_planes = csq.from_float(w, planes=8, literal=True)
     for logits, sign in ((bit_planes.positive, 1), (bit_planes.negative, -1)):
         bits = np.array([(np.maximum(sign * codes, 0).astype(int) >> b) & 1 for b in range(8)])
@@ -256,7 +256,7 @@ def test_a_gate_on_the_threshold_is_on_and_a_bit_on_it_is_not():
     w = jax.random.normal(jax.random.key(2), (50,))
     bit_planes = csq.from_float(w, literal=True)
     assert csq.active_planes(bit_planes).all()
-    np.testing.assert_array_equal(csq.codes(bit_planes)[0], quantised(w, 8)[0])
+    np.testing.assert_array_equal(csq.codes(bit_planes)[0], quantized(w, 8)[0])
 
 
 def test_the_temperature_is_traced():

@@ -246,21 +246,21 @@ def test_constant_tensors_get_positive_finite_steps(shape, value):
         assert 0 < step < np.inf
 
 
-# The contract of every quantiser: of its inputs, and of its weights at every highest precision.
+# The contract of every quantizer: of its inputs, and of its weights at every highest precision.
 
 
-def record_of(name, half, highest):
-    """Returns fake_quant, codes -> (codes, width of one), init_step of one half of a quantiser."""
+def record_of(name, half, max_bits):
+    """Returns fake_quant, codes -> (codes, width of one), init_step of one half of a quantizer."""
     quantizer = QUANTIZERS[name]
     assert isinstance(quantizer, Quantizer)
     if half == "weights":
         weights = quantizer.weights
 
         def fake_quant(x, step, bits, *, signed, grad_scale=None):
-            return weights.fake_quant(x, step, bits, highest=highest, grad_scale=grad_scale)
+            return weights.fake_quant(x, step, bits, max_bits=max_bits, grad_scale=grad_scale)
 
         def codes(x, step, bits, *, signed):
-            return weights.codes(x, step, bits, highest=highest)
+            return weights.codes(x, step, bits, max_bits=max_bits)
 
         return fake_quant, codes, lambda x, bits, *, signed: weights.init_step(x, bits)
     acts = quantizer.acts
@@ -277,7 +277,7 @@ every_half = pytest.mark.parametrize("half", ["weights", "acts"])
 @every_half
 @every_quantizer
 def test_contract_values_are_codes_times_step_and_bits_compile_once(name, half):
-    fake_quant, codes_of_half, init_step = record_of(name, half, highest=max(BITS))
+    fake_quant, codes_of_half, init_step = record_of(name, half, max_bits=max(BITS))
     traces = []
 
     @jax.jit
@@ -313,7 +313,7 @@ def test_contract_values_are_codes_times_step_and_bits_compile_once(name, half):
 @every_half
 @every_quantizer
 def test_contract_half_precision_is_kept(name, half):
-    fake_quant, codes_of, _ = record_of(name, half, highest=6)
+    fake_quant, codes_of, _ = record_of(name, half, max_bits=6)
     x = jnp.asarray(some_values(4, True), jnp.bfloat16)
     step = jnp.bfloat16(0.25)
 
@@ -330,7 +330,7 @@ def test_contract_half_precision_is_kept(name, half):
 @every_half
 @every_quantizer
 def test_contract_zeros_stay_zero_and_finite(name, half):
-    fake_quant, _, init_step = record_of(name, half, highest=8)
+    fake_quant, _, init_step = record_of(name, half, max_bits=8)
 
     @jax.jit
     def value_and_gradients(zeros, step):
@@ -349,7 +349,7 @@ def test_contract_zeros_stay_zero_and_finite(name, half):
 @every_half
 @every_quantizer
 def test_contract_gradient_scale(name, half):
-    fake_quant, _, _ = record_of(name, half, highest=3)
+    fake_quant, _, _ = record_of(name, half, max_bits=3)
     x = jnp.asarray(some_values(4, True))[300]
 
     @jax.jit

@@ -13,11 +13,11 @@ from mpq_jax.quantizers import QUANTIZERS, double_rounding, lsq
 
 STEPS = (np.float32(0.3), np.float32(0.25), np.float32(1.7e-3))
 PAIRS = [(high, low) for high in (2, 3, 4, 6, 8, 16) for low in range(2, high + 1)]
-every_pair = pytest.mark.parametrize(("highest", "bits"), PAIRS)
+every_pair = pytest.mark.parametrize(("max_bits", "bits"), PAIRS)
 
 
-def integers(highest):
-    return np.arange(-(2 ** (highest - 1)), 2 ** (highest - 1))
+def integers(max_bits):
+    return np.arange(-(2 ** (max_bits - 1)), 2 ** (max_bits - 1))
 
 
 def second_rounding(code, halvings, bits):
@@ -27,10 +27,10 @@ def second_rounding(code, halvings, bits):
 
 
 @functools.cache
-def switched(highest, bits):
+def switched(max_bits, bits):
     """What every stored integer becomes."""
-    halvings = highest - bits
-    return np.array([second_rounding(code, halvings, bits) for code in integers(highest)])
+    halvings = max_bits - bits
+    return np.array([second_rounding(code, halvings, bits) for code in integers(max_bits)])
 
 
 @jax.jit
@@ -39,31 +39,31 @@ def lsq_codes(w, step, bits):
 
 
 # Three programs, as training, export and a switch at run time are; compiled once per highest.
-stored_codes = jax.jit(double_rounding.codes, static_argnames="highest")
-switched_codes = jax.jit(double_rounding.switch, static_argnames="highest")
-trained_values = jax.jit(double_rounding.fake_quant, static_argnames="highest")
+stored_codes = jax.jit(double_rounding.codes, static_argnames="max_bits")
+switched_codes = jax.jit(double_rounding.switch, static_argnames="max_bits")
+trained_values = jax.jit(double_rounding.fake_quant, static_argnames="max_bits")
 
 
 @every_pair
-def test_switch_is_the_second_rounding_of_every_integer(highest, bits):
-    codes = jnp.asarray(integers(highest), jnp.int32)
-    lower = double_rounding.switch(codes, bits, highest=highest)
-    np.testing.assert_array_equal(lower, switched(highest, bits))
+def test_switch_is_the_second_rounding_of_every_integer(max_bits, bits):
+    codes = jnp.asarray(integers(max_bits), jnp.int32)
+    lower = double_rounding.switch(codes, bits, max_bits=max_bits)
+    np.testing.assert_array_equal(lower, switched(max_bits, bits))
 
 
 @pytest.mark.parametrize("step", STEPS)
 @every_pair
-def test_training_and_switch_agree_on_every_integer(highest, bits, step):
+def test_training_and_switch_agree_on_every_integer(max_bits, bits, step):
     """Of weights on every code and on every edge between two codes of the highest precision."""
-    halves = np.arange(-(2**highest) - 3, 2**highest + 4, dtype=np.float32) / 2
+    halves = np.arange(-(2**max_bits) - 3, 2**max_bits + 4, dtype=np.float32) / 2
     w = jnp.asarray(halves * step)
-    stored = stored_codes(w, step, highest=highest)
-    lower = switched_codes(stored, jnp.int32(bits), highest=highest)
-    value = trained_values(w, step, jnp.int32(bits), highest=highest)
-    assert set(integers(highest)) == set(np.asarray(stored).tolist())
-    width = step * np.float32(2 ** (highest - bits))
+    stored = stored_codes(w, step, max_bits=max_bits)
+    lower = switched_codes(stored, jnp.int32(bits), max_bits=max_bits)
+    value = trained_values(w, step, jnp.int32(bits), max_bits=max_bits)
+    assert set(integers(max_bits)) == set(np.asarray(stored).tolist())
+    width = step * np.float32(2 ** (max_bits - bits))
     np.testing.assert_array_equal(value, np.asarray(lower).astype(np.float32) * width, strict=True)
-    table = dict(zip(integers(highest).tolist(), switched(highest, bits).tolist(), strict=True))
+    table = dict(zip(integers(max_bits).tolist(), switched(max_bits, bits).tolist(), strict=True))
     expected = [table[code] for code in np.asarray(stored).tolist()]
     np.testing.assert_array_equal(lower, expected)
 
@@ -71,13 +71,13 @@ def test_training_and_switch_agree_on_every_integer(highest, bits, step):
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16, jnp.int32])
 def test_switch_keeps_the_integer_type(dtype):
     codes = jnp.asarray(integers(8), dtype)
-    lower = double_rounding.switch(codes, 3, highest=8)
+    lower = double_rounding.switch(codes, 3, max_bits=8)
     assert lower.dtype == dtype
     np.testing.assert_array_equal(lower, switched(8, 3))
 
 
 def test_switch_computes_with_integers_only():
-    program = jax.make_jaxpr(lambda c, b: double_rounding.switch(c, b, highest=8))(
+    program = jax.make_jaxpr(lambda c, b: double_rounding.switch(c, b, max_bits=8))(
         jnp.zeros((4,), jnp.int8), 4
     )
     floats = [
@@ -92,7 +92,7 @@ def test_switch_computes_with_integers_only():
 def test_the_highest_precision_is_lsq():
     w = jnp.asarray(np.random.default_rng(0).normal(size=300), jnp.float32)
     step = np.float32(0.02)
-    stored = jax.jit(lambda w, s: double_rounding.codes(w, s, highest=8))(w, step)
+    stored = jax.jit(lambda w, s: double_rounding.codes(w, s, max_bits=8))(w, step)
     np.testing.assert_array_equal(stored, lsq_codes(w, step, 8))
 
 
@@ -102,7 +102,7 @@ def test_rounding_to_even_has_no_bias_and_flooring_has():
     errors = {}
     for name in ("double_rounding", "double_rounding_floored"):
         fake_quant = QUANTIZERS[name].weights.fake_quant
-        errors[name] = np.asarray(fake_quant(w, 1.0, 8 - halvings, highest=8, grad_scale=None) - w)
+        errors[name] = np.asarray(fake_quant(w, 1.0, 8 - halvings, max_bits=8, grad_scale=None) - w)
     assert errors["double_rounding"].sum() == 0
     assert errors["double_rounding_floored"].sum() == -len(w) * (2**halvings - 1) / 2
 
@@ -110,20 +110,20 @@ def test_rounding_to_even_has_no_bias_and_flooring_has():
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_gradients_are_the_closed_forms(bits):
     """d/dw is one inside the range of the wanted bits; d/ds is LSQ's at width s 2^D, times 2^D."""
-    highest, step = 8, np.float32(0.037)
+    max_bits, step = 8, np.float32(0.037)
     spread = 2.0**7 * step
     w = np.random.default_rng(bits).uniform(-1.5 * spread, 1.5 * spread, 500).astype(np.float32)
 
     def one(w, s):
-        return double_rounding.fake_quant(w, s, bits, highest=highest)
+        return double_rounding.fake_quant(w, s, bits, max_bits=max_bits)
 
     of_w, of_s = jax.jit(jax.vmap(jax.grad(one, argnums=(0, 1)), (0, None)))(w, step)
-    factor = 2 ** (highest - bits)
+    factor = 2 ** (max_bits - bits)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     v = w.astype(np.float64) / (np.float64(step) * factor)
     inside = (v >= low) & (v <= high)
-    stored = np.asarray(double_rounding.codes(jnp.asarray(w), step, highest=highest))
-    code = np.array([second_rounding(c, highest - bits, bits) for c in stored])
+    stored = np.asarray(double_rounding.codes(jnp.asarray(w), step, max_bits=max_bits))
+    code = np.array([second_rounding(c, max_bits - bits, bits) for c in stored])
     expected = factor * np.where(inside, code - v, np.clip(v, low, high))
     assert 0.2 < inside.mean() < 0.9
     np.testing.assert_array_equal(of_w, inside)
@@ -131,13 +131,13 @@ def test_gradients_are_the_closed_forms(bits):
 
 
 def test_weights_on_the_bounds_are_inside():
-    highest, step = 8, np.float32(0.3)
+    max_bits, step = 8, np.float32(0.3)
     for bits in (2, 4, 8):
-        width = step * np.float32(2 ** (highest - bits))
+        width = step * np.float32(2 ** (max_bits - bits))
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         w = jnp.asarray(np.array([low, high], np.float32) * width)
         gradient = jax.grad(
-            lambda w, b=bits: jnp.sum(double_rounding.fake_quant(w, step, b, highest=highest))
+            lambda w, b=bits: jnp.sum(double_rounding.fake_quant(w, step, b, max_bits=max_bits))
         )(w)
         np.testing.assert_array_equal(gradient, [1, 1])
 
@@ -147,7 +147,7 @@ def test_gradient_scale_acts_on_the_step_alone():
 
     def gradients(scale):
         def loss(w, s):
-            return jnp.sum(w * double_rounding.fake_quant(w, s, 3, highest=6, grad_scale=scale))
+            return jnp.sum(w * double_rounding.fake_quant(w, s, 3, max_bits=6, grad_scale=scale))
 
         return jax.grad(loss, argnums=(0, 1))(w, np.float32(0.02))
 
@@ -162,9 +162,9 @@ def test_bits_are_traced_and_compile_once():
     @jax.jit
     def everything(w, bits):
         traces.append(1)
-        stored = double_rounding.codes(w, 0.1, highest=8)
-        value = double_rounding.fake_quant(w, 0.1, bits, highest=8)
-        return value, double_rounding.switch(stored, bits, highest=8)
+        stored = double_rounding.codes(w, 0.1, max_bits=8)
+        value = double_rounding.fake_quant(w, 0.1, bits, max_bits=8)
+        return value, double_rounding.switch(stored, bits, max_bits=8)
 
     w = jnp.linspace(-20, 20, 999)
     levels = [len(np.unique(everything(w, bits)[1])) for bits in range(2, 9)]
@@ -174,20 +174,20 @@ def test_bits_are_traced_and_compile_once():
 def test_no_bits_are_those_of_a_kernel_of_zeros():
     w, stored = jnp.zeros((3, 2)), jnp.zeros((3, 2), jnp.int8)
     for made in (
-        double_rounding.codes(w, 0.3, highest=0),
-        double_rounding.switch(stored, 0, highest=0),
-        jax.jit(lambda bits: double_rounding.fake_quant(w, 0.3, bits, highest=0))(0),
+        double_rounding.codes(w, 0.3, max_bits=0),
+        double_rounding.switch(stored, 0, max_bits=0),
+        jax.jit(lambda bits: double_rounding.fake_quant(w, 0.3, bits, max_bits=0))(0),
     ):
         np.testing.assert_array_equal(made, np.zeros((3, 2)))
 
 
-@pytest.mark.parametrize("highest", [1, 17, -1])
-def test_a_highest_precision_that_makes_no_sense_is_refused(highest):
+@pytest.mark.parametrize("max_bits", [1, 17, -1])
+def test_a_highest_precision_that_makes_no_sense_is_refused(max_bits):
     w = jnp.zeros((2,))
     for refused in (
-        lambda: double_rounding.codes(w, 1.0, highest=highest),
-        lambda: double_rounding.fake_quant(w, 1.0, 2, highest=highest),
-        lambda: double_rounding.switch(jnp.zeros((2,), jnp.int8), 2, highest=highest),
+        lambda: double_rounding.codes(w, 1.0, max_bits=max_bits),
+        lambda: double_rounding.fake_quant(w, 1.0, 2, max_bits=max_bits),
+        lambda: double_rounding.switch(jnp.zeros((2,), jnp.int8), 2, max_bits=max_bits),
     ):
         with pytest.raises(ValueError, match="highest is .* wanted 2 to 16"):
             refused()
@@ -196,8 +196,8 @@ def test_a_highest_precision_that_makes_no_sense_is_refused(highest):
 @pytest.mark.parametrize("bits", [1, 9])
 def test_bits_beyond_the_highest_are_refused_where_they_are_known(bits):
     for refused in (
-        lambda: double_rounding.fake_quant(jnp.zeros((2,)), 1.0, bits, highest=8),
-        lambda: double_rounding.switch(jnp.zeros((2,), jnp.int8), bits, highest=8),
+        lambda: double_rounding.fake_quant(jnp.zeros((2,)), 1.0, bits, max_bits=8),
+        lambda: double_rounding.switch(jnp.zeros((2,), jnp.int8), bits, max_bits=8),
     ):
         with pytest.raises(ValueError, match=f"bits is {bits}; wanted 2 to 8"):
             refused()
@@ -206,8 +206,8 @@ def test_bits_beyond_the_highest_are_refused_where_they_are_known(bits):
 def test_a_switch_in_two_hops_is_not_a_switch_in_one():
     """Rounding twice moves what the first hop made a tie; so artifacts keep the highest codes."""
     codes = jnp.asarray(integers(8), jnp.int32)
-    straight = double_rounding.switch(codes, 2, highest=8)
-    by_four = double_rounding.switch(double_rounding.switch(codes, 4, highest=8), 2, highest=4)
+    straight = double_rounding.switch(codes, 2, max_bits=8)
+    by_four = double_rounding.switch(double_rounding.switch(codes, 4, max_bits=8), 2, max_bits=4)
     assert np.any(np.asarray(straight) != np.asarray(by_four))
     expected = [second_rounding(second_rounding(code, 4, 4), 2, 2) for code in integers(8).tolist()]
     np.testing.assert_array_equal(by_four, expected)
@@ -219,9 +219,13 @@ def test_unshared_and_floored_differ_from_the_default_where_they_should():
         QUANTIZERS[name].weights
         for name in ("double_rounding", "double_rounding_unshared", "double_rounding_floored")
     )
-    assert (default.one_step, unshared.one_step, floored.one_step) == (True, False, True)
+    assert (default.shared_step_size, unshared.shared_step_size, floored.shared_step_size) == (
+        True,
+        False,
+        True,
+    )
     for bits, step in itertools.product((2, 5, 8), (0.004, 0.01)):
-        arguments = {"highest": 8, "grad_scale": None}
+        arguments = {"max_bits": 8, "grad_scale": None}
         a, c = (q.fake_quant(w, step, bits, **arguments) for q in (default, floored))
         b = unshared.fake_quant(w, step * 2 ** (8 - bits), bits, **arguments)
         np.testing.assert_array_equal(a, b)

@@ -168,8 +168,8 @@ def test_the_plot_of_a_scheme_has_a_bar_for_each_number_of_bits(figures, tmp_pat
     for counted, bits in zip(heights, SCHEME.values(), strict=True):
         np.testing.assert_array_equal(counted[:-1], bits.weights[:-1])
     assert heights[:, -1].tolist() == [0, 0]  # float
-    centre = hatched.get_x() + hatched.get_width() / 2
-    assert round(centre) == len(FLOAT_END) - 1 and hatched.get_height() == 8
+    center = hatched.get_x() + hatched.get_width() / 2
+    assert round(center) == len(FLOAT_END) - 1 and hatched.get_height() == 8
     assert axes.get_yticks().tolist() == list(range(9))  # up to 8, not 32
 
 

@@ -10,7 +10,7 @@ from helpers.call_counts import tick, ticks_of
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.search import greedy, prefix_scoring
 from mpq_jax.search.prefix_scoring import make_fast_score, make_prefix_score, shared_work
 from mpq_jax.search.problem import Budget, Limit
@@ -66,13 +66,13 @@ def supernet_of(table):
     generator = np.random.default_rng(2)
 
     def disturbed(path, leaf):
-        if linen.module_of(path) not in table.bank_norms:
+        if paths.parent(path) not in table.bank_norms:
             return leaf
         return leaf * jnp.asarray(generator.uniform(0.6, 1.5, leaf.shape), jnp.float32)
 
-    params = linen.map_leaves(made.learned.params, disturbed)
-    stats = linen.map_leaves(made.batch_stats, disturbed)
-    return made._replace(learned=made.learned._replace(params=params), batch_stats=stats)
+    params = paths.map_leaves(made.trainable.params, disturbed)
+    stats = paths.map_leaves(made.batch_stats, disturbed)
+    return made._replace(trainable=made.trainable._replace(params=params), batch_stats=stats)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def drawn(seed, count):
     return np.random.default_rng(seed).choice([4, 3, 2], (count, len(BLOCKS), 2))
 
 
-def neighbours():
+def neighbors():
     """A configuration, and all that differ from it in one tensor."""
     found = [np.full((len(BLOCKS), 2), 3)]
     for layer in range(len(BLOCKS)):
@@ -104,7 +104,7 @@ def neighbours():
 
 POPULATIONS = {
     "random": drawn(0, 12),
-    "neighbours": neighbours(),
+    "neighbors": neighbors(),
     "one": drawn(1, 1),
     "repeated": np.repeat(drawn(2, 3), 3, axis=0)[np.random.default_rng(3).permutation(9)],
 }
@@ -170,11 +170,11 @@ def score(made):
     return make_prefix_score(MODEL, TABLE, made, CUT, metric="loss", together=1)
 
 
-@pytest.mark.parametrize("norm_rows", ["weights", "transition"])
-def test_norms_of_all_kinds(norm_rows):  # "pair" is that of all other tests
-    table = TABLE.with_norm_rows(norm_rows)
+@pytest.mark.parametrize("bn_banks", ["weights", "transition"])
+def test_norms_of_all_kinds(bn_banks):  # "pair" is that of all other tests
+    table = TABLE.with_bn_banks(bn_banks)
     made, cut = supernet_of(table), find_segments(MODEL, table, SHAPE)
-    bits = np.concatenate([drawn(5, 9), neighbours()])
+    bits = np.concatenate([drawn(5, 9), neighbors()])
     wanted = make_score(MODEL, table, made, metric="loss", norms="stored")
     found = make_prefix_score(MODEL, table, made, cut, metric="loss", norms="stored")
     wanted, found = (one(config(bits), IMAGES, LABELS) for one in (wanted, found))
@@ -239,7 +239,7 @@ def test_every_beginning_is_computed_once(made, together, memory):
     score = make_prefix_score(
         Net(ticking=True), TABLE, made, CUT, metric="loss", together=together, memory=memory
     )
-    for bits in (POPULATIONS["random"], POPULATIONS["neighbours"], POPULATIONS["repeated"]):
+    for bits in (POPULATIONS["random"], POPULATIONS["neighbors"], POPULATIONS["repeated"]):
         score(config(bits), IMAGES, LABELS)
         found = ticks_of(lambda bits=bits: score(config(bits), IMAGES, LABELS))
         assert [found[name] for name in BLOCKS] == beginnings(bits)
@@ -304,7 +304,7 @@ def test_memory_is_kept_within_its_bound(made, score, monkeypatch):
 
 
 def test_images_are_split_over_devices(made, score):
-    bits = config(POPULATIONS["neighbours"])
+    bits = config(POPULATIONS["neighbors"])
     wanted = score(bits, IMAGES, LABELS)
     mesh = sharding.make_mesh(8)
     batch = sharding.global_batch({"image": np.asarray(IMAGES), "label": np.asarray(LABELS)}, mesh)
@@ -356,17 +356,17 @@ def test_beginnings_are_shared_where_it_is_worth_it(made):
     different[:, 0] = np.array(np.meshgrid([4, 3, 2], [4, 3, 2])).reshape(2, -1).T
     assert shared_work(TABLE, CUT, config(different)) == 1
     assert programs_of(fast, different) == {"score_configs"}
-    assert shared_work(TABLE, CUT, config(POPULATIONS["neighbours"])) < prefix_scoring.WORTH_SHARING
-    assert programs_of(fast, POPULATIONS["neighbours"]) == {"run_segment"}
-    found = fast(config(POPULATIONS["neighbours"]), IMAGES, LABELS)
-    np.testing.assert_allclose(found, naive("loss", "batch")["neighbours"], **TOLERANCE)
+    assert shared_work(TABLE, CUT, config(POPULATIONS["neighbors"])) < prefix_scoring.WORTH_SHARING
+    assert programs_of(fast, POPULATIONS["neighbors"]) == {"run_segment"}
+    found = fast(config(POPULATIONS["neighbors"]), IMAGES, LABELS)
+    np.testing.assert_allclose(found, naive("loss", "batch")["neighbors"], **TOLERANCE)
 
 
 def test_norms_that_need_other_images_share_nothing(made):
     fast = make_fast_score(
         MODEL, TABLE, made, SHAPE, norms="recalibrated", calibration=IMAGES[None]
     )
-    assert programs_of(fast, POPULATIONS["neighbours"]) == {"score_configs"}
+    assert programs_of(fast, POPULATIONS["neighbors"]) == {"score_configs"}
 
 
 class Uncut(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 from helpers.random_variables import drawn_variables
 from helpers.segmented_models import BATCH, MODELS, SHAPE, USERS, table_of
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.search import segments
 from mpq_jax.search.segments import find_segments
@@ -33,22 +33,22 @@ IMAGES = drawn_images(SHAPE)
 
 def supernet_of(model, table, shape=SHAPE):
     """A supernet of drawn numbers in which all norm rows differ; nothing is computed."""
-    generator, rows = np.random.default_rng(2), (len(table.bank_bits),) * len(table.norm_axes)
+    generator, rows = np.random.default_rng(2), (len(table.bank_bits),) * len(table.bank_axes)
 
     def widened(path, leaf):
-        if linen.module_of(path) not in table.bank_norms:
+        if paths.parent(path) not in table.bank_norms:
             return leaf
         return leaf * jnp.asarray(generator.uniform(0.6, 1.5, (*rows, *leaf.shape)), jnp.float32)
 
     with jax.numpy_rank_promotion("allow"):
         variables = drawn_variables(model, shape, 1)
         params, stats = (
-            linen.map_leaves(variables.get(kind, {}), widened) for kind in ("params", "batch_stats")
+            paths.map_leaves(variables.get(kind, {}), widened) for kind in ("params", "batch_stats")
         )
     step = 2.0 ** -np.array(table.candidates) * generator.uniform(0.7, 1.4, (2, len(table), 1))
-    weight_steps, act_steps = jnp.asarray(step * [[[1.0]], [[2.0]]], jnp.float32)
-    learned = supernet.Learned(params, weight_steps, act_steps)
-    return supernet.Variables(learned, stats, jnp.ones(len(table), bool))
+    weight_step_sizes, act_step_sizes = jnp.asarray(step * [[[1.0]], [[2.0]]], jnp.float32)
+    trainable = supernet.TrainableParams(params, weight_step_sizes, act_step_sizes)
+    return supernet.SupernetState(trainable, stats, jnp.ones(len(table), bool))
 
 
 def drawn_bits(table, seed):
@@ -109,17 +109,17 @@ def test_segments_that_are_compiled_apart_are_the_model():
 
 
 @pytest.mark.parametrize(
-    ("name", "norm_rows"),
+    ("name", "bn_banks"),
     [
         ("norms", "pair"),
         ("norms", "transition"),
         ("a layer called twice", "pair"),
     ],
 )
-def test_a_segment_depends_on_the_bits_of_its_layers_alone(name, norm_rows):
+def test_a_segment_depends_on_the_bits_of_its_layers_alone(name, bn_banks):
     """Changes every tensor of every layer, and looks at what each segment makes of it."""
     model, _ = USERS[name]
-    table = table_of(model, norm_rows=norm_rows)
+    table = table_of(model, bn_banks=bn_banks)
     cut = find_segments(model, table, SHAPE)
     made = supernet_of(model, table)
 

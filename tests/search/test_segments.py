@@ -15,9 +15,9 @@ def starts(model, shape=SHAPE):
     return [part.start for part in find_segments(model, table_of(model, shape), shape).parts]
 
 
-def layers_of(model, norm_rows="pair"):
+def layers_of(model, bn_banks="pair"):
     """The layers of each segment, by name."""
-    table = table_of(model, norm_rows=norm_rows)
+    table = table_of(model, bn_banks=bn_banks)
     parts = find_segments(model, table, SHAPE).parts
     return [[table.names[i] for i in part.layers] for part in parts]
 
@@ -83,10 +83,10 @@ def test_cuts_of_a_users_model(name):
 
 def test_a_row_that_bits_of_the_layer_before_name_belongs_to_both():
     rows = {"pair": [], "weights": [], "shared": [], "transition": ["one"]}
-    for norm_rows, before in rows.items():
+    for bn_banks, before in rows.items():
         wanted = [["stem", "one"], [*before, "two"], [*(["two"] if before else []), "three"]]
         wanted[-1].append("head")
-        assert [sorted(names) for names in layers_of(Normed(), norm_rows)] == [
+        assert [sorted(names) for names in layers_of(Normed(), bn_banks)] == [
             sorted(names) for names in wanted
         ]
 

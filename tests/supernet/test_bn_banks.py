@@ -16,7 +16,7 @@ from helpers.tiny_supernets import (
     numbered_supernet,
 )
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import (
@@ -56,15 +56,15 @@ SEVERAL = [
 
 @pytest.mark.parametrize("kind", ROW_NAMES)
 def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
-    table = TABLE.with_norm_rows(kind)
+    table = TABLE.with_bn_banks(kind)
     made = numbered_supernet(table, float_variables)
-    stats, params = linen.flatten(made.batch_stats), linen.flatten(made.learned.params)
-    marked = {norm: np.zeros((len(CHOICES),) * len(table.norm_axes), bool) for norm in NORMS}
+    stats, params = paths.flatten(made.batch_stats), paths.flatten(made.trainable.params)
+    marked = {norm: np.zeros((len(CHOICES),) * len(table.bank_axes), bool) for norm in NORMS}
     for bits in SEVERAL:
         selected = supernet.select(table, made, bits)
         float_model = supernet.plain(table, made, bits)
         after = jax.tree.map(lambda leaf: -leaf, selected.batch_stats)
-        scattered = linen.flatten(
+        scattered = paths.flatten(
             supernet.scatter_batch_stats(table, made.batch_stats, bits, after)
         )
         for norm in NORMS:
@@ -74,16 +74,16 @@ def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
                 (params, selected.params, float_model["params"]),
                 (stats, selected.batch_stats, float_model["batch_stats"]),
             ):
-                for path in (path for path in source if linen.module_of(path) == norm):
+                for path in (path for path in source if paths.parent(path) == norm):
                     wanted = np.asarray(source[path])[place]
-                    np.testing.assert_array_equal(linen.flatten(found)[path], wanted, strict=True)
-                    np.testing.assert_array_equal(linen.flatten(plain)[path], wanted, strict=True)
-            for path in (path for path in stats if linen.module_of(path) == norm):
+                    np.testing.assert_array_equal(paths.flatten(found)[path], wanted, strict=True)
+                    np.testing.assert_array_equal(paths.flatten(plain)[path], wanted, strict=True)
+            for path in (path for path in stats if paths.parent(path) == norm):
                 wanted = np.array(stats[path])
                 wanted[place] *= -1
                 np.testing.assert_array_equal(scattered[path], wanted, strict=True)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *SEVERAL)
-    used = linen.flatten(supernet.used_rows(table, made.learned.params, together).params)
+    used = paths.flatten(supernet.update_mask(table, made.trainable.params, together).params)
     for norm in NORMS:
         for name in ("scale", "bias"):
             np.testing.assert_array_equal(used[f"{norm}/{name}"], marked[norm])
@@ -91,7 +91,7 @@ def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
 
 @pytest.mark.parametrize("kind", ROW_NAMES)
 def test_plain_returns_float_kernels(float_variables, kind):
-    table = TABLE.with_norm_rows(kind)
+    table = TABLE.with_bn_banks(kind)
     made = INIT(MODEL, table, float_variables, IMAGES)
     for bits in SEVERAL[:2]:
         found = supernet.plain(table, made, bits)
@@ -99,24 +99,26 @@ def test_plain_returns_float_kernels(float_variables, kind):
 
 
 def test_norms_per_precision_become_norms_per_pair_of_precisions(float_variables):
-    held = numbered_supernet(TABLE.with_norm_rows("weights"), float_variables)
-    table = TABLE.with_norm_rows("transition")
-    made = supernet.with_rows_of(table, held)
+    held = numbered_supernet(TABLE.with_bn_banks("weights"), float_variables)
+    table = TABLE.with_bn_banks("transition")
+    made = supernet.expand_bn_banks(table, held)
     pairs = [
-        (made.learned.params, held.learned.params),
+        (made.trainable.params, held.trainable.params),
         (made.batch_stats, held.batch_stats),
     ]
     for found, source in pairs:
-        source = linen.flatten(source)
-        for path, leaf in linen.flatten(found).items():
-            if linen.module_of(path) not in NORMS:
+        source = paths.flatten(source)
+        for path, leaf in paths.flatten(found).items():
+            if paths.parent(path) not in NORMS:
                 np.testing.assert_array_equal(leaf, source[path])
                 continue
             assert leaf.shape == (3, 3, 4)
             for own in range(3):
                 for previous in range(3):
                     np.testing.assert_array_equal(leaf[own, previous], source[path][own])
-    np.testing.assert_array_equal(made.learned.weight_steps, held.learned.weight_steps)
+    np.testing.assert_array_equal(
+        made.trainable.weight_step_sizes, held.trainable.weight_step_sizes
+    )
     np.testing.assert_array_equal(made.signed, held.signed)
     # The float model in it is the same before the rows are repeated and after.
     for bits in SEVERAL:
@@ -126,31 +128,31 @@ def test_norms_per_precision_become_norms_per_pair_of_precisions(float_variables
 
 @pytest.mark.parametrize(("few", "many"), [("shared", "weights"), ("shared", "transition")])
 def test_one_norm_is_repeated_for_every_row(float_variables, few, many):
-    held = numbered_supernet(TABLE.with_norm_rows(few), float_variables)
-    table = TABLE.with_norm_rows(many)
-    made = supernet.with_rows_of(table, held)
-    rows = (3,) * len(table.norm_axes)
-    stats = linen.flatten(held.batch_stats)
-    for path, leaf in linen.flatten(made.batch_stats).items():
+    held = numbered_supernet(TABLE.with_bn_banks(few), float_variables)
+    table = TABLE.with_bn_banks(many)
+    made = supernet.expand_bn_banks(table, held)
+    rows = (3,) * len(table.bank_axes)
+    stats = paths.flatten(held.batch_stats)
+    for path, leaf in paths.flatten(made.batch_stats).items():
         np.testing.assert_array_equal(leaf, np.broadcast_to(stats[path], (*rows, 4)))
 
 
 @pytest.mark.parametrize("kind", ROW_NAMES)
 def test_rows_that_are_already_there_are_not_repeated(float_variables, kind):
-    table = TABLE.with_norm_rows(kind)
+    table = TABLE.with_bn_banks(kind)
     held = numbered_supernet(table, float_variables)
-    jax.tree.map(np.testing.assert_array_equal, supernet.with_rows_of(table, held), held)
+    jax.tree.map(np.testing.assert_array_equal, supernet.expand_bn_banks(table, held), held)
 
 
 def test_rows_of_other_bits_are_refused(float_variables):
-    held = numbered_supernet(TABLE.with_norm_rows("weights"), float_variables)
+    held = numbered_supernet(TABLE.with_bn_banks("weights"), float_variables)
     other = trace_layers(MODEL, (8, 8, 2), rules=bit_rules((6, 4, 3, 2)))
     message = r"'block/norm/bias' has rows \[3\]; wanted at most 2 axes of 4 rows.*\(6, 4, 3, 2\)"
     with pytest.raises(ValueError, match=message):
-        supernet.with_rows_of(other.with_norm_rows("transition"), held)
+        supernet.expand_bn_banks(other.with_bn_banks("transition"), held)
 
 
 def test_more_row_axes_than_the_table_has_are_refused(float_variables):
-    held = numbered_supernet(TABLE.with_norm_rows("transition"), float_variables)
+    held = numbered_supernet(TABLE.with_bn_banks("transition"), float_variables)
     with pytest.raises(ValueError, match=r"has rows \[3, 3\]; wanted at most 1 axes of 3 rows"):
-        supernet.with_rows_of(TABLE.with_norm_rows("weights"), held)
+        supernet.expand_bn_banks(TABLE.with_bn_banks("weights"), held)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.bn_recalibration import recalibrate
@@ -81,7 +81,7 @@ def conv(x, kernel, strides=1):
 
 
 def norm_inputs(net, images):
-    """Returns the inputs of both norms, each batch normalised by its own statistics."""
+    """Returns the inputs of both norms, each batch normalized by its own statistics."""
     table, made = net
     selected = jax.tree.map(np.asarray, supernet.select(table, made, BITS))
     first = [conv(batch, selected.params["stem"]["kernel"]) for batch in images]
@@ -90,7 +90,7 @@ def norm_inputs(net, images):
         moments = y.mean((0, 1, 2)), y.var((0, 1, 2))
         affine = selected.params["first"]
         x = (y - moments[0]) / np.sqrt(moments[1] + 1e-5) * affine["scale"] + affine["bias"]
-        step = selected.act_steps[1]
+        step = selected.act_step_sizes[1]
         x = np.clip(np.round(np.maximum(x, 0) / step), 0, 3) * step
         second.append(conv(x, selected.params["conv"]["kernel"], strides=2))
     return np.stack(first), np.stack(second)
@@ -115,7 +115,7 @@ def test_statistics_are_the_moments_of_all_images(net, found, images):
 
 
 def test_the_first_norm_does_not_depend_on_how_images_are_split(net, found, images):
-    # Only the first: from there on, every batch is normalised by its own statistics.
+    # Only the first: from there on, every batch is normalized by its own statistics.
     split = recalibrate(MODEL, *net, BITS, images[None])
     for name in ("mean", "var"):
         np.testing.assert_allclose(
@@ -135,15 +135,15 @@ def test_spreading_each_batch_over_devices_changes_nothing(net, found, images):
     table, made = net
     made = jax.device_put(made, jax.sharding.NamedSharding(mesh, spec()))
     stats = recalibrate(MODEL, table, made, BITS, spread).batch_stats
-    for path, leaf in linen.flatten(stats).items():
-        wanted = linen.flatten(found.batch_stats)[path]
+    for path, leaf in paths.flatten(stats).items():
+        wanted = paths.flatten(found.batch_stats)[path]
         np.testing.assert_allclose(leaf, wanted, rtol=1e-5, atol=1e-6)  # sums in another order
 
 
 def test_only_the_statistics_of_the_configuration_change(net, found):
     _, made = net
     assert found.signed.tolist() == made.signed.tolist()
-    jax.tree.map(np.testing.assert_array_equal, found.learned, made.learned)
+    jax.tree.map(np.testing.assert_array_equal, found.trainable, made.trainable)
     for name in ("mean", "var"):
         new, old = (np.array(v.batch_stats["second"][name]) for v in (found, made))
         assert np.all(new[ROW] != old[ROW])

@@ -168,7 +168,9 @@ def test_bytes_of_activations_by_hand(small, resnet18):
     layers = {layer.name: layer.inputs for layer in resnet18.layers}
     assert resnet18.layers[0].inputs == 224 * 224 * 3
     reads = [
-        n for n, one in zip(layers, resnet18.layers, strict=True) if one.reads_with is not None
+        n
+        for n, one in zip(layers, resnet18.layers, strict=True)
+        if one.shares_input_with is not None
     ]
     assert any(layers[name] == 56 * 56 * 64 for name in reads)
     assert list(layers.values())[-1] == 512
@@ -180,7 +182,7 @@ def test_bytes_of_activations_by_hand(small, resnet18):
 def test_cost_table_of_tied_layers_knows_equal_bits_only(kind):
     rules = bit_rules((6, 4, 2), depthwise_min_bits=3, first=[Rule("mix", acts=(4, 2))])
     table = trace_layers(Small(), (6, 6, 2), rules=rules)
-    tied = dataclasses.replace(table, ties=((2, 3),))
+    tied = dataclasses.replace(table, tied_groups=((2, 3),))
     np.testing.assert_array_equal(allowed_pairs(tied)[1], np.diag([False, True, True, False]))
     np.testing.assert_array_equal(allowed_pairs(tied)[0], allowed_pairs(table)[0])
     both = tied.mask[2, 0][:, None] & tied.mask[2, 1]

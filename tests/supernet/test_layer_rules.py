@@ -118,7 +118,7 @@ def test_float_ends(table):
     for layer in ends:
         assert layer.weight_candidates == layer.act_candidates == (32,)
         assert layer.float_weights and layer.float_acts and not layer.searchable
-        assert layer.highest == 32
+        assert layer.max_bits == 32
     assert not any(layer.float_weights or layer.float_acts for layer in middle)
     assert middle == table.layers[1:-1]
     assert floats.candidates == (32, 6, 4, 2)
@@ -159,7 +159,7 @@ def test_float_ends_of_a_net_without_convolutions():
     assert column(table, "float_weights") == [False, False, True]
 
 
-def test_published_ends_keep_their_weights_quantised():
+def test_published_ends_keep_their_weights_quantized():
     table = trace_layers(Separable(), (16, 16, 3), rules=FIRST_LAST_8BIT)
     assert column(table, "float_weights") == [False] * 6
 
@@ -180,13 +180,13 @@ def test_published_ends_keep_their_weights_quantised():
         (Rule("head", acts=64, float_acts=True), "bits are 64; wanted .* 2 to 32"),
     ],
 )
-def test_bits_of_float_and_of_quantised_tensors_are_kept_apart(rule, message):
+def test_bits_of_float_and_of_quantized_tensors_are_kept_apart(rule, message):
     with pytest.raises(ValueError, match=message):
         trace_layers(Separable(), (16, 16, 3), rules=(rule, *ANY))
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_quantising_rule_cannot_take_the_bits_of_a_float_one(order):
+def test_a_quantizing_rule_cannot_take_the_bits_of_a_float_one(order):
     rules = (Rule("head", float_weights=False), Rule("head", weights=32, float_weights=True))
     if order == 1:
         with pytest.raises(ValueError, match="bits are 32; wanted .* 2 to 16"):

@@ -34,12 +34,12 @@ def test_candidates_and_mask(table):
         table.mask, np.array([[row, row] for row in rows], bool), strict=True
     )
     np.testing.assert_array_equal(table.searchable, [False, True, True, True, True, False])
-    assert table.chosen_norms == {"body/spatial_norm": 1, "body/mix_norm": 2}
-    assert table.bank_norms == table.chosen_norms
-    assert table.with_norm_rows("shared").bank_norms == {}
-    assert table.with_norm_rows("shared").chosen_norms == table.chosen_norms
+    assert table.searchable_norms == {"body/spatial_norm": 1, "body/mix_norm": 2}
+    assert table.bank_norms == table.searchable_norms
+    assert table.with_bn_banks("shared").bank_norms == {}
+    assert table.with_bn_banks("shared").searchable_norms == table.searchable_norms
     # Of layers with a choice and no norm of their own, their outputs.
-    assert table.features == table.chosen_norms | {"body/gate": 3, "grouped": 4}
+    assert table.features == table.searchable_norms | {"body/gate": 3, "grouped": 4}
 
 
 def test_uniform_keeps_fixed_layers_and_lifts_what_a_layer_lacks(table):
@@ -100,7 +100,7 @@ def test_table_is_a_static_argument(table):
 
 
 @pytest.mark.parametrize(
-    ("norm_rows", "axes"),
+    ("bn_banks", "axes"),
     [
         ("shared", ()),
         ("weights", ("weights",)),
@@ -108,20 +108,20 @@ def test_table_is_a_static_argument(table):
         ("transition", ("weights", "previous")),
     ],
 )
-def test_norm_rows_by_name(table, norm_rows, axes):
-    other = table.with_norm_rows(norm_rows)
-    assert other.norm_axes == axes
+def test_norm_rows_by_name(table, bn_banks, axes):
+    other = table.with_bn_banks(bn_banks)
+    assert other.bank_axes == axes
     assert other.layers == table.layers
-    assert other.bank_norms == (table.chosen_norms if axes else {})
-    assert (other == table) == (norm_rows == table.norm_rows == "pair")
-    assert other.with_norm_rows("pair") == table
+    assert other.bank_norms == (table.searchable_norms if axes else {})
+    assert (other == table) == (bn_banks == table.bn_banks == "pair")
+    assert other.with_bn_banks("pair") == table
 
 
 def test_unknown_norm_rows_are_refused(table):
     with pytest.raises(
-        ValueError, match=r"norm_rows is 'bits'; wanted one of .*'transition', 'weights'"
+        ValueError, match=r"bn_banks is 'bits'; wanted one of .*'transition', 'weights'"
     ):
-        table.with_norm_rows("bits")
+        table.with_bn_banks("bits")
 
 
 def test_largest():
@@ -131,7 +131,7 @@ def test_largest():
         *FIRST_LAST_FLOAT,
     ]
     table = trace_layers(Separable(), (16, 16, 3), rules=rules)
-    bits = table.largest
+    bits = table.max_config
     np.testing.assert_array_equal(bits.weights, np.int32([32, 5, 5, 5, 2, 32]), strict=True)
     np.testing.assert_array_equal(bits.acts, np.int32([32, 7, 7, 7, 4, 32]), strict=True)
     table.check(bits)
@@ -160,16 +160,18 @@ def tied_table():
         Rule(weights=(8, 6), acts=(8, 6)),
     ]
     table = trace_layers(Separable(), (9, 9, 2), rules=rules)
-    assert table.ties == () and table.names[1:3] == ("body/spatial", "body/mix")
-    return dataclasses.replace(table, ties=((2, 5), (8, 9)))
+    assert table.tied_groups == () and table.names[1:3] == ("body/spatial", "body/mix")
+    return dataclasses.replace(table, tied_groups=((2, 5), (8, 9)))
 
 
 def test_tied_entries_have_the_bits_that_all_of_them_may_take():
     table = tied_table()
     bits = np.array(table.candidates)
-    free = dataclasses.replace(table, ties=())
-    np.testing.assert_array_equal(table.leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]])
-    np.testing.assert_array_equal(free.leaders.ravel(), np.arange(12))
+    free = dataclasses.replace(table, tied_groups=())
+    np.testing.assert_array_equal(
+        table.group_leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]]
+    )
+    np.testing.assert_array_equal(free.group_leaders.ravel(), np.arange(12))
     common = {(1, 0): [4, 2], (2, 1): [4, 2], (4, 0): [4, 2], (4, 1): [4, 2]}
     for index, kind in np.ndindex(6, 2):
         allowed = (table.layers[index].weight_candidates, table.layers[index].act_candidates)[kind]
@@ -178,17 +180,17 @@ def test_tied_entries_have_the_bits_that_all_of_them_may_take():
         wanted = common.get((index, kind), list(allowed))
         assert bits[table.mask[index, kind]].tolist() == wanted
     assert table != free and hash(table) != hash(free)
-    assert table.with_norm_rows("weights").ties == table.ties
+    assert table.with_bn_banks("weights").tied_groups == table.tied_groups
 
 
 @pytest.mark.parametrize("weights", [8, 6, 4, 2])
 @pytest.mark.parametrize("acts", [8, 2])
 def test_uniform_and_largest_bits_honour_ties(weights, acts):
     table = tied_table()
-    table.check(table.largest)
+    table.check(table.max_config)
     found = table.uniform(weights, acts)
     table.check(found)
-    free = dataclasses.replace(table, ties=()).uniform(weights, acts)
+    free = dataclasses.replace(table, tied_groups=()).uniform(weights, acts)
     followed = [{8: 4, 6: 4}.get(weights, weights)] * 2
     np.testing.assert_array_equal(found.weights[jnp.array([1, 4])], followed)
     np.testing.assert_array_equal(
@@ -197,16 +199,16 @@ def test_uniform_and_largest_bits_honour_ties(weights, acts):
     np.testing.assert_array_equal(
         found.acts[jnp.array([0, 1, 3, 5])], free.acts[jnp.array([0, 1, 3, 5])]
     )
-    np.testing.assert_array_equal(table.follow(found).acts, found.acts)
+    np.testing.assert_array_equal(table.apply_ties(found).acts, found.acts)
 
 
 def test_check_names_tied_bits_that_differ():
     table = tied_table()
-    bits = table.largest
+    bits = table.max_config
     wrong = BitConfig(bits.weights.at[1].set(2), bits.acts)
-    dataclasses.replace(table, ties=()).check(wrong)
+    dataclasses.replace(table, tied_groups=()).check(wrong)
     message = r"tied bits differ: weights of body/spatial \(2\), acts of body/mix \(4\)"
     with pytest.raises(ValueError, match=message):
         table.check(wrong)
-    free = dataclasses.replace(table, ties=())
-    assert free.follow(wrong) is wrong
+    free = dataclasses.replace(table, tied_groups=())
+    assert free.apply_ties(wrong) is wrong

@@ -32,7 +32,7 @@ def resnet18():
 
 def test_layers_of_a_block_that_read_the_same_array_have_the_same_layer_before_them(resnet18):
     names = resnet18.names
-    reads_with = {layer.name: names[layer.reads_with] for layer in resnet18.layers}
+    shares_input_with = {layer.name: names[layer.shares_input_with] for layer in resnet18.layers}
     previous = before(resnet18)
     wanted_before = {"stem_conv": None, "stage0_block0/conv1": None, "head": "stage3_block1/conv2"}
     last = None
@@ -42,7 +42,7 @@ def test_layers_of_a_block_that_read_the_same_array_have_the_same_layer_before_t
             entry = [f"{path}/conv1"]
             if stage > 0 and block == 0:  # where the shape changes
                 entry.append(f"{path}/shortcut_conv")
-                assert reads_with[entry[0]] == reads_with[entry[1]] in entry
+                assert shares_input_with[entry[0]] == shares_input_with[entry[1]] in entry
             wanted_before |= dict.fromkeys(entry, last)
             wanted_before[f"{path}/conv2"] = f"{path}/conv1"
             last = f"{path}/conv2"
@@ -50,7 +50,7 @@ def test_layers_of_a_block_that_read_the_same_array_have_the_same_layer_before_t
     shortcuts = {name for name in names if "shortcut" in name}
     assert len(shortcuts) == 3
     entries = shortcuts | {name.replace("shortcut_conv", "conv1") for name in shortcuts}
-    assert all(reads_with[name] == name for name in names if name not in entries)
+    assert all(shares_input_with[name] == name for name in names if name not in entries)
 
 
 def test_fixed_layers_are_never_the_layer_before(table):
@@ -99,7 +99,7 @@ class SharedInput(nn.Module):
 
 def test_a_late_layer_is_placed_where_its_array_was_read_first():
     table = trace_layers(SharedInput(), (4, 4, 4), rules=ANY)
-    places = {layer.name: table.names[layer.reads_with] for layer in table.layers}
+    places = {layer.name: table.names[layer.shares_input_with] for layer in table.layers}
     assert places == {
         "first": "first",
         "left": "left",

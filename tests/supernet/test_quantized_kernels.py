@@ -1,4 +1,4 @@
-"""Kernels that are quantised once for many subnets."""
+"""Kernels that are quantized once for many subnets."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from helpers.tiny_supernets import (
     TABLE,
     make_float_variables,
     numbered_supernet,
-    quantise,
+    quantize,
 )
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import QUANTIZERS, lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -35,9 +35,9 @@ OTHER_HIGHEST = [
     Rule("^stem$", weights=8, acts=32, float_acts=True),
     Rule(weights=4, acts=8),
 ]
-QUANTISE = jax.jit(supernet.quantise_kernels, static_argnames=("table", "quantizer"))
+QUANTIZE = jax.jit(supernet.quantize_kernels, static_argnames=("table", "quantizer"))
 SELECT = jax.jit(supernet.select, static_argnums=0, static_argnames="quantizer")
-SELECT_QUANTISED = jax.jit(supernet.select_quantised, static_argnums=0)
+SELECT_QUANTIZED = jax.jit(supernet.select_quantized, static_argnums=0)
 
 
 def rowed_supernet(table, float_variables, seed):
@@ -48,11 +48,11 @@ def rowed_supernet(table, float_variables, seed):
         jnp.asarray(generator.uniform(0.02, 0.2, (len(table), len(table.candidates))), jnp.float32)
         for _ in range(2)
     ]
-    params = linen.flatten(made.learned.params)
+    params = paths.flatten(made.trainable.params)
     for path in params:
         if path.endswith("kernel"):
-            params[path] = linen.flatten(float_variables["params"])[path]
-    return made._replace(learned=supernet.Learned(linen.unflatten(params), *steps))
+            params[path] = paths.flatten(float_variables["params"])[path]
+    return made._replace(trainable=supernet.TrainableParams(paths.unflatten(params), *steps))
 
 
 def allowed_configs(table, seed, count=6):
@@ -68,41 +68,41 @@ def allowed_configs(table, seed, count=6):
     return [BitConfig(*jnp.asarray(bits[..., i].T, jnp.int32)) for i in range(count)]
 
 
-QUANTISED_TABLES = {
+QUANTIZED_TABLES = {
     "pair": TABLE,
-    "shared": TABLE.with_norm_rows("shared"),
-    "transition": TABLE.with_norm_rows("transition"),
+    "shared": TABLE.with_bn_banks("shared"),
+    "transition": TABLE.with_bn_banks("transition"),
     "float ends": FLOAT_ENDS,
     "other highest": trace_layers(MODEL, SHAPE, rules=OTHER_HIGHEST),
 }
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("kind", QUANTISED_TABLES)
-def test_kernels_that_were_quantised_before_make_the_same_subnets(float_variables, kind, name):
-    table, quantizer = QUANTISED_TABLES[kind], QUANTIZERS[name]
+@pytest.mark.parametrize("kind", QUANTIZED_TABLES)
+def test_kernels_that_were_quantized_before_make_the_same_subnets(float_variables, kind, name):
+    table, quantizer = QUANTIZED_TABLES[kind], QUANTIZERS[name]
     made = rowed_supernet(table, float_variables, 7)
-    quantised = QUANTISE(table, made.learned, quantizer=quantizer)
-    assert {path: len(kernels) for path, kernels in quantised.items()} == {
+    quantized = QUANTIZE(table, made.trainable, quantizer=quantizer)
+    assert {path: len(kernels) for path, kernels in quantized.items()} == {
         layer.name: len(layer.weight_candidates)
         for layer in table.layers
         if not layer.float_weights
     }
     for bits in allowed_configs(table, 8):
         table.check(bits)
-        found = SELECT_QUANTISED(table, made, quantised, bits)
+        found = SELECT_QUANTIZED(table, made, quantized, bits)
         wanted = SELECT(table, made, bits, quantizer=quantizer)
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_quantised_kernels_are_in_the_order_of_the_candidates(float_variables):
-    table = QUANTISED_TABLES["other highest"]
+def test_quantized_kernels_are_in_the_order_of_the_candidates(float_variables):
+    table = QUANTIZED_TABLES["other highest"]
     made = rowed_supernet(table, float_variables, 7)
-    quantised = QUANTISE(table, made.learned, quantizer=lsq.QUANTIZER)
+    quantized = QUANTIZE(table, made.trainable, quantizer=lsq.QUANTIZER)
     for index, layer in enumerate(table.layers):
-        w = linen.flatten(float_variables["params"])[f"{layer.name}/kernel"]
-        for kernel, bits in zip(quantised[layer.name], layer.weight_candidates, strict=True):
-            step = made.learned.weight_steps[index, table.candidates.index(bits)]
-            wanted = quantise(np.asarray(w), np.asarray(step), bits, True)
+        w = paths.flatten(float_variables["params"])[f"{layer.name}/kernel"]
+        for kernel, bits in zip(quantized[layer.name], layer.weight_candidates, strict=True):
+            step = made.trainable.weight_step_sizes[index, table.candidates.index(bits)]
+            wanted = quantize(np.asarray(w), np.asarray(step), bits, True)
             np.testing.assert_array_equal(kernel, wanted)

@@ -92,7 +92,7 @@ def log_softmax(logits):
 def naive(made, population, metric, norms="batch", quantizer=QUANTIZERS["lsq"]):
     """One configuration at a time; the metrics in NumPy, in float64."""
     logits = functools.partial(forward(norms, quantizer), made)
-    teacher = log_softmax(np.asarray(logits(TABLE.largest), np.float64))
+    teacher = log_softmax(np.asarray(logits(TABLE.max_config), np.float64))
     found = []
     for index in range(len(population.weights)):
         one = jax.tree.map(lambda leaf, i=index: leaf[i], population)
@@ -217,7 +217,7 @@ def test_scoring_switches_dropout_off(made, score):
 
 def test_the_largest_subnet_does_not_diverge_from_itself(made):
     score = make_score(MODEL, TABLE, made, metric="kl")
-    largest = jax.tree.map(lambda leaf: leaf[None], TABLE.largest)
+    largest = jax.tree.map(lambda leaf: leaf[None], TABLE.max_config)
     np.testing.assert_allclose(score(largest, IMAGES, LABELS), 0, atol=1e-7)  # of float32 terms
 
 

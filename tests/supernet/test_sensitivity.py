@@ -9,7 +9,7 @@ import pytest
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
@@ -90,7 +90,7 @@ def test_gaussian_metric_depends_on_what_is_allowed(mask, metric):
 
 
 def test_clipped_weights_never_count():
-    beyond = jnp.array([-40.0, -2.5, -2.4, 1.4, 1.49, 30.0])  # outside of the outermost centres
+    beyond = jnp.array([-40.0, -2.5, -2.4, 1.4, 1.49, 30.0])  # outside of the outermost centers
     assert instability(beyond, jnp.ones(1), np.array([2]), np.ones(1, bool)) == 0
     near = jnp.array([-1.6, -1.4, -0.6, -0.4, 0.4, 0.6])  # beside every boundary of 2 bits
     assert instability(near, jnp.ones(1), np.array([2]), np.ones(1, bool)) == 0.5
@@ -338,7 +338,7 @@ def test_layer_traces_compile_once_for_equal_models_and_need_no_norm():
     assert counter.counts["_probe"] == 1
 
 
-# Squared errors of quantised kernels.
+# Squared errors of quantized kernels.
 
 
 ERROR_RULES = {
@@ -347,8 +347,8 @@ ERROR_RULES = {
 }
 
 
-def squared_error(w, steps, bits, candidates, highest, name):
-    """Quantises one kernel with float64, by LSQ or by both roundings, and sums its squared error.
+def squared_error(w, steps, bits, candidates, max_bits, name):
+    """Quantizes one kernel with float64, by LSQ or by both roundings, and sums its squared error.
 
     Products with the steps are float64: the arithmetic's own float32 error is left to rtol.
     """
@@ -357,14 +357,14 @@ def squared_error(w, steps, bits, candidates, highest, name):
         step = steps[candidates.index(bits)]
         codes = np.clip(np.rint(w / step), low, high)
     elif name == "unshared":
-        factor = 2 ** (highest - bits)
+        factor = 2 ** (max_bits - bits)
         step = steps[candidates.index(bits)]
-        half = 2 ** (highest - 1)
+        half = 2 ** (max_bits - 1)
         stored = np.clip(np.rint(w / (step / factor)), -half, half - 1)
         codes = np.clip(np.rint(stored / factor), low, high)
     else:
-        factor, half = 2 ** (highest - bits), 2 ** (highest - 1)
-        own = steps[candidates.index(highest)]
+        factor, half = 2 ** (max_bits - bits), 2 ** (max_bits - 1)
+        own = steps[candidates.index(max_bits)]
         stored = np.clip(np.rint(w / own), -half, half - 1)
         reduced = np.floor(stored / factor) if name == "floor" else np.rint(stored / factor)
         codes, step = np.clip(reduced, low, high), own * factor
@@ -387,16 +387,16 @@ def test_weight_errors_equal_a_loop_over_kernels(name, quantizer, rules):
     params = drawn_variables(model, SHAPE, 3)["params"]
     grid = (len(table), len(table.candidates))
     steps = np.random.default_rng(0).uniform(0.01, 0.2, grid).astype(np.float32)
-    learned = supernet.Learned(params, jnp.asarray(steps), jnp.ones(grid))
-    given = weight_errors(table, learned, quantizer=quantizer)
+    trainable = supernet.TrainableParams(params, jnp.asarray(steps), jnp.ones(grid))
+    given = weight_errors(table, trainable, quantizer=quantizer)
     assert given.shape == grid and given.dtype == jnp.float32
     for index, layer in enumerate(table.layers):
-        w = np.asarray(linen.flatten(params)[f"{layer.name}/kernel"], np.float64)
+        w = np.asarray(paths.flatten(params)[f"{layer.name}/kernel"], np.float64)
         for column, bits in enumerate(table.candidates):
             expected = 0.0
             if not layer.float_weights and bits in layer.weight_candidates:
                 row = steps[index].astype(np.float64)
-                expected = squared_error(w, row, bits, table.candidates, layer.highest, name)
+                expected = squared_error(w, row, bits, table.candidates, layer.max_bits, name)
                 assert expected > 0
             np.testing.assert_allclose(given[index, column], expected, rtol=1e-4)
 
@@ -408,6 +408,6 @@ def test_weight_errors_compile_once_for_a_table():
     with CompileCounter() as counter:
         for seed in (0, 1):
             params = drawn_variables(model, SHAPE, seed)["params"]
-            learned = supernet.Learned(params, jnp.full(grid, 0.1), jnp.ones(grid))
-            weight_errors(table, learned, quantizer=double_rounding.QUANTIZER)
+            trainable = supernet.TrainableParams(params, jnp.full(grid, 0.1), jnp.ones(grid))
+            weight_errors(table, trainable, quantizer=double_rounding.QUANTIZER)
     assert counter.counts["weight_errors"] == 1

@@ -18,10 +18,10 @@ from helpers.tiny_supernets import (
     STEM,
     TABLE,
     make_float_variables,
-    quantise,
+    quantize,
 )
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -63,13 +63,15 @@ def made(float_variables):
 def distinct(made):
     """A supernet in which every row of norms and step sizes is different."""
     steps = np.random.default_rng(0).uniform(0.7, 1.3, (2, len(TABLE), 4)).astype(np.float32)
-    params = linen.map_leaves(
-        made.learned.params, lambda path, x: disturb(x, 5) if "norm" in path else x
+    params = paths.map_leaves(
+        made.trainable.params, lambda path, x: disturb(x, 5) if "norm" in path else x
     )
-    learned = supernet.Learned(
-        params, made.learned.weight_steps * steps[0], made.learned.act_steps * steps[1]
+    trainable = supernet.TrainableParams(
+        params,
+        made.trainable.weight_step_sizes * steps[0],
+        made.trainable.act_step_sizes * steps[1],
     )
-    return made._replace(learned=learned, batch_stats=disturb(made.batch_stats, 6))
+    return made._replace(trainable=trainable, batch_stats=disturb(made.batch_stats, 6))
 
 
 def config(w, a):
@@ -112,19 +114,19 @@ def reference(float_or_supernet, bits, *, train):
         params, stats = jax.tree.map(np.asarray, (params, stats))
         pick, kernel_of, input_of = lambda leaf, _: leaf, lambda i, w: w, lambda i, x: x
     else:
-        learned, stats, signed = jax.tree.map(np.asarray, float_or_supernet)
-        params = learned.params
+        trainable, stats, signed = jax.tree.map(np.asarray, float_or_supernet)
+        params = trainable.params
         weights, acts = np.asarray(bits.weights), np.asarray(bits.acts)
 
         def pick(tree, i):
             return jax.tree.map(lambda leaf: leaf[row(weights[i], acts[i])], tree)
 
         def kernel_of(i, w):
-            return quantise(w, learned.weight_steps[i, column(weights[i])], weights[i], True)
+            return quantize(w, trainable.weight_step_sizes[i, column(weights[i])], weights[i], True)
 
         def input_of(i, x):
-            step = learned.act_steps[i, column(acts[i])]
-            return x if i == STEM else quantise(x, step, acts[i], signed[i])
+            step = trainable.act_step_sizes[i, column(acts[i])]
+            return x if i == STEM else quantize(x, step, acts[i], signed[i])
 
     inputs = [np.asarray(IMAGES)]
     stem = kernel_of(STEM, params["stem"]["kernel"])
@@ -174,8 +176,8 @@ def test_init_takes_step_sizes_from_kernels_and_from_inputs_of_the_float_model(
             high = 2 ** (bits - 1) - 1 if made.signed[i] else 2**bits - 1
             wanted = reach / 2 ** (bits - 1), 2 * np.abs(x).mean() / np.sqrt(high)
             found = (
-                made.learned.weight_steps[i, column(bits)],
-                made.learned.act_steps[i, column(bits)],
+                made.trainable.weight_step_sizes[i, column(bits)],
+                made.trainable.act_step_sizes[i, column(bits)],
             )
             np.testing.assert_allclose(found, wanted, rtol=1e-5)  # sums of float32
 
@@ -193,28 +195,30 @@ def test_a_rule_overrides_the_signedness(float_variables, signed):
     high = 2**3 - 1 if signed else 2**4 - 1
     _, inputs, _ = reference(float_variables, None, train=True)
     wanted = 2 * np.abs(inputs[CONV]).mean() / np.sqrt(high)
-    np.testing.assert_allclose(made.learned.act_steps[CONV, 1], wanted, rtol=1e-5)  # float32 sum
+    np.testing.assert_allclose(
+        made.trainable.act_step_sizes[CONV, 1], wanted, rtol=1e-5
+    )  # float32 sum
 
 
 def test_all_norm_rows_start_as_copies_of_the_float_norm(made, float_variables):
     pairs = [
-        (made.learned.params, float_variables["params"]),
+        (made.trainable.params, float_variables["params"]),
         (made.batch_stats, float_variables["batch_stats"]),
     ]
     for tree, plain in pairs:
-        flat = linen.flatten(plain)
-        for path, leaf in linen.flatten(tree).items():
+        flat = paths.flatten(plain)
+        for path, leaf in paths.flatten(tree).items():
             wanted = np.broadcast_to(flat[path], (3, 3, 4)) if "norm" in path else flat[path]
             np.testing.assert_array_equal(leaf, wanted)
 
 
 @pytest.mark.parametrize(("w", "a"), PAIRS)
-def test_select_quantises_kernels_and_picks_rows(distinct, w, a):
+def test_select_quantizes_kernels_and_picks_rows(distinct, w, a):
     selected = supernet.select(TABLE, distinct, config(w, a))
-    params = linen.flatten(distinct.learned.params)
-    chosen = linen.flatten(selected.params)
+    params = paths.flatten(distinct.trainable.params)
+    chosen = paths.flatten(selected.params)
     for i, (name, bits) in enumerate(zip(TABLE.names, (8, w, a, 8), strict=True)):
-        step = distinct.learned.weight_steps[i, column(bits)]
+        step = distinct.trainable.weight_step_sizes[i, column(bits)]
         wanted = lsq.fake_quant(params[f"{name}/kernel"], step, bits, signed=True)
         np.testing.assert_array_equal(chosen[f"{name}/kernel"], wanted)
         assert len(np.unique(np.round(wanted / step))) <= 2**bits
@@ -222,14 +226,14 @@ def test_select_quantises_kernels_and_picks_rows(distinct, w, a):
         for name in ("scale", "bias"):
             np.testing.assert_array_equal(chosen[f"{path}/{name}"], params[f"{path}/{name}"][place])
         for name in ("mean", "var"):
-            stats = linen.flatten(distinct.batch_stats)[f"{path}/{name}"]
-            found = linen.flatten(selected.batch_stats)[f"{path}/{name}"]
+            stats = paths.flatten(distinct.batch_stats)[f"{path}/{name}"]
+            found = paths.flatten(selected.batch_stats)[f"{path}/{name}"]
             np.testing.assert_array_equal(found, stats[place])
     for name in ("stem/bias", "head/bias"):
         np.testing.assert_array_equal(chosen[name], params[name])
     columns = [column(bits) for bits in (8, a, w, 8)]
-    wanted = distinct.learned.act_steps[np.arange(4), np.array(columns)]
-    np.testing.assert_array_equal(selected.act_steps, wanted)
+    wanted = distinct.trainable.act_step_sizes[np.arange(4), np.array(columns)]
+    np.testing.assert_array_equal(selected.act_step_sizes, wanted)
     np.testing.assert_array_equal(selected.act_bits, [8, a, w, 8])
 
 
@@ -238,31 +242,31 @@ def gradients(distinct):
     """Returns the loss's gradients at 3/2 bits, without and with LSQ's gradient scale."""
 
     def gradient(scale):
-        def loss(learned):
-            variables = distinct._replace(learned=learned)
+        def loss(trainable):
+            variables = distinct._replace(trainable=trainable)
             selected = supernet.select(TABLE, variables, config(3, 2), scale_step_gradient=scale)
             out = supernet.apply(
                 MODEL, TABLE, selected, IMAGES, train=True, scale_step_gradient=scale
             )
             return jnp.sum(out.logits**2)
 
-        return jax.jit(jax.grad(loss))(distinct.learned)
+        return jax.jit(jax.grad(loss))(distinct.trainable)
 
     return gradient(False), gradient(True)
 
 
 def test_gradients_reach_all_kernels_but_only_selected_rows(gradients):
     plain, _ = gradients
-    flat = linen.flatten(plain.params)
+    flat = paths.flatten(plain.params)
     assert all(np.any(flat[f"{name}/kernel"]) for name in TABLE.names)
     for path, place in {"block/norm": row(3, 2), "norm": row(2, 3)}.items():
         reached = np.any(np.asarray(flat[f"{path}/scale"]), axis=-1)
         assert np.argwhere(reached).tolist() == [list(place)]
     weight_columns, act_columns = (8, 3, 2, 8), (8, 2, 3, 8)
     wanted = [[i, column(bits)] for i, bits in enumerate(weight_columns)]
-    assert np.argwhere(plain.weight_steps).tolist() == wanted
+    assert np.argwhere(plain.weight_step_sizes).tolist() == wanted
     wanted = [[i, column(bits)] for i, bits in enumerate(act_columns)][1:]  # the stem's is float
-    assert np.argwhere(plain.act_steps).tolist() == wanted
+    assert np.argwhere(plain.act_step_sizes).tolist() == wanted
 
 
 def test_scale_step_gradient_scales_step_sizes_and_nothing_else(gradients, made):
@@ -270,12 +274,12 @@ def test_scale_step_gradient_scales_step_sizes_and_nothing_else(gradients, made)
     jax.tree.map(np.testing.assert_array_equal, plain.params, scaled.params)
     sizes = [layer.params for layer in TABLE.layers]
     high = 2.0 ** (np.array([8, 3, 2, 8]) - 1) - 1
-    wanted = plain.weight_steps / np.sqrt(sizes * high)[:, None]
-    np.testing.assert_allclose(scaled.weight_steps, wanted, rtol=1e-6)
+    wanted = plain.weight_step_sizes / np.sqrt(sizes * high)[:, None]
+    np.testing.assert_allclose(scaled.weight_step_sizes, wanted, rtol=1e-6)
     sizes = np.array([1, 8 * 4 * 4 * 4, 8 * 4 * 4 * 4, 8 * 4])
     high = np.array([1, 2**2 - 1, 2 ** (3 - 1) - 1, 2**8 - 1])
-    wanted = plain.act_steps / np.sqrt(sizes * high)[:, None]
-    np.testing.assert_allclose(scaled.act_steps, wanted, rtol=1e-6)
+    wanted = plain.act_step_sizes / np.sqrt(sizes * high)[:, None]
+    np.testing.assert_allclose(scaled.act_step_sizes, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -305,8 +309,8 @@ def test_traced_bits_compute_what_static_bits_do(distinct, forward, w, a):
 
 
 def test_input_of_a_float_layer_is_left_alone(distinct, forward):
-    steps = distinct.learned.act_steps.at[STEM].set(jnp.nan)
-    broken = distinct._replace(learned=distinct.learned._replace(act_steps=steps))
+    steps = distinct.trainable.act_step_sizes.at[STEM].set(jnp.nan)
+    broken = distinct._replace(trainable=distinct.trainable._replace(act_step_sizes=steps))
     np.testing.assert_array_equal(
         forward.call(broken, config(3, 3), train=False).logits,
         forward.call(distinct, config(3, 3), train=False).logits,
@@ -320,7 +324,10 @@ def test_evaluation_mode_keeps_statistics_and_training_mode_moves_them(distinct,
     jax.tree.map(np.testing.assert_array_equal, after, before)
     x = reference(distinct, bits, train=True)[1][CONV]
     kernel = supernet.select(TABLE, distinct, bits).params["block"]["conv"]["kernel"]
-    y = conv(quantise(x, np.asarray(distinct.learned.act_steps)[CONV, column(2)], 2, False), kernel)
+    y = conv(
+        quantize(x, np.asarray(distinct.trainable.act_step_sizes)[CONV, column(2)], 2, False),
+        kernel,
+    )
     moved = forward.call(distinct, bits, train=True).batch_stats["block"]["norm"]
     # momentum 0.99 is nn.BatchNorm's; its variance is a difference of float32 means
     for name, value in {"mean": y.mean((0, 1, 2)), "var": y.var((0, 1, 2))}.items():
@@ -332,7 +339,7 @@ def test_scatter_writes_only_the_rows_of_the_bits(distinct):
     before = supernet.select(TABLE, distinct, config(4, 2)).batch_stats
     plain = jax.tree.map(lambda leaf: leaf + 7, before)
     banked = supernet.scatter_batch_stats(TABLE, distinct.batch_stats, config(4, 2), plain)
-    new, old = linen.flatten(banked), linen.flatten(distinct.batch_stats)
+    new, old = paths.flatten(banked), paths.flatten(distinct.batch_stats)
     for path, place in {"block/norm": row(4, 2), "norm": row(2, 4)}.items():
         for name in ("mean", "var"):
             wanted = np.array(old[f"{path}/{name}"])
@@ -343,8 +350,8 @@ def test_scatter_writes_only_the_rows_of_the_bits(distinct):
 def test_used_rows_marks_what_some_configuration_names(made):
     pairs = [(4, 4), (3, 2), (3, 2), (2, 4)]
     configs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[config(w, a) for w, a in pairs])
-    used = supernet.used_rows(TABLE, made.learned.params, configs)
-    flat = linen.flatten(used.params)
+    used = supernet.update_mask(TABLE, made.trainable.params, configs)
+    flat = paths.flatten(used.params)
     for path, crossed in {"block/norm": False, "norm": True}.items():
         wanted = np.zeros((3, 3), bool)
         for w, a in pairs:
@@ -355,15 +362,15 @@ def test_used_rows_marks_what_some_configuration_names(made):
     everywhere = {column(8)}
     weights = [everywhere, {column(b) for b in (4, 3, 2)}, {column(4), column(2)}, everywhere]
     acts = [set(), {column(4), column(2)}, {column(b) for b in (4, 3, 2)}, everywhere]
-    for found, columns in ((used.weight_steps, weights), (used.act_steps, acts)):
+    for found, columns in ((used.weight_step_sizes, weights), (used.act_step_sizes, acts)):
         wanted = [[c in layer for c in range(len(TABLE.candidates))] for layer in columns]
         np.testing.assert_array_equal(found, wanted)
 
 
 def test_without_banks_all_bits_share_one_norm(float_variables):
-    table = TABLE.with_norm_rows("shared")
+    table = TABLE.with_bn_banks("shared")
     made = INIT(MODEL, table, float_variables, IMAGES)
-    shapes = jax.tree.map(jnp.shape, (made.learned.params, made.batch_stats))
+    shapes = jax.tree.map(jnp.shape, (made.trainable.params, made.batch_stats))
     plain = jax.tree.map(jnp.shape, (float_variables["params"], float_variables["batch_stats"]))
     assert shapes == plain
     for bits in (config(4, 4), config(2, 3)):
@@ -375,7 +382,7 @@ def test_without_banks_all_bits_share_one_norm(float_variables):
     assert set(out.features) == {"block", "block/norm", "norm"}
     stats = supernet.scatter_batch_stats(table, made.batch_stats, config(2, 3), out.batch_stats)
     jax.tree.map(np.testing.assert_array_equal, stats, out.batch_stats)
-    used = supernet.used_rows(table, made.learned.params, jax.tree.map(lambda b: b[None], bits))
+    used = supernet.update_mask(table, made.trainable.params, jax.tree.map(lambda b: b[None], bits))
     assert jax.tree.all(jax.tree.map(lambda leaf: leaf.shape == () and bool(leaf), used.params))
 
 

@@ -16,9 +16,9 @@ TABLE = LayerTable(
     (
         layer("stem", (8,), (8,), macs=30, float_acts=True),
         layer("block0/conv", (8, 4, 2), (8, 4, 2), macs=11, params=7, inputs=6),
-        layer("block0/side", (8, 4), (4, 2), macs=17, params=3, inputs=6, reads_with=1),
+        layer("block0/side", (8, 4), (4, 2), macs=17, params=3, inputs=6, shares_input_with=1),
         layer("block1/conv", (4, 2), (4,), macs=23, params=5, inputs=9),
-        layer("block1/side", (2,), (8, 4), macs=5, params=2, inputs=9, reads_with=3),
+        layer("block1/side", (2,), (8, 4), macs=5, params=2, inputs=9, shares_input_with=3),
         layer("head", (8, 4, 2), (4, 2), macs=3, params=13, inputs=2),
     )
 )
@@ -35,8 +35,8 @@ def bits_of(table):
 
 def test_inputs_follow_weights_where_both_have_a_choice():
     table = tie_acts_to_weights(TABLE)
-    assert table.ties == ((2, 3), (4, 5), (10, 11))
-    assert table.layers == TABLE.layers and not TABLE.ties  # nothing edited
+    assert table.tied_groups == ((2, 3), (4, 5), (10, 11))
+    assert table.layers == TABLE.layers and not TABLE.tied_groups  # nothing edited
     assert bits_of(table) == bits_of(TABLE) | {
         (2, 0): (4,),
         (2, 1): (4,),
@@ -73,7 +73,11 @@ def test_costs_of_tied_layers_are_those_of_equal_bits(kind):
 
 def test_layers_of_a_pattern_share_weight_bits_and_input_bits():
     table = tie_matching(TABLE, ["conv|head", "side$"])
-    assert table.ties == ((2, 6, 10), (3, 11), (5, 9))  # conv: one input is fixed; side: one kernel
+    assert table.tied_groups == (
+        (2, 6, 10),
+        (3, 11),
+        (5, 9),
+    )  # conv: one input is fixed; side: one kernel
     left = bits_of(table)
     assert left[1, 0] == left[3, 0] == left[5, 0] == (4, 2)
     assert left[1, 1] == left[5, 1] == (4, 2)
@@ -83,28 +87,28 @@ def test_layers_of_a_pattern_share_weight_bits_and_input_bits():
 
 def test_groups_that_meet_become_one():
     table = tie_matching(TABLE, ["block0", "conv", "head|block1/conv"])
-    assert table.ties == ((2, 4, 6, 10), (3, 5))
+    assert table.tied_groups == ((2, 4, 6, 10), (3, 5))
     both = tie_acts_to_weights(table)
-    assert both.ties == ((2, 3, 4, 5, 6, 10, 11),)
-    assert both.leaders.ravel().tolist() == [0, 1, 2, 2, 2, 2, 2, 7, 8, 9, 2, 2]
+    assert both.tied_groups == ((2, 3, 4, 5, 6, 10, 11),)
+    assert both.group_leaders.ravel().tolist() == [0, 1, 2, 2, 2, 2, 2, 7, 8, 9, 2, 2]
     assert bits_of(both)[1, 0] == (4,)
 
 
 def test_readers_of_one_array_share_its_bits():
-    assert tie_shared_inputs(TABLE).ties == ((3, 5),)  # of block1 only one has a choice
-    assert tie_acts_to_weights(tie_shared_inputs(TABLE)).ties == ((2, 3, 4, 5), (10, 11))
+    assert tie_shared_inputs(TABLE).tied_groups == ((3, 5),)  # of block1 only one has a choice
+    assert tie_acts_to_weights(tie_shared_inputs(TABLE)).tied_groups == ((2, 3, 4, 5), (10, 11))
     alone = LayerTable(TABLE.layers[:2])
     assert tie_shared_inputs(alone) == alone
 
 
 def test_configurations_follow_the_first_of_each_group():
-    table = dataclasses.replace(TABLE, ties=((2, 5), (3, 10)))
-    assert TABLE.follow(TABLE.largest) is not None
+    table = dataclasses.replace(TABLE, tied_groups=((2, 5), (3, 10)))
+    assert TABLE.apply_ties(TABLE.max_config) is not None
     rows = np.arange(24, dtype=np.int32).reshape(2, 12)
     wanted = rows.copy()
     wanted[:, 5], wanted[:, 10] = rows[:, 2], rows[:, 3]
     for many in (rows, rows[0]):
-        found = table.follow(BitConfig(jnp.asarray(many[..., ::2]), many[..., 1::2]))
+        found = table.apply_ties(BitConfig(jnp.asarray(many[..., ::2]), many[..., 1::2]))
         expected = wanted if many.ndim == 2 else wanted[0]
         np.testing.assert_array_equal(found.weights, expected[..., ::2])
         np.testing.assert_array_equal(found.acts, expected[..., 1::2])
@@ -127,8 +131,8 @@ def test_patterns_that_tie_nothing_are_refused(tie, message):
 def test_entries_without_common_bits_are_named():
     layers = (
         layer("fine", (4, 2), (4, 2)),
-        layer("apart", (6, 4), (3, 2), reads_with=0),
-        layer("third", (6, 2), (8, 6), reads_with=0),
+        layer("apart", (6, 4), (3, 2), shares_input_with=0),
+        layer("third", (6, 2), (8, 6), shares_input_with=0),
     )
     table = LayerTable(layers)
     message = "weights of apart (6, 4); acts of apart (3, 2)"

@@ -3,18 +3,18 @@
     onnx.save(to_onnx(deployed), "net.onnx")
 
 The graph is read off the traced program, so any Linen model is exported whose primitives
-`onnx_operations.CONVERTERS` lists. A kernel is an initialiser of the training's own codes. A norm
+`onnx_operations.CONVERTERS` lists. A kernel is an initializer of the training's own codes. A norm
 after a layer is folded into what a code is worth, per output channel, and into a float bias; where
 its factor is negative, the output is multiplied by -1, so codes stay as they are and scales are
 positive. The input of a layer is rounded by QuantizeLinear with the layer's step; codes of fewer
 than 8 bits are clipped first. Layers that stay float in training are float in the graph.
 
-ONNX Runtime keeps the numbers of this graph at any level of optimisation. It is fastest with the
+ONNX Runtime keeps the numbers of this graph at any level of optimization. It is fastest with the
 session option `session.disable_quant_qdq` = "1", which makes floats of the kernels once, when the
 file is loaded, instead of in each call.
 
 References:
-    ONNX operators, https://onnx.ai/onnx/operators; quantised graphs as ONNX Runtime reads them,
+    ONNX operators, https://onnx.ai/onnx/operators; quantized graphs as ONNX Runtime reads them,
     https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html.
 """
 
@@ -73,7 +73,7 @@ class Sources(NamedTuple):
 
     Attributes:
         graph: that they are written to.
-        inputs: how inputs of layers are quantised, see `program.Program`.
+        inputs: how inputs of layers are quantized, see `program.Program`.
     """
 
     graph: Graph
@@ -83,10 +83,10 @@ class Sources(NamedTuple):
 def to_onnx(deployed: Deployed, *, opset: int = OPSET) -> onnx.ModelProto:
     """Writes a network as an ONNX model, which `onnx.checker` has found sound.
 
-    Its input `images` is float32 [batch, height, width, channels], normalised as in training, for
+    Its input `images` is float32 [batch, height, width, channels], normalized as in training, for
     any batch size; its output `logits` float32 [batch, classes]. Metadata are JSON: `bits`, a bit
-    file; `float`, the layers whose weights or inputs are not quantised; `mean` and `std` of the
-    normalisation; `provenance`.
+    file; `float`, the layers whose weights or inputs are not quantized; `mean` and `std` of the
+    normalization; `provenance`.
 
     Args:
         deployed: the network, of a model that computes in float32.

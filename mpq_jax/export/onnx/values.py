@@ -1,7 +1,7 @@
 """What an ONNX graph is built of: values, of which not all are in the graph yet.
 
 The traced program is NHWC and ONNX is NCHW, norms are to be folded into the kernels before them,
-and bounds of neighbouring clips are to be merged. None of this takes a pass over the finished
+and bounds of neighboring clips are to be merged. None of this takes a pass over the finished
 graph, since values are lazy: a `Tensor` knows in which order its axes lie, and a `Product` or a
 `Bounded` is written down only where something other than what it can take in reads it.
 """

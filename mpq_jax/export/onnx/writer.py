@@ -1,4 +1,4 @@
-"""Writes an ONNX graph: nodes, initialisers, and the values that were not written down yet."""
+"""Writes an ONNX graph: nodes, initializers, and the values that were not written down yet."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class Graph:
 
     Attributes:
         nodes: so far.
-        constants: initialisers by name.
+        constants: initializers by name.
         scope: path of the module that is being written, for names and messages.
     """
 
@@ -67,7 +67,7 @@ class Graph:
         return self._made[key]
 
     def constant(self, array: np.ndarray, name: str = "constant") -> str:
-        """Stores an initialiser; the same numbers are stored once."""
+        """Stores an initializer; the same numbers are stored once."""
         key = (array.dtype.str, str(array.dtype), array.shape, array.tobytes())
         if key not in self._made:
             unique = self._name(name)
@@ -100,12 +100,12 @@ class Graph:
             case Kernel(layer):
                 raise Unsupported(
                     f"the kernel of layer {layer.name!r} is changed before the layer multiplies by "
-                    "it (masked or standardised, for instance), so its integers cannot be kept: "
+                    "it (masked or standardized, for instance), so its integers cannot be kept: "
                     "leave the layer in float by a rule with float_weights, or export to StableHLO"
                 )
 
     def clipped(self, value: Value, low: float, high: float) -> Bounded:
-        """Returns `min(max(value, low), high)`; neighbouring clips become one."""
+        """Returns `min(max(value, low), high)`; neighboring clips become one."""
         if not isinstance(value, Bounded) or low > value.high or high < value.low:
             value = Bounded(self.tensor(value), -np.inf, np.inf)
         return value._replace(low=max(low, value.low), high=min(high, value.high))

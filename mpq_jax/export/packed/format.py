@@ -25,7 +25,7 @@ from mpq_jax.export.packed import bn_folding, numpy_reader
 from mpq_jax.export.packed.bn_folding import NORMS
 from mpq_jax.export.packed.integers import check_model
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import Layer, LayerTable
@@ -37,13 +37,13 @@ class Packed(NamedTuple):
     Attributes:
         model: the Linen model.
         table: its layers, each with its own bits as the only candidates.
-        selected: parameters with kernels of `codes * step`, and how inputs are quantised.
+        selected: parameters with kernels of `codes * step`, and how inputs are quantized.
         network: what the file holds, on the host.
     """
 
     model: nn.Module
     table: LayerTable
-    selected: supernet.Selected
+    selected: supernet.Subnet
     network: numpy_reader.Network
 
 
@@ -126,7 +126,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Pac
         model = make_model(
             spec["name"], num_classes=network.num_classes, **computed, **spec["options"]
         )
-    table = LayerTable(tuple(map(_fixed_layer, network.table)), norm_rows="shared")
+    table = LayerTable(tuple(map(_fixed_layer, network.table)), bn_banks="shared")
     check_model(model, table, network.image_shape)
     params = dict(network.floats)
     for layer in network.layers:
@@ -134,10 +134,10 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Pac
             values = layer.codes.astype(np.float32) * np.float32(layer.step)
             params[f"{layer.name}/kernel"] = values
     steps = [layer.input_step or 1.0 for layer in network.layers]
-    selected = supernet.Selected(
-        params=jax.tree.map(jnp.asarray, linen.unflatten(params)),
-        batch_stats=jax.tree.map(jnp.asarray, linen.unflatten(network.stats)),
-        act_steps=jnp.asarray(steps, jnp.float32),
+    selected = supernet.Subnet(
+        params=jax.tree.map(jnp.asarray, paths.unflatten(params)),
+        batch_stats=jax.tree.map(jnp.asarray, paths.unflatten(network.stats)),
+        act_step_sizes=jnp.asarray(steps, jnp.float32),
         act_bits=jnp.asarray([layer.input_bits for layer in network.layers], jnp.int32),
         signed=jnp.asarray([layer.input_signed for layer in network.layers], bool),
     )
@@ -145,7 +145,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Pac
 
 
 def logits(packed: Packed, images: Float[Array, "batch ..."]) -> Float[Array, "batch classes"]:
-    """Returns the logits of normalised images; traceable."""
+    """Returns the logits of normalized images; traceable."""
     norms = packed.network.norms
 
     def folded(next_call, args, kwargs, context):
@@ -216,7 +216,7 @@ def _other_tensors(
     kinds, tensors = {"params": "floats", "batch_stats": "stats"}, {}
     for path, leaf in variables.items():
         collection, _, name = path.partition("/")
-        if name not in packed and linen.module_of(name) not in folded:
+        if name not in packed and paths.parent(name) not in folded:
             tensors[f"{kinds[collection]}/{name}"] = np.array(leaf, order="C")
     return tensors
 

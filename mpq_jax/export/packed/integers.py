@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from mpq_jax import models
 from mpq_jax.export import safetensors_file
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.supernet import supernet
@@ -71,7 +71,7 @@ class Artifact:
     Attributes:
         model: the Linen model; None: it is of one's own and was not given to `load`.
         table: its layers.
-        variables: a supernet whose quantised kernels are the stored integers; it goes with
+        variables: a supernet whose quantized kernels are the stored integers; it goes with
             `quantizer` wherever the library takes a supernet (search, recalibration, costs).
         sizes: of the file.
         mean, std: of the images that the network was trained with, per channel, on the scale 0
@@ -81,7 +81,7 @@ class Artifact:
 
     model: nn.Module | None
     table: LayerTable
-    variables: supernet.Variables
+    variables: supernet.SupernetState
     sizes: Sizes
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
@@ -100,14 +100,14 @@ class Artifact:
     def at(
         self, bits: SupportsIndex | BitConfig | None = None
     ) -> Callable[[Array], Float[Array, "batch classes"]]:
-        """Switches to a precision; returns `apply(normalised images) -> logits`, a pure function.
+        """Switches to a precision; returns `apply(normalized images) -> logits`, a pure function.
 
         Neither the switch nor the function compiles anew for other bits. Arguments and errors are
         those of `switch`.
         """
         return functools.partial(self.forward, self.switch(bits))
 
-    def switch(self, bits: SupportsIndex | BitConfig | None = None) -> supernet.Selected:
+    def switch(self, bits: SupportsIndex | BitConfig | None = None) -> supernet.Subnet:
         """Derives the subnet of a precision from the stored integers.
 
         Args:
@@ -118,7 +118,7 @@ class Artifact:
             ValueError: the network has no such bits.
         """
         if bits is None:
-            bits = self.table.largest
+            bits = self.table.max_config
         if not isinstance(bits, BitConfig):
             bits = operator.index(bits)
             if bits not in self.precisions:
@@ -130,9 +130,9 @@ class Artifact:
         return _switch(self.table, self.variables, bits)
 
     def forward(
-        self, selected: supernet.Selected, images: Float[Array, "batch ..."]
+        self, selected: supernet.Subnet, images: Float[Array, "batch ..."]
     ) -> Float[Array, "batch classes"]:
-        """Returns the logits of a subnet from `switch` on normalised images.
+        """Returns the logits of a subnet from `switch` on normalized images.
 
         Raises:
             ValueError: the model is not known, or its layers are not those of the file.
@@ -158,7 +158,7 @@ def check_model(model: nn.Module, table: LayerTable, input_shape: tuple[int, ...
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _switch(table: LayerTable, variables, bits) -> supernet.Selected:
+def _switch(table: LayerTable, variables, bits) -> supernet.Subnet:
     return supernet.select(table, variables, bits, quantizer=double_rounding.STORED)
 
 
@@ -169,35 +169,35 @@ def _forward(model, table: LayerTable, selected, images) -> Array:
     ).logits
 
 
-def to_integers(table: LayerTable, variables: supernet.Variables) -> supernet.Variables:
-    """Returns the supernet with its quantised kernels replaced by the integers to store.
+def to_integers(table: LayerTable, variables: supernet.SupernetState) -> supernet.SupernetState:
+    """Returns the supernet with its quantized kernels replaced by the integers to store.
 
     Args:
         table: the layers.
         variables: of Double Rounding with shared scales.
     """
-    learned = variables.learned
-    params = linen.flatten(learned.params)
+    trainable = variables.trainable
+    params = paths.flatten(trainable.params)
     steps = supernet.chosen_weight_steps(
-        table, learned, jnp.asarray(table.largest.weights), quantizer=double_rounding.QUANTIZER
+        table, trainable, jnp.asarray(table.max_config.weights), quantizer=double_rounding.QUANTIZER
     )
     for index, layer in enumerate(table.layers):
         if not layer.float_weights:
             name = f"{layer.name}/kernel"
-            codes = double_rounding.codes(params[name], steps[index], highest=layer.highest)
+            codes = double_rounding.codes(params[name], steps[index], max_bits=layer.max_bits)
             params[name] = codes.astype(_code_type(layer))
-    return variables._replace(learned=learned._replace(params=linen.unflatten(params)))
+    return variables._replace(trainable=trainable._replace(params=paths.unflatten(params)))
 
 
 def can_store(quantizer: Quantizer | None) -> bool:
-    """Whether networks of this quantiser follow from the integers of their highest precision."""
+    """Whether networks of this quantizer follow from the integers of their highest precision."""
     return quantizer is double_rounding.QUANTIZER
 
 
 def save(
     path: str | os.PathLike[str],
     table: LayerTable,
-    variables: supernet.Variables,
+    variables: supernet.SupernetState,
     *,
     model: ModelSpec,
     quantizer: Quantizer = double_rounding.QUANTIZER,
@@ -226,15 +226,15 @@ def save(
     if not can_store(quantizer):
         raise ValueError(
             "only Double Rounding with shared scales and rounding, and what CSQ found, can be "
-            "stored as integers: lower precisions of other quantisers need the float weights"
+            "stored as integers: lower precisions of other quantizers need the float weights"
         )
     integers = jax.device_get(jax.jit(to_integers, static_argnums=0)(table, variables))
     tensors = _tensors(table, integers)
     content = {
         "model": model._asdict(),
-        "norm_rows": table.norm_rows,
+        "bn_banks": table.bn_banks,
         "layers": [list(layer) for layer in table.layers],
-        "ties": table.ties,
+        "ties": table.tied_groups,
         "mean": mean,
         "std": std,
         "config": config or {},
@@ -260,7 +260,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Art
     tensors, content = safetensors_file.read(path, kind=FORMAT, version=VERSION)
     table = LayerTable(
         tuple(_layer(values) for values in content["layers"]),
-        content["norm_rows"],
+        content["bn_banks"],
         tuple(map(tuple, content.get("ties", ()))),
     )
     made = _model(ModelSpec(**content["model"])) if model is None else model
@@ -275,19 +275,19 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Art
     return Artifact(made, table, placed, _sizes(tensors, path), mean, std, content["config"])
 
 
-def _tensors(table: LayerTable, variables: supernet.Variables) -> dict[str, np.ndarray]:
+def _tensors(table: LayerTable, variables: supernet.SupernetState) -> dict[str, np.ndarray]:
     """Names every array; the four leaves of a norm become one, which keeps the header small."""
-    leaves = {f"params/{name}": x for name, x in linen.flatten(variables.learned.params).items()}
-    leaves |= {f"batch_stats/{n}": x for n, x in linen.flatten(variables.batch_stats).items()}
+    leaves = {f"params/{name}": x for name, x in paths.flatten(variables.trainable.params).items()}
+    leaves |= {f"batch_stats/{n}": x for n, x in paths.flatten(variables.batch_stats).items()}
     tensors = {
-        "weight_steps": variables.learned.weight_steps,
-        "act_steps": variables.learned.act_steps,
+        "weight_step_sizes": variables.trainable.weight_step_sizes,
+        "act_step_sizes": variables.trainable.act_step_sizes,
         "signed": variables.signed,
     }
     for layer in table.layers:
         if not layer.float_weights:
             tensors[f"codes/{layer.name}"] = leaves.pop(f"params/{layer.name}/kernel")
-    for norm in {linen.module_of(name.partition("/")[2]) for name in leaves}:
+    for norm in {paths.parent(name.partition("/")[2]) for name in leaves}:
         names = [leaf_of(norm, leaf) for leaf in NORM_LEAVES]
         if all(name in leaves for name in names):
             tensors[f"norms/{norm}"] = np.stack([leaves.pop(name) for name in names])
@@ -295,7 +295,7 @@ def _tensors(table: LayerTable, variables: supernet.Variables) -> dict[str, np.n
     return {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
 
 
-def _variables(table: LayerTable, tensors: dict[str, np.ndarray]) -> supernet.Variables:
+def _variables(table: LayerTable, tensors: dict[str, np.ndarray]) -> supernet.SupernetState:
     """Undoes `_tensors`."""
     leaves: dict[str, np.ndarray] = {}
     kinds = {layer.name: f"codes/{layer.name}" for layer in table.layers if not layer.float_weights}
@@ -313,10 +313,12 @@ def _variables(table: LayerTable, tensors: dict[str, np.ndarray]) -> supernet.Va
     def tree(collection: str) -> PyTree:
         start = collection + "/"
         chosen = {n.removeprefix(start): x for n, x in leaves.items() if n.startswith(start)}
-        return linen.unflatten(chosen)
+        return paths.unflatten(chosen)
 
-    learned = supernet.Learned(tree("params"), tensors["weight_steps"], tensors["act_steps"])
-    return supernet.Variables(learned, tree("batch_stats"), jnp.asarray(tensors["signed"]))
+    trainable = supernet.TrainableParams(
+        tree("params"), tensors["weight_step_sizes"], tensors["act_step_sizes"]
+    )
+    return supernet.SupernetState(trainable, tree("batch_stats"), jnp.asarray(tensors["signed"]))
 
 
 def leaf_of(norm: str, leaf: str) -> str:
@@ -341,9 +343,9 @@ def _model(spec: ModelSpec) -> nn.Module | None:
     return models.make_model(spec.name, num_classes=spec.num_classes, **options)
 
 
-def _check_codes(path: pathlib.Path, table: LayerTable, variables: supernet.Variables) -> None:
+def _check_codes(path: pathlib.Path, table: LayerTable, variables: supernet.SupernetState) -> None:
     """Raises ValueError where stored integers are not those of a layer."""
-    params = linen.flatten(variables.learned.params)
+    params = paths.flatten(variables.trainable.params)
     for layer in table.layers:
         codes = params.get(f"{layer.name}/kernel")
         if codes is None or tuple(codes.shape) != layer.kernel_shape:
@@ -353,31 +355,31 @@ def _check_codes(path: pathlib.Path, table: LayerTable, variables: supernet.Vari
             )
         if layer.float_weights:
             continue
-        half, wanted = 2 ** (layer.highest - 1), np.dtype(_code_type(layer))
+        half, wanted = 2 ** (layer.max_bits - 1), np.dtype(_code_type(layer))
         if codes.dtype != wanted:
             raise ValueError(
                 f"{path} holds {codes.dtype} for layer {layer.name!r}; wanted {wanted}"
             )
         if not (codes.min() >= -half and codes.max() < half):
-            raise ValueError(f"{path} has codes of {layer.name!r} beyond {layer.highest} bits")
+            raise ValueError(f"{path} has codes of {layer.name!r} beyond {layer.max_bits} bits")
 
 
 def _check_shapes(
     path: pathlib.Path,
     table: LayerTable,
     tensors: dict[str, np.ndarray],
-    variables: supernet.Variables,
+    variables: supernet.SupernetState,
 ) -> None:
     """Raises ValueError where other tensors are not those of a table."""
-    grid, rows = (len(table), len(table.candidates)), (len(table.bank_bits),) * len(table.norm_axes)
-    wanted = {"weight_steps": grid, "act_steps": grid, "signed": grid[:1]}
+    grid, rows = (len(table), len(table.candidates)), (len(table.bank_bits),) * len(table.bank_axes)
+    wanted = {"weight_step_sizes": grid, "act_step_sizes": grid, "signed": grid[:1]}
     held: dict[str, tuple[int, ...] | None] = {name: tensors[name].shape for name in wanted}
     codes = {f"codes/{layer.name}" for layer in table.layers if not layer.float_weights}
     foreign = {name for name in tensors if not name.startswith(("norms/", "floats/"))}
     foreign -= codes | set(wanted)
     if foreign:
         raise ValueError(f"{path} holds {sorted(foreign)}, of which its header does not speak")
-    means = linen.flatten(variables.batch_stats)
+    means = paths.flatten(variables.batch_stats)
     for norm in table.bank_norms:
         name = f"{norm}/mean"
         held[name] = means[name].shape[:-1] if name in means else None
@@ -388,7 +390,7 @@ def _check_shapes(
 
 
 def _code_type(layer: Layer) -> Any:
-    return BYTES_UP_TO_8_BITS[layer.highest > 8]
+    return BYTES_UP_TO_8_BITS[layer.max_bits > 8]
 
 
 def _sizes(tensors: dict[str, np.ndarray], path: pathlib.Path) -> Sizes:

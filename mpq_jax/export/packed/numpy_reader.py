@@ -18,7 +18,7 @@ from mpq_jax.export import safetensors_file
 
 FORMAT = "mpq_jax.packed"
 VERSION = 1
-ZERO_POINT = 0  # of every tensor: all quantisers of this library are symmetric
+ZERO_POINT = 0  # of every tensor: all quantizers of this library are symmetric
 
 
 class PackedLayer(NamedTuple):

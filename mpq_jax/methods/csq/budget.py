@@ -1,4 +1,4 @@
-"""The budget of planes: the mean, the regulariser that steers it, and the schemes that meet it."""
+"""The budget of planes: the mean, the regularizer that steers it, and the schemes that meet it."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import LinearConstraint
 
 from mpq_jax.quantizers import bit_planes
 from mpq_jax.quantizers.bit_planes import BitPlanes
+from mpq_jax.search import milp
 
 DECIDED = 4.0  # |temperature x logit| from which a gate counts as decided: f is 0.018 or 0.982
 MARGIN = 0.1  # least logit of a mask once the scheme is fixed: decided from temperature 40 on
@@ -23,7 +24,7 @@ class Budget(NamedTuple):
         target: mean number of planes.
         shares: part of each grown layer in the mean, by name; they sum to one.
         contiguous: see `csq.plane_gates`.
-        least: planes that the ticket leaves every layer with at least.
+        least: planes that the freeze leaves every layer with at least.
     """
 
     target: float
@@ -56,28 +57,28 @@ def mean_planes(
     return sum((parts[name] * count for name, count in counts.items()), jnp.float32(0))
 
 
-def tightened(budget: Budget, part: Float[Array, ""], *, most: float) -> Float[Array, ""]:
-    """Returns the mean number of planes wanted when a part, 0 to 1, of the tightening is over.
+def annealed(budget: Budget, part: Float[Array, ""], *, most: float) -> Float[Array, ""]:
+    """Returns the mean number of planes wanted after a part, 0 to 1, of the annealing.
 
     It falls from all planes to the target along a line.
     """
     return budget.target + (most - budget.target) * (1 - part)
 
 
-def regulariser(
+def regularizer(
     planes: dict[str, BitPlanes],
     budget: Budget,
     wanted: Float[Array, ""],
     temperature: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Returns the budget-aware regulariser, (mean - wanted mean) x sum of the gates.
+    """Returns the budget-aware regularizer, (mean - wanted mean) x sum of the gates.
 
     Above the budget it closes gates, below it opens them. The mean counts gates that are decided
     by their sign and has no gradient. Layers that are counted by size are also closed by size:
     each gate weighs its layer's share times the number of layers, which is 1 in a mean by layer.
 
     References:
-        CSQ, https://arxiv.org/abs/2212.02770, the budget-aware regularisation.
+        CSQ, https://arxiv.org/abs/2212.02770, the budget-aware regularization.
     """
     mean = mean_planes(planes, budget.shares, contiguous=budget.contiguous)
     gates = {
@@ -142,7 +143,7 @@ def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
 
     Of the schemes that leave every layer enough planes and are within `TOLERANCE` of the target,
     or as near as any can come, the one is taken that switches planes whose logits are nearest to
-    zero: an integer programme. Logits of switched planes change sign; afterwards all are at least
+    zero: an integer program. Logits of switched planes change sign; afterwards all are at least
     `MARGIN` from zero.
 
     Args:
@@ -171,7 +172,7 @@ def meet(masks: dict[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
 def _nearest_scheme(cost, worth, layers, budget: Budget) -> np.ndarray:
     """Returns which planes to have on: a mean near the target, then the least sum of `cost`.
 
-    The variables of the programme are the planes and the distance of the mean from the target. The
+    The variables of the program are the planes and the distance of the mean from the target. The
     nearest mean of all is asked for only if none is within `TOLERANCE`: as a subset sum of the
     layers' sizes it can keep the solver busy for hours, or make it fail.
 
@@ -190,16 +191,18 @@ def _nearest_scheme(cost, worth, layers, budget: Budget) -> np.ndarray:
         rows.append(LinearConstraint(_order(layers), -np.inf, 0.0))
     if budget.least:
         rows.append(LinearConstraint(_counts(layers), budget.least, np.inf))
-    kinds = np.append(np.ones(count), 0.0)
+    is_plane = np.append(np.ones(count, bool), False)
 
-    def solve(objective, most: float):
-        bounds = Bounds(np.zeros(count + 1), np.append(np.ones(count), most))  # pyright: ignore[reportArgumentType]
-        return milp(objective, constraints=rows, integrality=kinds, bounds=bounds).x
+    def solve(objective: np.ndarray, most: float) -> np.ndarray | None:
+        upper = np.append(np.ones(count), most)
+        return milp.minimize(objective, rows, upper=upper, integral=is_plane)
 
     best = solve(np.append(cost, 0.0), TOLERANCE)
     if best is None:
-        nearest = solve(np.append(np.zeros(count), 1.0), np.inf)[-1]
-        best = solve(np.append(cost, 0.0), nearest * (1 + 1e-6))
+        nearest = solve(np.append(np.zeros(count), 1.0), np.inf)
+        assert nearest is not None  # any distance from the target is allowed
+        best = solve(np.append(cost, 0.0), nearest[-1] * (1 + 1e-6))
+        assert best is not None
     return best[:-1] > 0.5
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,20 +14,21 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Batch, Method, MethodFamily, Run, Variant
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo, Variant
 from mpq_jax.methods.csq import budget as budgets
 from mpq_jax.methods.csq import network as networks
 from mpq_jax.methods.csq import phases as times
 from mpq_jax.methods.csq.budget import Budget
-from mpq_jax.methods.csq.network import Gates, Learned, Network, Variables
+from mpq_jax.methods.csq.network import CsqParams, CsqVariables, Gates, Network
 from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
 from mpq_jax.methods.csq.phases import Phases
 from mpq_jax.methods.warm_start import float_variables
 from mpq_jax.parallel import grad_accumulation, mesh
-from mpq_jax.program import linen
-from mpq_jax.quantizers import batch_max, bit_planes
-from mpq_jax.supernet import costs, supernet
+from mpq_jax.program import linen, paths
+from mpq_jax.quantizers import bit_planes
+from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import TrainableParams, clip_step_sizes
 from mpq_jax.tasks import classification
 
 PyTree = Any
@@ -43,16 +43,16 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: training steps done.
-        learned: parameters, step sizes and bit planes.
+        trainable: parameters, step sizes and bit planes.
         batch_stats: norm statistics.
         signed: bool [layers], whether the codes of a layer's input are signed.
-        opt_state: of all optimisers.
+        opt_state: of all optimizers.
         fixed: whether the scheme is fixed.
         hard: whether the bits are.
     """
 
     step: Int[Array, ""]
-    learned: Learned
+    trainable: CsqParams
     batch_stats: PyTree
     signed: Bool[Array, " layers"]
     opt_state: PyTree
@@ -60,7 +60,7 @@ class TrainState(NamedTuple):
     hard: Bool[Array, ""]
 
 
-class Growth(NamedTuple):
+class SchemeLearning(NamedTuple):
     """What makes a scheme grow.
 
     Attributes:
@@ -80,20 +80,19 @@ class Plan(NamedTuple):
         options: hyperparameters that both families share.
         run: the length of the run.
         phases: what happens when.
-        growth: what makes the scheme grow; None: it is given.
+        learning: what makes the scheme grow; None: it is given.
     """
 
     network: Network
     options: SharedOptions
-    run: Run
+    run: TrainingInfo
     phases: Phases
-    growth: Growth | None
+    learning: SchemeLearning | None
 
     @property
-    def divided(self) -> grad_accumulation.Parts:
-        """How a batch is divided; scales of inputs that are those of the batch need all of it."""
-        alone = self.network.acts is not batch_max.ACTS
-        return self.run.parts._replace(by_device=alone)
+    def partition(self) -> grad_accumulation.BatchPartition:
+        """Division of a batch; scales of a whole batch leave it to the compiler."""
+        return self.run.partition._replace(by_device=not self.network.acts.batch_scale)
 
 
 def sizes_of(table: LayerTable) -> dict[str, int]:
@@ -103,10 +102,10 @@ def sizes_of(table: LayerTable) -> dict[str, int]:
 
 def most_planes(table: LayerTable, shares: dict[str, float]) -> float:
     """Returns the mean number of planes when all are on."""
-    return sum(shares[layer.name] * layer.highest for layer in table.layers if layer.searchable)
+    return sum(shares[layer.name] * layer.max_bits for layer in table.layers if layer.searchable)
 
 
-def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
+def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds CSQ for a model, its layer table and the length of a run."""
     grown = networks.with_planes(table, act_bits=options.act_bits, float_acts=options.float_acts)
     plan = Plan(
@@ -114,9 +113,12 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         options=options,
         run=run,
         phases=times.make_phases(
-            run, ticket=options.ticket, harden=options.harden, rewind=options.rewind
+            run,
+            freeze_scheme=options.freeze_scheme,
+            binarize=options.binarize,
+            rewind=options.rewind,
         ),
-        growth=Growth(options, make_budget(grown, options)),
+        learning=SchemeLearning(options, make_budget(grown, options)),
     )
     return _method(plan)
 
@@ -137,12 +139,14 @@ def make_budget(table: LayerTable, options: Options) -> Budget:
             f"{options.target}; raise target or lower least_planes (0: layers may vanish)"
         )
     for layer in table.layers:
-        if layer.searchable and layer.highest < least:
-            raise ValueError(f"least_planes is {least}; {layer.name!r} has {layer.highest} planes")
+        if layer.searchable and layer.max_bits < least:
+            raise ValueError(f"least_planes is {least}; {layer.name!r} has {layer.max_bits} planes")
     return Budget(options.target, shares, options.contiguous, least)
 
 
-def make_uniform(model: nn.Module, table: LayerTable, options: UniformOptions, run: Run) -> Method:
+def make_uniform(
+    model: linen.Model, table: LayerTable, options: UniformOptions, run: TrainingInfo
+) -> Method:
     """Builds the baseline: the same training, with a scheme that is uniform and given."""
     grown = networks.with_planes(
         table, act_bits=options.act_bits, float_acts=options.float_acts, planes=options.planes
@@ -151,8 +155,8 @@ def make_uniform(model: nn.Module, table: LayerTable, options: UniformOptions, r
         network=Network(model, grown, options.act_quantizer, options.contiguous),
         options=options,
         run=run,
-        phases=times.make_phases(run, ticket=0.0, harden=options.harden),
-        growth=None,
+        phases=times.make_phases(run, freeze_scheme=0.0, binarize=options.binarize),
+        learning=None,
     )
     return _method(plan)
 
@@ -164,33 +168,33 @@ def _method(plan: Plan) -> Method:
     @jax.jit
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
         del labels
-        learned, batch_stats, signed = networks.init(
+        trainable, batch_stats, signed = networks.init(
             network,
             variables,
             images,
             literal=plan.options.start == "literal",
-            mask_start=OPEN if plan.growth is None else plan.growth.options.mask_start,
-            reach=plan.options.reach or None,
+            mask_start=OPEN if plan.learning is None else plan.learning.options.mask_start,
+            clip_rms=plan.options.clip_rms or None,
         )
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            learned=learned,
+            trainable=trainable,
             batch_stats=batch_stats,
             signed=signed,
-            opt_state=optimizer.init(learned),
-            fixed=jnp.array(plan.phases.ticket == 0),
+            opt_state=optimizer.init(trainable),
+            fixed=jnp.array(plan.phases.freeze_scheme == 0),
             hard=jnp.array(False),
         )
 
     @jax.jit
-    def hard_statistics(variables: Variables, images) -> PyTree:
+    def hard_statistics(variables: CsqVariables, images) -> PyTree:
         return networks.hard_statistics(network, variables, images)
 
-    def variables_of(state: TrainState) -> Variables:
-        if plan.growth is not None and state.step >= plan.phases.end and not state.fixed:
-            state, _ = _with_ticket(plan.growth, state)  # of runs that end before it
-        variables = Variables(
-            state.learned,
+    def variables_of(state: TrainState) -> CsqVariables:
+        if plan.learning is not None and state.step >= plan.phases.end and not state.fixed:
+            state, _ = _freeze_scheme(plan.learning, state)  # of runs that end before it
+        variables = CsqVariables(
+            state.trainable,
             state.batch_stats,
             state.batch_stats,
             state.signed,
@@ -208,10 +212,10 @@ def _method(plan: Plan) -> Method:
         eval_bits={SOFT: jnp.array(False), HARD: jnp.array(True)},
         variables=variables_of,
         predict=functools.partial(networks.predict, network),
-        quantizer=None,
-        read=float_variables,
+        net=None,
+        load_warm_start=float_variables,
         summary=make_summary(plan),
-        found=functools.partial(networks.found, network),
+        scheme=functools.partial(networks.learned_scheme, network),
     )
 
 
@@ -227,65 +231,71 @@ def gates_of(plan: Plan, state: TrainState) -> Gates:
 
 
 def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key[Array, ""]):
-    network, options, growth, divided = plan.network, plan.options, plan.growth, plan.divided
+    network, options, learning, partition = (
+        plan.network,
+        plan.options,
+        plan.learning,
+        plan.partition,
+    )
     image_key, dropout_key = jax.random.split(key)
     gates = gates_at(plan, state, state.step)
 
-    def loss_of(learned: Learned, shared, batch_stats, examples, dropout_key):
+    def loss_of(trainable: CsqParams, shared, batch_stats, examples, dropout_key):
         signed, gates, weight, wanted = shared
-        selected = networks.select(
-            network, learned, batch_stats, signed, gates, scale_step_gradient=True
+        subnet = networks.select(
+            network, trainable, batch_stats, signed, gates, scale_step_gradient=True
         )
-        out = networks.apply(
-            network,
-            selected,
+        out = network.net.forward(
+            subnet,
             examples["image"],
             train=True,
             scale_step_gradient=options.acts == "lsq",
             dropout_key=dropout_key,
-            part=divided.seen,
+            shard=partition.shard,
         )
         labels = examples["label"]
         task = classification.cross_entropy(out.logits, labels, smoothing=options.label_smoothing)
         metrics = {"loss": task, "accuracy": classification.accuracy(out.logits, labels)}
-        if growth is not None:
-            planes = learned.by_layer
-            task += weight * budgets.regulariser(planes, growth.budget, wanted, gates.temperature)
+        if learning is not None:
+            planes = trainable.by_layer
+            task += weight * budgets.regularizer(planes, learning.budget, wanted, gates.temperature)
         return task, (out.batch_stats, metrics, ())
 
     wanted, weight = jnp.zeros(()), jnp.zeros(())
-    if growth is not None:
-        wanted = wanted_mean(plan, growth, state.step)
-        weight = jnp.where(state.fixed, 0.0, growth.options.budget_weight)
-    gradient, batch_stats, metrics, _ = grad_accumulation.gradient_of_parts(
-        divided,
+    if learning is not None:
+        wanted = wanted_mean(plan, learning, state.step)
+        weight = jnp.where(state.fixed, 0.0, learning.options.budget_weight)
+    gradient, batch_stats, metrics, _ = grad_accumulation.partitioned_gradient(
+        partition,
         loss_of,
-        grad_accumulation.gathered(divided, state.learned),
+        grad_accumulation.all_gather_params(partition, state.trainable),
         (state.signed, gates, weight, wanted),
         state.batch_stats,
         {"image": plan.run.prepare(batch, image_key), "label": batch["label"]},
         dropout_key,
     )
     updates, opt_state = optimizer.update(
-        grad_accumulation.reduced(divided, gradient), state.opt_state, state.learned
+        grad_accumulation.reduce_mean(partition, gradient), state.opt_state, state.trainable
     )
-    moved = jax.tree.map(jnp.add, state.learned, _thawed(updates, state))
-    learned = _kept_positive(moved)
+    moved = jax.tree.map(jnp.add, state.trainable, _thawed(updates, state))
+    trainable = _kept_positive(moved)
     new = state._replace(
-        step=state.step + 1, learned=learned, batch_stats=batch_stats, opt_state=opt_state
+        step=state.step + 1, trainable=trainable, batch_stats=batch_stats, opt_state=opt_state
     )
-    return grad_accumulation.kept(divided, new), metrics | {"temperature": gates.temperature}
+    return grad_accumulation.constrain_state(partition, new), metrics | {
+        "temperature": gates.temperature
+    }
 
 
-def wanted_mean(plan: Plan, growth: Growth, step: Int[Array, ""]) -> Float[Array, ""]:
-    """Returns the mean number of planes that the regulariser steers to at a step."""
-    most = most_planes(plan.network.table, growth.budget.shares)
-    until = growth.options.tighten * plan.phases.ticket
+def wanted_mean(plan: Plan, learning: SchemeLearning, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns the mean number of planes that the regularizer steers to at a step."""
+    most = most_planes(plan.network.table, learning.budget.shares)
+    until = learning.options.budget_anneal * plan.phases.freeze_scheme
     part = jnp.minimum(step.astype(jnp.float32) / until, 1.0) if until else jnp.float32(1)
-    return budgets.tightened(growth.budget, part, most=most)
+    return budgets.annealed(learning.budget, part, most=most)
 
 
-def _thawed(updates: Learned, state: TrainState) -> Learned:
+def _thawed(updates: CsqParams, state: TrainState) -> CsqParams:
     """Returns the updates without those of what is fixed: masks, later bits."""
 
     def of_layer(planes: bit_planes.BitPlanes) -> bit_planes.BitPlanes:
@@ -296,34 +306,36 @@ def _thawed(updates: Learned, state: TrainState) -> Learned:
         )
 
     planes = {name: of_layer(one) for name, one in updates.by_layer.items()}
-    return updates._replace(planes=linen.unflatten(planes))
+    return updates._replace(planes=paths.unflatten(planes))
 
 
-def _kept_positive(learned: Learned) -> Learned:
+def _kept_positive(trainable: CsqParams) -> CsqParams:
     """Returns what was learned with positive scales and step sizes."""
     planes = {
         name: one._replace(scale=jnp.maximum(one.scale, bit_planes.SMALLEST_SCALE))
-        for name, one in learned.by_layer.items()
+        for name, one in trainable.by_layer.items()
     }
-    around = supernet.with_positive_steps(learned.around, least=LEAST_STEP)
-    return Learned(around, linen.unflatten(planes))
+    around = clip_step_sizes(trainable.around, least=LEAST_STEP)
+    return CsqParams(around, paths.unflatten(planes))
 
 
 def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
-    """Fixes the scheme at the ticket, the bits at the hardening; tells of a hopeless budget."""
+    """Fixes the scheme at the freeze, the bits at the hardening; tells of a hopeless budget."""
     step, events = epoch * plan.phases.steps_per_epoch, {}
-    if plan.growth is not None and step == plan.phases.ticket:
-        state, events = _with_ticket(plan.growth, state)
-    elif plan.growth is not None and step < plan.phases.ticket:
-        events = _reach(plan, plan.growth, state, step)
-    if step == plan.phases.harden:
+    if plan.learning is not None and step == plan.phases.freeze_scheme:
+        state, events = _freeze_scheme(plan.learning, state)
+    elif plan.learning is not None and step < plan.phases.freeze_scheme:
+        events = _warn_unreachable(plan, plan.learning, state, step)
+    if step == plan.phases.binarize:
         state = state._replace(hard=jnp.ones_like(state.hard))
-        events = events | {"hardened": 1.0}
+        events = events | {"binarized": 1.0}
     return state, events
 
 
-def _with_ticket(growth: Growth, state: TrainState) -> tuple[TrainState, dict[str, float]]:
-    budget, planes = growth.budget, state.learned.by_layer
+def _freeze_scheme(
+    learning: SchemeLearning, state: TrainState
+) -> tuple[TrainState, dict[str, float]]:
+    budget, planes = learning.budget, state.trainable.by_layer
     masks = mesh.to_host({name: one.mask for name, one in planes.items()})
     met = budgets.meet(masks, budget)
     before, after = (
@@ -331,16 +343,16 @@ def _with_ticket(growth: Growth, state: TrainState) -> tuple[TrainState, dict[st
         for both in (masks, met)
     )
     changed = sum(int(np.sum(before[name] != after[name])) for name in masks)
-    made = {name: _fixed(growth.options, one, met[name]) for name, one in planes.items()}
+    made = {name: _fixed(learning.options, one, met[name]) for name, one in planes.items()}
     fixed = jax.tree.map(_placed_like, planes, made)
-    learned = state.learned._replace(planes=linen.unflatten(fixed))
-    state = state._replace(learned=learned, fixed=jnp.ones_like(state.fixed))
+    trainable = state.trainable._replace(planes=paths.unflatten(fixed))
+    state = state._replace(trainable=trainable, fixed=jnp.ones_like(state.fixed))
     mean = budgets.mean_planes(fixed, budget.shares, contiguous=budget.contiguous)
     if abs(float(mean) - budget.target) > 2 * budgets.TOLERANCE:
         logging.warning(
             "no scheme has a mean of %g planes; the nearest has %.2f", budget.target, float(mean)
         )
-    return state, {"planes_switched_at_ticket": float(changed)}
+    return state, {"planes_switched_at_freeze": float(changed)}
 
 
 def _placed_like(old: Array, new: Array) -> Array:
@@ -362,28 +374,30 @@ def _fixed(
     return bit_planes.on_scheme(mesh.to_host(whole), mask)
 
 
-def _reach(plan: Plan, growth: Growth, state: TrainState, step: int) -> dict[str, float]:
+def _warn_unreachable(
+    plan: Plan, learning: SchemeLearning, state: TrainState, step: int
+) -> dict[str, float]:
     """Says, before all gates are decided, if what is decided already misses the budget."""
-    budget, final = growth.budget, plan.options.temperature
+    budget, final = learning.budget, plan.options.temperature
     now, before = (
         float(times.temperature_at(plan.phases, jnp.int32(at), final=final))
         for at in (step, max(step - plan.phases.steps_per_epoch, 0))
     )
     if not any(before < at <= now for at in WARN_AT):
         return {}
-    masks = mesh.to_host({name: one.mask for name, one in state.learned.by_layer.items()})
+    masks = mesh.to_host({name: one.mask for name, one in state.trainable.by_layer.items()})
     low, high = budgets.reachable(masks, budget.shares, now, contiguous=budget.contiguous)
     if low - budgets.TOLERANCE <= budget.target <= high + budgets.TOLERANCE:
         return {}
     logging.warning(
         "the budget of %g planes is out of reach of training: at temperature %.3g the gates that "
-        "are still undecided leave a mean of %.2f to %.2f; the ticket will switch the rest by "
+        "are still undecided leave a mean of %.2f to %.2f; the freeze will switch the rest by "
         "force. Raise budget_weight (now %g), mask_learning_rate or epochs, or lower mask_start",
         budget.target,
         now,
         low,
         high,
-        growth.options.budget_weight,
+        learning.options.budget_weight,
     )
     return {"reachable_least": low, "reachable_most": high}
 
@@ -393,19 +407,19 @@ def make_summary(plan: Plan) -> Callable[[TrainState], dict[str, float]]:
     network, table = plan.network, plan.network.table
 
     @jax.jit
-    def numbers(learned: Learned, temperature: Float[Array, ""]) -> dict[str, Array]:
-        planes = networks.plane_bits(network, learned)
-        counts = {name: planes.weights[table.names.index(name)] for name in learned.by_layer}
+    def numbers(trainable: CsqParams, temperature: Float[Array, ""]) -> dict[str, Array]:
+        planes = networks.plane_bits(network, trainable)
+        counts = {name: planes.weights[table.names.index(name)] for name in trainable.by_layer}
         return {
             "mean_planes_by_layer": costs.mean_bits(table, planes, by="layer"),
             "mean_planes_by_param": costs.mean_bits(table, planes, by="param"),
-            **budgets.undecided(learned.by_layer, temperature, contiguous=network.contiguous),
+            **budgets.undecided(trainable.by_layer, temperature, contiguous=network.contiguous),
             **{f"planes/{name}": count for name, count in counts.items()},
         }
 
     def summary(state: TrainState) -> dict[str, float]:
         gates = gates_of(plan, state)
-        found = jax.device_get(numbers(state.learned, gates.temperature))
+        found = jax.device_get(numbers(state.trainable, gates.temperature))
         decided = {"undecided_masks": bool(state.fixed), "undecided_bits": bool(state.hard)}
         return {name: 0.0 if decided.get(name) else float(value) for name, value in found.items()}
 
@@ -413,7 +427,7 @@ def make_summary(plan: Plan) -> Callable[[TrainState], dict[str, float]]:
 
 
 def make_optimizer(plan: Plan) -> optax.GradientTransformation:
-    """Returns one optimiser for each kind of parameter; only kernels are decayed."""
+    """Returns one optimizer for each kind of parameter; only kernels are decayed."""
     options = plan.options
     shape = times.rate_shape(plan.phases, warmup=options.warmup, tuning=options.tuning_rate)
 
@@ -432,7 +446,7 @@ def make_optimizer(plan: Plan) -> optax.GradientTransformation:
         of_acts = sgd(options.learning_rate)  # learned clips move with the weights, as published
     groups: dict[Hashable, optax.GradientTransformation] = {
         "planes": of_planes(options.plane_learning_rate),
-        "masks": sgd(0.0 if plan.growth is None else plan.growth.options.mask_learning_rate),
+        "masks": sgd(0.0 if plan.learning is None else plan.learning.options.mask_learning_rate),
         "scales": sgd(options.scale_learning_rate),
         "acts": of_acts,
         "steps": adam(options.step_learning_rate),
@@ -444,15 +458,15 @@ def make_optimizer(plan: Plan) -> optax.GradientTransformation:
     return optax.partition(groups, _labels)
 
 
-def _labels(learned: Learned) -> Any:
+def _labels(trainable: CsqParams) -> Any:
     params = jax.tree.map(
-        lambda leaf: "kernels" if leaf.ndim > 1 else "others", learned.around.params
+        lambda leaf: "kernels" if leaf.ndim > 1 else "others", trainable.around.params
     )
     planes = {
         name: bit_planes.BitPlanes("planes", "planes", "masks", "scales")  # pyright: ignore[reportArgumentType]
-        for name in learned.by_layer
+        for name in trainable.by_layer
     }
-    return Learned(supernet.Learned(params, "steps", "acts"), linen.unflatten(planes))
+    return CsqParams(TrainableParams(params, "steps", "acts"), paths.unflatten(planes))
 
 
 def derive_uniform(grown: Options) -> dict[str, Any]:

@@ -2,56 +2,60 @@
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from mpq_jax.methods.base import Found
-from mpq_jax.program import linen
-from mpq_jax.quantizers import batch_max, bit_planes, double_rounding, lsq
+from mpq_jax.methods.base import LearnedScheme
+from mpq_jax.program import linen, paths
+from mpq_jax.quantizers import bit_planes, double_rounding, lsq
 from mpq_jax.quantizers.base import ActQuantizer, Quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.bn_recalibration import norm_statistics
-from mpq_jax.supernet.layer_table import FLOAT_BITS, MOST_BITS, LayerTable
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.rules import FLOAT_BITS, MAX_BITS
+from mpq_jax.supernet.supernet import (
+    Subnet,
+    Supernet,
+    SupernetState,
+    TrainableParams,
+    choice_index,
+)
 
 PyTree = Any
 
 
 class Network(NamedTuple):
-    """What is fixed about the network; hashable.
+    """Constants of the network; hashable.
 
     Attributes:
         model: the Linen model.
-        table: its layers; the candidates of a layer's weights are its numbers of planes, from all
-            to none, if its scheme grows.
-        acts: how inputs are quantised.
-        contiguous: see `csq.plane_gates`.
+        table: its layers; the candidates of a growing layer's weights are its numbers of planes,
+            from all to none.
+        acts: quantizer of the inputs.
+        contiguous: see `bit_planes.plane_gates`.
     """
 
-    model: nn.Module
+    model: linen.Model
     table: LayerTable
     acts: ActQuantizer
     contiguous: bool
 
     @property
-    def around(self) -> LayerTable:
-        """The same layers, those with planes as float kernels: a supernet around the planes."""
+    def net(self) -> Supernet:
+        """The supernet around the planes: the same layers, those with planes as float kernels."""
         layers = [
             layer._replace(weight_candidates=(FLOAT_BITS,), float_weights=True)
             if layer.searchable
             else layer
             for layer in self.table.layers
         ]
-        return LayerTable(tuple(layers), norm_rows="shared")
-
-    @property
-    def quantizer(self) -> Quantizer:
-        """Of the inputs, and of the kernels that rules fix to a number of bits."""
-        return Quantizer(lsq.QUANTIZER.weights, self.acts)
+        return Supernet(
+            self.model,
+            LayerTable(tuple(layers), bn_banks="shared"),
+            quantizer=Quantizer(lsq.QUANTIZER.weights, self.acts),
+        )
 
 
 class Gates(NamedTuple):
@@ -68,35 +72,35 @@ class Gates(NamedTuple):
     hard: Bool[Array, ""]
 
 
-class Learned(NamedTuple):
-    """What the optimiser moves.
+class CsqParams(NamedTuple):
+    """Parameters that the optimizer updates.
 
     Attributes:
         around: everything but the kernels made of planes.
         planes: bit planes of these kernels, nested by the paths of their layers.
     """
 
-    around: supernet.Learned
+    around: TrainableParams
     planes: PyTree
 
     @property
     def by_layer(self) -> dict[str, BitPlanes]:
         """The bit planes by the path of their layer."""
-        return linen.flatten(self.planes)
+        return paths.flatten(self.planes)
 
 
-class Variables(NamedTuple):
+class CsqVariables(NamedTuple):
     """The network as evaluation takes it.
 
     Attributes:
-        learned: parameters, step sizes and bit planes.
+        trainable: parameters, step sizes and bit planes.
         batch_stats: norm statistics of training.
         hard_stats: norm statistics of the network with every gate decided.
         signed: bool [layers], whether the codes of a layer's input are signed.
         gates: as they are in training.
     """
 
-    learned: Learned
+    trainable: CsqParams
     batch_stats: PyTree
     hard_stats: PyTree
     signed: Bool[Array, " layers"]
@@ -122,11 +126,11 @@ def with_planes(
     layers = []
     for layer in table.layers:
         if len(layer.weight_candidates) > 1:
-            most = planes or layer.highest
-            if most >= MOST_BITS:
+            most = planes or layer.max_bits
+            if most >= MAX_BITS:
                 raise ValueError(
-                    f"{layer.name!r} would have {most} planes; wanted at most {MOST_BITS - 1}, as "
-                    f"integers have up to {MOST_BITS} bits, the sign counted"
+                    f"{layer.name!r} would have {most} planes; wanted at most {MAX_BITS - 1}, as "
+                    f"integers have up to {MAX_BITS} bits, the sign counted"
                 )
             layer = layer._replace(weight_candidates=tuple(range(most, -1, -1)))
         if len(layer.act_candidates) > 1:
@@ -134,7 +138,7 @@ def with_planes(
                 act_candidates=(act_bits,), float_acts=layer.float_acts or float_acts
             )
         layers.append(layer)
-    return LayerTable(tuple(layers), norm_rows="shared")
+    return LayerTable(tuple(layers), bn_banks="shared")
 
 
 def init(
@@ -144,35 +148,33 @@ def init(
     *,
     literal: bool,
     mask_start: float,
-    reach: float | None,
-) -> tuple[Learned, PyTree, Bool[Array, " layers"]]:
+    clip_rms: float | None,
+) -> tuple[CsqParams, PyTree, Bool[Array, " layers"]]:
     """Returns what is learned, norm statistics and signs, from the float model's variables.
 
     Args:
         network: what is trained.
         variables: `{"params": ..., "batch_stats": ...}` of the float model.
-        images: normalised calibration images.
+        images: normalized calibration images.
         literal: how planes start, see `csq.from_float`, as for the other two.
         mask_start: logit of all masks.
-        reach: in root mean squares; of the preserving start.
+        clip_rms: in root mean squares; of the preserving start.
     """
-    made = supernet.init(
-        network.model, network.around, variables, images, quantizer=network.quantizer
-    )
-    params = linen.flatten(made.learned.params)
+    made = network.net.init(variables, images)
+    params = paths.flatten(made.trainable.params)
     planes = {
         layer.name: bit_planes.from_float(
             params.pop(f"{layer.name}/kernel"),
-            planes=layer.highest,
+            planes=layer.max_bits,
             literal=literal,
             mask_logit=mask_start,
-            reach=None if literal else reach,
+            clip_rms=None if literal else clip_rms,
         )
         for layer in network.table.layers
         if layer.searchable
     }
-    around = made.learned._replace(params=linen.unflatten(params))
-    return Learned(around, linen.unflatten(planes)), made.batch_stats, made.signed
+    around = made.trainable._replace(params=paths.unflatten(params))
+    return CsqParams(around, paths.unflatten(planes)), made.batch_stats, made.signed
 
 
 def kernel(planes: BitPlanes, gates: Gates, *, contiguous: bool) -> Array:
@@ -185,48 +187,23 @@ def kernel(planes: BitPlanes, gates: Gates, *, contiguous: bool) -> Array:
 
 def select(
     network: Network,
-    learned: Learned,
+    trainable: CsqParams,
     batch_stats: PyTree,
     signed: Bool[Array, " layers"],
     gates: Gates,
     *,
     scale_step_gradient: bool = False,
-) -> supernet.Selected:
-    """Makes all kernels; what `supernet.apply` takes, with `network.around` as its table."""
-    params = linen.flatten(learned.around.params)
-    for name, planes in learned.by_layer.items():
+) -> Subnet:
+    """Makes all kernels; returns the argument of `network.net.forward`."""
+    params = paths.flatten(trainable.around.params)
+    for name, planes in trainable.by_layer.items():
         params[f"{name}/kernel"] = kernel(planes, gates, contiguous=network.contiguous)
-    whole = learned.around._replace(params=linen.unflatten(params))
-    return supernet.select(
-        network.around,
-        supernet.Variables(whole, batch_stats, signed),
-        network.around.largest,
-        quantizer=network.quantizer,
+    whole = trainable.around._replace(params=paths.unflatten(params))
+    net = network.net
+    return net.select(
+        SupernetState(whole, batch_stats, signed),
+        net.table.max_config,
         scale_step_gradient=scale_step_gradient,
-    )
-
-
-def apply(
-    network: Network,
-    selected: supernet.Selected,
-    images: Float[Array, "batch ..."],
-    *,
-    train: bool,
-    scale_step_gradient: bool = False,
-    dropout_key: Key[Array, ""] | None = None,
-    part: linen.Part = linen.WHOLE,
-) -> supernet.Output:
-    """Calls the model with kernels and norms from `select`."""
-    return supernet.apply(
-        network.model,
-        network.around,
-        selected,
-        images,
-        train=train,
-        quantizer=network.quantizer,
-        scale_step_gradient=scale_step_gradient,
-        dropout_key=dropout_key,
-        part=part,
     )
 
 
@@ -236,7 +213,7 @@ def decided(gates: Gates) -> Gates:
 
 
 def predict(
-    network: Network, variables: Variables, hard: Bool[Array, ""], images: Any
+    network: Network, variables: CsqVariables, hard: Bool[Array, ""], images: Any
 ) -> Float[Array, "batch classes"]:
     """Returns logits in evaluation mode, with all gates decided (hard) or with soft bits.
 
@@ -248,36 +225,34 @@ def predict(
         (decided(soft), variables.hard_stats),
         (soft, variables.batch_stats),
     )
-    selected = select(network, variables.learned, stats, variables.signed, gates)
-    return apply(network, selected, images, train=False).logits
+    subnet = select(network, variables.trainable, stats, variables.signed, gates)
+    return network.net.forward(subnet, images, train=False).logits
 
 
 def hard_statistics(
-    network: Network, variables: Variables, images: Float[Array, "batches batch ..."]
+    network: Network, variables: CsqVariables, images: Float[Array, "batches batch ..."]
 ) -> PyTree:
     """Returns the norm statistics of the network with every gate decided, on training images."""
-    selected = select(
+    subnet = select(
         network,
-        variables.learned,
+        variables.trainable,
         variables.batch_stats,
         variables.signed,
         decided(variables.gates),
     )
-    return norm_statistics(
-        network.model, network.around, selected, images, quantizer=network.quantizer
-    )
+    return network.net.norm_statistics(subnet, images)
 
 
-def plane_bits(network: Network, learned: Learned) -> BitConfig:
+def plane_bits(network: Network, trainable: CsqParams) -> BitConfig:
     """Returns the active planes of each layer; of a layer that is not made of planes, its bits."""
     counts = {
         name: jnp.sum(
             bit_planes.active_planes(planes, contiguous=network.contiguous), dtype=jnp.int32
         )
-        for name, planes in learned.by_layer.items()
+        for name, planes in trainable.by_layer.items()
     }
-    weights = [counts.get(layer.name, layer.highest) for layer in network.table.layers]
-    return BitConfig(jnp.array(weights, jnp.int32), network.table.largest.acts)
+    weights = [counts.get(layer.name, layer.max_bits) for layer in network.table.layers]
+    return BitConfig(jnp.array(weights, jnp.int32), network.table.max_config.acts)
 
 
 def layout(network: Network, planes: BitPlanes) -> str:
@@ -292,65 +267,67 @@ def code_bits(codes: Int[Array, "*shape"]) -> int:
     return (2 * largest).bit_length() if largest else 0
 
 
-def found(network: Network, variables: Variables) -> Found:
-    """Returns the hardened network as an ordinary one with fixed bits.
+def learned_scheme(network: Network, variables: CsqVariables) -> LearnedScheme:
+    """Converts the binarized network into an ordinary supernet with fixed bits.
 
-    Its kernels are multiples of their step sizes, so quantising them at the bits of their
-    integers, the sign included, changes nothing: `supernet`, costs, recalibration and the integer
-    artifact take it like any other. The configurations are "planes" (how many are active, as
-    published; layers without planes keep their bits) and "integers" (what the codes need, the
-    sign counted: the table's own).
+    Its kernels are multiples of their step sizes, so quantizing them at the bits of their
+    integers, sign included, changes nothing: costs, recalibration and exports take it like any
+    other supernet. The ways to count its bits are "planes" (active planes, as published; layers
+    without planes keep their bits) and "integers" (what the codes need, sign included: the bits
+    of the table).
     """
-    table, learned = network.table, variables.learned
-    kernels = {
+    table, trainable, net = network.table, variables.trainable, network.net
+    integers = {
         name: bit_planes.codes(planes, contiguous=network.contiguous)
-        for name, planes in learned.by_layer.items()
+        for name, planes in trainable.by_layer.items()
     }
-    params = linen.flatten(learned.around.params)
-    layers, weight_steps = [], []
-    around = network.around
-    fixed_steps = supernet.chosen_weight_steps(
-        around, learned.around, jnp.asarray(around.largest.weights), quantizer=network.quantizer
-    )
+    params = paths.flatten(trainable.around.params)
+    max_config = net.table.max_config
+    fixed = net.weight_step_sizes(trainable.around, jnp.asarray(max_config.weights))
+    layers, weight_step_sizes = [], []
     for index, layer in enumerate(table.layers):
-        if layer.name not in kernels:
+        if layer.name not in integers:
             layers.append(layer)
-            weight_steps.append(fixed_steps[index])
+            weight_step_sizes.append(fixed[index])
             continue
-        codes, step = kernels[layer.name]
-        params[f"{layer.name}/kernel"] = codes.astype(step.dtype) * step
+        codes, step_size = integers[layer.name]
+        params[f"{layer.name}/kernel"] = codes.astype(step_size.dtype) * step_size
         layers.append(layer._replace(weight_candidates=(code_bits(codes),)))
-        weight_steps.append(step)
-    made = LayerTable(tuple(layers), norm_rows="shared")
-    act_steps = learned.around.act_steps[
-        jnp.arange(len(table)), supernet.choice_index(around, jnp.asarray(around.largest.acts))
-    ]
+        weight_step_sizes.append(step_size)
+    final = LayerTable(tuple(layers), bn_banks="shared")
+    columns = choice_index(net.table, jnp.asarray(max_config.acts))
+    act_step_sizes = trainable.around.act_step_sizes[jnp.arange(len(table)), columns]
 
-    def for_all_bits(steps):  # whatever bits are asked for, there is one step size
-        return jnp.broadcast_to(steps[:, None], (len(table), len(made.candidates)))
+    def for_all_bits(step_sizes):  # every layer has one candidate and so one step size
+        return jnp.broadcast_to(step_sizes[:, None], (len(table), len(final.candidates)))
 
-    exact = supernet.Variables(
-        supernet.Learned(
-            linen.unflatten(params), for_all_bits(jnp.stack(weight_steps)), for_all_bits(act_steps)
+    state = SupernetState(
+        TrainableParams(
+            paths.unflatten(params),
+            for_all_bits(jnp.stack(weight_step_sizes)),
+            for_all_bits(act_step_sizes),
         ),
         variables.hard_stats,
         variables.signed,
     )
-    return Found(
-        table=made,
-        variables=exact,
-        quantizer=quantizer_of_found(network),
-        bits={"integers": made.largest, "planes": plane_bits(network, learned)},
-        layouts={name: layout(network, planes) for name, planes in learned.by_layer.items()},
+    return LearnedScheme(
+        net=Supernet(
+            network.model,
+            final,
+            quantizer=_integer_quantizer(network.acts),
+        ),
+        state=state,
+        bits={"integers": final.max_config, "planes": plane_bits(network, trainable)},
+        layouts={name: layout(network, planes) for name, planes in trainable.by_layer.items()},
     )
 
 
-def quantizer_of_found(network: Network) -> Quantizer:
-    """Returns what quantises the found network: integers, and inputs as they were trained.
+def _integer_quantizer(acts: ActQuantizer) -> Quantizer:
+    """Combines integer kernels with the quantizer of the inputs.
 
-    Learned clipping is a step size by the time that it is learned, so the usual quantiser serves
-    it as well; scales that each batch has anew need their own.
+    A learned clip has become a step size by the end of training, so the usual quantizer serves it;
+    scales of each batch need their own.
     """
-    if network.acts is batch_max.ACTS:
-        return Quantizer(double_rounding.QUANTIZER.weights, network.acts)
+    if acts.batch_scale:
+        return Quantizer(double_rounding.QUANTIZER.weights, acts)
     return double_rounding.QUANTIZER

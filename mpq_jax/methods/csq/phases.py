@@ -6,36 +6,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 
 
 class Phases(NamedTuple):
     """The phases of a run, in steps; each begins with an epoch.
 
     Attributes:
-        ticket: step from which the scheme is fixed; masks learn before it.
-        harden: step from which the bits are fixed.
+        freeze_scheme: step from which the scheme is fixed; masks learn before it.
+        binarize: step from which the bits are fixed.
         end: steps of the run.
         steps_per_epoch: of the run.
-        rewind: whether the temperature rises anew from `ticket` to `harden`.
+        rewind: whether the temperature rises anew from `freeze_scheme` to `binarize`.
     """
 
-    ticket: int
-    harden: int
+    freeze_scheme: int
+    binarize: int
     end: int
     steps_per_epoch: int
     rewind: bool
 
 
-def make_phases(run: Run, *, ticket: float, harden: float, rewind: bool = False) -> Phases:
+def make_phases(
+    run: TrainingInfo, *, freeze_scheme: float, binarize: float, rewind: bool = False
+) -> Phases:
     """Returns the phases of a run from fractions of it, rounded to whole epochs.
 
     A ticket above 0 leaves at least one epoch to the masks, and rewinding one to the bits.
     """
     first = 0
-    if ticket > 0:
-        first = max(min(round(ticket * run.epochs), run.epochs - rewind), 1)
-    second = min(max(round(harden * run.epochs), first + rewind, 1), run.epochs)
+    if freeze_scheme > 0:
+        first = max(min(round(freeze_scheme * run.epochs), run.epochs - rewind), 1)
+    second = min(max(round(binarize * run.epochs), first + rewind, 1), run.epochs)
     per_epoch = run.steps_per_epoch
     return Phases(first * per_epoch, second * per_epoch, run.steps, per_epoch, rewind)
 
@@ -49,10 +51,10 @@ def temperature_at(phases: Phases, step: Int[Array, ""], *, final: float) -> Flo
     References:
         CSQ, https://arxiv.org/abs/2212.02770: beta = T^(t / end), here by step instead of epoch.
     """
-    progress = _part(step, 0, phases.ticket if phases.rewind else phases.harden)
+    progress = _part(step, 0, phases.freeze_scheme if phases.rewind else phases.binarize)
     if phases.rewind:
-        again = _part(step, phases.ticket, phases.harden)
-        progress = jnp.where(step < phases.ticket, progress, again)
+        again = _part(step, phases.freeze_scheme, phases.binarize)
+        progress = jnp.where(step < phases.freeze_scheme, progress, again)
     return jnp.float32(final) ** progress
 
 
@@ -67,7 +69,7 @@ def rate_shape(phases: Phases, *, warmup: float, tuning: float):
     Growing and, without rewinding, learning bits at the last temperature are one phase. Tuning
     what is left after hardening is another, which starts at `tuning`.
     """
-    first = phases.ticket if phases.rewind else phases.harden
+    first = phases.freeze_scheme if phases.rewind else phases.binarize
 
     def cosine(peak: float, steps: int, warmup: float = 0.0):
         return optim.warmup_cosine(
@@ -80,15 +82,15 @@ def rate_shape(phases: Phases, *, warmup: float, tuning: float):
             change="step",
         )
 
-    growing, learning = cosine(1.0, first, warmup), cosine(1.0, phases.harden - first)
-    tuned = cosine(tuning, phases.end - phases.harden)
+    growing, learning = cosine(1.0, first, warmup), cosine(1.0, phases.binarize - first)
+    tuned = cosine(tuning, phases.end - phases.binarize)
 
     def shape(step) -> Array:
         step = jnp.asarray(step, jnp.int32)
         later = jnp.where(
-            step < phases.harden,
+            step < phases.binarize,
             learning(jnp.maximum(step - first, 0)),
-            tuned(jnp.maximum(step - phases.harden, 0)),
+            tuned(jnp.maximum(step - phases.binarize, 0)),
         )
         return jnp.where(step < first, growing(step), later)
 

@@ -1,10 +1,9 @@
-"""The pieces of one update: gradient at one configuration, and the optimisers that apply it."""
+"""One update: the gradient at one configuration, and the optimizers that apply it."""
 
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,20 +11,26 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.double_rounding.options import PLAIN_RATE, Options
 from mpq_jax.parallel import grad_accumulation
-from mpq_jax.parallel.grad_accumulation import Parts
-from mpq_jax.program import linen
-from mpq_jax.supernet import supernet
+from mpq_jax.parallel.grad_accumulation import BatchPartition
+from mpq_jax.program import paths
+from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import (
+    Supernet,
+    SupernetState,
+    TrainableParams,
+    clip_step_sizes,
+)
 from mpq_jax.tasks import classification
 
 PyTree = Any
 
 
 class Example(NamedTuple):
-    """What all precisions of a step learn from."""
+    """A prepared batch, the same for all precisions of a step."""
 
     images: Float[Array, "batch ..."]
     labels: Int[Array, " batch"]
@@ -33,18 +38,18 @@ class Example(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """What one forward and backward pass leaves for the optimisers.
+    """Result of one forward and backward pass.
 
     Attributes:
-        learned: gradient of everything that is learned, with a leading axis of devices
-            (`parts.reduced`).
+        trainable: gradient of everything that is learned, with a leading axis of devices
+            (`grad_accumulation.reduce_mean`).
         batch_stats: banks of norm statistics after the pass.
-        used: what the configuration uses, see `supernet.used_rows`.
+        used: parameters that the configuration uses, see `Supernet.update_mask`.
     """
 
-    learned: supernet.Learned
+    trainable: TrainableParams
     batch_stats: PyTree
-    used: supernet.Learned
+    used: TrainableParams
 
 
 class Learner(NamedTuple):
@@ -54,90 +59,80 @@ class Learner(NamedTuple):
         prepare: `(batch, key) -> Example`.
         gradient: `(variables, example, bits, teacher logits or None)` -> `(Gradient, logits,
             scalars)`.
-        move: `(variables, opt_state, gradient, base bits, step)` -> `(variables, opt_state,
-            scalars)`; it consumes the variables and the optimiser state.
-        init_optimizer: `learned -> opt_state`.
+        apply_update: `(variables, opt_state, gradient, base bits, step)` -> `(variables, opt_state,
+            scalars)`; it consumes the variables and the optimizer state.
+        init_optimizer: `trainable -> opt_state`.
     """
 
     prepare: Callable[..., Example]
     gradient: Callable[..., tuple[Gradient, Array, dict[str, Array]]]
-    move: Callable[..., tuple[supernet.Variables, PyTree, dict[str, Array]]]
-    init_optimizer: Callable[[supernet.Learned], PyTree]
+    apply_update: Callable[..., tuple[SupernetState, PyTree, dict[str, Array]]]
+    init_optimizer: Callable[[TrainableParams], PyTree]
 
 
-def make_learner(
-    model: nn.Module, table: LayerTable, options: Options, run: Run, *, highest: int
-) -> Learner:
-    """Builds the pieces for a model; `highest` is the precision that learns at the full rate."""
-    optimizer = make_optimizer(table, options, highest=highest)
-    divided = run.parts
+def make_learner(net: Supernet, options: Options, run: TrainingInfo, *, max_bits: int) -> Learner:
+    """Builds the functions of an update; `max_bits` is the precision with the full rate."""
+    optimizer = make_optimizer(net.table, options, max_bits=max_bits)
+    partition = run.partition
     rates = functools.partial(_rates, options, run)
     return Learner(
         prepare=jax.jit(functools.partial(_prepare, run)),
-        gradient=jax.jit(functools.partial(_gradient, model, table, options, divided)),
-        move=jax.jit(functools.partial(_move, optimizer, rates, divided), donate_argnums=(0, 1)),
+        gradient=jax.jit(functools.partial(_gradient, net, options, partition)),
+        apply_update=jax.jit(
+            functools.partial(_apply_update, optimizer, rates, partition), donate_argnums=(0, 1)
+        ),
         init_optimizer=optimizer.init,
     )
 
 
-def _prepare(run: Run, batch, key) -> Example:
+def _prepare(run: TrainingInfo, batch, key) -> Example:
     image_key, dropout_key = jax.random.split(key)
     return Example(run.prepare(batch, image_key), batch["label"], dropout_key)
 
 
 def _gradient(
-    model,
-    table: LayerTable,
+    net: Supernet,
     options: Options,
-    divided: Parts,
-    variables,
+    partition: BatchPartition,
+    state,
     example: Example,
     bits,
     teacher,
 ) -> tuple[Gradient, Array, dict[str, Array]]:
-    quantizer, scale = options.quantizer, options.scale_step_gradient
-    variables = grad_accumulation.gathered(divided, variables)
+    scale = options.scale_step_gradient
+    state = grad_accumulation.all_gather_params(partition, state)
 
-    def loss_of(learned, shared, batch_stats, examples, dropout_key):
+    def loss_of(trainable, shared, batch_stats, examples, dropout_key):
         bits, signed = shared
         images, labels, teacher = examples
-        selected = supernet.select(
-            table,
-            supernet.Variables(learned, batch_stats, signed),
-            bits,
-            quantizer=quantizer,
-            scale_step_gradient=scale,
-        )
-        out = supernet.apply(
-            model,
-            table,
-            selected,
+        own = SupernetState(trainable, batch_stats, signed)
+        out = net.forward(
+            net.select(own, bits, scale_step_gradient=scale),
             images,
             train=True,
-            quantizer=quantizer,
             scale_step_gradient=scale,
             dropout_key=dropout_key,
-            part=divided.seen,
+            shard=partition.shard,
         )
         loss = classification.cross_entropy(out.logits, labels, smoothing=options.label_smoothing)
         metrics = {"loss": loss, "accuracy": classification.accuracy(out.logits, labels)}
         if teacher is not None:
             metrics["kl"] = classification.kl_to_teacher(out.logits, teacher)
             loss += options.distill_weight * (metrics["kl"] - loss)
-        stats = supernet.scatter_batch_stats(table, batch_stats, bits, out.batch_stats)
+        stats = bn_banks.scatter(net.table, batch_stats, bits, out.batch_stats)
         return loss, (stats, metrics, out.logits)
 
-    gradient, stats, metrics, logits = grad_accumulation.gradient_of_parts(
-        divided,
+    gradient, stats, metrics, logits = grad_accumulation.partitioned_gradient(
+        partition,
         loss_of,
-        variables.learned,
-        (bits, variables.signed),
-        variables.batch_stats,
+        state.trainable,
+        (bits, state.signed),
+        state.batch_stats,
         (example.images, example.labels, teacher),
         example.dropout_key,
     )
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], bits)
-    used = supernet.used_rows(table, variables.learned.params, one, quantizer=quantizer)
+    used = net.update_mask(state.trainable.params, one)
     return Gradient(gradient, stats, used), logits, metrics
 
 
@@ -148,7 +143,7 @@ class Rates(NamedTuple):
     scales: Float[Array, ""]
 
 
-def _rates(options: Options, run: Run, step: Int[Array, ""]) -> Rates:
+def _rates(options: Options, run: TrainingInfo, step: Int[Array, ""]) -> Rates:
     def schedule(peak: float, end: float) -> Array:
         rate = optim.warmup_cosine(
             peak=peak,
@@ -167,11 +162,11 @@ def _rates(options: Options, run: Run, step: Int[Array, ""]) -> Rates:
     )
 
 
-def _move(
+def _apply_update(
     optimizer,
     rates,
-    divided: Parts,
-    variables: supernet.Variables,
+    partition: BatchPartition,
+    variables: SupernetState,
     opt_state,
     gradient: Gradient,
     base,
@@ -179,30 +174,30 @@ def _move(
 ):
     rate = rates(step)
     updates, opt_state = optimizer.update(
-        grad_accumulation.reduced(divided, gradient.learned),
+        grad_accumulation.reduce_mean(partition, gradient.trainable),
         opt_state,
-        variables.learned,
+        variables.trainable,
         used=gradient.used,
         bits=base,
         learning_rate=rate.weights,
         scale_rate=rate.scales,
     )
-    learned = supernet.with_positive_steps(jax.tree.map(jnp.add, variables.learned, updates))
-    moved = variables._replace(learned=learned, batch_stats=gradient.batch_stats)
+    trainable = clip_step_sizes(jax.tree.map(jnp.add, variables.trainable, updates))
+    moved = variables._replace(trainable=trainable, batch_stats=gradient.batch_stats)
     scalars = {
         "scale_rate": optax.tree_utils.tree_get(opt_state, "learning_rate"),
         "scale_gradient": optax.tree_utils.tree_get(opt_state, "mean_gradient"),
     }
-    return *grad_accumulation.kept(divided, (moved, opt_state)), scalars
+    return *grad_accumulation.constrain_state(partition, (moved, opt_state)), scalars
 
 
 def make_optimizer(
-    table: LayerTable, options: Options, *, highest: int
+    table: LayerTable, options: Options, *, max_bits: int
 ) -> optax.GradientTransformationExtraArgs:
     """Returns Adam for parameters (with weight decay on kernels) and Adam under ALRS for scales.
 
     Rows of norms and step sizes that a configuration does not use stay as they are. `update`
-    takes `used` (`supernet.used_rows`), `bits` (the precision of this update), `learning_rate`
+    takes `used` (`Supernet.update_mask`), `bits` (the precision of this update), `learning_rate`
     and `scale_rate` (the scheduled rates).
     """
     adam = optim.scale_by_adam()
@@ -210,10 +205,10 @@ def make_optimizer(
     groups: dict[Hashable, optax.GradientTransformation] = {
         "kernels": optax.chain(optax.add_decayed_weights(options.weight_decay), adam, by_rate),
         "others": optax.chain(adam, by_rate),
-        "norm_rows": optax.chain(
-            optim.skip_unused_rows(adam, row_axes=len(table.norm_axes)), by_rate
+        "bn_banks": optax.chain(
+            optim.skip_unused_rows(adam, row_axes=len(table.bank_axes)), by_rate
         ),
-        "scales": _scale_optimizer(table, options, highest=highest),
+        "scales": _scale_optimizer(table, options, max_bits=max_bits),
     }
     return optax.partition(
         groups, functools.partial(_group, table), mask_compatible_extra_args=True
@@ -221,44 +216,44 @@ def make_optimizer(
 
 
 def _scale_optimizer(
-    table: LayerTable, options: Options, *, highest: int
+    table: LayerTable, options: Options, *, max_bits: int
 ) -> optax.GradientTransformationExtraArgs:
     # A joint update is called "of the highest precision"; it has factor 1 there.
-    by_reading = optim.alrs(
+    by_variant = optim.alrs(
         optim.skip_unused_rows(optim.scale_by_adam()),
-        highest=highest,
-        reading="constant" if options.scale_rate == PLAIN_RATE else options.scale_rate,
+        max_bits=max_bits,
+        variant="constant" if options.scale_rate == PLAIN_RATE else options.scale_rate,
         per_layer=functools.partial(_largest_per_layer, table),
     )
 
     def update(updates, state, params=None, *, bits, learning_rate, scale_rate, **extra_args):
         del learning_rate
-        base = jnp.int32(highest) if options.scale_rate == PLAIN_RATE else bits
-        return by_reading.update(
+        base = jnp.int32(max_bits) if options.scale_rate == PLAIN_RATE else bits
+        return by_variant.update(
             updates, state, params, bits=base, learning_rate=scale_rate, **extra_args
         )
 
     return optax.GradientTransformationExtraArgs(
-        by_reading.init,
+        by_variant.init,
         update,  # pyright: ignore[reportArgumentType]
     )
 
 
-def _largest_per_layer(table: LayerTable, gradients: PyTree) -> Float[Array, " quantised"]:
-    """Returns the largest absolute gradient among the step sizes of each quantised layer."""
-    quantised = [not (layer.float_weights and layer.float_acts) for layer in table.layers]
+def _largest_per_layer(table: LayerTable, gradients: PyTree) -> Float[Array, " quantized"]:
+    """Returns the largest absolute gradient among the step sizes of each quantized layer."""
+    quantized = [not (layer.float_weights and layer.float_acts) for layer in table.layers]
     columns = jnp.concatenate(jax.tree.leaves(gradients), axis=1)
-    return jnp.max(jnp.abs(columns), axis=1)[np.flatnonzero(quantised)]
+    return jnp.max(jnp.abs(columns), axis=1)[np.flatnonzero(quantized)]
 
 
-def _group(table: LayerTable, learned: supernet.Learned) -> supernet.Learned:
-    """Labels every leaf with its optimiser."""
+def _group(table: LayerTable, trainable: TrainableParams) -> TrainableParams:
+    """Labels every leaf with its optimizer."""
     kernels = {f"{layer.name}/kernel" for layer in table.layers}
 
     def of_param(path: str, leaf) -> str:
-        if linen.module_of(path) in table.bank_norms:
-            return "norm_rows"
+        if paths.parent(path) in table.bank_norms:
+            return "bn_banks"
         return "kernels" if path in kernels else "others"
 
-    params = linen.map_leaves(learned.params, of_param)
-    return supernet.Learned(params, "scales", "scales")
+    params = paths.map_leaves(trainable.params, of_param)
+    return TrainableParams(params, "scales", "scales")

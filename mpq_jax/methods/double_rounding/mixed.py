@@ -4,21 +4,21 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax.methods.base import Batch, Method, MethodFamily, Run, Variant
-from mpq_jax.methods.double_rounding import multi
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo, Variant
+from mpq_jax.methods.double_rounding import multi, roulette
 from mpq_jax.methods.double_rounding.learner import make_learner
 from mpq_jax.methods.double_rounding.options import MixedOptions, Options
 from mpq_jax.methods.warm_start import supernet_or_float_variables
-from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import sensitivity, supernet
+from mpq_jax.program import linen
+from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Supernet, SupernetState, expand_bn_banks
 
 PyTree = Any
 
@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     Attributes:
         step: training steps done.
         variables: the supernet.
-        opt_state: of all optimisers.
+        opt_state: of all optimizers.
         probabilities: float32 [layers, choices], what a layer that leaves the base precision
             draws its bits from.
         traces: float32 [layers], the Hessian traces they were made from ...
@@ -37,35 +37,36 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    variables: supernet.Variables
+    variables: SupernetState
     opt_state: PyTree
     probabilities: Float[Array, "layers choices"]
     traces: Float[Array, " layers"]
     trace_errors: Float[Array, " layers"]
 
 
-def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -> Method:
+def make(model: linen.Model, table: LayerTable, options: MixedOptions, run: TrainingInfo) -> Method:
     """Builds the supernet's training for a model, its layer table and the length of a run."""
-    table = table.with_norm_rows(options.norm_rows)
+    table = table.with_bn_banks(options.bn_banks)
     if not table.searchable.any():
         raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
     common = common_choices(table)
     levels = multi.levels_of(table)
-    learner = make_learner(model, table, options, run, highest=max(levels))
+    net = Supernet(model, table, quantizer=options.quantizer)
+    learner = make_learner(net, options, run, max_bits=max(levels))
 
     @jax.jit
     def build(
         variables: PyTree, images: Float[Array, "batch ..."], traces: sensitivity.Trace
     ) -> TrainState:
-        if isinstance(variables, supernet.Variables):
-            made = jax.tree.map(jnp.array, supernet.with_rows_of(table, variables))
+        if isinstance(variables, SupernetState):
+            made = jax.tree.map(jnp.array, expand_bn_banks(table, variables))
         else:
-            made = supernet.init(model, table, variables, images, quantizer=options.quantizer)
+            made = net.init(variables, images)
         return TrainState(
             jnp.zeros((), jnp.int32),
             made,
-            learner.init_optimizer(made.learned),
-            bit_configs.roulette_probabilities(
+            learner.init_optimizer(made.trainable),
+            roulette.roulette_probabilities(
                 table.candidates, traces.mean, rule=options.roulette, mask=common
             ),
             traces.mean,
@@ -75,7 +76,7 @@ def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
         if labels is None:
             raise ValueError("Hessian traces need labels: call init(variables, images, labels)")
-        traces = hessian_traces(model, table, options, variables, images, labels)
+        traces = hessian_traces(net, options, variables, images, labels)
         return build(variables, images, traces)
 
     @jax.jit
@@ -109,9 +110,9 @@ def make(model: nn.Module, table: LayerTable, options: MixedOptions, run: Run) -
         on_epoch=on_epoch,
         eval_bits={f"w{bits}a{bits}": config for bits, config in levels.items()},
         variables=lambda state: state.variables,
-        predict=functools.partial(supernet.predict, model, table, quantizer=options.quantizer),
-        quantizer=options.quantizer,
-        read=functools.partial(supernet_or_float_variables, table),
+        predict=net.apply,
+        net=net,
+        load_warm_start=functools.partial(supernet_or_float_variables, net),
     )
 
 
@@ -154,7 +155,7 @@ def leave_base(
         jnp.where(leaves & free[:, 0], drawn, jnp.asarray(base.weights)),
         jnp.where(leaves & free[:, 1], drawn, jnp.asarray(base.acts)),
     )
-    return table.follow(drawn_bits)
+    return table.apply_ties(drawn_bits)
 
 
 def _sensitivities(table: LayerTable, state: TrainState) -> dict[str, float]:
@@ -173,36 +174,36 @@ def _sensitivities(table: LayerTable, state: TrainState) -> dict[str, float]:
 
 
 def hessian_traces(
-    model, table: LayerTable, options: MixedOptions, variables, images, labels
+    net: Supernet, options: MixedOptions, variables, images, labels
 ) -> sensitivity.Trace:
     """Estimates the Hessian trace of every layer of the float model.
 
-    Of a multi-precision network, the float model is its kernels, not quantised, with the norms of
+    Of a multi-precision network, the float model is its kernels, not quantized, with the norms of
     the highest precision.
     """
-    if isinstance(variables, supernet.Variables):
-        variables = supernet.plain(table, variables, table.largest)
+    if isinstance(variables, SupernetState):
+        variables = net.float_variables(variables, net.table.max_config)
     size = min(options.trace_batch, len(images))
     batches = [
         {"image": images[start : start + size], "label": labels[start : start + size]}
         for start in range(0, len(images) - size + 1, size)
     ]
     return sensitivity.layer_traces(
-        model, table, variables, batches, jax.random.key(0), probes=options.trace_probes
+        net, variables, batches, jax.random.key(0), probes=options.trace_probes
     )
 
 
 def derive_options(multi: Options) -> dict[str, Any]:
     """Returns what the supernet takes over from the options of its multi-precision network."""
     shared = dataclasses.asdict(multi)
-    del shared["norm_rows"]  # the supernet has more to choose from
+    del shared["bn_banks"]  # the supernet has more to choose from
     return shared
 
 
 MIXED_FAMILY = MethodFamily(
     options=MixedOptions,
     make=make,
-    successor_of="double_rounding",
-    inherited=("scales", "switch"),
+    warm_starts_from="double_rounding",
+    must_match=("scales", "switch"),
     variant=Variant("double_rounding", "mixed", derive_options),
 )

@@ -1,20 +1,19 @@
 """Multi-precision training: one network that runs at any of several precisions."""
 
-import functools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.double_rounding.learner import Example, Gradient, Learner, make_learner
 from mpq_jax.methods.double_rounding.options import Options
 from mpq_jax.methods.warm_start import float_variables
-from mpq_jax.supernet import supernet
+from mpq_jax.program import linen
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Supernet, SupernetState
 
 PyTree = Any
 
@@ -25,32 +24,33 @@ class TrainState(NamedTuple):
     Attributes:
         step: training steps done; each has one update for every precision, or a joint one.
         variables: the network.
-        opt_state: of all optimisers.
+        opt_state: of all optimizers.
     """
 
     step: Int[Array, ""]
-    variables: supernet.Variables
+    variables: SupernetState
     opt_state: PyTree
 
 
 def levels_of(table: LayerTable) -> dict[int, BitConfig]:
     """Returns the uniform configuration of every precision, the highest first."""
     if not table.precisions:
-        raise ValueError("no layer of the table has quantised weights; give the rules candidates")
+        raise ValueError("no layer of the table has quantized weights; give the rules candidates")
     return {bits: table.uniform(bits, bits) for bits in table.precisions}
 
 
-def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
+def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds multi-precision training for a model, its layer table and the length of a run."""
-    table = table.with_norm_rows(options.norm_rows)
+    table = table.with_bn_banks(options.bn_banks)
+    net = Supernet(model, table, quantizer=options.quantizer)
     levels = levels_of(table)
-    learner = make_learner(model, table, options, run, highest=max(levels))
+    learner = make_learner(net, options, run, max_bits=max(levels))
 
     @jax.jit
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
         del labels
-        made = supernet.init(model, table, variables, images, quantizer=options.quantizer)
-        opt_state = learner.init_optimizer(made.learned)
+        made = net.init(variables, images)
+        opt_state = learner.init_optimizer(made.trainable)
         return TrainState(jnp.zeros((), jnp.int32), made, opt_state)
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
@@ -67,9 +67,9 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         on_epoch=lambda state, epoch: (state, {}),
         eval_bits={f"w{bits}a{bits}": config for bits, config in levels.items()},
         variables=lambda state: state.variables,
-        predict=functools.partial(supernet.predict, model, table, quantizer=options.quantizer),
-        quantizer=options.quantizer,
-        read=float_variables,
+        predict=net.apply,
+        net=net,
+        load_warm_start=float_variables,
     )
 
 
@@ -82,25 +82,25 @@ def updated(learner: Learner, options: Options, *arguments):
 def sequential_updates(
     learner: Learner,
     options: Options,
-    variables: supernet.Variables,
+    variables: SupernetState,
     opt_state: PyTree,
     example: Example,
     configs: dict[int, BitConfig],
     step: Int[Array, ""],
-) -> tuple[supernet.Variables, PyTree, dict[str, Array]]:
+) -> tuple[SupernetState, PyTree, dict[str, Array]]:
     """Goes through the configurations, the highest base precision first, updating after each.
 
     Args:
         learner: compiled pieces.
         options: hyperparameters.
         variables: the network; consumed.
-        opt_state: of its optimisers; consumed.
+        opt_state: of its optimizers; consumed.
         example: the batch.
         configs: by their base precision, which scales the learning rate of the step sizes.
         step: training step, for the schedules.
 
     Returns:
-        Variables and optimiser state after all updates, and metrics named by base precision.
+        Variables and optimizer state after all updates, and metrics named by base precision.
 
     References:
         Algorithm A.2.
@@ -111,7 +111,7 @@ def sequential_updates(
         metrics |= _named(scalars, base)
         if options.distill_weight and teacher is None:
             teacher = logits
-        variables, opt_state, scalars = learner.move(
+        variables, opt_state, scalars = learner.apply_update(
             variables, opt_state, gradient, jnp.int32(base), step
         )
         metrics |= _named(scalars, base)
@@ -121,12 +121,12 @@ def sequential_updates(
 def joint_update(
     learner: Learner,
     options: Options,
-    variables: supernet.Variables,
+    variables: SupernetState,
     opt_state: PyTree,
     example: Example,
     configs: dict[int, BitConfig],
     step: Int[Array, ""],
-) -> tuple[supernet.Variables, PyTree, dict[str, Array]]:
+) -> tuple[SupernetState, PyTree, dict[str, Array]]:
     """Sums the gradients of all configurations and updates once; see `sequential_updates`."""
     total, teacher, metrics = None, None, {}
     for base, bits in configs.items():
@@ -137,7 +137,7 @@ def joint_update(
         variables = variables._replace(batch_stats=gradient.batch_stats)
         total = gradient if total is None else _added(total, gradient)
     assert total is not None  # there is at least one precision
-    variables, opt_state, _ = learner.move(
+    variables, opt_state, _ = learner.apply_update(
         variables, opt_state, total, jnp.int32(max(configs)), step
     )
     return variables, opt_state, metrics
@@ -146,7 +146,7 @@ def joint_update(
 @jax.jit
 def _added(total: Gradient, one: Gradient) -> Gradient:
     return one._replace(
-        learned=jax.tree.map(jnp.add, total.learned, one.learned),
+        trainable=jax.tree.map(jnp.add, total.trainable, one.trainable),
         used=jax.tree.map(jnp.logical_or, total.used, one.used),
     )
 

@@ -3,9 +3,9 @@
 import dataclasses
 
 from mpq_jax.methods import optim
+from mpq_jax.methods.double_rounding import roulette
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.quantizers.base import Quantizer
-from mpq_jax.supernet import bits
 
 QUANTIZERS: dict[tuple[str, str], Quantizer] = {
     ("shared", "round"): double_rounding.QUANTIZER,
@@ -36,7 +36,7 @@ class Options:
         warmup: linear warm-up from zero, as a fraction of the run.
         weight_decay: of kernels, added to their gradients before Adam.
         scale_step_gradient: LSQ's gradient scale for step sizes.
-        norm_rows: norms kept once per precision ("weights") or shared by all ("shared").
+        bn_banks: norms kept once per precision ("weights") or shared by all ("shared").
     """
 
     update: str = "sequential"
@@ -51,18 +51,18 @@ class Options:
     warmup: float = 0.0
     weight_decay: float = 5e-5
     scale_step_gradient: bool = True
-    norm_rows: str = "weights"
+    bn_banks: str = "weights"
 
-    NORM_ROWS = ("weights", "shared")
+    BN_BANKS = ("weights", "shared")
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         choices = {
             "update": ("sequential", "joint"),
             "scales": ("shared", "unshared"),
             "switch": ("round", "floor"),
-            "scale_rate": (*optim.ALRS_READINGS, PLAIN_RATE),
-            "norm_rows": self.NORM_ROWS,
+            "scale_rate": (*optim.ALRS_VARIANTS, PLAIN_RATE),
+            "bn_banks": self.BN_BANKS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -83,7 +83,7 @@ class Options:
 
     @property
     def quantizer(self) -> Quantizer:
-        """The quantiser that these options ask for."""
+        """The quantizer that these options ask for."""
         return QUANTIZERS[self.scales, self.switch]
 
 
@@ -92,7 +92,7 @@ class MixedOptions(Options):
     """Of the mixed-precision supernet, whose start is a multi-precision network.
 
     Attributes:
-        norm_rows: "transition" keeps norms per (bits of the layer, bits of the layer before it);
+        bn_banks: "transition" keeps norms per (bits of the layer, bits of the layer before it);
             "weights" per bits of the layer; "shared" once.
         switch_probability: sigma, the probability at the end of the run that a layer leaves the
             base precision; it grows linearly from epoch to epoch. The paper gives no value.
@@ -101,19 +101,21 @@ class MixedOptions(Options):
         trace_batch: images of one of its batches; it takes the calibration images.
     """
 
-    norm_rows: str = "transition"
+    bn_banks: str = "transition"
     switch_probability: float = 0.5
     roulette: str = "published"
     trace_probes: int = 16
     trace_batch: int = 128
 
-    NORM_ROWS = ("transition", "weights", "shared")
+    BN_BANKS = ("transition", "weights", "shared")
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         super().__post_init__()
-        if self.roulette not in bits.ROULETTE_RULES:
-            raise ValueError(f"roulette is {self.roulette!r}; known: {sorted(bits.ROULETTE_RULES)}")
+        if self.roulette not in roulette.ROULETTE_RULES:
+            raise ValueError(
+                f"roulette is {self.roulette!r}; known: {sorted(roulette.ROULETTE_RULES)}"
+            )
         if not 0 <= self.switch_probability <= 1:
             raise ValueError(
                 f"switch_probability is {self.switch_probability}; wanted a number from 0 to 1"

@@ -7,8 +7,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from mpq_jax.methods.rfquant.options import Options
-from mpq_jax.supernet import sensitivity, supernet
+from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import TrainableParams
+from mpq_jax.supernet.supernet import kernels as layer_kernels
 
 
 def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:
@@ -37,7 +39,7 @@ def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:
 
 def instabilities(
     table: LayerTable,
-    learned: supernet.Learned,
+    trainable: TrainableParams,
     mask: Bool[Array, "layers 2 choices"],
     *,
     options: Options,
@@ -46,13 +48,13 @@ def instabilities(
     rows = freezable(table)
     common = table.mask[rows, 0].all(axis=0)
     use_common = options.freeze_scores == "common" and common.any()
-    kernels = supernet.kernels(table, learned.params)
+    kernels = layer_kernels(table, trainable.params)
     scored = [common if use_common else mask[row, 0] for row in rows]
     return jnp.stack(
         [
             sensitivity.instability(
                 kernels[row],
-                learned.weight_steps[row],
+                trainable.weight_step_sizes[row],
                 jnp.array(table.candidates, jnp.int32),
                 allowed,
                 proportion=options.freeze_proportion,
@@ -84,6 +86,6 @@ def freeze(
         lowest[:, 1] = False
     mask = jnp.asarray(full) & ~(jnp.asarray(lowest) & frozen[:, None, None])
     flat = mask.reshape(-1, mask.shape[-1])
-    for group in table.ties:  # what one of a group lacks, all do
+    for group in table.tied_groups:  # what one of a group lacks, all do
         flat = flat.at[np.array(group)].set(flat[np.array(group)].all(axis=0))
     return flat.reshape(mask.shape)

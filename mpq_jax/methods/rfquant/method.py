@@ -1,28 +1,33 @@
-"""RFQuant's training: one step over the max subnet and random subnets, as a `Method`."""
+"""RFQuant: one training step over the max subnet and random subnets, as a `Method`."""
 
 import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.rfquant import freezing, terms
 from mpq_jax.methods.rfquant.options import Options
 from mpq_jax.methods.warm_start import float_variables
-from mpq_jax.parallel import grad_accumulation as parts
-from mpq_jax.parallel.grad_accumulation import Parts
-from mpq_jax.program import linen
+from mpq_jax.parallel import grad_accumulation
+from mpq_jax.parallel.grad_accumulation import BatchPartition
+from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import supernet
+from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import (
+    Supernet,
+    SupernetState,
+    TrainableParams,
+    clip_step_sizes,
+)
 from mpq_jax.tasks import classification
 
 PyTree = Any
@@ -32,59 +37,59 @@ class TrainState(NamedTuple):
     """Everything an RFQuant run needs to go on.
 
     Attributes:
-        step: optimiser steps done.
+        step: optimizer steps done.
         variables: the supernet.
-        average: its exponential moving average; the supernet itself where that is switched off.
-        opt_state: of all optimisers.
-        mask: bool [layers, 2, choices], the bits that are not frozen.
+        average: its exponential moving average; None: it is switched off.
+        opt_state: state of all optimizers.
+        mask: bool [layers, 2, choices], choices that are not frozen.
     """
 
     step: Int[Array, ""]
-    variables: supernet.Variables
-    average: supernet.Variables | None
+    variables: SupernetState
+    average: SupernetState | None
     opt_state: PyTree
     mask: Bool[Array, "layers 2 choices"]
 
 
 class Examples(NamedTuple):
-    """The batch, made ready."""
+    """A prepared batch."""
 
     images: Float[Array, "batch ..."]
     labels: Int[Array, " batch"]
 
 
-class Plan(NamedTuple):
-    """What one step is going to do; constant during the step."""
+class StepPlan(NamedTuple):
+    """Random draws and loss weights of one step."""
 
     dropout_key: Key[Array, ""]
-    max_bits: BitConfig
+    max_config: BitConfig
     configs: BitConfig  # with a leading axis of random subnets
-    lowest: Int[Array, " layers"]  # weight bits
+    min_weight_bits: Int[Array, " layers"]  # weight bits
     qe_weight: Float[Array, ""]
     two_bit_weights: Float[Array, " layers"]
 
 
 class Teacher(NamedTuple):
-    """What the max subnet hands to the random subnets, of one micro-batch."""
+    """Outputs of the max subnet that the random subnets learn from, for one micro-batch."""
 
     logits: Float[Array, "batch classes"]
     features: dict[str, Array]
 
 
 class Carry(NamedTuple):
-    """What is handed from subnet to subnet within a step.
+    """State passed from subnet to subnet within a step.
 
     Attributes:
-        gradient: sum so far; the leading axis is that of the devices.
+        gradient: sum so far, with a leading axis of devices.
         batch_stats: banks of norm statistics.
     """
 
-    gradient: supernet.Learned
+    gradient: TrainableParams
     batch_stats: PyTree
 
 
-class Pieces(NamedTuple):
-    """The step in functions, compiled one by one or together."""
+class StepFns(NamedTuple):
+    """The functions of a step, compiled one by one or together."""
 
     begin: Any
     max_subnet: Any
@@ -92,53 +97,70 @@ class Pieces(NamedTuple):
     finish: Any
 
 
-class Setting(NamedTuple):
-    """What is fixed during a run."""
+class Context(NamedTuple):
+    """Constants of a run."""
 
-    model: nn.Module
-    table: LayerTable
+    net: Supernet
     options: Options
-    parts: Parts
+    partition: BatchPartition
+
+    @property
+    def table(self) -> LayerTable:
+        """Layers of the supernet."""
+        return self.net.table
 
 
-def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
+def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds RFQuant for a model, its layer table and the length of a run."""
     if not any(layer.searchable for layer in table.layers):
         raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
-    table = table.with_norm_rows("pair" if options.norm_banks else "shared")
+    table = table.with_bn_banks("pair" if options.norm_banks else "shared")
     optimizer = make_optimizer(table, options, run)
-    setting = Setting(model, table, options, run.parts)
-    carried = Carry(parts.OWN, parts.SHARED)  # pyright: ignore[reportArgumentType]
-    pieces = Pieces(
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    context = Context(net, options, run.partition)
+    carried = Carry(grad_accumulation.SHARDED, grad_accumulation.REPLICATED)  # pyright: ignore[reportArgumentType]
+    step_fns = StepFns(
         functools.partial(_begin, table, options, run),
-        parts.on_each_device(
-            run.parts,
-            functools.partial(_max_subnet, setting),
-            takes=[carried, parts.SHARED, parts.SHARED, parts.OWN, parts.SHARED],
-            gives=(carried, parts.OWN, parts.SHARED),
+        grad_accumulation.shard_map_over_devices(
+            run.partition,
+            functools.partial(_max_subnet, context),
+            in_specs=[
+                carried,
+                grad_accumulation.REPLICATED,
+                grad_accumulation.REPLICATED,
+                grad_accumulation.SHARDED,
+                grad_accumulation.REPLICATED,
+            ],
+            out_specs=(carried, grad_accumulation.SHARDED, grad_accumulation.REPLICATED),
         ),
-        parts.on_each_device(
-            run.parts,
-            functools.partial(_random_subnet, setting),
-            takes=[carried, parts.SHARED, parts.SHARED, parts.OWN, parts.OWN]
-            + [parts.SHARED, parts.SHARED],
-            gives=(carried, parts.SHARED),
+        grad_accumulation.shard_map_over_devices(
+            run.partition,
+            functools.partial(_random_subnet, context),
+            in_specs=[
+                carried,
+                grad_accumulation.REPLICATED,
+                grad_accumulation.REPLICATED,
+                grad_accumulation.SHARDED,
+                grad_accumulation.SHARDED,
+            ]
+            + [grad_accumulation.REPLICATED, grad_accumulation.REPLICATED],
+            out_specs=(carried, grad_accumulation.REPLICATED),
         ),
-        functools.partial(_finish, setting, optimizer),
+        functools.partial(_finish, context, optimizer),
     )
 
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
         del labels
-        made = supernet.init(model, table, variables, images)
+        made = net.init(variables, images)
         average = jax.tree.map(jnp.array, made) if options.ema_decay > 0 else None
-        opt_state = optimizer.init(made.learned)
+        opt_state = optimizer.init(made.trainable)
         return TrainState(
             jnp.zeros((), jnp.int32), made, average, opt_state, jnp.asarray(table.mask)
         )
 
     @jax.jit
-    def freeze_most_unstable(learned, mask, count):
-        scores = freezing.instabilities(table, learned, mask, options=options)
+    def freeze_most_unstable(trainable, mask, count):
+        scores = freezing.instabilities(table, trainable, mask, options=options)
         return freezing.freeze(table, scores, count, options=options)
 
     def on_epoch(state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
@@ -146,181 +168,184 @@ def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Met
         if ratio is None:
             return state, {}
         count = int(len(freezing.freezable(table)) * ratio)
-        mask = freeze_most_unstable(state.variables.learned, state.mask, jnp.int32(count))
+        mask = freeze_most_unstable(state.variables.trainable, state.mask, jnp.int32(count))
         return state._replace(mask=mask), {"frozen_layers": float(count), "freeze_ratio": ratio}
 
     return Method(
         table=table,
         init=jax.jit(init),
-        train_step=_compiled_step(pieces, setting),
+        train_step=_compiled_step(step_fns, context),
         on_epoch=on_epoch,
         eval_bits=_eval_bits(table),
         variables=lambda state: state.variables if state.average is None else state.average,
-        predict=functools.partial(supernet.predict, model, table, quantizer=lsq.QUANTIZER),
-        quantizer=lsq.QUANTIZER,
-        read=float_variables,
+        predict=net.apply,
+        net=net,
+        load_warm_start=float_variables,
     )
 
 
 def _eval_bits(table: LayerTable) -> dict[str, BitConfig | None]:
-    """Names the uniform configurations of the highest, the middle and the lowest bits."""
+    """Names the uniform configurations of the most, the middle and the fewest bits."""
     choices = table.bank_bits
     levels = sorted({choices[0], choices[len(choices) // 2], choices[-1]}, reverse=True)
     return {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in levels}
 
 
-def _compiled_step(pieces: Pieces, setting: Setting):
-    loop = setting.options.subnet_loop
+def _compiled_step(step_fns: StepFns, context: Context):
+    loop = context.options.subnet_loop
     if loop == "auto":
         loop = "calls" if jax.default_backend() == "cpu" else "scan"
     if loop == "calls":
-        compiled = Pieces(
-            jax.jit(pieces.begin),
-            jax.jit(pieces.max_subnet, donate_argnums=0),
-            jax.jit(pieces.random_subnet, donate_argnums=0),
-            jax.jit(pieces.finish, donate_argnums=0),
+        compiled = StepFns(
+            jax.jit(step_fns.begin),
+            jax.jit(step_fns.max_subnet, donate_argnums=0),
+            jax.jit(step_fns.random_subnet, donate_argnums=0),
+            jax.jit(step_fns.finish, donate_argnums=0),
         )
-        return functools.partial(_step, compiled, setting, parts.called)
+        return functools.partial(_step, compiled, context, grad_accumulation.called)
     # The name shows in the count of compilations.
-    step = functools.wraps(_step)(functools.partial(_step, pieces, setting, parts.LOOPS[loop]))
+    step = functools.wraps(_step)(
+        functools.partial(_step, step_fns, context, grad_accumulation.LOOPS[loop])
+    )
     return jax.jit(step, donate_argnums=0)
 
 
 def _step(
-    pieces: Pieces,
-    setting: Setting,
-    loop: parts.Loop,
+    step_fns: StepFns,
+    context: Context,
+    loop: grad_accumulation.Loop,
     state: TrainState,
     batch: Batch,
     key: Key[Array, ""],
 ):
-    plan, examples, variables, carry = pieces.begin(state, batch, key)
+    plan, examples, variables, carry = step_fns.begin(state, batch, key)
 
     def micro_batch(carry: Carry, part: Int[Array, ""]):
-        carry, teacher, metrics = pieces.max_subnet(carry, variables, plan, examples, part)
+        carry, teacher, metrics = step_fns.max_subnet(carry, variables, plan, examples, part)
 
         def subnet(carry: Carry, index: Int[Array, ""]):
-            return pieces.random_subnet(carry, variables, plan, examples, teacher, part, index)
+            return step_fns.random_subnet(carry, variables, plan, examples, teacher, part, index)
 
-        carry, of_subnets = loop(subnet, carry, setting.options.random_subnets)
+        carry, of_subnets = loop(subnet, carry, context.options.random_subnets)
         return carry, (metrics, of_subnets)
 
-    carry, (metrics, of_subnets) = loop(micro_batch, carry, setting.parts.micro_batches)
+    carry, (metrics, of_subnets) = loop(micro_batch, carry, context.partition.micro_batches)
     means = {name: jnp.mean(values) for name, values in {**metrics, **of_subnets}.items()}
-    return pieces.finish(state, carry, plan, means)
+    return step_fns.finish(state, carry, plan, means)
 
 
-def _begin(table: LayerTable, options: Options, run: Run, state: TrainState, batch: Batch, key):
-    """Returns plan, examples, the whole supernet, and what the first subnet is given."""
+def _begin(
+    table: LayerTable, options: Options, run: TrainingInfo, state: TrainState, batch: Batch, key
+):
+    """Prepares a step: its plan, examples, gathered supernet, and the first carry."""
     image_key, bits_key, dropout_key = jax.random.split(key, 3)
     plan = _plan(table, options, run, state, bits_key, dropout_key)
     examples = Examples(run.prepare(batch, image_key), batch["label"])
-    variables = parts.gathered(run.parts, state.variables)
-    start = Carry(parts.no_gradient(run.parts, variables.learned), variables.batch_stats)
+    variables = grad_accumulation.all_gather_params(run.partition, state.variables)
+    start = Carry(
+        grad_accumulation.zero_grads(run.partition, variables.trainable), variables.batch_stats
+    )
     return plan, examples, variables, start
 
 
 def _plan(
-    table: LayerTable, options: Options, run: Run, state: TrainState, bits_key, dropout_key
-) -> Plan:
+    table: LayerTable, options: Options, run: TrainingInfo, state: TrainState, bits_key, dropout_key
+) -> StepPlan:
     draw = functools.partial(bit_configs.sample, candidates=table.candidates, mask=state.mask)
     keys = jax.random.split(bits_key, options.random_subnets)
-    configs = table.follow(jax.vmap(draw)(keys))
+    configs = table.apply_ties(jax.vmap(draw)(keys))
     two_bit = jnp.sum((configs.weights == terms.TWO_BITS).astype(jnp.float32), axis=0)
-    return Plan(
+    return StepPlan(
         dropout_key=dropout_key,
-        max_bits=table.follow(bit_configs.largest(table.candidates, state.mask)),
+        max_config=table.apply_ties(bit_configs.max_config(table.candidates, state.mask)),
         configs=configs,
-        lowest=jnp.asarray(
-            table.follow(bit_configs.smallest(table.candidates, state.mask)).weights
+        min_weight_bits=jnp.asarray(
+            table.apply_ties(bit_configs.min_config(table.candidates, state.mask)).weights
         ),
-        qe_weight=quantisation_error_weight(state.step, options=options, steps=run.steps),
+        qe_weight=quantization_error_weight(state.step, options=options, steps=run.steps),
         two_bit_weights=(
             1 / jnp.maximum(two_bit, 1) if options.two_bit_count == "once" else jnp.ones(len(table))
         ),
     )
 
 
-def quantisation_error_weight(step: Array, *, options: Options, steps: int) -> Float[Array, ""]:
-    """Returns the weight of the quantisation-error loss: 0, then a cosine up to `qe_weight`."""
+def quantization_error_weight(step: Array, *, options: Options, steps: int) -> Float[Array, ""]:
+    """Computes the weight of the quantization-error loss: 0, then a cosine up to `qe_weight`."""
     start = options.qe_start * steps
     progress = jnp.clip((step.astype(jnp.float32) - start) / max(steps - start, 1.0), 0.0, 1.0)
     return options.qe_weight * 0.5 * (1 - jnp.cos(jnp.pi * progress))
 
 
-def _forward(setting: Setting, learned, batch_stats, signed, bits, images, dropout_key):
-    """Returns the logits, the banks of statistics after the call, and the captured features."""
-    model, table, options, divided = setting
-    variables = supernet.Variables(learned, batch_stats, signed)
+def _forward(context: Context, trainable, batch_stats, signed, bits, images, dropout_key):
+    """Computes logits, the norm banks after the call, and the captured features."""
+    net, table, options = context.net, context.table, context.options
+    state = SupernetState(trainable, batch_stats, signed)
     scale = options.scale_step_gradient
-    selected = supernet.select(table, variables, bits, scale_step_gradient=scale)
-    out = supernet.apply(
-        model,
-        table,
-        selected,
+    out = net.forward(
+        net.select(state, bits, scale_step_gradient=scale),
         images,
         train=True,
         scale_step_gradient=scale,
         dropout_key=dropout_key,
-        part=divided.seen,
+        shard=context.partition.shard,
     )
-    stats = supernet.scatter_batch_stats(table, batch_stats, bits, out.batch_stats)
+    stats = bn_banks.scatter(table, batch_stats, bits, out.batch_stats)
     if options.idm_weight == 0:
         return out.logits, stats, {}
     return out.logits, stats, terms.pick_features(table, out.features, options.idm_features)
 
 
 def _max_subnet(
-    setting: Setting,
+    context: Context,
     carry: Carry,
-    variables: supernet.Variables,
-    plan: Plan,
+    variables: SupernetState,
+    plan: StepPlan,
     examples: Examples,
     part: Int[Array, ""],
 ):
-    images, labels = parts.micro_batch(setting.parts, examples, part)
-    dropout_key = parts.key_of_part(setting.parts, plan.dropout_key, part)
+    images, labels = grad_accumulation.micro_batch(context.partition, examples, part)
+    dropout_key = grad_accumulation.shard_key(context.partition, plan.dropout_key, part)
 
-    def loss_of(learned):
+    def loss_of(trainable):
         logits, stats, features = _forward(
-            setting,
-            learned,
+            context,
+            trainable,
             carry.batch_stats,
             variables.signed,
-            plan.max_bits,
+            plan.max_config,
             images,
             dropout_key,
         )
         loss = classification.cross_entropy(
-            logits, labels, smoothing=setting.options.label_smoothing
+            logits, labels, smoothing=context.options.label_smoothing
         )
         return loss, (stats, Teacher(logits, features))
 
-    (loss, (stats, teacher)), own = jax.value_and_grad(loss_of, has_aux=True)(variables.learned)
+    (loss, (stats, teacher)), own = jax.value_and_grad(loss_of, has_aux=True)(variables.trainable)
     metrics = {"loss_max": loss, "accuracy_max": classification.accuracy(teacher.logits, labels)}
-    carry = Carry(parts.plus(carry.gradient, own), stats)
-    return carry, teacher, parts.mean_over_devices(setting.parts, metrics)
+    carry = Carry(grad_accumulation.accumulate(carry.gradient, own), stats)
+    return carry, teacher, grad_accumulation.mean_over_devices(context.partition, metrics)
 
 
 def _random_subnet(
-    setting: Setting,
+    context: Context,
     carry: Carry,
-    variables: supernet.Variables,
-    plan: Plan,
+    variables: SupernetState,
+    plan: StepPlan,
     examples: Examples,
     teacher: Teacher,
     part: Int[Array, ""],
     index: Int[Array, ""],
 ):
-    table, options = setting.table, setting.options
-    images, labels = parts.micro_batch(setting.parts, examples, part)
-    dropout_key = parts.key_of_part(setting.parts, plan.dropout_key, part)
+    table, options = context.table, context.options
+    images, labels = grad_accumulation.micro_batch(context.partition, examples, part)
+    dropout_key = grad_accumulation.shard_key(context.partition, plan.dropout_key, part)
     bits = jax.tree.map(lambda leaf: leaf[index], plan.configs)
     soft = options.soft_label_weight
 
-    def loss_of(learned):
+    def loss_of(trainable):
         logits, stats, features = _forward(
-            setting, learned, carry.batch_stats, variables.signed, bits, images, dropout_key
+            context, trainable, carry.batch_stats, variables.signed, bits, images, dropout_key
         )
         hard_loss = classification.cross_entropy(logits, labels, smoothing=options.label_smoothing)
         metrics = {"loss": hard_loss, "accuracy": classification.accuracy(logits, labels)}
@@ -332,61 +357,61 @@ def _random_subnet(
             loss = (1 - soft) * hard_loss + soft * metrics["kl"]
         if options.idm_weight > 0:
             metrics["idm"] = terms.information_distortion(
-                table, features, teacher.features, bits, plan.lowest
+                table, features, teacher.features, bits, plan.min_weight_bits
             )
             loss += options.idm_weight * metrics["idm"]
         if options.qe_weight > 0:
-            metrics["qe"] = terms.quantisation_error(table, learned, bits, plan.lowest)
+            metrics["qe"] = terms.quantization_error(table, trainable, bits, plan.min_weight_bits)
             loss += plan.qe_weight * metrics["qe"]
         if options.two_bit_weight > 0:
-            metrics["two_bit"] = terms.two_bit_norm(table, learned, bits, plan.two_bit_weights)
+            metrics["two_bit"] = terms.two_bit_norm(table, trainable, bits, plan.two_bit_weights)
             difference = options.two_bit_decay - options.weight_decay
             # Weight decay is not divided by the number of subnets, so this must not be either.
             share = options.random_subnets + 1 if options.gradient == "mean" else 1
             loss += options.two_bit_weight * difference * share * metrics["two_bit"]
         return loss, (stats, metrics)
 
-    own, (stats, metrics) = jax.grad(loss_of, has_aux=True)(variables.learned)
+    own, (stats, metrics) = jax.grad(loss_of, has_aux=True)(variables.trainable)
     named = {f"{name}_subnets": value for name, value in metrics.items()}
-    carry = Carry(parts.plus(carry.gradient, own), stats)
-    return carry, parts.mean_over_devices(setting.parts, named)
+    carry = Carry(grad_accumulation.accumulate(carry.gradient, own), stats)
+    return carry, grad_accumulation.mean_over_devices(context.partition, named)
 
 
-def _finish(setting: Setting, optimizer, state: TrainState, carry: Carry, plan: Plan, metrics):
-    table, options = setting.table, setting.options
-    gradient = parts.reduced(setting.parts, carry.gradient)
+def _finish(context: Context, optimizer, state: TrainState, carry: Carry, plan: StepPlan, metrics):
+    options = context.options
+    gradient = grad_accumulation.reduce_mean(context.partition, carry.gradient)
     if options.gradient == "mean":
         gradient = jax.tree.map(lambda leaf: leaf / (options.random_subnets + 1), gradient)
     every = jax.tree.map(
-        lambda one, rest: jnp.concatenate([one[None], rest]), plan.max_bits, plan.configs
+        lambda one, rest: jnp.concatenate([one[None], rest]), plan.max_config, plan.configs
     )
-    used = supernet.used_rows(table, gradient.params, every)
-    learned = state.variables.learned
-    updates, opt_state = optimizer.update(gradient, state.opt_state, learned, used=used)
-    learned = supernet.with_positive_steps(jax.tree.map(jnp.add, learned, updates))
-    variables = state.variables._replace(learned=learned, batch_stats=carry.batch_stats)
+    used = context.net.update_mask(gradient.params, every)
+    trainable = state.variables.trainable
+    updates, opt_state = optimizer.update(gradient, state.opt_state, trainable, used=used)
+    trainable = clip_step_sizes(jax.tree.map(jnp.add, trainable, updates))
+    variables = state.variables._replace(trainable=trainable, batch_stats=carry.batch_stats)
     average = state.average
     if average is not None:
         decay = optim.ema_decay(state.step, decay=options.ema_decay, warmup=options.ema_warmup)
         average = variables._replace(
-            learned=_blend(average.learned, variables.learned, decay),
-            batch_stats=_blend(average.batch_stats, variables.batch_stats, decay),
+            trainable=_ema(average.trainable, variables.trainable, decay),
+            batch_stats=_ema(average.batch_stats, variables.batch_stats, decay),
         )
     moved = TrainState(state.step + 1, variables, average, opt_state, state.mask)
-    return parts.kept(setting.parts, moved), metrics
+    return grad_accumulation.constrain_state(context.partition, moved), metrics
 
 
-def _blend(old: PyTree, new: PyTree, decay: Array) -> PyTree:
+def _ema(old: PyTree, new: PyTree, decay: Array) -> PyTree:
     return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
 
 
 def make_optimizer(
-    table: LayerTable, options: Options, run: Run
+    table: LayerTable, options: Options, run: TrainingInfo
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns clip by value, then SGD-Nesterov or AdamW for parameters and Adam for step sizes.
+    """Makes the optimizer: clipping, SGD-Nesterov or AdamW for parameters, Adam for step sizes.
 
     Weight decay acts on convolution kernels only. Rows of norms and step sizes that no subnet of
-    the step used stay as they are; `update` takes them as `used` (`supernet.used_rows`).
+    the step used stay as they are; `update` takes them as `used` (`Supernet.update_mask`).
     """
     rate = optim.warmup_cosine(
         peak=options.learning_rate,
@@ -416,7 +441,7 @@ def make_optimizer(
     groups: dict[Hashable, optax.GradientTransformation] = {
         "conv_kernels": optax.chain(decayed, by_rate),
         "others": optax.chain(direction, by_rate),
-        "norm_rows": optax.chain(optim.skip_unused_rows(direction), by_rate),
+        "bn_banks": optax.chain(optim.skip_unused_rows(direction), by_rate),
         "steps": optax.chain(
             optim.skip_unused_rows(optax.scale_by_adam()), optax.scale_by_learning_rate(step_rate)
         ),
@@ -427,17 +452,17 @@ def make_optimizer(
     return optax.chain(optax.clip(options.clip_value), parted) if options.clip_value else parted
 
 
-def _group(table: LayerTable, learned: supernet.Learned) -> supernet.Learned:
-    """Labels every leaf with its optimiser."""
+def _group(table: LayerTable, trainable: TrainableParams) -> TrainableParams:
+    """Labels every leaf with its optimizer."""
     conv_kernels = {f"{layer.name}/kernel" for layer in table.layers if layer.kind != "dense"}
 
     def of_param(path: str, leaf) -> str:
-        if linen.module_of(path) in table.bank_norms:
-            return "norm_rows"
+        if paths.parent(path) in table.bank_norms:
+            return "bn_banks"
         return "conv_kernels" if path in conv_kernels else "others"
 
-    params = linen.map_leaves(learned.params, of_param)
-    return supernet.Learned(params, "steps", "steps")
+    params = paths.map_leaves(trainable.params, of_param)
+    return TrainableParams(params, "steps", "steps")
 
 
 FAMILY = MethodFamily(options=Options, make=make)

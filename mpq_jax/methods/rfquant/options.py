@@ -33,7 +33,7 @@ class Options:
             published: what is not frozen).
         freeze_proportion: part of each half bin that counts as unstable.
         freeze_acts: a frozen layer's lowest activation bits go too.
-        qe_weight: final weight of the quantisation-error loss; 0: off.
+        qe_weight: final weight of the quantization-error loss; 0: off.
         qe_start: when it starts to grow.
         two_bit_weight: factor of the 2-bit term, which gives weights inside the 2-bit range
             another decay: (two_bit_decay - weight_decay) / 2 |w|^2 in the loss; 0: off.
@@ -92,7 +92,7 @@ class Options:
     norm_banks: bool = True
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         choices = {
             "subnet_loop": LOOPS,
             "optimizer": OPTIMIZERS,

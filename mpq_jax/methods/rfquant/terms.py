@@ -2,24 +2,27 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import TrainableParams, choice_index
+from mpq_jax.supernet.supernet import kernels as layer_kernels
 
 TWO_BITS = 2
 
 
-def quantisation_error(
-    table: LayerTable, learned: supernet.Learned, bits: BitConfig, lowest: Int[Array, " layers"]
+def quantization_error(
+    table: LayerTable,
+    trainable: TrainableParams,
+    bits: BitConfig,
+    lowest: Int[Array, " layers"],
 ) -> Float[Array, ""]:
-    """Pulls weights to their quantised values, where that helps the lowest bits as well.
+    """Pulls weights to their quantized values, where that helps the lowest bits as well.
 
     Per layer, the squared distance between the clipped weights and their codes' values, summed
     over output channels and averaged over the rest. With more bits than the layer's lowest, only
@@ -27,7 +30,7 @@ def quantisation_error(
 
     Args:
         table: the layers.
-        learned: the supernet's parameters and step sizes.
+        trainable: the supernet's parameters and step sizes.
         bits: the subnet.
         lowest: int32 [layers], lowest weight bits that each layer may have at present.
 
@@ -35,7 +38,7 @@ def quantisation_error(
         `auxiliary_quantized_loss` of RFQuant's code, after oscillation dampening (Nagel et al.,
         ICML 2022).
     """
-    weights, steps = _chosen_kernels(table, learned, bits)
+    weights, steps = _chosen_kernels(table, trainable, bits)
     total = jnp.zeros(())
     for index, w in weights.items():
         s, b = steps[index], bits.weights[index]
@@ -53,22 +56,22 @@ def quantisation_error(
 
 def two_bit_norm(
     table: LayerTable,
-    learned: supernet.Learned,
+    trainable: TrainableParams,
     bits: BitConfig,
     layer_weights: Float[Array, " layers"],
 ) -> Float[Array, ""]:
     """Returns half the squared norm of the weights inside the 2-bit range of 2-bit convolutions.
 
     With a negative coefficient it takes back weight decay there, so that 2-bit weights are not
-    pulled to zero ("fairness" regulariser).
+    pulled to zero ("fairness" regularizer).
 
     Args:
         table: the layers.
-        learned: the supernet's parameters and step sizes.
+        trainable: the supernet's parameters and step sizes.
         bits: the subnet.
         layer_weights: float32 [layers], factor of each layer's part.
     """
-    weights, steps = _chosen_kernels(table, learned, bits)
+    weights, steps = _chosen_kernels(table, trainable, bits)
     low, high = lsq.code_range(TWO_BITS, signed=True)
     total = jnp.zeros(())
     for index, w in weights.items():
@@ -140,7 +143,7 @@ def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> 
 
     Args:
         table: the layers.
-        captured: `Output.features` of `supernet.apply`.
+        captured: `Output.features` of `Supernet.forward`.
         place: "norm_output"; "post_activation", its ReLU; or "block_output", the output of the
             module around the norm where the norm is the last one inside it, else its ReLU (what
             the published code measures, because its in-place operations overwrite the norms'
@@ -150,19 +153,19 @@ def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> 
     picked = {name: captured[name] for name in table.features}
     if place == "norm_output":
         return picked
-    norms = list(table.chosen_norms)
-    picked |= {norm: nn.relu(captured[norm]) for norm in norms}
+    norms = list(table.searchable_norms)
+    picked |= {norm: jax.nn.relu(captured[norm]) for norm in norms}
     if place == "block_output":
-        last = {linen.module_of(norm): norm for norm in norms}  # later norms replace earlier
+        last = {paths.parent(norm): norm for norm in norms}  # later norms replace earlier
         picked |= {norm: captured[block] for block, norm in last.items() if block in captured}
     return picked
 
 
 def _chosen_kernels(
-    table: LayerTable, learned: supernet.Learned, bits: BitConfig
+    table: LayerTable, trainable: TrainableParams, bits: BitConfig
 ) -> tuple[dict[int, Array], Any]:
     """Returns the kernels of layers with a choice by index, and each layer's constant step."""
-    choice = supernet.choice_index(table, jnp.asarray(bits.weights))
-    steps = jax.lax.stop_gradient(learned.weight_steps)[jnp.arange(len(table)), choice]
-    kernels = supernet.kernels(table, learned.params)
+    choice = choice_index(table, jnp.asarray(bits.weights))
+    steps = jax.lax.stop_gradient(trainable.weight_step_sizes)[jnp.arange(len(table)), choice]
+    kernels = layer_kernels(table, trainable.params)
     return {i: w for i, w in enumerate(kernels) if table.layers[i].searchable}, steps

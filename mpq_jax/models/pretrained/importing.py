@@ -11,7 +11,7 @@ from mpq_jax.models import make_model
 from mpq_jax.models.pretrained import inverted_residuals, resnets, vgg, vit
 from mpq_jax.models.pretrained.files import Tensors, read_tensors
 from mpq_jax.models.pretrained.naming import Naming, Source
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 
 IMAGENET_SHAPE = (224, 224, 3)
 HEAD = "params/head"  # of every model; its last axis are the classes
@@ -90,7 +90,7 @@ def import_torch(
     """Reads published PyTorch weights as the variables of a model.
 
     The number of classes is that of the file. docs/weights.md lists publishers, options and the
-    normalisation of images.
+    normalization of images.
 
     Args:
         model_name: a key of `models.MODELS`.
@@ -159,7 +159,7 @@ def from_tensors(
             unexpected=unexpected,
             misshaped=misshaped,
         )
-    return {"params": {}, "batch_stats": {}} | linen.unflatten(found)
+    return {"params": {}, "batch_stats": {}} | paths.unflatten(found)
 
 
 def _leaf_shapes(
@@ -170,7 +170,7 @@ def _leaf_shapes(
     variables = jax.eval_shape(
         lambda key: linen.init_variables(model, key, image_shape), jax.random.key(0)
     )
-    return {path: leaf.shape for path, leaf in linen.flatten(variables).items()}
+    return {path: leaf.shape for path, leaf in paths.flatten(variables).items()}
 
 
 def _with_classes(
@@ -179,7 +179,7 @@ def _with_classes(
     """Returns the wanted shapes with as many classes as the head has that was found."""
     kernel = found.get(f"{HEAD}/kernel", np.zeros(1))
     return {
-        path: (*shape[:-1], *kernel.shape[-1:]) if linen.module_of(path) == HEAD else shape
+        path: (*shape[:-1], *kernel.shape[-1:]) if paths.parent(path) == HEAD else shape
         for path, shape in wanted.items()
     }
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 
 BLOCK = re.compile(r"stage(\d+)_block(\d+)/(\w+)")  # module of a block, as our models name it
 LEAVES = {  # our name of an array in a module -> PyTorch's
@@ -50,7 +50,7 @@ class Naming(NamedTuple):
     Attributes:
         publisher: who.
         sources: `paths of all arrays of a model -> their sources`, by path; paths as in
-            `linen.flatten`, such as "params/stem_conv/kernel".
+            `paths.flatten`, such as "params/stem_conv/kernel".
     """
 
     publisher: str
@@ -81,7 +81,7 @@ def renamed(paths: Iterable[str], name: Callable[[str], str]) -> dict[str, Sourc
 
 def module_in(path: str) -> str:
     """Returns the module of an array: "params/stem_conv/kernel" is in "stem_conv"."""
-    return linen.module_of(path).partition("/")[2]
+    return paths.parent(path).partition("/")[2]
 
 
 def split_block(module: str) -> tuple[int, int, str] | None:

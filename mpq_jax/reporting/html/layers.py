@@ -13,7 +13,7 @@ from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import Layer, LayerTable
 
 TENSORS = ("weights", "activations")
-SHADES = 9  # of a heat map; the template has as many colours of each kind
+SHADES = 9  # of a heat map; the template has as many colors of each kind
 DECADES = 3  # that the shades of the sensitivity span at most: below, it is noise
 LONGEST_NAME = 40  # letters above a column; pointing at them shows all
 WORST = 3  # tensors that are named as the most sensitive

@@ -75,7 +75,7 @@ def test_a_gate_on_the_threshold_is_counted():
     assert np.asarray(on["a"]).tolist() == [True, False, True, True]
 
 
-# The regulariser.
+# The regularizer.
 
 
 def gates_by_hand(mask, beta, contiguous):
@@ -91,17 +91,17 @@ def slopes_by_hand(mask, beta, contiguous):
     return beta * off * (np.cumsum(gates) if contiguous else gates)
 
 
-def regulariser(planes, given, beta):
-    return budget.regulariser(planes, given, jnp.float32(given.target), jnp.float32(beta))
+def regularizer(planes, given, beta):
+    return budget.regularizer(planes, given, jnp.float32(given.target), jnp.float32(beta))
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("beta", [1.0, 6.0])
 @pytest.mark.parametrize("target", [0.5, 3.0])
-def test_the_regulariser_and_its_gradient_are_the_closed_forms(target, beta, contiguous):
+def test_the_regularizer_and_its_gradient_are_the_closed_forms(target, beta, contiguous):
     planes = with_masks(MASKS)
     given = Budget(target, SHARES, contiguous, least=0)
-    value, gradient = jax.jit(jax.value_and_grad(lambda p: regulariser(p, given, beta)))(planes)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: regularizer(p, given, beta)))(planes)
     error = (0.25 * 2 + 0.75 * 1 if contiguous else 0.25 * 3 + 0.75 * 2) - target
     sums = {name: gates_by_hand(mask, beta, contiguous).sum() for name, mask in MASKS.items()}
     opened = 2 * sum(SHARES[name] * total for name, total in sums.items())
@@ -118,7 +118,7 @@ def test_gates_close_above_the_wanted_mean_open_below_it_and_rest_on_it():
     given, mean = Budget(1.0, {"a": 0.5, "b": 0.5}, False, least=0), 2.0
     for wanted, sign in ((1.0, 1), (mean, 0), (2.5, -1)):
         gradient = jax.grad(
-            lambda p, w=wanted: budget.regulariser(p, given, jnp.float32(w), jnp.float32(2.0))
+            lambda p, w=wanted: budget.regularizer(p, given, jnp.float32(w), jnp.float32(2.0))
         )(planes)
         for one in gradient.values():
             assert (np.sign(one.mask) == sign).all()
@@ -131,11 +131,11 @@ def test_the_budget_tightens_along_a_line_from_all_planes_to_the_target():
 
 
 def test_a_mean_by_layer_weighs_all_gates_alike():
-    """Then the regulariser is the published one, (mean - target) x sum of the gates."""
+    """Then the regularizer is the published one, (mean - target) x sum of the gates."""
     masks = {name: [0.5, -0.5, 1.0] for name in "abcde"}
     given = Budget(0.0, budget.shares(dict.fromkeys(masks, 7), average="layer"), False, least=0)
     wanted = 2.0 * 5 * sigmoid([0.5, -0.5, 1.0]).sum()
-    np.testing.assert_allclose(regulariser(with_masks(masks), given, 1.0), wanted, rtol=1e-6)
+    np.testing.assert_allclose(regularizer(with_masks(masks), given, 1.0), wanted, rtol=1e-6)
 
 
 # How decided the gates are.

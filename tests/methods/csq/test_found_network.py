@@ -79,7 +79,7 @@ def found_case(case):
     changes: Any
     changes, masks = CASES[case]
     made_method = make(**changes)
-    # The state is the same for all quantisers of one number of bits.
+    # The state is the same for all quantizers of one number of bits.
     first = start_of(make(**changes | {"acts": "pact" if changes["act_bits"] == 32 else "lsq"}))
     state = with_masks(shaken(first), masks)
     variables = made_method.variables(state)
@@ -126,19 +126,19 @@ def test_the_found_network_predicts_as_the_hardened_one(case):
 def test_the_found_kernels_are_integers_by_hand(case):
     made_method, state, _, found = found_case(case)
     contiguous = CASES[case][0].get("contiguous", False)
-    table, learned = layers_of(found.table), found.variables.learned
-    kernels = flatten(learned.params)
+    table, trainable = layers_of(found.table), found.variables.trainable
+    kernels = flatten(trainable.params)
     for name, (codes, step) in hard_kernels(state, contiguous=contiguous).items():
         bits = int(np.ceil(np.log2(2 * np.abs(codes).max() + 1)))
         assert table[name].weight_candidates == (bits,)
         np.testing.assert_allclose(kernels[f"{name}/kernel"], codes * step, rtol=1e-6)
         place = found.table.names.index(name)
-        np.testing.assert_allclose(learned.weight_steps[place], step, rtol=1e-6)
+        np.testing.assert_allclose(trainable.weight_step_sizes[place], step, rtol=1e-6)
     assert table["stem"].weight_candidates == table["head"].weight_candidates == (8,)
     assert table["wide"].weight_candidates == (32,) and table["wide"].float_weights
     for name in ("stem", "wide", "head"):
         np.testing.assert_array_equal(
-            kernels[f"{name}/kernel"], state.learned.around.params[name]["kernel"]
+            kernels[f"{name}/kernel"], state.trainable.around.params[name]["kernel"]
         )
     assert found.quantizer.acts is (
         batch_max.ACTS if case == "batch_max" else double_rounding.QUANTIZER.acts
@@ -170,7 +170,7 @@ def test_layers_without_planes_take_no_bits():
     assert found.bits["planes"].weights.tolist() == [8, 0, 2, 32, 8]
     assert found.bits["integers"].weights.tolist() == [8, 0, 3, 32, 8]
     assert found.layouts == {"grown1": "0000", "grown2": "0110"}
-    assert not np.asarray(found.variables.learned.params["grown1"]["kernel"]).any()
+    assert not np.asarray(found.variables.trainable.params["grown1"]["kernel"]).any()
 
 
 @pytest.mark.parametrize("case", ["lsq", "lsq no plane", "lsq contiguous"])
@@ -178,7 +178,7 @@ def test_found_bits_are_billed_and_written(case):
     made_method, state, _, found = found_case(case)
     sizes = np.array([3 * 3 * 2 * 4, 3 * 3 * 4 * 4, 144, 64 * 8, 8 * 3])
     found.table.check(found.bits["integers"])
-    made_method.table.check(found.bits["planes"]._replace(acts=made_method.table.largest.acts))
+    made_method.table.check(found.bits["planes"]._replace(acts=made_method.table.max_config.acts))
     for bits in found.bits.values():
         by_hand = np.sum(sizes * np.asarray(bits.weights)) / 8
         assert float(costs.model_bytes(found.table, bits)) == by_hand
@@ -245,7 +245,7 @@ class Bare(nn.Module):
 def test_any_linen_model_can_be_trained_and_found(model, rules, names):
     made_method = make(MLP_RUN, model, rules, **MLP_BASE | {"weight_decay": 0.0})
     state = copied(start_of(made_method, model))
-    assert set(state.learned.by_layer) == set(names)
+    assert set(state.trainable.by_layer) == set(names)
     steps = list(train(made_method, state, run=MLP_RUN))
     losses, last = [metrics["loss"] for _, metrics, _ in steps], steps[-1][0]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -257,5 +257,5 @@ def test_any_linen_model_can_be_trained_and_found(model, rules, names):
     np.testing.assert_array_equal(logits_of_found(found, images, model), hard)
     select = functools.partial(supernet.select, found.table, quantizer=found.quantizer)
     kernels = flatten(jax.jit(select)(found.variables, bits=found.bits["integers"]).params)
-    for name, kernel in hardened(variables.learned.by_layer).items():
+    for name, kernel in hardened(variables.trainable.by_layer).items():
         np.testing.assert_array_equal(kernels[f"{name}/kernel"], kernel)

@@ -31,7 +31,7 @@ from helpers.csq_networks import (
 
 from mpq_jax.methods.csq import network
 from mpq_jax.methods.csq.network import Gates
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import bit_planes as quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
@@ -81,7 +81,7 @@ def test_a_target_above_the_number_of_planes_is_refused():
         ValueError, match="target is 4.5; with all planes on, the mean by layer is 4"
     ):
         make(target=4.5)
-    assert make(target=4.0).table.layers[1].highest == 4
+    assert make(target=4.0).table.layers[1].max_bits == 4
 
 
 def test_a_target_that_the_layers_do_not_reach_together_is_refused():
@@ -143,7 +143,7 @@ def test_kernels_by_what_is_decided(contiguous):
         np.testing.assert_allclose(found, summed, atol=2e-7)  # float32
 
 
-def quantised(w, planes):
+def quantized(w, planes):
     """Magnitudes rounded to whole parts of the largest one."""
     unit = np.abs(w).max() / (2**planes - 1)
     return np.sign(w) * np.round(np.abs(w) / unit) * unit
@@ -158,7 +158,7 @@ def forward_with(kernels, batch_stats, images):
     """Returns the logits of the float model in evaluation mode with some kernels replaced."""
     params = flatten(variables_of(MODEL)["params"])
     params |= {f"{name}/kernel": jnp.asarray(w, jnp.float32) for name, w in kernels.items()}
-    variables = {"params": linen.unflatten(params), "batch_stats": batch_stats}
+    variables = {"params": paths.unflatten(params), "batch_stats": batch_stats}
     return np.asarray(float_model(variables, images))
 
 
@@ -184,13 +184,13 @@ FLOAT: dict[str, Any] = dict(act_bits=32, rules=FLOAT_RULES, run=a_run(images=im
         (make, {"start": "literal"}, (sigmoid(1.0) - 0.5) * 0.5),
     ],
 )
-def test_training_starts_from_the_quantised_float_model(build, changes, factor):
+def test_training_starts_from_the_quantized_float_model(build, changes, factor):
     made_method = build(**FLOAT | changes)
     variables = made_method.variables(start_of(made_method))
     assert variables.gates.temperature == 1
     images = batch_of(1)["image"]
     found = jax.jit(made_method.predict)(variables, np.array(False), images)
-    kernels = {name: factor * quantised(w, PLANES) for name, w in float_kernels().items()}
+    kernels = {name: factor * quantized(w, PLANES) for name, w in float_kernels().items()}
     wanted = forward_with(kernels, variables_of(MODEL)["batch_stats"], images)
     np.testing.assert_allclose(found, wanted, atol=1e-5)  # sums of float32 gates
     without = forward_with({}, variables_of(MODEL)["batch_stats"], images)
@@ -211,11 +211,11 @@ def test_weights_far_from_zero_are_no_outliers(mean, spread):
 
 
 def moments_by_hand(kernels, batches):
-    """Returns mean and variance of every norm's input, each batch normalised by its own."""
+    """Returns mean and variance of every norm's input, each batch normalized by its own."""
     params = flatten(variables_of(MODEL)["params"])
     params |= {f"{name}/kernel": jnp.asarray(w, jnp.float32) for name, w in kernels.items()}
     variables = {
-        "params": linen.unflatten(params),
+        "params": paths.unflatten(params),
         "batch_stats": variables_of(MODEL)["batch_stats"],
     }
     found = {}
@@ -253,7 +253,7 @@ def test_hard_evaluation_has_norm_statistics_of_its_own():
     np.testing.assert_allclose(found["hard"], hard, atol=1e-5)  # float32 sums
     soft_kernels = {
         name: np.asarray(network.kernel(one, variables.gates, contiguous=False))
-        for name, one in state.learned.by_layer.items()
+        for name, one in state.trainable.by_layer.items()
     }
     soft = forward_with(soft_kernels, state.batch_stats, images)
     np.testing.assert_allclose(found["soft"], soft, atol=1e-5)  # float32 sums

@@ -117,7 +117,7 @@ def test_bits_that_start_anew_name_all_planes_together_as_the_scheme_can():
     whole = hard_kernels(with_masks(state, ALL_ON))
     gates = Gates(jnp.float32(1.0), jnp.array(True), jnp.array(False))
     for name, (codes, step) in whole.items():
-        planes, planes_left = (one.learned.by_layer[name] for one in (after, left))
+        planes, planes_left = (one.trainable.by_layer[name] for one in (after, left))
         np.testing.assert_array_equal(planes.mask, planes_left.mask)
         found = np.asarray(network.kernel(planes, gates, contiguous=False))
         grown = (sigmoid(quantizer.SHARPNESS) - sigmoid(-quantizer.SHARPNESS)) * np.asarray(
@@ -127,7 +127,7 @@ def test_bits_that_start_anew_name_all_planes_together_as_the_scheme_can():
         before = np.asarray(quantizer.hard_weights(planes_left))
         errors = [np.sum((kernel - codes * step) ** 2) for kernel in (found, before)]
         assert errors[0] < errors[1]
-    rest = (one._replace(learned=one.learned._replace(planes=None)) for one in (after, left))
+    rest = (one._replace(trainable=one.trainable._replace(planes=None)) for one in (after, left))
     jax.tree.map(np.testing.assert_array_equal, *rest)
 
 
@@ -154,7 +154,7 @@ def test_the_hardening_changes_one_flag():
 
 
 def test_ticket_and_hardening_may_come_together():
-    made_method = make(ticket=0.5, harden=0.5, rewind=False)
+    made_method = make(freeze_scheme=0.5, binarize=0.5, rewind=False)
     after, events = made_method.on_epoch(copied(start_of(make())), 5)
     assert after.fixed and after.hard
     assert set(events) == {"planes_switched_at_ticket", "hardened"}
@@ -164,11 +164,11 @@ def test_ticket_and_hardening_may_come_together():
     ("epochs", "ticket", "rewind"),
     [(1, 0.5, False), (1, 0.5, True), (3, 0.9, False), (3, 0.9, True), (10, 1.0, False)],
 )
-def test_the_budget_is_met_however_late_the_ticket_is(epochs, ticket, rewind, warnings):
+def test_the_budget_is_met_however_late_the_ticket_is(epochs, freeze_scheme, rewind, warnings):
     """Also where it falls on the end of the run, at which no epoch begins."""
     run = a_run(epochs)
-    harden = 0.95 if rewind else 1.0
-    made_method = make(run=run, ticket=ticket, harden=harden, rewind=rewind)
+    binarize = 0.95 if rewind else 1.0
+    made_method = make(run=run, freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind)
     state = copied(start_of(make()))
     for epoch in range(epochs):
         state, _ = made_method.on_epoch(state, epoch)

@@ -34,7 +34,7 @@ from helpers.csq_networks import (
 from mpq_jax.methods import csq
 from mpq_jax.methods.csq import Options
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 
 
 def test_a_step_on_eight_devices_equals_one_on_one():
@@ -142,7 +142,7 @@ def error_by_hand(options):
     """Returns by how much the mean exceeds what is wanted, on the line from all planes down."""
     shares = shares_by_hand(options)
     counts = {name: sum(counted(mask, options.contiguous)) for name, mask in MLP_MASKS.items()}
-    left = max(0.0, 1 - AT_STEP / (10 * options.tighten)) if options.tighten else 0.0
+    left = max(0.0, 1 - AT_STEP / (10 * options.budget_anneal)) if options.budget_anneal else 0.0
     wanted = options.target + left * (3 - options.target)
     return sum(shares[name] * count for name, count in counts.items()) - wanted
 
@@ -152,7 +152,7 @@ def shares_by_hand(options):
     return {name: size / sum(sizes.values()) for name, size in sizes.items()}
 
 
-def naive_gradient(learned, options, phase):
+def naive_gradient(trainable, options, phase):
     """Returns (whole loss, loss of the task), gradient; by automatic differentiation alone."""
     beta = options.temperature ** (AT_STEP / 15)
     fixed, hard = PHASES[phase]
@@ -177,20 +177,22 @@ def naive_gradient(learned, options, phase):
         code = jnp.clip(jnp.round(w / step), -128, 127)
         return w + jax.lax.stop_gradient(code * step - w)  # straight through; no w is clipped
 
-    def loss(learned):
-        planes = learned.by_layer
-        params = flatten(learned.around.params)
+    def loss(trainable):
+        planes = trainable.by_layer
+        params = flatten(trainable.around.params)
         params |= {f"{name}/kernel": kernel(name, one) for name, one in planes.items()}
-        step = learned.around.weight_steps[0, 1]  # of "entry", the first layer; bits are 32, 8
+        step = trainable.around.weight_step_sizes[
+            0, 1
+        ]  # of "entry", the first layer; bits are 32, 8
         params["entry/kernel"] = of_8_bits(params["entry/kernel"], step)
-        logits = MLP.apply({"params": linen.unflatten(params)}, batch["image"])
+        logits = MLP.apply({"params": paths.unflatten(params)}, batch["image"])
         target = 0.9 * jax.nn.one_hot(batch["label"], 3) + 0.1 / 3
         task = -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits), axis=-1))
         opened = [2 * shares[name] * jnp.sum(gates(one.mask)) for name, one in planes.items()]
         steering = 0.0 if fixed else options.budget_weight * error * sum(opened)
         return task + steering, task
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(learned)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
 
 
 def counted(mask, contiguous):
@@ -198,10 +200,10 @@ def counted(mask, contiguous):
     return np.cumprod(on[::-1])[::-1].astype(bool) if contiguous else on
 
 
-def parts_of(learned):
+def parts_of(trainable):
     """Returns what SGD moves, by path and part."""
-    named = {f"{name}/params": leaf for name, leaf in flatten(learned.around.params).items()}
-    for name, one in learned.by_layer.items():
+    named = {f"{name}/params": leaf for name, leaf in flatten(trainable.around.params).items()}
+    for name, one in trainable.by_layer.items():
         named |= {f"{name}/{part}": leaf for part, leaf in one._asdict().items()}
     return {name: np.array(leaf, np.float64) for name, leaf in named.items()}
 
@@ -216,7 +218,7 @@ def parts_of(learned):
             average="param",
             plane_optimizer="adam",
             weight_decay=0.5,
-            tighten=0.5,
+            budget_anneal=0.5,
         ),
     ],
     ids=["published", "varied"],
@@ -226,11 +228,11 @@ def test_a_step_follows_the_gradient_of_the_whole_loss(changes, phase):
     options = Options(**BASE | MLP_BASE | changes)
     made_method = made(csq.FAMILY, options, MLP_RUN, MLP, tuple(MLP_RULES))
     state = mlp_state(made_method, phase)
-    before, steps = parts_of(state.learned), snapshot(state.learned.around.weight_steps)
-    (_, task), gradient = naive_gradient(state.learned, options, phase)
+    before, steps = parts_of(state.trainable), snapshot(state.trainable.around.weight_step_sizes)
+    (_, task), gradient = naive_gradient(state.trainable, options, phase)
     state, metrics = made_method.train_step(state, batch_of(0), jax.random.key(0))
     np.testing.assert_allclose(metrics["loss"], task, rtol=1e-5)  # of the task alone; float32
-    after, gradient = parts_of(state.learned), parts_of(gradient)
+    after, gradient = parts_of(state.trainable), parts_of(gradient)
     assert set(after) == set(before) and len(after) == 2 * 4 + 4
     for name, value in gradient.items():
         part = name.rpartition("/")[2]
@@ -248,5 +250,7 @@ def test_a_step_follows_the_gradient_of_the_whole_loss(changes, phase):
             # Differences of float32 numbers of order 1, divided by the rate.
             np.testing.assert_allclose(taken, value, rtol=1e-4, atol=3e-7 / RATES[part])
     used = np.zeros_like(steps, bool)
-    used[0, 1] = True  # the kernel of "entry" alone is quantised by a step size
-    np.testing.assert_array_equal(steps != np.asarray(state.learned.around.weight_steps), used)
+    used[0, 1] = True  # the kernel of "entry" alone is quantized by a step size
+    np.testing.assert_array_equal(
+        steps != np.asarray(state.trainable.around.weight_step_sizes), used
+    )

@@ -54,13 +54,13 @@ def accuracies(made_method, state):
 
 
 def bits_of(state):
-    planes = state.learned.by_layer.values()
+    planes = state.trainable.by_layer.values()
     return np.concatenate([np.ravel(logits > 0) for one in planes for logits in one[:2]])
 
 
 @pytest.mark.parametrize("build", BUILDERS)
 def test_some_bits_become_others_while_they_are_soft(build):
-    """Otherwise the network could be the start, quantised."""
+    """Otherwise the network could be the start, quantized."""
     run = trained(build)
     assert np.any(bits_of(run.first) != bits_of(run.last))
 
@@ -87,11 +87,11 @@ def test_what_is_fixed_rests_and_everything_else_moves():
     for phase, (start, stop) in enumerate(itertools.pairwise(ends)):
         still = ((), (".mask",), (".mask", ".positive", ".negative"))[phase]
         after_ticket = states[start + 1]  # it may switch masks
-        for path, change in moved(after_ticket.learned, states[stop].learned).items():
+        for path, change in moved(after_ticket.trainable, states[stop].trainable).items():
             if not path.endswith(".scale"):  # norms take it out: it has no gradient here
                 assert change != path.endswith(still), (path, phase)
         for state in states[start + 2 : stop]:  # not even there and back
-            changes = moved(after_ticket.learned, state.learned)
+            changes = moved(after_ticket.trainable, state.trainable)
             assert not any(change for path, change in changes.items() if path.endswith(still))
 
 
@@ -101,7 +101,7 @@ def test_momentum_of_what_is_fixed_moves_nothing():
     traces = jax.tree.leaves(after.opt_state.inner_states["masks"])
     assert max(np.abs(trace).max() for trace in traces if trace.dtype == np.float32) > 0
     for name in GROWN:
-        old, new = before.learned.by_layer[name].mask, after.learned.by_layer[name].mask
+        old, new = before.trainable.by_layer[name].mask, after.trainable.by_layer[name].mask
         # Meeting the budget changes signs, and the distance from zero.
         np.testing.assert_array_equal(np.abs(new), np.maximum(np.abs(old), np.float32(0.1)))
 
@@ -122,7 +122,7 @@ def test_a_uniform_scheme_stays_as_given():
         assert state.fixed and state.hard == (at >= HARDEN)
         assert events == ({"hardened": 1.0} if at == HARDEN else {})
         for name in GROWN:
-            masks = (one.learned.by_layer[name].mask for one in (state, run.first))
+            masks = (one.trainable.by_layer[name].mask for one in (state, run.first))
             np.testing.assert_array_equal(*masks)
     summary = run.method.summary(run.last)
     assert summary["mean_planes_by_layer"] == summary["mean_planes_by_param"] == PLANES
@@ -149,7 +149,7 @@ def test_training_consumes_its_state_but_not_the_float_variables():
     variables = copied(variables_of(MODEL))
     state = trained().method.init(variables, batch_of(0)["image"], batch_of(0)["label"])
     jax.tree.map(np.testing.assert_array_equal, state, trained().first)  # the labels do not matter
-    consumed = jax.tree.leaves(state.learned)
+    consumed = jax.tree.leaves(state.trainable)
     trained().method.train_step(state, batch_of(0), jax.random.key(0))
     assert all(leaf.is_deleted() for leaf in consumed)  # donated: there is no second copy
     jax.tree.map(np.testing.assert_array_equal, variables, snapshot(variables_of(MODEL)))

@@ -27,7 +27,7 @@ from helpers.double_rounding_training import (
 
 from mpq_jax.methods import double_rounding
 from mpq_jax.methods.double_rounding import mixed, multi
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
 from mpq_jax.training import metrics as recording
 
@@ -52,8 +52,8 @@ def several(variables, batch):
     def change(x):
         return jnp.asarray(x * generator.uniform(0.7, 1.3, x.shape), jnp.float32)
 
-    learned, batch_stats = jax.tree.map(change, (start.learned, start.batch_stats))
-    return method, start._replace(learned=learned, batch_stats=batch_stats)
+    trainable, batch_stats = jax.tree.map(change, (start.trainable, start.batch_stats))
+    return method, start._replace(trainable=trainable, batch_stats=batch_stats)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_uniform_predictions_start_as_those_of_the_multi_precision_network(
     several, mixed_start, batch
 ):
     (multi_method, network), (method, state, _) = several, mixed_start
-    table = TABLE.with_norm_rows("transition")
+    table = TABLE.with_bn_banks("transition")
     assert method.table == table
     assert state.step == 0
 
@@ -87,12 +87,12 @@ def test_uniform_predictions_start_as_those_of_the_multi_precision_network(
 def test_rows_are_repeated_whatever_the_previous_layers_bits(several, mixed_start):
     network, state = several[1], mixed_start[1]
     pairs = (
-        (network.learned.params, state.variables.learned.params),
+        (network.trainable.params, state.variables.trainable.params),
         (network.batch_stats, state.variables.batch_stats),
     )
     for source, repeated in pairs:
         source, repeated = flatten(source), flatten(repeated)
-        for path in (path for path in repeated if linen.module_of(path) in ("norm1", "norm2")):
+        for path in (path for path in repeated if paths.parent(path) in ("norm1", "norm2")):
             for own in range(3):
                 for previous in range(3):
                     np.testing.assert_array_equal(repeated[path][own, previous], source[path][own])
@@ -105,13 +105,13 @@ def test_traces_are_those_of_the_float_kernels_with_the_norms_of_the_highest_bit
 
     def float_model(row):
         def gathered(tree):
-            return linen.map_leaves(
+            return paths.map_leaves(
                 tree,
-                lambda path, x: x[row] if linen.module_of(path) in ("norm1", "norm2") else x,
+                lambda path, x: x[row] if paths.parent(path) in ("norm1", "norm2") else x,
             )
 
         return {
-            "params": gathered(network.learned.params),
+            "params": gathered(network.trainable.params),
             "batch_stats": gathered(network.batch_stats),
         }
 
@@ -178,12 +178,12 @@ def test_start_from_a_float_model(variables, batch):
     )
     np.testing.assert_array_equal(state.traces, traces.mean)
     for tree, source in (
-        (state.variables.learned.params, variables["params"]),
+        (state.variables.trainable.params, variables["params"]),
         (state.variables.batch_stats, variables["batch_stats"]),
     ):
         flat = flatten(source)
         for path, leaf in flatten(tree).items():
-            rows = (3, 3) if linen.module_of(path) in ("norm1", "norm2") else ()
+            rows = (3, 3) if paths.parent(path) in ("norm1", "norm2") else ()
             np.testing.assert_array_equal(
                 leaf, np.broadcast_to(flat[path], rows + flat[path].shape)
             )

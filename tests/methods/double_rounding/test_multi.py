@@ -34,7 +34,7 @@ from helpers.random_variables import drawn_variables
 from mpq_jax.methods import double_rounding
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.double_rounding import Options, learner, multi
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
 from mpq_jax.training import metrics as recording
@@ -60,7 +60,7 @@ CASES = {
     "unshared, one norm, constant": dataclasses.replace(
         BASE,
         scales="unshared",
-        norm_rows="shared",
+        bn_banks="shared",
         scale_rate="constant",
         scale_step_gradient=False,
         distill_weight=1.0,
@@ -83,7 +83,7 @@ def trained(request, variables, batch):
         programs.append(counter.counts)
         wanted = reference.train_step(before, batch, UNIFORM)
         arrays = reference.theta | reference.stats
-        history.append((flat_of(state.variables, options.norm_rows), metrics, arrays, wanted))
+        history.append((flat_of(state.variables, options.bn_banks), metrics, arrays, wanted))
     unharmed = jax.tree.all(jax.tree.map(np.array_equal, snapshot(variables), given))
     return options, method, (start, state), history, programs, unharmed
 
@@ -95,16 +95,16 @@ def test_training_is_the_loop_written_by_hand(trained):
 
 def test_every_array_that_is_used_moves_and_no_other(trained):
     options, _, (start, state), *_ = trained
-    before, _ = flat_of(start.variables, options.norm_rows)
-    after, _ = flat_of(state.variables, options.norm_rows)
+    before, _ = flat_of(start.variables, options.bn_banks)
+    after, _ = flat_of(state.variables, options.bn_banks)
     moved = {key for key, value in after.items() if np.any(value != before[key])}
     used = set().union(*(names_of(bits, options).values() for bits in UNIFORM.values()))
     assert moved == used
     idle = {f"{layer}/w_step@{bits}" for layer in LAYERS for bits in (3, 2)}
     assert set(after) - used == (set() if options.scales == "unshared" else idle)
     ends = [TABLE.names.index(name) for name in ("stem", "head")]  # float: nothing to learn
-    for kind in ("weight_steps", "act_steps"):
-        pair = (getattr(s.variables.learned, kind)[np.array(ends)] for s in (start, state))
+    for kind in ("weight_step_sizes", "act_step_sizes"):
+        pair = (getattr(s.variables.trainable, kind)[np.array(ends)] for s in (start, state))
         np.testing.assert_array_equal(next(pair), next(pair))
 
 
@@ -130,19 +130,19 @@ def test_callers_variables_survive_and_epochs_bring_no_events(trained):
 def test_steps_stay_positive_however_large_their_rate(variables, batch):
     options = dataclasses.replace(BASE, scale_learning_rate=5.0, scale_rate="constant")
     start = made(BASE).init(variables, batch["image"]).variables
-    parts = learner.make_learner(MODEL, made(BASE).table, options, RUN, highest=HIGHEST)
-    everywhere = jax.tree.map(lambda leaf: jnp.ones(leaf.shape[:1], bool), start.learned)
+    parts = learner.make_learner(MODEL, made(BASE).table, options, RUN, max_bits=HIGHEST)
+    everywhere = jax.tree.map(lambda leaf: jnp.ones(leaf.shape[:1], bool), start.trainable)
     uphill = learner.Gradient(
-        jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape)), start.learned),
+        jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape)), start.trainable),
         start.batch_stats,
         everywhere._replace(
-            weight_steps=jnp.ones_like(start.learned.weight_steps, bool),
-            act_steps=jnp.ones_like(start.learned.act_steps, bool),
+            weight_step_sizes=jnp.ones_like(start.trainable.weight_step_sizes, bool),
+            act_step_sizes=jnp.ones_like(start.trainable.act_step_sizes, bool),
         ),
     )
-    opt_state = parts.init_optimizer(start.learned)
-    after, *_ = parts.move(start, opt_state, uphill, jnp.int32(4), jnp.int32(0))
-    for steps in (after.learned.weight_steps, after.learned.act_steps):
+    opt_state = parts.init_optimizer(start.trainable)
+    after, *_ = parts.apply_update(start, opt_state, uphill, jnp.int32(4), jnp.int32(0))
+    for steps in (after.trainable.weight_step_sizes, after.trainable.act_step_sizes):
         assert np.all((np.asarray(steps) > 0) & (np.asarray(steps) < 1e-6))
 
 
@@ -154,10 +154,10 @@ def two_updates(variables, batch):
     """Returns state before and after an update at 3 bits that follows one at all precisions."""
     method = made(BASE)
     table, levels = method.table, multi.levels_of(method.table)
-    parts = learner.make_learner(MODEL, table, BASE, RUN, highest=HIGHEST)
+    parts = learner.make_learner(MODEL, table, BASE, RUN, max_bits=HIGHEST)
     start = method.init(variables, batch["image"]).variables
     example = parts.prepare(batch, KEY)
-    state = start, parts.init_optimizer(start.learned)
+    state = start, parts.init_optimizer(start.trainable)
     snapshots = []
     for configs in (levels, {3: levels[3]}):
         *state, _ = multi.sequential_updates(parts, BASE, *state, example, configs, jnp.int32(0))
@@ -165,7 +165,7 @@ def two_updates(variables, batch):
     return snapshots
 
 
-def test_other_precisions_keep_norms_statistics_scales_and_optimiser_state(two_updates):
+def test_other_precisions_keep_norms_statistics_scales_and_optimizer_state(two_updates):
     (before, opt_before), (after, opt_after) = two_updates
     row, column = CHOICES.index(3), TABLE.candidates.index(3)
 
@@ -173,24 +173,24 @@ def test_other_precisions_keep_norms_statistics_scales_and_optimiser_state(two_u
         return np.argwhere((old != new).reshape(len(CHOICES), -1).any(axis=1)).tolist()
 
     for old_tree, new_tree in (
-        (before.learned.params, after.learned.params),
+        (before.trainable.params, after.trainable.params),
         (before.batch_stats, after.batch_stats),
     ):
         old_flat, new_flat = flatten(old_tree), flatten(new_tree)
         for path in old_flat:
-            if linen.module_of(path) in ("norm1", "norm2"):
+            if paths.parent(path) in ("norm1", "norm2"):
                 assert moved_rows(old_flat[path], new_flat[path]) == [[row]]
             else:
                 assert np.any(old_flat[path] != new_flat[path])
-    changed = np.argwhere(before.learned.act_steps != after.learned.act_steps)
+    changed = np.argwhere(before.trainable.act_step_sizes != after.trainable.act_step_sizes)
     assert changed.tolist() == [[place, column] for place in PLACE.values()]
-    changed = np.argwhere(before.learned.weight_steps != after.learned.weight_steps)
-    highest = TABLE.candidates.index(HIGHEST)
-    assert changed.tolist() == [[place, highest] for place in PLACE.values()]
+    changed = np.argwhere(before.trainable.weight_step_sizes != after.trainable.weight_step_sizes)
+    max_bits = TABLE.candidates.index(HIGHEST)
+    assert changed.tolist() == [[place, max_bits] for place in PLACE.values()]
     # The state of Adam for rows of norms: moments and counter of each row.
     pairs = zip(
-        jax.tree.leaves(opt_before.inner_states["norm_rows"]),
-        jax.tree.leaves(opt_after.inner_states["norm_rows"]),
+        jax.tree.leaves(opt_before.inner_states["bn_banks"]),
+        jax.tree.leaves(opt_after.inner_states["bn_banks"]),
         strict=True,
     )
     moved = [moved_rows(old, new) for old, new in pairs]
@@ -202,15 +202,15 @@ def test_precision_that_has_one_column_of_unshared_scales_moves_it_alone(variabl
     method = made(options)
     state = method.init(variables, batch["image"])
     bits = multi.levels_of(method.table)[2]
-    used = supernet.used_rows(
+    used = supernet.update_mask(
         method.table,
-        state.variables.learned.params,
+        state.variables.trainable.params,
         jax.tree.map(lambda leaf: leaf[None], bits),
         quantizer=method.quantizer,
     )
     wanted = [[place, TABLE.candidates.index(2)] for place in PLACE.values()]
-    assert np.argwhere(used.weight_steps).tolist() == wanted
-    assert np.argwhere(used.act_steps).tolist() == wanted
+    assert np.argwhere(used.weight_step_sizes).tolist() == wanted
+    assert np.argwhere(used.act_step_sizes).tolist() == wanted
 
 
 # What a user sees.
@@ -244,7 +244,7 @@ def test_precision_trained_alone(variables, batch):
     assert list(method.eval_bits) == ["w4a4"]
     np.testing.assert_array_equal(method.eval_bits["w4a4"].weights, [32, 4, 4, 32])
     state = method.init(variables, batch["image"], batch["label"])
-    shape = state.variables.learned.params["norm2"]["scale"].shape
+    shape = state.variables.trainable.params["norm2"]["scale"].shape
     assert shape == (3,)  # one row is none
     # The same as a network of several precisions of which only the highest is trained.
     several = made(BASE).init(variables, batch["image"])
@@ -254,11 +254,11 @@ def test_precision_trained_alone(variables, batch):
     assert set(metrics) == set(wanted)
     for name, value in wanted.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5)
-    params = state.variables.learned.params
+    params = state.variables.trainable.params
     for found, key in (
         (params["conv2"]["kernel"], "conv2/kernel"),
         (params["norm2"]["scale"], "norm2/scale@4"),
-        (state.variables.learned.weight_steps[2, 1], "conv2/w_step@4"),
+        (state.variables.trainable.weight_step_sizes[2, 1], "conv2/w_step@4"),
     ):
         np.testing.assert_allclose(found, reference.theta[key], rtol=1e-4, atol=1e-5)
 
@@ -269,5 +269,5 @@ def test_network_without_bits_is_told_what_is_missing(variables, batch):
         method.predict(variables, None, batch["image"])
     floats = [Rule(weights=32, acts=32, float_weights=True, float_acts=True)]
     table = trace_layers(MODEL, SHAPE, rules=floats)
-    with pytest.raises(ValueError, match="no layer of the table has quantised weights"):
+    with pytest.raises(ValueError, match="no layer of the table has quantized weights"):
         double_rounding.FAMILY.make(MODEL, table, BASE, RUN)

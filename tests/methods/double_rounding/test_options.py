@@ -14,7 +14,7 @@ from mpq_jax.methods.double_rounding import MixedOptions, Options
         ({"scales": "one"}, "scales is 'one'.*'unshared'"),
         ({"switch": "shift"}, "switch is 'shift'.*'floor'"),
         ({"scale_rate": "printed"}, "scale_rate is 'printed'.*'literal'.*'off'"),
-        ({"norm_rows": "pair"}, "norm_rows is 'pair'.*'weights'"),
+        ({"bn_banks": "pair"}, "bn_banks is 'pair'.*'weights'"),
         ({"distill_weight": 1.5}, "distill_weight is 1.5; wanted a number from 0 to 1"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ({"warmup": 2.0}, "warmup is 2.0"),
@@ -43,9 +43,9 @@ def test_bad_options_of_the_mixed_supernet_are_refused(change, message):
 
 
 def test_norms_per_transition_are_of_the_mixed_supernet_alone():
-    with pytest.raises(ValueError, match="norm_rows is 'transition'"):
-        Options(norm_rows="transition")
-    assert MixedOptions().norm_rows == "transition"
+    with pytest.raises(ValueError, match="bn_banks is 'transition'"):
+        Options(bn_banks="transition")
+    assert MixedOptions().bn_banks == "transition"
 
 
 def test_defaults_are_as_published():
@@ -53,7 +53,7 @@ def test_defaults_are_as_published():
     assert (options.update, options.scales, options.switch) == ("sequential", "shared", "round")
     assert (options.learning_rate, options.scale_learning_rate) == (5e-4, 5e-4)
     assert (options.end_learning_rate, options.warmup, options.weight_decay) == (0.0, 0.0, 5e-5)
-    assert options.distill_weight == 0 and options.norm_rows == "weights"
+    assert options.distill_weight == 0 and options.bn_banks == "weights"
 
 
 def test_both_methods_are_listed():

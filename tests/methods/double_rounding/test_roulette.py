@@ -153,7 +153,7 @@ def test_layers_leave_the_base_together_where_they_are_tied(sigma):
         (entry["conv0"], entry["conv0"] + 1, entry["depthwise1"] + 1),
         (entry["conv1"], entry["conv3"]),
     )
-    table = dataclasses.replace(DEEP, ties=ties)
+    table = dataclasses.replace(DEEP, tied_groups=ties)
     probabilities = mixed.common_choices(table) / mixed.common_choices(table).sum(1, keepdims=True)
 
     def draw(key):

@@ -137,10 +137,10 @@ def test_instabilities_are_taken_over_common_or_current_bits(mode):
         for name, w in zip(DEEP.names, kernels, strict=True)
     }
     steps = jnp.asarray(steps, jnp.float32)
-    learned = supernet.Learned(params, steps, steps)
+    trainable = supernet.TrainableParams(params, steps, steps)
     mask = freeze([0.1, 0.9, 0.5, 0.2, 0.8, 0.3], 2)
     found = freezing.instabilities(
-        DEEP, learned, jnp.asarray(mask), options=Options(freeze_scores=mode)
+        DEEP, trainable, jnp.asarray(mask), options=Options(freeze_scores=mode)
     )
     allowed = {name: (6, 5, 4, 3) if mode == "common" else (6, 5, 4, 3, 2) for name in DEEP.names}
     if mode == "current":
@@ -163,7 +163,10 @@ def test_instabilities_of_layers_without_a_common_bit_are_numbers():
     }
     steps = jnp.full((len(table), len(table.candidates)), 0.3)
     scores = freezing.instabilities(
-        table, supernet.Learned(params, steps, steps), jnp.asarray(table.mask), options=Options()
+        table,
+        supernet.TrainableParams(params, steps, steps),
+        jnp.asarray(table.mask),
+        options=Options(),
     )
     assert np.all(np.isfinite(scores))
 
@@ -177,7 +180,7 @@ def tied_deep():
         (entry["conv0"], entry["conv1"], entry["depthwise2"] + 1),
         (entry["conv2"], entry["conv2"] + 1),
     )
-    return dataclasses.replace(DEEP, ties=ties)
+    return dataclasses.replace(DEEP, tied_groups=ties)
 
 
 @pytest.mark.parametrize("layer", ["conv0", "conv1", "depthwise2", "conv2"])
@@ -194,7 +197,7 @@ def test_what_is_drawn_honours_ties_and_what_is_frozen(layer, freeze_acts):
     drawn = np.stack(plan.configs, axis=-1)
     place = (drawn[..., None] == np.array(table.candidates)).argmax(-1)
     assert np.asarray(mask)[np.arange(len(table))[:, None], np.arange(2), place].all()
-    for group in table.ties:
+    for group in table.tied_groups:
         flat = drawn.reshape(200, -1)[:, list(group)]
         assert (flat == flat[:, :1]).all()
         assert len(np.unique(flat)) == mask.reshape(-1, 6)[group[0]].sum() > 1

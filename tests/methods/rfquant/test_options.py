@@ -11,7 +11,7 @@ from helpers.rfquant_networks import RUN, TABLE, with_kernel
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant import method
 from mpq_jax.methods.rfquant.options import Options, published
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 
 
@@ -76,14 +76,14 @@ def test_published_options_are_those_of_the_published_run():
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 7, 45, 2502])
 def test_learning_rates_of_the_published_run(steps_per_epoch):
-    """Reads the rates off the optimiser's moves under a gradient of one, epoch by epoch."""
+    """Reads the rates off the optimizer's moves under a gradient of one, epoch by epoch."""
     options = published(momentum=0.0, weight_decay=0.0)
     run = Run(150, steps_per_epoch, RUN.prepare)
-    learned = with_kernel(np.ones((3, 3, 4, 4)), 1.0)
-    optimizer = method.make_optimizer(TABLE.with_norm_rows("shared"), options, run)
-    used = jax.tree.map(lambda _: jnp.array(True), learned.params)
-    used = supernet.Learned(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
-    fresh = optimizer.init(learned)
+    trainable = with_kernel(np.ones((3, 3, 4, 4)), 1.0)
+    optimizer = method.make_optimizer(TABLE.with_bn_banks("shared"), options, run)
+    used = jax.tree.map(lambda _: jnp.array(True), trainable.params)
+    used = supernet.TrainableParams(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
+    fresh = optimizer.init(trainable)
 
     @jax.jit
     def rates(step):
@@ -91,9 +91,9 @@ def test_learning_rates_of_the_published_run(steps_per_epoch):
         state = jax.tree.map(
             lambda x: step if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else x, fresh
         )
-        ones = jax.tree.map(jnp.ones_like, learned)
-        updates, _ = optimizer.update(ones, state, learned, used=used)
-        return -updates.params["head"]["kernel"][0, 0], -updates.act_steps[1, 1]
+        ones = jax.tree.map(jnp.ones_like, trainable)
+        updates, _ = optimizer.update(ones, state, trainable, used=used)
+        return -updates.params["head"]["kernel"][0, 0], -updates.act_step_sizes[1, 1]
 
     for epoch in (0, 1, 4, 5, 6, 20, 149):
         wanted = 1e-5 + epoch * (0.04 - 1e-5) / 5
@@ -108,20 +108,20 @@ def test_learning_rates_of_the_published_run(steps_per_epoch):
 @pytest.mark.parametrize("norms", [False, True])
 def test_adamw_moves_by_signs_and_decays_convolutions_alone(norms):
     options = Options(optimizer="adamw", learning_rate=0.1, warmup=0.0, weight_decay=0.5)
-    learned = with_kernel(np.full((3, 3, 4, 4), 2.0), 1.0)
-    params = learned.params
+    trainable = with_kernel(np.full((3, 3, 4, 4), 2.0), 1.0)
+    params = trainable.params
     if norms:
         rows = jnp.ones((3, 3, 4))
         params["block"]["norm"] = {"scale": rows, "bias": rows}
-    optimizer = method.make_optimizer(TABLE.with_norm_rows("pair"), options, RUN)
-    used = linen.map_leaves(
+    optimizer = method.make_optimizer(TABLE.with_bn_banks("pair"), options, RUN)
+    used = paths.map_leaves(
         params,
         lambda path, _: jnp.arange(9).reshape(3, 3) < 4 if "norm" in path else jnp.array(True),
     )
-    used = supernet.Learned(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
-    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.01), learned)
-    updates, _ = optimizer.update(gradient, optimizer.init(learned), learned, used=used)
-    moved = linen.flatten(updates.params)
+    used = supernet.TrainableParams(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.01), trainable)
+    updates, _ = optimizer.update(gradient, optimizer.init(trainable), trainable, used=used)
+    moved = paths.flatten(updates.params)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4)  # Adam's epsilon
     close(moved["block/conv/kernel"], 0.1 * (1 - 0.5 * 2.0), atol=1e-6)
     close(moved["head/kernel"], 0.1)

@@ -29,23 +29,23 @@ def lowest(bits):
 
 
 @pytest.mark.parametrize(("bits", "least"), [(4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2)])
-def test_quantisation_error_pulls_to_the_coinciding_bins(bits, least):
+def test_quantization_error_pulls_to_the_coinciding_bins(bits, least):
     step = 0.25
     w = np.random.default_rng(2).uniform(-2.6, 2.6, (3, 3, 4, 4)).astype(np.float32)
-    learned = with_kernel(w, step)
+    trainable = with_kernel(w, step)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     code = np.clip(np.round(w / step), low, high)
     pulled = np.isin(code, sorted(pulled_codes(bits, least)))
     distance = np.where(pulled, np.clip(w, low * step, high * step) - code * step, 0)
     found, gradient = jax.value_and_grad(
-        lambda learned: terms.quantisation_error(TABLE, learned, config(bits, 4), lowest(least))
-    )(learned)
+        lambda trainable: terms.quantization_error(TABLE, trainable, config(bits, 4), lowest(least))
+    )(trainable)
     wanted = (distance**2).mean((0, 1, 2)).sum()
     np.testing.assert_allclose(found, wanted, rtol=1e-5)  # float32 sum
     inside = (w >= low * step) & (w <= high * step)
     wanted = 2 * distance * inside / (3 * 3 * 4)
     np.testing.assert_allclose(gradient.params["block"]["conv"]["kernel"], wanted, atol=1e-7)
-    assert not np.any(gradient.weight_steps) and not np.any(gradient.act_steps)
+    assert not np.any(gradient.weight_step_sizes) and not np.any(gradient.act_step_sizes)
     assert not np.any(gradient.params["stem"]["kernel"])
 
 
@@ -53,7 +53,7 @@ def test_three_bits_over_two_pull_exactly_four_codes():
     codes = np.arange(-4, 4)
     w = np.zeros((3, 3, 4, 4), np.float32)
     w.flat[:8] = codes + 0.2
-    term = jax.grad(lambda p: terms.quantisation_error(TABLE, p, config(3, 4), lowest(2)))
+    term = jax.grad(lambda p: terms.quantization_error(TABLE, p, config(3, 4), lowest(2)))
     gradient = term(with_kernel(w, 1.0)).params["block"]["conv"]["kernel"]
     assert codes[np.asarray(gradient).flat[:8] != 0].tolist() == [-4, -2, 0, 2]
 
@@ -68,7 +68,7 @@ class TwoKinds(nn.Module):
 @pytest.mark.parametrize("subnets", [1, 2])
 @pytest.mark.parametrize("layer", ["conv", "dense"])
 def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
-    """Through the optimiser: without other gradients, weights inside stay where they are."""
+    """Through the optimizer: without other gradients, weights inside stay where they are."""
     table = trace_layers(TwoKinds(), (8, 8, 1), rules=[Rule(weights=CHOICES, acts=CHOICES)])
     index = table.names.index(layer)
     options = Options(
@@ -79,22 +79,22 @@ def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
     shapes = [spec.kernel_shape for spec in table.layers]
     kernels = [np.float32(v.reshape(shape)) for v, shape in zip(values, shapes, strict=True)]
     params = {n: {"kernel": jnp.array(w)} for n, w in zip(table.names, kernels, strict=True)}
-    learned = supernet.Learned(params, jnp.full((2, 3), 0.5), jnp.ones((2, 3)))
+    trainable = supernet.TrainableParams(params, jnp.full((2, 3), 0.5), jnp.ones((2, 3)))
     bits = table.uniform(2, 2)
     once = jnp.full(2, 1.0 / subnets)
 
-    def term(learned, weights):
-        one = terms.two_bit_norm(table, learned, bits, weights)
+    def term(trainable, weights):
+        one = terms.two_bit_norm(table, trainable, bits, weights)
         return subnets * (options.two_bit_decay - options.weight_decay) * one
 
     optimizer = method.make_optimizer(table, options, RUN)
-    used = supernet.used_rows(table, params, jax.tree.map(lambda leaf: leaf[None], bits))
+    used = supernet.update_mask(table, params, jax.tree.map(lambda leaf: leaf[None], bits))
 
     def moved(weights):
-        gradient = jax.grad(term)(learned, weights)
-        assert not np.any(gradient.weight_steps)
-        state = optimizer.init(learned)
-        updates, _ = optimizer.update(gradient, state, learned, used=used)
+        gradient = jax.grad(term)(trainable, weights)
+        assert not np.any(gradient.weight_step_sizes)
+        state = optimizer.init(trainable)
+        updates, _ = optimizer.update(gradient, state, trainable, used=used)
         return np.asarray(updates.params[layer]["kernel"])
 
     w = kernels[index]
@@ -169,9 +169,9 @@ def test_features_are_picked_at_their_place(place):
         np.testing.assert_array_equal(feature, wanted[name])
 
 
-def test_quantisation_error_weight_follows_its_schedule():
+def test_quantization_error_weight_follows_its_schedule():
     steps = 150 * 7
-    weight = lambda step: method.quantisation_error_weight(  # noqa: E731
+    weight = lambda step: method.quantization_error_weight(  # noqa: E731
         jnp.int32(step), options=published(), steps=steps
     )
     assert weight(0) == weight(40 * 7) == 0
@@ -181,9 +181,9 @@ def test_quantisation_error_weight_follows_its_schedule():
 
 
 @pytest.mark.parametrize("steps", [2, 40])
-def test_quantisation_error_weight_of_short_runs(steps):
+def test_quantization_error_weight_of_short_runs(steps):
     weights = [
-        float(method.quantisation_error_weight(jnp.int32(step), options=Options(), steps=steps))
+        float(method.quantization_error_weight(jnp.int32(step), options=Options(), steps=steps))
         for step in range(steps + 1)
     ]
     assert weights == sorted(weights)
@@ -205,7 +205,7 @@ class Unnormed(nn.Module):
 def test_layers_without_a_norm_speak_for_themselves(place):
     model, images = Unnormed(), jax.random.normal(KEY, (4, *SHAPE))
     table = trace_layers(model, SHAPE, rules=bit_rules(CHOICES))
-    assert table.features == {"mix": 1, "wide": 2} and not table.chosen_norms
+    assert table.features == {"mix": 1, "wide": 2} and not table.searchable_norms
 
     @jax.jit
     def distance(variables, bits):
@@ -216,7 +216,7 @@ def test_layers_without_a_norm_speak_for_themselves(place):
             out = supernet.apply(model, table, selected, images, train=True)
             return terms.pick_features(table, out.features, place)
 
-        found, wanted = features(bits), features(table.largest)
+        found, wanted = features(bits), features(table.max_config)
         lowest = jnp.array([8, 2, 2, 8])
         return terms.information_distortion(table, found, wanted, bits, lowest), found, wanted
 

@@ -24,7 +24,7 @@ from helpers.rfquant_networks import (
 from mpq_jax.methods import rfquant
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant.options import Options
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import Rule, trace_layers
@@ -152,16 +152,16 @@ def test_rows_that_no_subnet_used_are_left_alone(history):
                 for name in ("mean", "var")
             ] + [
                 (
-                    old.learned.params["block"]["norm"][name][row],
-                    new.learned.params["block"]["norm"][name][row],
+                    old.trainable.params["block"]["norm"][name][row],
+                    new.trainable.params["block"]["norm"][name][row],
                 )
                 for name in ("scale", "bias")
             ]
             for a, b in pairs:
                 assert np.array_equal(a, b) == (row not in used)
-        for axis, name in enumerate(("weight_steps", "act_steps")):
+        for axis, name in enumerate(("weight_step_sizes", "act_step_sizes")):
             for choice in range(3):
-                a, b = (getattr(v.learned, name)[CONV, 1 + choice] for v in (old, new))
+                a, b = (getattr(v.trainable, name)[CONV, 1 + choice] for v in (old, new))
                 assert (a == b) == (choice not in {row[axis] for row in used})
         resting += len(used_before - used)
         used_before |= used
@@ -175,7 +175,7 @@ def decay_at(step):
 def test_average_is_the_exponential_moving_average_with_warm_up(history):
     made, states, _, _, _ = history
     first = states[0][0]
-    parts = lambda v: (v.learned, v.batch_stats)  # noqa: E731
+    parts = lambda v: (v.trainable, v.batch_stats)  # noqa: E731
     jax.tree.map(np.testing.assert_array_equal, parts(first.average), parts(first.variables))
     average = parts(first.average)
     for step, (_, after) in enumerate(states):
@@ -198,7 +198,7 @@ def cross_entropy(logits, labels, smoothing):
     return (1 - smoothing) * hard - smoothing * jnp.mean(log_p)
 
 
-def quantisation_error(w, step, bits):
+def quantization_error(w, step, bits):
     """Of one kernel, with 2 bits as the lowest ones."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     code = jax.lax.stop_gradient(jnp.clip(jnp.round(w / step), low, high))
@@ -207,13 +207,13 @@ def quantisation_error(w, step, bits):
     return jnp.sum(jnp.mean(jnp.where(pulled, distance, 0) ** 2, (0, 1, 2)))
 
 
-def summed_loss(learned, variables, batch, pairs, options, step):
+def summed_loss(trainable, variables, batch, pairs, options, step):
     """The loss of all subnets of a step, in one expression; with the statistics after it.
 
     `pairs` are the bits that the random subnets drew for the layer between the fixed ones.
     """
-    stats, steps = variables.batch_stats, jax.lax.stop_gradient(learned.weight_steps)
-    w = learned.params["block"]["conv"]["kernel"]
+    stats, steps = variables.batch_stats, jax.lax.stop_gradient(trainable.weight_step_sizes)
+    w = trainable.params["block"]["conv"]["kernel"]
     twos = sum(b == 2 for b, _ in pairs)
     progress = step / RUN.steps
     total, taken_back, teacher = jnp.zeros(()), jnp.zeros(()), None
@@ -221,7 +221,7 @@ def summed_loss(learned, variables, batch, pairs, options, step):
         bits = config(b, a)
         selected = supernet.select(
             TABLE,
-            supernet.Variables(learned, stats, variables.signed),
+            supernet.SupernetState(trainable, stats, variables.signed),
             bits,
             scale_step_gradient=options.scale_step_gradient,
         )
@@ -244,7 +244,7 @@ def summed_loss(learned, variables, batch, pairs, options, step):
         kl = jnp.mean(jnp.sum(p * (jnp.log(p) - jax.nn.log_softmax(out.logits)), -1))
         total += (1 - options.soft_label_weight) * hard + options.soft_label_weight * kl
         s = steps[CONV, TABLE.candidates.index(b)]
-        total += 0.1 * 0.5 * (1 - np.cos(np.pi * progress)) * quantisation_error(w, s, b)
+        total += 0.1 * 0.5 * (1 - np.cos(np.pi * progress)) * quantization_error(w, s, b)
         if b == 2:
             total += options.idm_weight * jnp.mean((out.features[place] - teacher[1]) ** 2)
             norm = 0.5 * jnp.sum(jnp.clip(w, -2 * s, s) ** 2)
@@ -255,7 +255,7 @@ def summed_loss(learned, variables, batch, pairs, options, step):
     return total + taken_back, stats  # weight decay is not averaged, so what it loses is not either
 
 
-def first_update(learned, gradient, options):
+def first_update(trainable, gradient, options):
     """The first step of SGD-Nesterov and of Adam, after clipping, in closed form."""
     clip = options.clip_value
 
@@ -268,11 +268,11 @@ def first_update(learned, gradient, options):
         g = jnp.clip(g, -clip, clip) if clip else g
         return s - options.step_learning_rate * g / (jnp.abs(g) + 1e-8)
 
-    flat = linen.flatten(gradient.params)
-    return supernet.Learned(
-        linen.map_leaves(learned.params, lambda path, w: sgd(path, w, flat[path])),
-        adam(learned.weight_steps, gradient.weight_steps),
-        adam(learned.act_steps, gradient.act_steps),
+    flat = paths.flatten(gradient.params)
+    return supernet.TrainableParams(
+        paths.map_leaves(trainable.params, lambda path, w: sgd(path, w, flat[path])),
+        adam(trainable.weight_step_sizes, gradient.weight_step_sizes),
+        adam(trainable.act_step_sizes, gradient.act_step_sizes),
     )
 
 
@@ -312,27 +312,27 @@ def test_a_step_follows_one_gradient_of_the_summed_loss(history, variables, batc
         made = rfquant.make(MODEL, TABLE, options, RUN)
     state = made.init(variables, batch["image"])
     key, pairs = two_bits_twice(state.mask, options.random_subnets)
-    step = 20  # of 30: the quantisation-error loss has weight
+    step = 20  # of 30: the quantization-error loss has weight
     variables = jax.tree.map(jnp.copy, state.variables)
     after, _ = made.train_step(state._replace(step=jnp.array(step, jnp.int32)), batch, key)
 
     @jax.jit
-    def reference(learned):
+    def reference(trainable):
         gradient, stats = jax.grad(
             lambda p: summed_loss(p, variables, batch, pairs, options, step), has_aux=True
-        )(learned)
-        return first_update(learned, gradient, options), stats, gradient
+        )(trainable)
+        return first_update(trainable, gradient, options), stats, gradient
 
-    learned, stats, gradient = reference(variables.learned)
-    wanted, found = linen.flatten(learned.params), linen.flatten(after.variables.learned.params)
+    trainable, stats, gradient = reference(variables.trainable)
+    wanted, found = paths.flatten(trainable.params), paths.flatten(after.variables.trainable.params)
     for path, leaf in wanted.items():
         # float32 gradients summed in another order, times a rate of 0.05
         np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=2e-6, err_msg=path)
-    for name in ("weight_steps", "act_steps"):
-        pair = getattr(after.variables.learned, name), getattr(learned, name)
+    for name in ("weight_step_sizes", "act_step_sizes"):
+        pair = getattr(after.variables.trainable, name), getattr(trainable, name)
         np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-6)
-    for path, leaf in linen.flatten(stats).items():
-        found = linen.flatten(after.variables.batch_stats)[path]
+    for path, leaf in paths.flatten(stats).items():
+        found = paths.flatten(after.variables.batch_stats)[path]
         np.testing.assert_allclose(found, leaf, rtol=1e-5, atol=1e-6)
     if options.clip_value:
         largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient))
@@ -340,11 +340,13 @@ def test_a_step_follows_one_gradient_of_the_summed_loss(history, variables, batc
     else:
         average = jax.tree.map(
             lambda old, new: 0.75 * old + 0.25 * new,
-            variables.learned,
-            after.variables.learned,
+            variables.trainable,
+            after.variables.trainable,
         )
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.average.learned, average
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+            after.average.trainable,
+            average,
         )
 
 
@@ -417,7 +419,7 @@ def test_training_with_an_element_switched_off(variables, batch, change, gone):
     assert gone not in metrics
 
 
-def test_with_all_elements_off_a_step_is_plain_quantised_training(variables, batch):
+def test_with_all_elements_off_a_step_is_plain_quantized_training(variables, batch):
     options = Options(
         random_subnets=0,
         clip_value=0.0,
@@ -438,24 +440,24 @@ def test_with_all_elements_off_a_step_is_plain_quantised_training(variables, bat
     before = snapshot(state)
     after, metrics = made.train_step(state, batch, KEY)
     start = jax.tree.map(jnp.array, before.variables)
-    table = TABLE.with_norm_rows("shared")
+    table = TABLE.with_bn_banks("shared")
 
     @jax.jit
     def gradient(params):
         def loss(params):
-            learned = start.learned._replace(params=params)
-            selected = supernet.select(table, start._replace(learned=learned), config(4, 4))
+            trainable = start.trainable._replace(params=params)
+            selected = supernet.select(table, start._replace(trainable=trainable), config(4, 4))
             out = supernet.apply(MODEL, table, selected, batch["image"], train=True)
             return cross_entropy(out.logits, batch["label"], 0.0)
 
         return jax.value_and_grad(loss)(params)
 
-    loss, wanted = gradient(start.learned.params)
+    loss, wanted = gradient(start.trainable.params)
     np.testing.assert_allclose(metrics["loss_max"], loss, rtol=1e-6)
     jax.tree.map(
         lambda new, old, g: np.testing.assert_allclose(new, old - 0.1 * g, atol=1e-6),
-        after.variables.learned.params,
-        start.learned.params,
+        after.variables.trainable.params,
+        start.trainable.params,
         wanted,
     )
 
