@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.fashion import Bench, append, cell, read
-from configs.csq import fashion_mnist
+from mpq_jax.configs.csq import fashion_mnist
 from mpq_jax.methods import METHODS
 from mpq_jax.reporting import plots
 from mpq_jax.supernet import costs

@@ -38,13 +38,13 @@ def own_options(method: str) -> dict[str, Any]:
     return {name: value for name, value in defaults.items() if name in names}
 
 
-def make_options(method: str, groups: Mapping[str, Mapping[str, Any]]) -> Any:
+def make_options(method: str, groups: Any) -> Any:
     """Makes the options of a method.
 
     Args:
         method: a key of `METHODS`.
-        groups: values of options by method, at least those of this one and, of a variant, of the
-            method whose options it takes over.
+        groups: mapping of methods to values of their options, such as a config; at least those of
+            this one and, for a variant, of the method whose options it takes over.
 
     Raises:
         ValueError: a value means nothing.

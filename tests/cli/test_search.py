@@ -15,7 +15,7 @@ from helpers.programs import (
     run_all,
 )
 
-from configs import digits
+from mpq_jax.configs import digits
 from mpq_jax.supernet import costs
 
 
