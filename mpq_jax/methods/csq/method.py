@@ -310,7 +310,7 @@ def _thawed(updates: CsqParams, state: TrainState) -> CsqParams:
 def _kept_positive(trainable: CsqParams) -> CsqParams:
     """Returns what was learned with positive scales and step sizes."""
     planes = {
-        name: one._replace(scale=jnp.maximum(one.scale, bit_planes.SMALLEST_SCALE))
+        name: one._replace(scale=jnp.maximum(one.scale, bit_planes.MIN_SCALE))
         for name, one in trainable.by_layer.items()
     }
     around = clip_step_sizes(trainable.around, least=LEAST_STEP)
