@@ -13,7 +13,7 @@ from configs import default
 from configs.csq import digits as csq_digits
 from mpq_jax.data import DATASETS, Reading
 from mpq_jax.methods import METHODS
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.csq.options import SharedOptions
 from mpq_jax.methods.csq.phases import make_phases
 from mpq_jax.models import make_model
@@ -71,7 +71,7 @@ def a_model(config):
 
 def a_run(config):
     """The run of a config, as if its data were a single batch."""
-    return Run(config.epochs, 1, prepare=lambda batch, key: batch["image"])
+    return TrainingInfo(config.epochs, 1, prepare=lambda batch, key: batch["image"])
 
 
 def table_of(config):
@@ -205,7 +205,10 @@ def test_published_csq_fixes_scheme_and_bits_when_it_says(file):
     config = get_config(file)
     options = METHODS["csq"].options(**config.csq)
     phases = make_phases(
-        a_run(config), freeze_scheme=options.freeze_scheme, binarize=options.binarize, rewind=options.rewind
+        a_run(config),
+        freeze_scheme=options.freeze_scheme,
+        binarize=options.binarize,
+        rewind=options.rewind,
     )
     assert (phases.freeze_scheme, phases.binarize) == PUBLISHED_CSQ[file]
 

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import rfquant
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant import terms
 from mpq_jax.models.vit import attention
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.search.prefix_scoring import make_fast_score
 from mpq_jax.supernet import latency, supernet
 from mpq_jax.supernet.bits import BitConfig

@@ -1,14 +1,14 @@
 """Double Rounding: what its configs have in common.
 
-With C=configs/double_rounding/NAME.py and W=runs/NAME, a float model, the multi-precision network
+With C=double_rounding/NAME and W=runs/NAME, a float model, the multi-precision network
 that starts from it (and W/multi/integers.safetensors), the mixed-precision supernet that starts
 from that, and bits for each layer:
 
-    python train.py --config=$C:float --workdir=$W/float
-    python train.py --config=$C --workdir=$W/multi --config.init_from=$W/float
-    python -m mpq_jax.export inspect $W/multi/integers.safetensors
-    python train.py --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
-    python search.py --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
+    mpq train --config=$C:float --workdir=$W/float
+    mpq train --config=$C --workdir=$W/multi --config.init_from=$W/float
+    mpq inspect $W/multi/integers.safetensors
+    mpq train --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
+    mpq search --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
-"""Searches bits in a trained supernet: `python search.py --config=FILE --workdir=DIR`.
+"""`mpq search`: searches bits in a trained supernet.
 
-Reads the supernet that train.py left in the workdir, finds bits for every budget by inference on
+Reads the supernet that training left in the workdir, finds bits for every budget by inference on
 held-out training images, re-estimates norm statistics for what it found, and tests it beside
 uniform bits and the float model. Results are in DIR/search; report.html shows them all. Scores are
 kept as they are made: a search that is started again goes on.
@@ -23,12 +23,14 @@ import jax
 import numpy as np
 import rich.progress
 import rich.table
-from absl import app
 from jax.experimental import multihost_utils
 
 from mpq_jax import data
-from mpq_jax.cli import train
-from mpq_jax.export import norm_statistics
+from mpq_jax.cli import runs
+from mpq_jax.cli.command_line import Arguments, Command
+from mpq_jax.cli.console import make_console, print_compilations, print_corrupt, print_integers
+from mpq_jax.cli.runs import Run
+from mpq_jax.export import norm_statistics, run_results
 from mpq_jax.methods import METHODS
 from mpq_jax.parallel import distributed, mesh
 from mpq_jax.quantizers.base import Quantizer
@@ -44,7 +46,15 @@ from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.bn_recalibration import recalibrate
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.tasks import evaluation
-from mpq_jax.training import checkpoints, metrics
+from mpq_jax.training import checkpoints, config_record, initial_state, metrics
+from mpq_jax.training.config_record import Config
+from mpq_jax.training.experiment import (
+    Experiment,
+    abstract_state,
+    build,
+    eval_batches,
+    whole_variables,
+)
 
 # Units of each budget kind, the largest first; the first that the cost of a model reaches is used.
 COST_UNITS = {
@@ -63,8 +73,7 @@ OPTIONS = {  # what each strategy takes from config.search
     "ilp": ("solutions",),
     "hybrid": ("solutions", "rounds", "proposals", "tenure"),
 }
-console = train.console
-Config = train.Config
+console = make_console()
 
 
 @contextlib.contextmanager
@@ -97,7 +106,7 @@ def check_words(config: Config) -> None:
 
 
 def read_supernet(
-    setup: train.Experiment, config: Config, workdir: pathlib.Path
+    setup: Experiment, config: Config, workdir: pathlib.Path
 ) -> tuple[int, supernet.SupernetState]:
     """Returns the step of the newest checkpoint of the workdir, and its supernet."""
     if setup.method.quantizer is None:
@@ -108,17 +117,16 @@ def read_supernet(
         )
     directory = workdir / "checkpoints"
     if not directory.exists():
-        raise ValueError(f"{workdir} holds no training run; run train.py with the same flags first")
+        raise ValueError(
+            f"{workdir} holds no training run; run mpq train with the same flags first"
+        )
     # The float run is only read for comparison here; it may have moved since.
-    train.check_same_run(config, workdir, free_keys=(*train.FREE_KEYS, "init_from"))
-    manager = checkpoints.open_manager(
-        directory, keep_last=config.keep_last, keep_best=config.keep_best
-    )
-    restored = checkpoints.restore_latest(manager, train.abstract_state(setup))
-    manager.close()
+    config_record.check_same_run(config, workdir, free_keys=("init_from",))
+    with checkpoints.open_manager(directory) as manager:
+        restored = checkpoints.restore_latest(manager, abstract_state(setup))
     if restored is None:
-        raise ValueError(f"{directory} is empty; run train.py with the same flags first")
-    variables = train.whole_variables(setup, restored[1])
+        raise ValueError(f"{directory} is empty; run mpq train with the same flags first")
+    variables = whole_variables(setup, restored[1])
     if restored[0] < setup.run.steps:
         console.print(f"note: the run is at step {restored[0]} of {setup.run.steps}")
     return restored[0], variables
@@ -142,7 +150,7 @@ class Bill(NamedTuple):
     of: Callable[[BitConfig], float]
 
 
-def make_bill(setup: train.Experiment, config: Config, kind: str) -> Bill:
+def make_bill(setup: Experiment, config: Config, kind: str) -> Bill:
     """Returns how one kind of budget is counted for this model."""
     table = setup.table
     if kind == "latency":
@@ -157,7 +165,7 @@ def make_bill(setup: train.Experiment, config: Config, kind: str) -> Bill:
     return Bill(kind, cost, unit, label, functools.partial(costs.total, table, cost))
 
 
-def make_bills(setup: train.Experiment, config: Config) -> dict[str, Bill]:
+def make_bills(setup: Experiment, config: Config) -> dict[str, Bill]:
     """Returns how each kind of budget is counted, as far as that is known or asked for."""
     asked = {config.search.budget, *(kind for kind, most in config.search.limits.items() if most)}
     return {
@@ -181,7 +189,7 @@ def within(table: LayerTable, limits: tuple[Limit, ...], bits: BitConfig) -> boo
     return all(costs.total(table, limit.cost, bits) <= limit.limit for limit in limits)
 
 
-def budget_list(setup: train.Experiment, config: Config, bill: Bill) -> dict[str, float]:
+def budget_list(setup: Experiment, config: Config, bill: Bill) -> dict[str, float]:
     """Returns what each budget allows, by its name."""
     unknown = sorted(set(config.search.levels) - set(setup.table.bank_bits))
     if unknown:
@@ -211,7 +219,7 @@ def budget_list(setup: train.Experiment, config: Config, bill: Bill) -> dict[str
     return found
 
 
-def reach(setup: train.Experiment, bill: Bill) -> tuple[float, float]:
+def reach(setup: Experiment, bill: Bill) -> tuple[float, float]:
     """Returns the smallest and the largest cost of any configuration."""
     pairs = costs.allowed_pairs(setup.table) & np.isfinite(bill.cost)
     return ilp.reachable(setup.table, Limit(bill.kind, bill.cost, np.inf), pairs)
@@ -231,11 +239,11 @@ def make_budgets(
     ]
 
 
-def make_scorer(setup: train.Experiment, config: Config, variables) -> Score:
+def make_scorer(setup: Experiment, config: Config, variables) -> Score:
     """Returns the score of configurations on held-out images that a key draws."""
     images = make_images(setup, config)
     recalibrated = config.search.norms == "recalibrated"
-    assert setup.run.images is not None  # train.build gives it
+    assert setup.run.images is not None  # build gives it
     score = prefix_scoring.make_fast_score(
         setup.model,
         setup.table,
@@ -250,7 +258,7 @@ def make_scorer(setup: train.Experiment, config: Config, variables) -> Score:
     return lambda configs, key: score(configs, *images(key))
 
 
-def make_images(setup: train.Experiment, config: Config) -> Callable[[Any], tuple[Any, Any]]:
+def make_images(setup: Experiment, config: Config) -> Callable[[Any], tuple[Any, Any]]:
     """Returns `images(key)`: a batch of normalized held-out images, and labels."""
     heldout = data.whole_split(setup.dataset, "heldout")
     images, labels = heldout["image"], heldout["label"]
@@ -273,9 +281,7 @@ def make_images(setup: train.Experiment, config: Config) -> Callable[[Any], tupl
     return lambda key: drawn(words_of(key))
 
 
-def open_history(
-    setup: train.Experiment, config: Config, workdir: pathlib.Path, variables
-) -> History:
+def open_history(setup: Experiment, config: Config, workdir: pathlib.Path, variables) -> History:
     """Opens the file of scores of this supernet, these images and this metric."""
     fingerprint = 0
     for leaf in jax.tree.leaves(variables):
@@ -296,7 +302,7 @@ def open_history(
 
 
 def make_find(
-    setup: train.Experiment, config: Config, variables, bill: Bill, score: Score, path: list[Step]
+    setup: Experiment, config: Config, variables, bill: Bill, score: Score, path: list[Step]
 ) -> Callable[[list[Budget]], list[Found]]:
     """Returns `find(budgets)`: the configured strategy, which shows what it is doing."""
     table, key = setup.table, jax.random.key(config.seed)
@@ -327,7 +333,7 @@ def make_find(
     return find
 
 
-def hessian_objective(setup: train.Experiment, config: Config, variables) -> np.ndarray:
+def hessian_objective(setup: Experiment, config: Config, variables) -> np.ndarray:
     """Returns the objective that config.search.objective makes of Hessian traces."""
     table = setup.table
     free = [len(layer.act_candidates) > 1 for layer in table.layers]
@@ -350,7 +356,7 @@ def largest_step(cost: np.ndarray) -> float:
     return max(float(np.diff(row).max(initial=0.0)) for row in by_layer)
 
 
-def layer_traces(setup: train.Experiment, config: Config, variables) -> np.ndarray:
+def layer_traces(setup: Experiment, config: Config, variables) -> np.ndarray:
     """Returns the Hessian trace of each layer of the float model inside a supernet."""
     plain = supernet.plain(setup.table, variables, setup.table.max_config)
     count = max(1, config.search.trace_images // config.batch_size)
@@ -376,29 +382,29 @@ def layer_traces(setup: train.Experiment, config: Config, variables) -> np.ndarr
     return np.asarray(traces.mean)
 
 
-def quantizer_of(setup: train.Experiment) -> Quantizer:
+def quantizer_of(setup: Experiment) -> Quantizer:
     """Returns the quantizer of the method, which has one if it has bits."""
     assert setup.method.quantizer is not None
     return setup.method.quantizer
 
 
-def test_float(config: Config, setup: train.Experiment) -> float | None:
+def test_float(config: Config, setup: Experiment) -> float | None:
     """Returns the test accuracy of the float model that the supernet started from, if known."""
     family = METHODS["plain"]
     plain = family.make(setup.model, setup.table, family.options(**config.plain), setup.run)
-    if not config.init_from or config.new_head or setup.method.read is not plain.read:
+    if not config.init_from or config.reinit_head or setup.method.read is not plain.read:
         return None
-    variables = train.starting_variables(setup, plain, config)
+    variables, _ = initial_state.load_start(setup, plain, config)
     evaluate = evaluation.make_evaluate(plain.predict, setup.normalize)
-    return evaluate(variables, None, train.eval_batches(setup, "test")).accuracy
+    return evaluate(variables, None, eval_batches(setup, "test")).accuracy
 
 
-def make_ready(setup: train.Experiment, variables) -> Callable[[BitConfig], Any]:
+def make_ready(setup: Experiment, variables) -> Callable[[BitConfig], Any]:
     """Returns `ready(bits)`: the supernet with its norms re-estimated for a configuration, once.
 
     What is kept for each configuration are its statistics; the rest is the supernet's own.
     """
-    assert setup.run.images is not None  # train.build gives it
+    assert setup.run.images is not None  # build gives it
     images = setup.run.images()
     done: dict[bytes, Any] = {}
 
@@ -419,7 +425,7 @@ def words_of_bits(bits: BitConfig) -> bytes:
 
 
 def make_measure(
-    setup: train.Experiment, ready: Callable[[BitConfig], Any]
+    setup: Experiment, ready: Callable[[BitConfig], Any]
 ) -> Callable[[BitConfig, str], evaluation.Score]:
     """Returns `measure(bits, split)`: accuracy and loss as the configuration will be used."""
     evaluate = evaluation.make_evaluate(setup.method.predict, setup.normalize)
@@ -428,7 +434,7 @@ def make_measure(
     def measure(bits: BitConfig, split: str) -> evaluation.Score:
         choice = words_of_bits(bits), split
         if choice not in done:
-            done[choice] = evaluate(ready(bits), bits, train.eval_batches(setup, split))
+            done[choice] = evaluate(ready(bits), bits, eval_batches(setup, split))
         return done[choice]
 
     return measure
@@ -455,7 +461,7 @@ def choose_finalists(
 
 
 def within_tolerance(
-    setup: train.Experiment,
+    setup: Experiment,
     config: Config,
     bill: Bill,
     limits: tuple[Limit, ...],
@@ -586,16 +592,22 @@ def print_results(content: html.Content) -> None:
     console.print(shown)
 
 
+def main(arguments: Arguments) -> None:
+    """Runs the command."""
+    search(runs.start(arguments))
+
+
 @distributed.abort_together()
-def main(argv: list[str]) -> None:
+def search(run: Run) -> None:
     """Searches, evaluates, writes and prints."""
-    config, workdir = train.start(argv)
+    config, workdir = run.config, run.workdir
+    console.quiet = run.console.quiet
     path: list[Step] = []
     timings: dict[str, float] = {}
     with metrics.CompileCounter() as counter:
         try:
             check_words(config)
-            setup = train.build(config)
+            setup = build(config)
             if config.search.tied:
                 setup = setup._replace(table=tied_layers.tie_acts_to_weights(setup.table))
             space = Space(setup.table, setup.table.candidates, setup.table.mask)
@@ -649,12 +661,14 @@ def main(argv: list[str]) -> None:
             name: norm_statistics.of(setup.table, mesh.to_host(ready(bits)), bits)
             for name, bits in (uniform | found).items()
         }
-        train.write_norms(workdir / "search" / "norms.safetensors", setup.table, tested)
+        run_results.write_norms(workdir / "search" / "norms.safetensors", setup.table, tested)
         for name, bits in found.items():
             file = workdir / "search" / f"integers_{file_name(name)}.safetensors"
-            train.write_integers(
+            sizes = run_results.write_integers(
                 setup, config, file, setup.table, ready(bits), setup.method.quantizer
             )
+            if sizes:
+                print_integers(console, file, sizes, setup.table)
         rises = None
         if config.search.sensitivity:
             with timed(timings, "sensitivity"):
@@ -682,11 +696,18 @@ def main(argv: list[str]) -> None:
         write_results(workdir / "search", content, path, found)
     print_results(content)
     console.print(f"bits, tables, plots and report.html are in {workdir / 'search'}")
-    train.print_corrupt(setup.dataset)
-    train.print_compilations(counter)
+    print_corrupt(console, setup.dataset)
+    print_compilations(console, counter)
 
 
-def run() -> None:
-    """Defines the flags of searching, parses them and searches."""
-    train.define_flags()
-    app.run(main, flags_parser=train.parse_flags)
+COMMAND = Command(
+    summary="Searches the bits of every layer of a trained supernet, by inference alone.",
+    example="""
+        mpq search --config=digits --workdir=runs/digits/supernet
+    """,
+    define=runs.define_flags,
+    run=main,
+    user_errors=(),  # `search` itself says what the user can mend
+    required=runs.REQUIRED,
+    takes_config=True,
+)

@@ -3,8 +3,6 @@
 from typing import Any
 
 import numpy as np
-import sklearn.datasets
-import sklearn.model_selection
 
 from mpq_jax.data import memory
 from mpq_jax.data.batches import BatchPlan, Dataset
@@ -23,6 +21,9 @@ def load(plan: BatchPlan) -> Dataset:
         Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
         Repository, 1998, https://doi.org/10.24432/C50P49.
     """
+    import sklearn.datasets  # takes a second
+    import sklearn.model_selection
+
     stored: Any = sklearn.datasets.load_digits()
     images = np.round(stored["images"] * (255 / MAX_VALUE)).astype(np.uint8)[..., None]
     labels = stored["target"].astype(np.int32)

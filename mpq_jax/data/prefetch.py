@@ -10,8 +10,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
-import grain
 import numpy as np
 
 from mpq_jax.data.batches import Batch, MakeBatch
@@ -49,6 +49,8 @@ def by_processes(
     Raises:
         RuntimeError: absl's flags, which Grain reads, have not been parsed.
     """
+    import grain
+
     threads = -(-num_threads // workers)
     options = grain.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=AHEAD_PER_WORKER
@@ -74,7 +76,10 @@ def by_processes(
         batches.close()
 
 
-def _in_threads(make_batch: MakeBatch, steps: range, *, num_threads: int) -> grain.IterDataset:
+def _in_threads(make_batch: MakeBatch, steps: range, *, num_threads: int) -> Any:
+    """Makes a `grain.IterDataset` that reads ahead by threads."""
+    import grain  # takes a second
+
     batches = grain.MapDataset.range(steps.start, steps.stop).map(make_batch)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
     return batches.to_iter_dataset(options)

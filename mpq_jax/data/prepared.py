@@ -4,10 +4,8 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core import file_adapters, read_only_builder
-from tensorflow_datasets.core.utils import file_utils
 
+from mpq_jax import extras
 from mpq_jax.data import crops
 from mpq_jax.data.streaming import EncodedImages
 
@@ -40,6 +38,8 @@ def open_stored(
         data_dir: folder of prepared datasets; None or "" for TFDS's own.
         test_split: TFDS name of the test split.
     """
+    with extras.needs("data", f"reading the TFDS dataset {dataset!r}"):
+        import tensorflow_datasets as tfds
     builder = _find_prepared(dataset, data_dir=data_dir)
     features: Any = builder.info.features
     keys: Any = builder.info.supervised_keys or ("image", "label")
@@ -63,9 +63,12 @@ def open_stored(
     return Stored(dataset, train, test, (height, width, channels), label.num_classes)
 
 
-def _find_prepared(
-    dataset: str, *, data_dir: str | os.PathLike[str] | None
-) -> tfds.core.DatasetBuilder:
+def _find_prepared(dataset: str, *, data_dir: str | os.PathLike[str] | None) -> Any:
+    """Returns the `tfds.core.DatasetBuilder` of a dataset that can be read in random order."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import file_adapters, read_only_builder
+    from tensorflow_datasets.core.utils import file_utils
+
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     searched = [os.fspath(path) for path in file_utils.list_data_dirs(given_data_dir=data_dir)]
     prepare = f"pip install tensorflow; tfds build {dataset} --file_format=array_record"
@@ -85,9 +88,10 @@ def _find_prepared(
     return builder
 
 
-def _open_split(
-    builder: tfds.core.DatasetBuilder, split: str, *, keys: tuple[str, str]
-) -> EncodedImages:
+def _open_split(builder: Any, split: str, *, keys: tuple[str, str]) -> EncodedImages:
+    """Opens one split of a `tfds.core.DatasetBuilder`."""
+    import tensorflow_datasets as tfds
+
     if split not in builder.info.splits:
         raise ValueError(
             f"{builder.info.name} has no split {split!r}; it has {sorted(builder.info.splits)} "

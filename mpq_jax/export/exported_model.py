@@ -29,7 +29,7 @@ from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.bn_recalibration import recalibrate
 from mpq_jax.supernet.layer_table import FLOAT_BITS, MAX_BITS, LayerTable
-from mpq_jax.training import checkpoints, experiment
+from mpq_jax.training import checkpoints, config_record, experiment
 
 UNIFORM = "uniform:"  # `uniform:4`, in place of a bit file: these bits in every layer with a choice
 FOUND = "found by training"  # what the provenance calls bits that nobody gave
@@ -95,8 +95,9 @@ def load(
     bits: str | os.PathLike[str] | BitConfig | None = None,
     *,
     dataset: Mapping[str, Any] | None = None,
+    model: str | None = None,
 ) -> Deployed:
-    """Reads a finished run of train.py, at one configuration.
+    """Reads a finished training run, at one configuration.
 
     Norm statistics are those with which the accuracy of this configuration was printed: by the
     search where it tested it, else those of training where training evaluated it (each precision
@@ -107,15 +108,17 @@ def load(
         bits: a bit file or its text, or "uniform:N", or a configuration; None: the run found its
             bits itself.
         dataset: options of the run's dataset that are other ones now, such as its `path`.
+        model: new place of a user's own model, `FILE.py:Class`; None: that of training.
 
     Raises:
         FileNotFoundError: there is no such run or no such file.
         ValueError: the run is not finished or has no bits, or they do not fit its layers.
     """
     workdir = pathlib.Path(workdir)
-    config = read_config(workdir)
+    config = config_record.read(workdir)
     try:
-        config["data"].get(config["data"]["name"], {}).update(dataset or {})
+        config["data"][config["data"]["name"]].update(dataset or {})
+        config["model"]["name"] = model or config["model"]["name"]
         setup = experiment.build(config | ALONE)
     except KeyError as error:
         raise ValueError(
@@ -139,7 +142,7 @@ def load(
         "jax": jax.__version__,
         "method": config["method"],
         "model": {name: config["model"][name] for name in ("name", "options", "dtype")},
-        "config": experiment.to_record(config),
+        "config": config_record.to_record(config),
         "step": step,
     }
     return Deployed(
@@ -154,22 +157,6 @@ def load(
         std=tuple(float(value) for value in setup.dataset.std),
         provenance=provenance | more,
     )
-
-
-def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns the config of the run in a workdir."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{workdir} holds no run: there is no {path.name} in it; pass the --workdir of train.py"
-        )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:  # of the text's encoding, or of JSON
-        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no config of a run of train.py")
-    return config
 
 
 def _finished_state(setup: experiment.Experiment, workdir: pathlib.Path) -> tuple[int, Any]:

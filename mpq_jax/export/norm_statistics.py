@@ -5,7 +5,6 @@ that of these numbers. So they are kept: what is exported later is the network t
 """
 
 import pathlib
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from mpq_jax.export import safetensors_file
 from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.fingerprint import fingerprint
 from mpq_jax.supernet.layer_table import LayerTable
 
 FORMAT = "mpq_jax.norms"
@@ -95,11 +95,3 @@ def with_statistics(
     return variables._replace(
         batch_stats=supernet.scatter_batch_stats(table, variables.batch_stats, bits, placed)
     )
-
-
-def fingerprint(trainable: supernet.TrainableParams) -> int:
-    """Returns the CRC-32 of everything that was learned."""
-    found = 0
-    for leaf in jax.tree.leaves(trainable):
-        found = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), found)
-    return found

@@ -1,5 +1,9 @@
 """Training methods, each a record of pure functions; `METHODS` lists them."""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 from mpq_jax.methods import csq, double_rounding, float_training, rfquant
 from mpq_jax.methods.base import Method, MethodFamily
 
@@ -12,4 +16,41 @@ METHODS: dict[str, MethodFamily] = {
     "csq_uniform": csq.UNIFORM_FAMILY,
 }
 
-__all__ = ["METHODS", "Method", "MethodFamily"]
+__all__ = ["METHODS", "Method", "MethodFamily", "make_options", "own_options", "variants"]
+
+
+def variants(method: str) -> dict[str, str]:
+    """Returns the methods that are variants of a method, by the names that choose them."""
+    others = {name: family.variant for name, family in METHODS.items()}
+    return {
+        variant.name: name for name, variant in others.items() if variant and variant.of == method
+    }
+
+
+def own_options(method: str) -> dict[str, Any]:
+    """Returns the defaults of a method's options, without those it takes over from another."""
+    family = METHODS[method]
+    taken: Mapping[str, Any] = {}
+    if family.variant:
+        taken = family.variant.derive(METHODS[family.variant.of].options())
+    names = {field.name for field in dataclasses.fields(family.options)} - set(taken)
+    defaults = dataclasses.asdict(family.options(**taken))
+    return {name: value for name, value in defaults.items() if name in names}
+
+
+def make_options(method: str, groups: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Makes the options of a method.
+
+    Args:
+        method: a key of `METHODS`.
+        groups: values of options by method, at least those of this one and, of a variant, of the
+            method whose options it takes over.
+
+    Raises:
+        ValueError: a value means nothing.
+    """
+    family, own = METHODS[method], dict(groups.get(method, {}))
+    if family.variant is None:
+        return family.options(**own)
+    base = make_options(family.variant.of, groups)
+    return family.options(**(family.variant.derive(base) | own))

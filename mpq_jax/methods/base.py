@@ -103,6 +103,21 @@ class MakeMethod(Protocol):
         ...
 
 
+class Variant(NamedTuple):
+    """A method's place as a variant of another one, whose options it takes over.
+
+    Attributes:
+        of: name of the other method.
+        name: name that chooses the variant, as in `--config=digits:NAME`.
+        derive: `options of the other method -> values of this method's options`; the options that
+            it leaves out are this method's own.
+    """
+
+    of: str
+    name: str
+    derive: Callable[[Any], dict[str, Any]]
+
+
 class MethodFamily(NamedTuple):
     """A method before its model is known.
 
@@ -112,9 +127,11 @@ class MethodFamily(NamedTuple):
         warm_starts_from: name of the method whose network it may start from, besides a float
             model.
         must_match: options that must equal those of that method's run.
+        variant: the method that it is a variant of; None: it stands alone.
     """
 
     options: type
     make: MakeMethod
     warm_starts_from: str | None = None
     must_match: tuple[str, ...] = ()
+    variant: Variant | None = None

@@ -5,10 +5,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
+from mpq_jax import extras
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 
@@ -36,8 +35,17 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def _save(figure: Figure, path: pathlib.Path) -> None:
+def _figure(width: float, height: float) -> Any:
+    """Makes a `matplotlib.figure.Figure` of a size in inches."""
+    with extras.needs("report", "drawing a plot"):
+        from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
     """Writes a figure in the format of the path's ending; equal figures give equal SVG."""
+    import matplotlib
+
     with matplotlib.rc_context({"svg.hashsalt": "mpq_jax"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -50,7 +58,7 @@ def plot_frontier(rows: list[Row], *, cost_label: str, path: pathlib.Path) -> No
         cost_label: axis label with its unit.
         path: file to write; the ending decides the format.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = _figure(7, 4.5)
     axes = figure.subplots()
     for group, style in STYLES.items():
         points = sorted(
@@ -105,7 +113,7 @@ def plot_bits(table: LayerTable, configs: dict[str, BitConfig], *, path: pathlib
     positions = np.arange(len(table))
     max_bits = max(table.candidates)
     size = (max(6.0, 0.38 * len(table) + 1.5), 1.7 * len(configs) + 1.6)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _figure(*size)
     all_axes = figure.subplots(len(configs), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, bits) in zip(all_axes, configs.items(), strict=True):
         axes.bar(positions - 0.2, np.asarray(bits.weights), 0.4, color="#2e6f95", label="weights")
@@ -155,7 +163,7 @@ def plot_scheme(table: LayerTable, configs: dict[str, BitConfig], *, path: pathl
         configs: the bits by way of counting.
         path: file to write.
     """
-    figure = Figure(figsize=(max(6.0, 0.38 * len(table) + 1.5), 3.6), layout="constrained")
+    figure = _figure(max(6.0, 0.38 * len(table) + 1.5), 3.6)
     axes = figure.subplots()
     positions, width = np.arange(len(table)), 0.8 / len(configs)
     quantized = [not layer.float_weights for layer in table.layers]
@@ -187,7 +195,7 @@ def plot_growth(names: Sequence[str], entries: list[dict[str, Any]], *, path: pa
     grown = [name for name in names if summaries and f"planes/{name}" in summaries[0]]
     planes = np.array([[entry[f"planes/{name}"] for entry in summaries] for name in grown])
     epochs = np.arange(1, len(summaries) + 1)
-    figure = Figure(figsize=(7, 4.5 + 0.16 * len(grown)), layout="constrained")
+    figure = _figure(7, 4.5 + 0.16 * len(grown))
     heights = (2 + 0.16 * len(grown), 1.4, 1.4)
     layers, means, gates = figure.subplots(3, 1, sharex=True, height_ratios=heights)
     if summaries:

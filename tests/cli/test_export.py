@@ -13,7 +13,6 @@ import pytest
 from helpers.finished_runs import make_run
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax import data
 from mpq_jax.cli.export import main
 from mpq_jax.export import exported_model as networks

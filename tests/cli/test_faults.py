@@ -32,7 +32,7 @@ from helpers.programs import (
 from configs import digits
 from mpq_jax import data
 from mpq_jax.cli import train
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.parallel.mesh import make_mesh
 from mpq_jax.training import checkpoints
 
@@ -145,7 +145,9 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_state(tmp_path, t
     config: Any = digits.get_config()
     config.update(log_every=20, save_every=5)
     dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.2)
-    run = Run(epochs=2, steps_per_epoch=dataset.steps_per_epoch, prepare=lambda batch, key: batch)
+    run = TrainingInfo(
+        epochs=2, steps_per_epoch=dataset.steps_per_epoch, prepare=lambda batch, key: batch
+    )
     method: Any = types.SimpleNamespace(
         train_step=jax.jit(train_step), on_epoch=lambda state, epoch: (state, {})
     )

@@ -3,13 +3,12 @@
 import numpy as np
 from helpers.exported_models import deploy
 
-from mpq_jax.program import paths
 from mpq_jax.export import exported_model as networks
 from mpq_jax.export import program
 from mpq_jax.export.packed import bn_folding
 from mpq_jax.export.packed.integers import NORM_LEAVES, leaf_of
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 
 
 def fold(deployed):

@@ -21,9 +21,8 @@ from helpers.packed_networks import (
     trained_logits,
 )
 
-from mpq_jax.program import paths
 from mpq_jax.export.packed import integers
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet

@@ -100,7 +100,10 @@ CODES = np.zeros((3, 3, 8, 16), np.int8)
         ({"codes/more": CODES}, "codes/more"),
         ({"momentum": STEPS}, "momentum"),
         ({"weight_step_sizes": None}, "weight_step_sizes"),
-        ({"weight_step_sizes": STEPS[:4]}, r"'weight_step_sizes' of shape \(4, 5\); wanted \(5, 5\)"),
+        (
+            {"weight_step_sizes": STEPS[:4]},
+            r"'weight_step_sizes' of shape \(4, 5\); wanted \(5, 5\)",
+        ),
         ({"act_step_sizes": STEPS[:, :4]}, r"'act_step_sizes' of shape \(5, 4\); wanted \(5, 5\)"),
         ({"signed": np.zeros(4, bool)}, r"'signed' of shape \(4,\); wanted \(5,\)"),
         ({"norms/wide_norm": None}, "wide_norm"),

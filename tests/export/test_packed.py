@@ -15,12 +15,11 @@ from helpers.exported_models import deploy, some_images
 from helpers.finished_runs import make_run, some_digits
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.export import exported_model as networks
 from mpq_jax.export import program
 from mpq_jax.export.packed import bn_folding, format, numpy_reader
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import costs, supernet
 from mpq_jax.supernet.layer_table import LayerTable, bit_rules, trace_layers
@@ -74,7 +73,9 @@ def drawn_network(model, shape, bits_of, *, rows="shared", quantizer=lsq.QUANTIZ
         for layer, kernel in zip(table.layers, kernels, strict=True)
     ]
     weight_step_sizes = np.repeat(np.array(steps, np.float32)[:, None], len(table.candidates), 1)
-    trainable = supernet.TrainableParams(variables["params"], weight_step_sizes, np.full_like(weight_step_sizes, 0.1))
+    trainable = supernet.TrainableParams(
+        variables["params"], weight_step_sizes, np.full_like(weight_step_sizes, 0.1)
+    )
     made = supernet.SupernetState(
         jax.tree.map(jnp.asarray, trainable),
         variables.get("batch_stats", {}),

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import csq
 from mpq_jax.methods.base import Method, Run
 from mpq_jax.methods.csq import Options, UniformOptions
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
 from mpq_jax.training import metrics as recording

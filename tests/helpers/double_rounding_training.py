@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import double_rounding
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.double_rounding import MixedOptions, Options
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
 
 CHOICES = (4, 3, 2)  # with factors 1, 0.5 and 0.1

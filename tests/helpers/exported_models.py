@@ -4,9 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.export.exported_model import Deployed
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -52,7 +51,9 @@ def deploy(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTI
         max_bits = 2.0 ** (bits - 1)
         steps[0, :, place] = [3 * float(jnp.std(w)) / max_bits for w in kernels]
         steps[1, :, place] = REACH / max_bits / np.where(signed, 1, 2)
-    trainable = supernet.TrainableParams(variables["params"], jnp.array(steps[0]), jnp.array(steps[1]))
+    trainable = supernet.TrainableParams(
+        variables["params"], jnp.array(steps[0]), jnp.array(steps[1])
+    )
     stats = variables.get("batch_stats", {})
     net = supernet.SupernetState(trainable, stats, jnp.array(signed))
     bits = BitConfig(*(jnp.array(column, jnp.int32) for column in _decided(table)))

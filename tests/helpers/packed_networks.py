@@ -13,10 +13,9 @@ import pytest
 import safetensors.numpy
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.export import safetensors_file
 from mpq_jax.export.packed import integers
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import (

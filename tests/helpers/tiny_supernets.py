@@ -7,7 +7,6 @@ import numpy as np
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import (
     FIRST_LAST_FLOAT,

@@ -107,7 +107,9 @@ def test_it_is_the_step_of_float32_but_for_rounding(models):
     def moved(pair):
         before, after, *_ = pair
         change = jax.tree.map(
-            jnp.subtract, after.variables.trainable.act_step_sizes, before.variables.trainable.act_step_sizes
+            jnp.subtract,
+            after.variables.trainable.act_step_sizes,
+            before.variables.trainable.act_step_sizes,
         )
         return np.asarray(change)
 

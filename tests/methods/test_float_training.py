@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import METHODS, float_training
 from mpq_jax.methods.base import Run
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet.layer_table import trace_layers
 
 

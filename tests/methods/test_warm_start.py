@@ -188,7 +188,9 @@ def test_what_comes_out_of_a_real_checkpoint(tmp_path, wanted):
 def test_networks_of_another_number_of_bits_are_refused(wanted, candidates):
     saved = as_loaded(supernet_of(Net(), candidates, "weights"))
     table = table_of(Net(), (4, 3, 2), "transition")
-    with pytest.raises(ValueError, match="of other bits or bn_banks: these differ: weight_step_sizes"):
+    with pytest.raises(
+        ValueError, match="of other bits or bn_banks: these differ: weight_step_sizes"
+    ):
         supernet_or_float_variables(table, saved, wanted)
 
 

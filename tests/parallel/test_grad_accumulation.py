@@ -112,7 +112,9 @@ def test_micro_batches_are_the_same_images_on_any_number_of_devices():
     examples = jnp.arange(24)
     for count in (1, 2, 3):
         whole = [
-            np.asarray(grad_accumulation.micro_batch(BatchPartition(micro_batches=count), examples, i))
+            np.asarray(
+                grad_accumulation.micro_batch(BatchPartition(micro_batches=count), examples, i)
+            )
             for i in range(count)
         ]
         shares = [
@@ -127,7 +129,8 @@ def test_micro_batches_are_the_same_images_on_any_number_of_devices():
         np.testing.assert_array_equal(whole, shares)
         stacked = jnp.stack([jnp.asarray(part) for part in whole])
         np.testing.assert_array_equal(
-            grad_accumulation.merge_micro_batches(BatchPartition(micro_batches=count), stacked), np.arange(24)
+            grad_accumulation.merge_micro_batches(BatchPartition(micro_batches=count), stacked),
+            np.arange(24),
         )
 
 

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.program import paths
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 
 
 class Net(nn.Module):

@@ -9,9 +9,8 @@ import pytest
 from helpers.call_counts import tick, ticks_of
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.search import greedy, prefix_scoring
 from mpq_jax.search.prefix_scoring import make_fast_score, make_prefix_score, shared_work
 from mpq_jax.search.problem import Budget, Limit

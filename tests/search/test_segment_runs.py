@@ -11,7 +11,6 @@ from helpers.random_variables import drawn_variables
 from helpers.segmented_models import BATCH, MODELS, SHAPE, USERS, table_of
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
 from mpq_jax.search import segments
 from mpq_jax.search.segments import find_segments

@@ -17,7 +17,6 @@ from helpers.tiny_supernets import (
 )
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import (
@@ -117,7 +116,9 @@ def test_norms_per_precision_become_norms_per_pair_of_precisions(float_variables
             for own in range(3):
                 for previous in range(3):
                     np.testing.assert_array_equal(leaf[own, previous], source[path][own])
-    np.testing.assert_array_equal(made.trainable.weight_step_sizes, held.trainable.weight_step_sizes)
+    np.testing.assert_array_equal(
+        made.trainable.weight_step_sizes, held.trainable.weight_step_sizes
+    )
     np.testing.assert_array_equal(made.signed, held.signed)
     # The float model in it is the same before the rows are repeated and after.
     for bits in SEVERAL:

@@ -6,7 +6,6 @@ import pytest
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.bn_recalibration import recalibrate

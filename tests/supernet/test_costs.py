@@ -168,7 +168,9 @@ def test_bytes_of_activations_by_hand(small, resnet18):
     layers = {layer.name: layer.inputs for layer in resnet18.layers}
     assert resnet18.layers[0].inputs == 224 * 224 * 3
     reads = [
-        n for n, one in zip(layers, resnet18.layers, strict=True) if one.shares_input_with is not None
+        n
+        for n, one in zip(layers, resnet18.layers, strict=True)
+        if one.shares_input_with is not None
     ]
     assert any(layers[name] == 56 * 56 * 64 for name in reads)
     assert list(layers.values())[-1] == 512

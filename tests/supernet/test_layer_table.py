@@ -168,7 +168,9 @@ def test_tied_entries_have_the_bits_that_all_of_them_may_take():
     table = tied_table()
     bits = np.array(table.candidates)
     free = dataclasses.replace(table, tied_groups=())
-    np.testing.assert_array_equal(table.group_leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]])
+    np.testing.assert_array_equal(
+        table.group_leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]]
+    )
     np.testing.assert_array_equal(free.group_leaders.ravel(), np.arange(12))
     common = {(1, 0): [4, 2], (2, 1): [4, 2], (4, 0): [4, 2], (4, 1): [4, 2]}
     for index, kind in np.ndindex(6, 2):

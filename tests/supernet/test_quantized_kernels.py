@@ -15,7 +15,6 @@ from helpers.tiny_supernets import (
 )
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.quantizers import QUANTIZERS, lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig

@@ -8,9 +8,8 @@ import optax
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers

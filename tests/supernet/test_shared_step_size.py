@@ -18,7 +18,6 @@ from helpers.tiny_supernets import (
 )
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.quantizers import QUANTIZERS, double_rounding
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -77,8 +76,12 @@ def test_double_rounding_takes_the_step_size_of_the_highest_bits(float_ends, w, 
     steps = supernet.chosen_weight_steps(
         FLOAT_ENDS, float_ends.trainable, bits.weights, quantizer=quantizer
     )
-    np.testing.assert_array_equal(steps[CONV], float_ends.trainable.weight_step_sizes[CONV, max_bits])
-    np.testing.assert_array_equal(steps[DEPTHWISE], float_ends.trainable.weight_step_sizes[2, max_bits])
+    np.testing.assert_array_equal(
+        steps[CONV], float_ends.trainable.weight_step_sizes[CONV, max_bits]
+    )
+    np.testing.assert_array_equal(
+        steps[DEPTHWISE], float_ends.trainable.weight_step_sizes[2, max_bits]
+    )
 
 
 @pytest.mark.parametrize("name", ["double_rounding", "double_rounding_unshared", "lsq"])

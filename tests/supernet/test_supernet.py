@@ -22,7 +22,6 @@ from helpers.tiny_supernets import (
 )
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
@@ -68,7 +67,9 @@ def distinct(made):
         made.trainable.params, lambda path, x: disturb(x, 5) if "norm" in path else x
     )
     trainable = supernet.TrainableParams(
-        params, made.trainable.weight_step_sizes * steps[0], made.trainable.act_step_sizes * steps[1]
+        params,
+        made.trainable.weight_step_sizes * steps[0],
+        made.trainable.act_step_sizes * steps[1],
     )
     return made._replace(trainable=trainable, batch_stats=disturb(made.batch_stats, 6))
 
@@ -194,7 +195,9 @@ def test_a_rule_overrides_the_signedness(float_variables, signed):
     high = 2**3 - 1 if signed else 2**4 - 1
     _, inputs, _ = reference(float_variables, None, train=True)
     wanted = 2 * np.abs(inputs[CONV]).mean() / np.sqrt(high)
-    np.testing.assert_allclose(made.trainable.act_step_sizes[CONV, 1], wanted, rtol=1e-5)  # float32 sum
+    np.testing.assert_allclose(
+        made.trainable.act_step_sizes[CONV, 1], wanted, rtol=1e-5
+    )  # float32 sum
 
 
 def test_all_norm_rows_start_as_copies_of_the_float_norm(made, float_variables):
@@ -321,7 +324,10 @@ def test_evaluation_mode_keeps_statistics_and_training_mode_moves_them(distinct,
     jax.tree.map(np.testing.assert_array_equal, after, before)
     x = reference(distinct, bits, train=True)[1][CONV]
     kernel = supernet.select(TABLE, distinct, bits).params["block"]["conv"]["kernel"]
-    y = conv(quantize(x, np.asarray(distinct.trainable.act_step_sizes)[CONV, column(2)], 2, False), kernel)
+    y = conv(
+        quantize(x, np.asarray(distinct.trainable.act_step_sizes)[CONV, column(2)], 2, False),
+        kernel,
+    )
     moved = forward.call(distinct, bits, train=True).batch_stats["block"]["norm"]
     # momentum 0.99 is nn.BatchNorm's; its variance is a difference of float32 means
     for name, value in {"mean": y.mean((0, 1, 2)), "var": y.var((0, 1, 2))}.items():

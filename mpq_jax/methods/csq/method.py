@@ -1,6 +1,8 @@
 """CSQ: the scheme grows and the bits become binary by themselves, in one training run."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo, Variant
 from mpq_jax.methods.csq import budget as budgets
 from mpq_jax.methods.csq import network as networks
 from mpq_jax.methods.csq import phases as times
@@ -467,5 +469,14 @@ def _labels(trainable: CsqParams) -> Any:
     return CsqParams(TrainableParams(params, "steps", "acts"), paths.unflatten(planes))
 
 
+def derive_uniform(grown: Options) -> dict[str, Any]:
+    """Returns the options of the uniform baseline: the target, rounded up, in every layer."""
+    names = (field.name for field in dataclasses.fields(SharedOptions))
+    shared = {name: getattr(grown, name) for name in names}
+    return shared | {"planes": math.ceil(grown.target)}
+
+
 FAMILY = MethodFamily(options=Options, make=make)
-UNIFORM_FAMILY = MethodFamily(options=UniformOptions, make=make_uniform)
+UNIFORM_FAMILY = MethodFamily(
+    options=UniformOptions, make=make_uniform, variant=Variant("csq", "uniform", derive_uniform)
+)

@@ -1,5 +1,6 @@
 """HASB: a supernet of mixed precisions, sampled with an eye on the Hessian."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo, Variant
 from mpq_jax.methods.double_rounding import multi, roulette
 from mpq_jax.methods.double_rounding.learner import make_learner
-from mpq_jax.methods.double_rounding.options import MixedOptions
+from mpq_jax.methods.double_rounding.options import MixedOptions, Options
 from mpq_jax.methods.warm_start import supernet_or_float_variables
 from mpq_jax.program import linen
 from mpq_jax.supernet import sensitivity
@@ -192,9 +193,17 @@ def hessian_traces(
     )
 
 
+def derive_options(multi: Options) -> dict[str, Any]:
+    """Returns what the supernet takes over from the options of its multi-precision network."""
+    shared = dataclasses.asdict(multi)
+    del shared["bn_banks"]  # the supernet has more to choose from
+    return shared
+
+
 MIXED_FAMILY = MethodFamily(
     options=MixedOptions,
     make=make,
     warm_starts_from="double_rounding",
     must_match=("scales", "switch"),
+    variant=Variant("double_rounding", "mixed", derive_options),
 )

@@ -8,8 +8,7 @@ import math
 import pathlib
 from typing import Any
 
-import jinja2
-
+from mpq_jax import extras
 from mpq_jax.reporting.html import charts, layers, numbers, verdict
 from mpq_jax.reporting.html.content import Candidate, Content
 
@@ -24,6 +23,8 @@ def write_page(content: Content, path: pathlib.Path) -> None:
         ValueError: a candidate has no cost or no known group, or costs more than its limit.
     """
     content.check()
+    with extras.needs("report", "writing report.html"):
+        import jinja2
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,

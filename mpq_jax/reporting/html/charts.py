@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
+from mpq_jax import extras
 from mpq_jax.reporting.html.content import Candidate, Content
 from mpq_jax.reporting.html.numbers import minus, percent, quantity
 
@@ -47,6 +47,8 @@ class Scale(NamedTuple):
 
     def ticks(self, most: int) -> list[tuple[float, str]]:
         """Returns coordinates of round values, and the values as text."""
+        with extras.needs("report", "drawing a chart"):
+            from matplotlib.ticker import MaxNLocator
         locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10])
         values = [float(x) for x in locator.tick_values(self.low, self.high)]
         if self.logarithmic:

@@ -29,10 +29,9 @@ from helpers.csq_networks import (
     with_masks,
 )
 
-from mpq_jax.program import paths
 from mpq_jax.methods.csq import network
 from mpq_jax.methods.csq.network import Gates
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import bit_planes as quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers

@@ -27,7 +27,9 @@ def a_run(epochs, steps_per_epoch=7):
     ],
 )
 def test_phases_begin_with_whole_epochs(epochs, freeze_scheme, binarize, rewind, wanted):
-    found = phases.make_phases(a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind)
+    found = phases.make_phases(
+        a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind
+    )
     assert (found.freeze_scheme, found.binarize) == tuple(7 * epoch for epoch in wanted)
     assert (found.end, found.steps_per_epoch, found.rewind) == (7 * epochs, 7, rewind)
 
@@ -39,7 +41,9 @@ def test_phases_begin_with_whole_epochs(epochs, freeze_scheme, binarize, rewind,
 def test_no_phase_begins_after_the_run(freeze_scheme, binarize, rewind):
     """Rounding to epochs moves no phase out of the run, however short it is."""
     for epochs in range(2, 30):
-        found = phases.make_phases(a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind)
+        found = phases.make_phases(
+            a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind
+        )
         assert found.freeze_scheme + rewind <= found.binarize <= found.end, epochs
 
 

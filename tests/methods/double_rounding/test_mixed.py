@@ -25,10 +25,9 @@ from helpers.double_rounding_training import (
     snapshot,
 )
 
-from mpq_jax.program import paths
 from mpq_jax.methods import double_rounding
 from mpq_jax.methods.double_rounding import mixed, multi
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
 from mpq_jax.training import metrics as recording
 

@@ -31,11 +31,10 @@ from helpers.double_rounding_training import (
 )
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import double_rounding
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.double_rounding import Options, learner, multi
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
 from mpq_jax.training import metrics as recording

@@ -163,7 +163,10 @@ def test_instabilities_of_layers_without_a_common_bit_are_numbers():
     }
     steps = jnp.full((len(table), len(table.candidates)), 0.3)
     scores = freezing.instabilities(
-        table, supernet.TrainableParams(params, steps, steps), jnp.asarray(table.mask), options=Options()
+        table,
+        supernet.TrainableParams(params, steps, steps),
+        jnp.asarray(table.mask),
+        options=Options(),
     )
     assert np.all(np.isfinite(scores))
 

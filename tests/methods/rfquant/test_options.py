@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from helpers.rfquant_networks import RUN, TABLE, with_kernel
 
-from mpq_jax.program import paths
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant import method
 from mpq_jax.methods.rfquant.options import Options, published
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 
 

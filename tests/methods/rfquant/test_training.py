@@ -21,11 +21,10 @@ from helpers.rfquant_networks import (
     pulled_codes,
 )
 
-from mpq_jax.program import paths
 from mpq_jax.methods import rfquant
 from mpq_jax.methods.base import Run
 from mpq_jax.methods.rfquant.options import Options
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.layer_table import Rule, trace_layers
@@ -345,7 +344,9 @@ def test_a_step_follows_one_gradient_of_the_summed_loss(history, variables, batc
             after.variables.trainable,
         )
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.average.trainable, average
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+            after.average.trainable,
+            average,
         )
 
 
