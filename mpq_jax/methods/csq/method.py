@@ -395,9 +395,10 @@ def _warn_unreachable(
     if low - budgets.TOLERANCE <= budget.target <= high + budgets.TOLERANCE:
         return {}
     logging.warning(
-        "the budget of %g planes is out of reach of training: at temperature %.3g, the undecided "
-        "gates leave a mean of %.2f to %.2f; freezing the scheme will switch the other planes by "
-        "force. Raise budget_weight (now %g), mask_learning_rate or epochs, or lower mask_start",
+        "the budget of %g planes is out of reach of training: at temperature %.3g the gates that "
+        "are still undecided leave a mean of %.2f to %.2f; freezing the scheme will switch the "
+        "rest by force. Raise budget_weight (now %g), mask_learning_rate or epochs, or lower "
+        "mask_start",
         budget.target,
         now,
         low,
