@@ -1,6 +1,7 @@
 """Sub-commands with flags of their own: parsing, help, and errors of one sentence."""
 
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from mpq_jax.cli import config_files
 from mpq_jax.training.checkpoints import DamagedCheckpointError
 
 WIDTH = 100  # columns of a help text
+HELP_FLAGS = ("--help", "-help", "-h", "--helpfull")
 CONFIG_HELP = (
     "a config file, or the name of a shipped config, with a variant behind a colon if wanted: "
     "configs/digits.py, digits:float, my/config.py"
@@ -39,7 +41,7 @@ class Command(NamedTuple):
     """A sub-command.
 
     Attributes:
-        summary: one line for the list of commands.
+        summary: one sentence for the help.
         example: one call, to be shown in the help.
         define: `flag_values -> None`, defines the command's flags with absl.
         run: `arguments -> exit status`; None is success.
@@ -61,6 +63,25 @@ class Command(NamedTuple):
 
 class UsageError(Exception):
     """A command line that cannot be understood; the message says why."""
+
+
+def run(name: str, command: Command, argv: Sequence[str]) -> int:
+    """Runs a sub-command, or shows its help; returns the exit status.
+
+    Raises:
+        SystemExit: with "error: ..." for errors of the user.
+    """
+    if any(arg in HELP_FLAGS for arg in argv):
+        print(describe(name, command))
+        return 0
+    try:
+        arguments = parse(name, command, argv)
+    except (UsageError, *USER_ERRORS) as error:
+        sys.exit(f"error: {error}")
+    try:
+        return command.run(arguments) or 0
+    except command.user_errors as error:
+        sys.exit(f"error: {error}")
 
 
 def parse(name: str, command: Command, argv: Sequence[str]) -> Arguments:
@@ -132,11 +153,6 @@ def _define_config(values: flags.FlagValues, config: ConfigDict, argv: list[str]
         raise UsageError(str(error)) from error
 
 
-def wants_help(argv: Sequence[str]) -> bool:
-    """Whether a command line asks for help."""
-    return any(arg in ("--help", "-help", "-h", "--helpfull") for arg in argv)
-
-
 def describe(name: str, command: Command) -> str:
     """Writes the help of a command."""
     values = flags.FlagValues()
@@ -147,10 +163,10 @@ def describe(name: str, command: Command) -> str:
         rows = [("--config=CONFIG", CONFIG_HELP), ("--config.KEY=VALUE", change), *rows]
     form = " ".join(["mpq", name, *command.positional, "[--flag=value ...]"])
     example = textwrap.indent(inspect.cleandoc(command.example), "  ")
-    return "\n".join([f"{command.summary}\n\nusage: {form}\n{example}\n", *columns(rows)])
+    return "\n".join([f"{command.summary}\n\nusage: {form}\n{example}\n", *_columns(rows)])
 
 
-def columns(rows: Sequence[tuple[str, str]]) -> list[str]:
+def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Sets two columns, of which the second is broken into lines."""
     indent = max(len(first) for first, _ in rows) + 4
     return [

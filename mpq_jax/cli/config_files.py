@@ -14,7 +14,8 @@ from mpq_jax.training import config_record
 from mpq_jax.training.config_record import Config
 
 PACKAGE = "mpq_jax.configs"
-UNKNOWN_KEY = re.compile(r"[Kk]ey \"(\w+)\" does not exist")  # the words of ml_collections
+UNKNOWN_KEY = re.compile(r'[Kk]ey "(\w+)" does not exist')  # in the words of ml_collections
+SIMILAR_KEY = re.compile(r'Did you mean "(\w+)"')  # ditto
 
 
 def shipped() -> dict[str, pathlib.Path]:
@@ -56,7 +57,9 @@ def load(named: str) -> Config:
         key = UNKNOWN_KEY.search(str(error))
         if key is None:
             raise
-        reason = config_record.explain(key[1]) or _first_line(error)
+        meant = SIMILAR_KEY.search(str(error))
+        reason = f"perhaps {meant[1]!r} is meant" if meant else "configs/default.py lists all keys"
+        reason = config_record.explain(key[1]) or reason
         raise ValueError(f"{path} sets {key[1]!r}, which is no key: {reason}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -72,10 +75,6 @@ def _import(path: pathlib.Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _first_line(error: Exception) -> str:
-    return str(error.args[0]).partition("\n")[0]
 
 
 def check_keys(config: Config, paths: Sequence[str]) -> None:

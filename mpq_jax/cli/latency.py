@@ -6,7 +6,6 @@ import pathlib
 import statistics
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import rich.console
 import rich.table
 from absl import flags
@@ -14,6 +13,7 @@ from absl import flags
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import make_console
 from mpq_jax.models import MODELS, make_model, user_models
+from mpq_jax.program import linen
 from mpq_jax.supernet import latency
 from mpq_jax.supernet.latency import FLOAT, Pair, Timings
 from mpq_jax.supernet.layer_table import trace_layers
@@ -45,7 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
 class Request(NamedTuple):
     """A command line, checked."""
 
-    model: nn.Module
+    model: linen.Model
     input_shape: tuple[int, ...]
     pairs: tuple[Pair, ...]
     out: pathlib.Path
@@ -79,7 +79,7 @@ def _integers(flag: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"--{flag} is {text!r}; wanted integers like 8,4,2") from error
 
 
-def _make_model(given: Any, shape: tuple[int, ...]) -> nn.Module:
+def _make_model(given: Any, shape: tuple[int, ...]) -> linen.Model:
     """Makes the model, and traces it to be sure that it takes such inputs."""
     try:
         options = json.loads(given.options)
@@ -146,7 +146,7 @@ COMMAND = Command(
     summary="Measures the seconds of each layer at each pair of bits on this machine, as JSON.",
     example="""
         mpq latency --model=resnet20 --options='{"width": 8}' --input=32,32,3 --out=latency.json
-        mpq search ... --config.search.budget=latency --config.search.latency=latency.json
+        mpq search ... --config.search.cost=latency --config.search.latency=latency.json
     """,
     define=define_flags,
     run=main,

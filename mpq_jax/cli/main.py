@@ -1,27 +1,27 @@
 """The `mpq` command: finds the sub-command, and turns errors of the user into one line."""
 
 import faulthandler
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
 
 from absl import flags, logging
 
-from mpq_jax.cli import command_line, export, inspect, latency, search, train, verify
-from mpq_jax.cli.command_line import USER_ERRORS, Command, UsageError
-
-COMMANDS: dict[str, Command] = {
-    "train": train.COMMAND,
-    "search": search.COMMAND,
-    "export": export.COMMAND,
-    "verify": verify.COMMAND,
-    "inspect": inspect.COMMAND,
-    "latency": latency.COMMAND,
+COMMANDS = {  # each is a module of this folder, imported only when it is called
+    "train": "train a model, a supernet or a scheme of bits; started again, a run goes on",
+    "search": "search the bits of every layer of a trained supernet, by inference alone",
+    "export": "write a network of a finished run as a file: packed integers, ONNX or StableHLO",
+    "verify": "compare an exported file with the training-time model: accuracy, size, latency",
+    "inspect": "print what a file of integers holds, and its accuracy at every precision",
+    "latency": "measure the seconds of each layer at each pair of bits on this machine",
 }
 HELP = """\
 Mixed bit-width quantization: train once, search bits for every layer, export.
 
 usage: mpq COMMAND [--flag=value ...]; mpq COMMAND --help describes one
+
+{commands}
 """
 
 
@@ -33,26 +33,18 @@ def main(argv: Sequence[str]) -> int:
     """
     name, *rest = argv or ["--help"]
     if name in ("help", "--help", "-h"):
-        rows = [(one, command.summary) for one, command in COMMANDS.items()]
-        print("\n".join([HELP, *command_line.columns(rows)]))
+        rows = (f"  {one}".ljust(12) + summary for one, summary in COMMANDS.items())
+        print(HELP.format(commands="\n".join(rows)), end="")
         return 0
     if name == "--version":
         print(f"mpq_jax {importlib.metadata.version('mpq_jax')}")
         return 0
     if name not in COMMANDS:
         sys.exit(f"error: there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
-    command = COMMANDS[name]
-    if command_line.wants_help(rest):
-        print(command_line.describe(name, command))
-        return 0
-    try:
-        arguments = command_line.parse(name, command, rest)
-    except (UsageError, *USER_ERRORS) as error:
-        sys.exit(f"error: {error}")
-    try:
-        return command.run(arguments) or 0
-    except command.user_errors as error:
-        sys.exit(f"error: {error}")
+    from mpq_jax.cli import command_line
+
+    command = importlib.import_module(f"mpq_jax.cli.{name}").COMMAND
+    return command_line.run(name, command, rest)
 
 
 def run(command: str | None = None) -> None:

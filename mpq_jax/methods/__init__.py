@@ -38,13 +38,13 @@ def own_options(method: str) -> dict[str, Any]:
     return {name: value for name, value in defaults.items() if name in names}
 
 
-def make_options(method: str, groups: Mapping[str, Mapping[str, Any]]) -> Any:
+def make_options(method: str, groups: Any) -> Any:
     """Makes the options of a method.
 
     Args:
         method: a key of `METHODS`.
-        groups: option values by method; at least those of this method and, for a variant, of the
-            method from which it derives options.
+        groups: option values by method, such as a config; at least those of this method and, for a
+            variant, of the method from which it derives options.
 
     Raises:
         ValueError: a value is invalid.

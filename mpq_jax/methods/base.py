@@ -55,6 +55,20 @@ class LearnedScheme(NamedTuple):
     layouts: dict[str, str]
 
 
+class TrainingCurves(NamedTuple):
+    """Curves of a training run that learned bits.
+
+    Attributes:
+        layers: bits of each layer by epoch, by its path.
+        label: unit of these bits, such as "planes".
+        panels: further curves by epoch: {label of the axis: {label of the curve: values}}.
+    """
+
+    layers: dict[str, list[float]]
+    label: str
+    panels: dict[str, dict[str, list[float]]]
+
+
 class Method(NamedTuple):
     """The functions of one method, for one model and one run.
 
@@ -78,6 +92,7 @@ class Method(NamedTuple):
             from the checkpoint of another run; raises ValueError if they do not fit.
         summary: `state -> numbers` to log at the end of every epoch.
         scheme: `variables -> LearnedScheme` for methods that learn the bits; None for others.
+        curves: `logged metrics -> TrainingCurves` for methods that learn the bits; None for others.
     """
 
     table: LayerTable
@@ -91,6 +106,7 @@ class Method(NamedTuple):
     load_warm_start: Callable[[dict[str, Any], PyTree], PyTree]
     summary: Callable[[PyTree], dict[str, float]] = lambda state: {}
     scheme: Callable[[PyTree], LearnedScheme] | None = None
+    curves: Callable[[list[dict[str, Any]]], TrainingCurves] | None = None
 
 
 class MakeMethod(Protocol):

@@ -59,7 +59,7 @@ def grown_entries(epochs=3):
             {"step": 10 * epoch + 10, "loss": 0.5},
             {
                 "step": 10 * epoch + 10,
-                "heldout/hard": 0.75,
+                "validation/hard": 0.75,
                 "mean_planes_by_layer": float(PLANES[:, epoch].mean()),
                 "mean_planes_by_param": 7.0 - epoch,
                 "undecided_masks": 0.5 / (epoch + 1),

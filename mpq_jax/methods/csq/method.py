@@ -19,6 +19,7 @@ from mpq_jax.methods.csq import budget as budgets
 from mpq_jax.methods.csq import network as networks
 from mpq_jax.methods.csq import phases as times
 from mpq_jax.methods.csq.budget import Budget
+from mpq_jax.methods.csq.curves import training_curves
 from mpq_jax.methods.csq.network import CsqParams, CsqVariables, Gates, Network
 from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
 from mpq_jax.methods.csq.phases import Phases
@@ -216,6 +217,7 @@ def _method(plan: Plan) -> Method:
         load_warm_start=float_variables,
         summary=make_summary(plan),
         scheme=functools.partial(networks.learned_scheme, network),
+        curves=functools.partial(training_curves, network.table.names),
     )
 
 
