@@ -433,7 +433,7 @@ class Supernet:
         """
         configs = BitConfig(jnp.asarray(configs.weights), jnp.asarray(configs.acts))
         candidates = jnp.array(self.table.candidates, jnp.int32)
-        used = bn_banks.update_mask(self.table, configs)
+        used = bn_banks.used_rows(self.table, configs)
 
         def used_step_sizes(bits: Array, is_float: list[bool]) -> Bool[Array, "layers choices"]:
             chosen = jnp.any(bits[:, :, None] == candidates[None, None], axis=0)
