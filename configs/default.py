@@ -85,23 +85,23 @@ def get_config(variant: str = "") -> ConfigDict:
 def search_options() -> ConfigDict:
     """Returns the defaults of `mpq search`."""
     search = ConfigDict()
-    # greedy (as published), exchange, evolution, random, ilp, hybrid (ilp, then exchanges):
+    # greedy (as published), tabu, evolution, random, ilp, hybrid (ilp, then exchanges of bits):
     search.strategy = "hybrid"
-    search.budget = "bitops"  # bitops, bytes, act_bytes, mean_bits, latency
+    search.cost = "bitops"  # of budgets: bitops, bytes, act_bytes, mean_bits, latency
     search.levels = (4, 3)  # budgets: the cost of these uniform bits ...
     search.budgets = ()  # ... these numbers: bit operations per image, bytes, bits, s ...
-    search.frontier = 0  # ... and so many more between the smallest and the largest cost
-    search.tolerance = 0.0  # points that may be lost: finds the cheapest bits; 0: off
-    search.latency = ""  # JSON file of seconds by layer and bits, see `mpq latency`
+    search.pareto_points = 0  # ... and so many more between the smallest and the largest cost
+    search.max_accuracy_drop = 0.0  # points: the cheapest bits that lose no more; 0: off
     search.limits = ConfigDict()  # further limits on every budget, all at once; 0: none
     for kind in ("bitops", "bytes", "act_bytes", "mean_bits", "latency"):
         search.limits[kind] = 0.0
+    search.latency = ""  # JSON file of seconds by layer and bits, see `mpq latency`
     search.metric = "kl"  # error (as published), loss, kl (from the largest bits)
     search.norms = "batch"  # batch (as published), recalibrated (slow), stored
-    search.batch_size = 1024  # validation images that a configuration is scored on
+    search.score_images = 1024  # validation images that a configuration is scored on
     search.memory_mib = 2048  # of activations that configurations share
     search.tied = False  # weights and input of a layer get the same bits
-    search.sensitivity = True  # measure what each layer minds, for the report
+    search.sensitivity = True  # measure the sensitivity of every layer, for the report
     search.finalists = True  # keep uniform bits where they do better on validation images
     search.recalibration_images = 7168
     # of greedy:
@@ -112,15 +112,15 @@ def search_options() -> ConfigDict:
     search.solutions = 8  # the best ones by objective, of which the best scored is taken
     search.trace_probes = 16
     search.trace_images = 1024
-    # of exchange and hybrid:
+    # of tabu and hybrid:
     search.rounds = 4
     search.proposals = 8
-    search.tenure = 4
+    search.tabu_tenure = 4
     # of evolution and random:
     search.population = 50
     search.generations = 20
     search.samples = 1000
-    search.window = 0.05  # part of a budget that may be left unused
+    search.window = 0.05  # share of a budget that may stay unused
     return search
 
 
@@ -154,7 +154,7 @@ def shorten(config: ConfigDict) -> None:
     """Makes a run of seconds."""
     config.epochs = 1
     config.search.levels = config.search.levels[:1]
-    config.search.tolerance = 0.0
+    config.search.max_accuracy_drop = 0.0
     config.search.recalibration_images = config.batch_size
 
 

@@ -30,7 +30,7 @@ def get_config(variant: str = ""):
 
     config.search.levels = (4, 3)
     config.search.budgets = (5e6,)  # between uniform 2 and 3 bits
-    config.search.tolerance = 0.5
-    config.search.batch_size = 256
+    config.search.max_accuracy_drop = 0.5
+    config.search.score_images = 256
     config.search.recalibration_images = 1152
     return default.finish(config, variant)

@@ -43,7 +43,7 @@ def get_config(variant: str = ""):
     config.search.budgets = (33.9e9, 31.6e9, 22.8e9)
     config.search.strategy = "greedy"
     config.search.metric = "error"
-    config.search.batch_size = 256
+    config.search.score_images = 256
     config.search.finalists = False
     config.log_every = 100
     return default.finish(config, variant)

@@ -39,6 +39,6 @@ def get_config(variant: str = ""):
     config.rfquant.ema_decay = 0.99
 
     config.search.levels = (4, 3)
-    config.search.batch_size = 256
+    config.search.score_images = 256
     config.search.recalibration_images = 64  # there are no norm statistics
     return default.finish(config, variant)

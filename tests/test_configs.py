@@ -172,7 +172,7 @@ def test_the_network_is_traced_and_has_the_bits_that_are_searched(file):
     assert search.strategy in STRATEGIES
     assert search.objective in OBJECTIVES or search.objective == "measured"
     assert search.metric in METRICS and search.norms in NORMS
-    if search.budget == "mean_bits":
+    if search.cost == "mean_bits":
         budgets = (*search.levels, *search.budgets)
         assert budgets and min(table.precisions) < min(budgets)
         assert max(budgets) < max(table.precisions)

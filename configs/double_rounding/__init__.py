@@ -28,10 +28,10 @@ def use(config: ConfigDict, *, candidates: tuple[int, ...]) -> ConfigDict:
     config.search.strategy = "ilp"
     config.search.objective = "hawq"
     config.search.tied = True  # as they are trained
-    config.search.budget = "mean_bits"
+    config.search.cost = "mean_bits"
     config.search.levels = candidates[1:-1]
     config.search.budgets = ()
-    config.search.tolerance = 0.0
+    config.search.max_accuracy_drop = 0.0
     config.search.finalists = True
     return config
 

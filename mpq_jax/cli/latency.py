@@ -146,7 +146,7 @@ COMMAND = Command(
     summary="Measures the seconds of each layer at each pair of bits on this machine, as JSON.",
     example="""
         mpq latency --model=resnet20 --options='{"width": 8}' --input=32,32,3 --out=latency.json
-        mpq search ... --config.search.budget=latency --config.search.latency=latency.json
+        mpq search ... --config.search.cost=latency --config.search.latency=latency.json
     """,
     define=define_flags,
     run=main,

@@ -11,7 +11,7 @@ from mpq_jax.export.packed import integers
 from mpq_jax.methods.base import LearnedScheme
 from mpq_jax.models import user_models
 from mpq_jax.parallel import mesh
-from mpq_jax.reporting import plots
+from mpq_jax.reporting import plots, tables
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.supernet import Supernet
@@ -72,11 +72,14 @@ def write_scheme(experiment: Experiment, workdir: pathlib.Path, scheme: LearnedS
         for name, bits in scheme.bits.items():
             file = directory / f"bits_{name}.json"
             file.write_text(bit_configs.to_json(bits, table.names))
-        plots.write_scheme(table, scheme.bits, scheme.layouts, directory / "scheme.csv")
+        tables.write_layer_bits(table, scheme.bits, scheme.layouts, directory / "scheme.csv")
         if extras.is_installed("report"):
-            plots.plot_scheme(table, scheme.bits, path=directory / "scheme.png")
-            entries = metrics.read_metrics(workdir)
-            plots.plot_growth(table.names, entries, path=directory / "growth.png")
+            plots.plot_weight_bits(table, scheme.bits, path=directory / "scheme.png")
+            if experiment.method.curves is not None:
+                curves = experiment.method.curves(metrics.read_metrics(workdir))
+                plots.plot_bits_over_training(
+                    curves.layers, curves.panels, label=curves.label, path=directory / "growth.png"
+                )
     table = scheme.net.table
     tested = norm_statistics.of(table, mesh.to_host(scheme.state), table.max_config)
     write_norms(directory / NORMS, table, {"found": tested})

@@ -35,6 +35,11 @@ class CostMetric(NamedTuple):
     cost: np.ndarray
     unit: Unit
 
+    @property
+    def largest(self) -> float:
+        """Cost of the most expensive configuration."""
+        return float(np.where(np.isfinite(self.cost), self.cost, 0).max((1, 2)).sum())
+
     def show(self, cost: float) -> str:
         """Returns a cost in its unit: "41.2 GBitOPs"."""
         return f"{cost / self.unit[0]:.4g} {self.unit[1]}"
@@ -48,8 +53,8 @@ def fitting_unit(value: float, units: Iterable[Unit]) -> Unit:
 
 def cost_metric(kind: str, cost: np.ndarray) -> CostMetric:
     """Returns a metric whose unit fits the most expensive configuration."""
-    most = np.where(np.isfinite(cost), cost, 0).max((1, 2)).sum()
-    return CostMetric(kind, cost, fitting_unit(float(most), UNITS[kind]))
+    metric = CostMetric(kind, cost, UNITS[kind][-1])
+    return metric._replace(unit=fitting_unit(metric.largest, UNITS[kind]))
 
 
 def cost_metrics(table: LayerTable, latency: np.ndarray | None = None) -> dict[str, CostMetric]:

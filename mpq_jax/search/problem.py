@@ -177,6 +177,12 @@ def score_increase(scores: np.ndarray, current: float) -> np.ndarray:
     return scores - (current if np.isfinite(current) else 0.0)
 
 
+def same_bits(one: BitConfig, other: BitConfig) -> bool:
+    """Returns whether two configurations are equal."""
+    pairs = zip(one, other, strict=True)
+    return all(np.array_equal(np.asarray(mine), np.asarray(theirs)) for mine, theirs in pairs)
+
+
 def seed_words(key: Key[Array, ""]) -> tuple[int, ...]:
     """Returns the words of a random key, to seed a generator on the host."""
     return tuple(np.asarray(jax.random.key_data(key)).tolist())

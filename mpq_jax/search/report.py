@@ -8,7 +8,7 @@ import numpy as np
 from mpq_jax.search import pareto
 from mpq_jax.search.cost_metrics import CostMetric
 from mpq_jax.search.problem import Step
-from mpq_jax.supernet import costs
+from mpq_jax.search.readers import TEST, VALIDATION
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.sensitivity import Trace
@@ -54,14 +54,15 @@ class SearchReport:
     Attributes:
         table: the layers.
         cost: the metric of the budgets.
-        tested: uniform configurations, and those found for the budgets, in their order.
+        configs: uniform configurations, and those found for the budgets, in their order.
         requests: what each budget asked for, in words: "at most 41.2 GBitOPs".
         limits: largest cost that a budget allows, by its name; requests of another kind, such as
             an accuracy, have none.
         metric: name of the score: "error" (0 to 1), "loss" or "kl".
         steps: steps of the strategy.
         scored: float64 [configs, 2], cost and score of every configuration that was scored.
-        new_scores: number of scores that were computed, not read from the cache.
+        new_scores: number of scores that were computed.
+        known_scores: number of scores that were in the cache before.
         sensitivity: float64 [layers, 2 (weights, input), choices], score increase if one tensor
             alone has these bits; NaN: not allowed; None: not measured.
         traces: Hessian traces of the layers, if the objective used them.
@@ -73,13 +74,14 @@ class SearchReport:
 
     table: LayerTable
     cost: CostMetric
-    tested: tuple[EvaluatedConfig, ...]
+    configs: tuple[EvaluatedConfig, ...]
     requests: dict[str, str]
     limits: dict[str, float]
     metric: str
     steps: tuple[Step, ...]
     scored: np.ndarray
     new_scores: int
+    known_scores: int
     sensitivity: np.ndarray | None
     traces: Trace | None
     notes: tuple[str, ...]
@@ -88,20 +90,20 @@ class SearchReport:
     float_accuracy: float | None
 
     def __getitem__(self, name: str) -> EvaluatedConfig:
-        for one in self.tested:
+        for one in self.configs:
             if one.name == name:
                 return one
-        raise KeyError(f"{name!r} was not tested; tested are {[one.name for one in self.tested]}")
+        raise KeyError(f"{name!r} was not tested; tested are {[one.name for one in self.configs]}")
 
     @property
     def searched(self) -> dict[str, EvaluatedConfig]:
         """The configurations found, by the name of their budget."""
-        return {one.name: one for one in self.tested if one.group == SEARCHED}
+        return {one.name: one for one in self.configs if one.group == SEARCHED}
 
     @property
     def split(self) -> str:
-        """The images that accuracies are of: "test" or "validation"."""
-        return "validation" if any(one.test is None for one in self.tested) else "test"
+        """The images that accuracies are of: `TEST`, or `VALIDATION` if none were given."""
+        return VALIDATION if any(one.test is None for one in self.configs) else TEST
 
     def cost_of(self, one: EvaluatedConfig) -> float:
         """Returns the cost of a configuration by the metric of the budgets."""
@@ -109,17 +111,16 @@ class SearchReport:
 
     def ranked(self, group: str) -> list[EvaluatedConfig]:
         """Returns the configurations of a group, the most expensive first."""
-        members = [one for one in self.tested if one.group == group]
+        members = [one for one in self.configs if one.group == group]
         return sorted(members, key=self.cost_of, reverse=True)
 
     @property
     def hypervolume(self) -> float:
         """Share of cost x error that the searched configurations leave below and beside them.
 
-        Costs are relative to that of the largest bits.
+        Costs are relative to the largest one.
         """
-        most = costs.total(self.table, self.cost.cost, self.table.max_config)
-        found = self.ranked(SEARCHED)
+        found, most = self.ranked(SEARCHED), self.cost.largest
         relative = [self.cost_of(one) / most for one in found]
         errors = [1 - one.accuracy for one in found]
         return pareto.hypervolume(relative, errors, reference=(1.0, 1.0))

@@ -5,34 +5,29 @@ import datetime
 import importlib.metadata
 import pathlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mpq_jax.search import objectives, prefix_scoring
+from mpq_jax.search import finalists, objectives, prefix_scoring
 from mpq_jax.search.budgets import SearchProblem, make_problem
-from mpq_jax.search.finalists import Evaluator, choose_finalists
+from mpq_jax.search.finalists import Evaluator, Find
 from mpq_jax.search.ilp import check_budgets
 from mpq_jax.search.options import SearchOptions
-from mpq_jax.search.problem import Budget, OnStep, Score, SearchResult, Step, ignore
-from mpq_jax.search.readers import TEST, VALIDATION, ImageReaders, readers_of_arrays
-from mpq_jax.search.report import SEARCHED, UNIFORM, EvaluatedConfig, SearchReport
+from mpq_jax.search.problem import OnStep, Score, Step, ignore
+from mpq_jax.search.readers import ImageReaders, readers_of_arrays
+from mpq_jax.search.report import SearchReport
 from mpq_jax.search.score_cache import ScoreCache, file_of
 from mpq_jax.search.scoring import on_drawn_images
 from mpq_jax.search.strategies import STRATEGIES
-from mpq_jax.search.tolerance import cheapest_within
-from mpq_jax.supernet import costs
-from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.fingerprint import fingerprint
 from mpq_jax.supernet.sensitivity import Trace
 from mpq_jax.supernet.supernet import Supernet, SupernetState
 
 __all__ = ["SearchOptions", "SearchReport", "search"]
-
-Find = Callable[[Sequence[Budget]], list[SearchResult]]
 
 
 def search(
@@ -68,9 +63,9 @@ def search(
         float_accuracy: top-1 accuracy of the float model, 0 to 1, for the report.
         readers: functions that read images in place of these arrays, for programs on many
             devices; `images` and `labels` are then what `readers.to_device` takes.
-        cache: folder that keeps scores: a search that is started again goes on, another one of
-            the same supernet, images and metric uses what is known.
-        on_step: called with every step of the strategy, and with every evaluation.
+        cache: folder that keeps scores: a search that is started again goes on, and another one
+            of the same supernet, images and metric uses what is known.
+        on_step: called with every step of the strategy, and before every evaluation.
         **options: see `SearchOptions`; at least one of `levels`, `budgets`, `pareto_points` and
             `max_accuracy_drop`.
 
@@ -105,29 +100,30 @@ def search(
         objective, traces = _hessian_objective(net, state, readers, chosen)
         find = _make_find(problem, score, objective, chosen, log.step)
         results = find(budgets) if budgets else []
-    evaluator = Evaluator(net, state, readers)
     with log.timed("evaluation"):
-        found = _choose(problem, results, find, evaluator, chosen, log)
-        tested = _evaluate(problem, evaluator, readers, found, on_step)
-    increases = None
+        evaluator = Evaluator(net, state, readers)
+        found, notes = finalists.choose(problem, results, find, evaluator, chosen)
+        evaluated = finalists.evaluate_all(problem, found, evaluator, on_step)
+    sensitivity = None
     if chosen.sensitivity:
         with log.timed("sensitivity"):
             key = jax.random.key(chosen.seed)
-            increases = objectives.measured_sensitivity(score, problem.space, key)
+            sensitivity = objectives.measured_sensitivity(score, problem.space, key)
     scored = [(problem.cost_of(bits), value) for bits, value in scores.configs]
     return SearchReport(
         table=net.table,
         cost=problem.metric,
-        tested=tested,
+        configs=evaluated,
         requests=_requests(problem, found, chosen.max_accuracy_drop),
         limits=problem.limits,
         metric=chosen.metric,
         steps=tuple(log.steps),
         scored=np.array(scored, np.float64).reshape(-1, 2),
         new_scores=scores.scored,
-        sensitivity=increases,
+        known_scores=scores.known,
+        sensitivity=sensitivity,
         traces=traces,
-        notes=tuple(log.notes),
+        notes=tuple(notes),
         timings=log.timings,
         provenance=_provenance(),
         float_accuracy=float_accuracy,
@@ -135,16 +131,15 @@ def search(
 
 
 class _Log:
-    """The steps, seconds and notes of a search."""
+    """The steps of a strategy, and the seconds of all phases."""
 
     def __init__(self, on_step: OnStep):
         self.on_step = on_step
         self.steps: list[Step] = []
-        self.notes: list[str] = []
         self.timings: dict[str, float] = {}
 
     def step(self, step: Step) -> None:
-        """Keeps a step of the strategy and passes it on."""
+        """Keeps a step and passes it on."""
         self.steps.append(step)
         self.on_step(step)
 
@@ -189,7 +184,7 @@ def _make_score(
     readers: ImageReaders,
     options: SearchOptions,
 ) -> Score:
-    """Returns the score of configurations on validation images that a key draws."""
+    """Makes the score of configurations on validation images that a key draws."""
     score = prefix_scoring.make_fast_score(
         net,
         state,
@@ -206,7 +201,7 @@ def _make_score(
 def _hessian_objective(
     net: Supernet, state: SupernetState, readers: ImageReaders, options: SearchOptions
 ) -> tuple[np.ndarray | None, Trace | None]:
-    """Returns the objective and its traces, if the options ask for one of Hessian traces."""
+    """Computes the objective and its traces, if the options ask for one of Hessian traces."""
     if not options.uses_hessian:
         return None, None
     return objectives.hessian_objective(
@@ -226,7 +221,7 @@ def _make_find(
     options: SearchOptions,
     on_step: OnStep,
 ) -> Find:
-    """Returns `find(budgets)`: the strategy with its options."""
+    """Makes `find(budgets)`: the strategy with its options."""
     own = dict(options.strategy_options)
     if objective is not None:
         own["objective"] = objective
@@ -235,104 +230,14 @@ def _make_find(
     return lambda budgets: strategy(score, problem.space, budgets, key, on_step=on_step, **own)
 
 
-def _choose(
-    problem: SearchProblem,
-    results: Sequence[SearchResult],
-    find: Find,
-    evaluator: Evaluator,
-    options: SearchOptions,
-    log: _Log,
-) -> dict[str, BitConfig]:
-    """Returns the configuration for each budget, and for the accuracy drop, by their names."""
-    found = {one.budget: one.bits for one in results}
-    if options.finalists:
-        uniform = [bits for bits in _uniform(problem).values() if problem.allows(bits)]
-        found = choose_finalists(found, problem.limits, uniform, problem.cost_of, evaluator)
-    if options.max_accuracy_drop:
-        cheapest = _within_drop(problem, find, evaluator, options.max_accuracy_drop, log)
-        if cheapest is not None:
-            found[_drop_name(options.max_accuracy_drop)] = cheapest
-    return found
-
-
-def _uniform(problem: SearchProblem) -> dict[str, BitConfig]:
-    table = problem.space.table
-    return {f"uniform {bits}/{bits}": table.uniform(bits, bits) for bits in table.bank_bits}
-
-
-def _drop_name(points: float) -> str:
-    return f"within {points:g} points"
-
-
-def _within_drop(
-    problem: SearchProblem, find: Find, evaluator: Evaluator, points: float, log: _Log
-) -> BitConfig | None:
-    """Returns the cheapest configuration that loses at most so many points; notes if none does."""
-
-    def accuracy_of(bits: BitConfig) -> float:
-        return evaluator.evaluate(bits, VALIDATION).accuracy
-
-    def find_all(limits: Sequence[float]) -> list[BitConfig]:
-        budgets = problem.budgets({f"limit {limit!r}": limit for limit in limits})
-        return [one.bits for one in find(budgets)]
-
-    low, high = problem.cost_range()
-    wanted = accuracy_of(problem.space.table.max_config) - points / 100
-    best, tried = cheapest_within(
-        find_all, problem.cost_of, accuracy_of, low=low, high=high, wanted=wanted
-    )
-    if best is not None:
-        return best.bits
-    most = max(one.accuracy for one in tried)
-    log.notes.append(
-        f"no configuration that was found loses at most {points:g} points on validation images: "
-        f"the best one has {most:.2%}, and the largest bits less {points:g} points {wanted:.2%}"
-    )
-    return None
-
-
 def _requests(problem: SearchProblem, found: Collection[str], points: float) -> dict[str, str]:
     """Returns what each budget asked for, in words."""
     requests = {name: f"at most {problem.metric.show(m)}" for name, m in problem.limits.items()}
-    if (name := _drop_name(points)) in found:
+    if (name := finalists.drop_name(points)) in found:
         requests[name] = (
             f"at most {points:g} points less than the largest bits on validation images"
         )
     return requests
-
-
-def _evaluate(
-    problem: SearchProblem,
-    evaluator: Evaluator,
-    readers: ImageReaders,
-    found: dict[str, BitConfig],
-    on_step: OnStep,
-) -> tuple[EvaluatedConfig, ...]:
-    """Evaluates uniform bits, then the configurations found, on all images."""
-
-    def evaluate(name: str, group: str, bits: BitConfig) -> EvaluatedConfig:
-        validation = evaluator.evaluate(bits, VALIDATION)
-        test = evaluator.evaluate(bits, TEST) if TEST in readers.splits else None
-        on_step(Step("evaluation", name, problem.cost_of(bits), validation.loss))
-        return EvaluatedConfig(
-            name=name,
-            group=group,
-            bits=bits,
-            costs={
-                kind: costs.total(problem.space.table, metric.cost, bits)
-                for kind, metric in problem.metrics.items()
-            },
-            validation=validation,
-            test=test,
-            state=evaluator.recalibrated(bits),
-        )
-
-    groups = {UNIFORM: _uniform(problem), SEARCHED: found}
-    return tuple(
-        evaluate(name, group, bits)
-        for group, configs in groups.items()
-        for name, bits in configs.items()
-    )
 
 
 def _provenance() -> dict[str, str]:

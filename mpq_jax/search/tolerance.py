@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mpq_jax.search.problem import same_bits
 from mpq_jax.supernet.bits import BitConfig
 
 
@@ -65,7 +66,7 @@ def cheapest_within(
         spread = np.geomspace(low, high, points + 2 * (number > 0))
         limits = [float(limit) for limit in (spread[1:-1] if number else spread)]
         for limit, bits in zip(limits, find(limits), strict=True):
-            known = [one for one in tried if _same(one.bits, bits)]
+            known = [one for one in tried if same_bits(one.bits, bits)]
             accuracy = known[0].accuracy if known else accuracy_of(bits)
             tried.append(Tried(limit, bits, cost_of(bits), accuracy))
         enough = [one.limit for one in tried if one.accuracy >= wanted]
@@ -77,9 +78,3 @@ def cheapest_within(
             break
     good = [one for one in tried if one.accuracy >= wanted]
     return min(good, key=lambda one: one.cost, default=None), tried
-
-
-def _same(one: BitConfig, other: BitConfig) -> bool:
-    return all(
-        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(one, other, strict=True)
-    )

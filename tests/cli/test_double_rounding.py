@@ -118,7 +118,7 @@ def rounded(shared, tmp_path_factory) -> Rounded:
         "latency": (
             *flags,
             f"--workdir={copy}",
-            "--config.search.budget=latency",
+            "--config.search.cost=latency",
             f"--config.search.latency={latency}",
             f"--config.search.budgets=({MOST_SECONDS}, 100.0)",
             f"--config.search.limits.bytes={MOST_BYTES}",

@@ -17,7 +17,7 @@ SHORT = (
     *TINY,
     "--config.epochs=2",
     "--config.search.levels=(3,)",
-    "--config.search.batch_size=64",
+    "--config.search.score_images=64",
     "--config.bits.candidates=(6, 4, 3)",
     "--config.search.rounds=1",
 )

@@ -117,7 +117,7 @@ def test_configurations_follow_the_first_of_each_group():
 @pytest.mark.parametrize(
     ("tie", "message"),
     [
-        (lambda table: tie_matching(table, ["("]), "'\\(' is no regular expression"),
+        (lambda table: tie_matching(table, ["("]), "'\\(' is not a regular expression"),
         (lambda table: tie_matching(table, ["head"]), "'head' matches 1 layers and ties none"),
         (lambda table: tie_matching(table, ["conv", "x"]), "'x' matches 0 layers .*block0/conv"),
         (lambda table: tie_matching(table, ["block1"]), "'block1' matches 2 layers and ties none"),
@@ -136,10 +136,10 @@ def test_entries_without_common_bits_are_named():
     )
     table = LayerTable(layers)
     message = "weights of apart (6, 4); acts of apart (3, 2)"
-    with pytest.raises(ValueError, match="none in common: " + re.escape(message)):
+    with pytest.raises(ValueError, match="no candidate in common: " + re.escape(message)):
         tie_acts_to_weights(table)
     message = "acts of fine (4, 2); acts of apart (3, 2); acts of third (8, 6)"
     with pytest.raises(ValueError, match=re.escape(message)):
         tie_shared_inputs(table)
-    with pytest.raises(ValueError, match="none in common: weights of fine"):
+    with pytest.raises(ValueError, match="no candidate in common: weights of fine"):
         tie_matching(table, ["."])  # each two have some, not all three
