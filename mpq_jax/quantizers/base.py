@@ -19,12 +19,15 @@ class WeightQuantizer(NamedTuple):
         init_step: `(w, bits) -> scalar`, the first step size at a number of bits.
         shared_step_size: whether the step size of the highest bits serves all bits (true), or every
             number of bits has a step size of its own.
+        switchable: whether the codes of fewer bits follow from those of the most bits by
+            `double_rounding.switch`, so that a file of integers holds all precisions.
     """
 
     fake_quant: Callable[..., Array]
     codes: Callable[..., tuple[Array, Array]]
     init_step: Callable[..., Array]
     shared_step_size: bool
+    switchable: bool = False
 
 
 class ActQuantizer(NamedTuple):
@@ -35,11 +38,14 @@ class ActQuantizer(NamedTuple):
         codes: `(x, step_size, bits, *, signed) -> int32 Array`; `codes * step_size` equals
             `fake_quant` exactly.
         init_step: `(x, bits, *, signed) -> scalar`, the first step size.
+        has_step_sizes: whether step sizes are learned and kept; false: each batch has its own
+            scale, so that nothing can be exported.
     """
 
     fake_quant: Callable[..., Array]
     codes: Callable[..., Array]
     init_step: Callable[..., Array]
+    has_step_sizes: bool = True
 
 
 class Quantizer(NamedTuple):

@@ -205,6 +205,7 @@ def _sharing(reduce) -> Quantizer:
         functools.partial(_weight_codes, reduce),
         lsq.init_weight_step,
         shared_step_size=True,
+        switchable=reduce is _halve,
     )
     return Quantizer(weights, lsq.ACTS)
 
@@ -220,5 +221,8 @@ UNSHARED = Quantizer(
 )
 # Of kernels that are the stored integers themselves (`codes`): no float weight is needed.
 STORED = Quantizer(
-    WeightQuantizer(_stored_values, _stored_codes, _stored_step, shared_step_size=True), lsq.ACTS
+    WeightQuantizer(
+        _stored_values, _stored_codes, _stored_step, shared_step_size=True, switchable=True
+    ),
+    lsq.ACTS,
 )
