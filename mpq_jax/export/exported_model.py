@@ -230,7 +230,7 @@ def check(exported: ExportedModel) -> None:
         raise ValueError(
             f"provenance is {provenance!r}; wanted a JSON object, without checksums of other files"
         )
-    if not exported.net.quantizer.acts.has_step_sizes:
+    if exported.net.quantizer.acts.batch_scale:
         raise ValueError(
             "the inputs of layers are scaled by each batch and have no step sizes to export; train "
             "with an input quantizer that learns them (config.csq.acts 'lsq' or 'pact')"
@@ -246,4 +246,4 @@ def check(exported: ExportedModel) -> None:
 
 def is_switchable(net: Supernet) -> bool:
     """Whether the integers of the most bits hold all precisions of a network."""
-    return net.quantizer.weights.switchable and net.quantizer.acts.has_step_sizes
+    return net.quantizer.weights.switchable and not net.quantizer.acts.batch_scale

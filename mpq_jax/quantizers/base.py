@@ -31,21 +31,21 @@ class WeightQuantizer(NamedTuple):
 
 
 class ActQuantizer(NamedTuple):
-    """How the inputs of layers are quantized; one step size for each number of bits.
+    """Quantizer of layer inputs; one step size for each number of bits.
 
     Attributes:
         fake_quant: `(x, step_size, bits, *, signed, grad_scale) -> Array`, differentiable.
         codes: `(x, step_size, bits, *, signed) -> int32 Array`; `codes * step_size` equals
             `fake_quant` exactly.
         init_step: `(x, bits, *, signed) -> scalar`, the first step size.
-        has_step_sizes: whether step sizes are learned and kept; false: each batch has its own
-            scale, so that nothing can be exported.
+        batch_scale: whether every batch is scaled by its own values, so that there is no step
+            size to export and a step needs the whole batch.
     """
 
     fake_quant: Callable[..., Array]
     codes: Callable[..., Array]
     init_step: Callable[..., Array]
-    has_step_sizes: bool = True
+    batch_scale: bool = False
 
 
 class Quantizer(NamedTuple):

@@ -121,4 +121,4 @@ def init_step(
     return _rounded(x, bits)[1]
 
 
-ACTS = ActQuantizer(fake_quant, codes, init_step, has_step_sizes=False)
+ACTS = ActQuantizer(fake_quant, codes, init_step, batch_scale=True)

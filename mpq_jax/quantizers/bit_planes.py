@@ -68,7 +68,7 @@ def from_float(
     planes: int = 8,
     literal: bool = False,
     mask_logit: float = MASK_LOGIT,
-    reach: float | None = None,
+    clip_rms: float | None = None,
 ) -> BitPlanes:
     """Returns bit planes of a weight tensor, quantized to `planes` bits and a sign.
 
@@ -83,14 +83,14 @@ def from_float(
         literal: start from bit values 0 and 1 as logits and gates at 0, as in the published code.
             Then weights are 0.1164 times those of `w` at temperature 1.0089.
         mask_logit: positive logit of every plane's gate (m) at the function-preserving start.
-        reach: weights beyond so many root mean squares are clipped, which leaves the planes to the
-            others; None: the largest weight sets the scale, as published.
+        clip_rms: clipping threshold in root mean squares of the weights, so that outliers do not
+            set the scale; None: the largest weight does, as published.
     """
     if not PLANES[0] <= planes <= PLANES[1]:
         raise ValueError(f"planes is {planes}; wanted {PLANES[0]} to {PLANES[1]}")
     largest = jnp.max(jnp.abs(w))
-    if reach is not None:
-        largest = jnp.minimum(largest, reach * jnp.sqrt(jnp.mean(jnp.square(w))))
+    if clip_rms is not None:
+        largest = jnp.minimum(largest, clip_rms * jnp.sqrt(jnp.mean(jnp.square(w))))
     unit = jnp.where(largest > 0, largest, 1.0)
     code = jnp.round(jnp.minimum(jnp.abs(w) / unit, 1.0) * (2**planes - 1)).astype(jnp.int32)
     place = jnp.arange(planes, dtype=jnp.int32).reshape(-1, *(1,) * w.ndim)

@@ -9,19 +9,19 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mpq_jax import data
 from mpq_jax.methods import METHODS, Method
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models import make_model
 from mpq_jax.parallel import mesh as sharding
 from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program import linen
 from mpq_jax.supernet import tied_layers
-from mpq_jax.supernet.layer_table import FIRST_LAST, LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST, Rule, bit_rules
 
 COUNTS = ("epochs", "batch_size", "accumulate", "log_every", "calibration_batches")
 LOCAL_KEYS = ("path", "data_dir")  # options of datasets that are places on one machine
@@ -35,10 +35,10 @@ class Experiment(NamedTuple):
 
     dataset: data.Dataset
     mesh: jax.sharding.Mesh
-    model: nn.Module
+    model: linen.Model
     table: LayerTable
     method: Method
-    run: Run
+    run: TrainingInfo
     normalize: Callable[[jax.Array], jax.Array]
 
 
@@ -86,8 +86,8 @@ def build(config: Config) -> Experiment:
     def images() -> jax.Array:
         return recalibration_images(config, dataset, mesh, prepare)
 
-    parts = BatchPartition(mesh, config["accumulate"])
-    run = Run(config["epochs"], dataset.steps_per_epoch, prepare, images, parts)
+    partition = BatchPartition(mesh, config["accumulate"])
+    run = TrainingInfo(config["epochs"], dataset.steps_per_epoch, prepare, images, partition)
     method = family.make(model, table, options, run)
     return Experiment(dataset, mesh, model, method.table, method, run, normalize)
 

@@ -23,7 +23,7 @@ class Budget(NamedTuple):
         target: mean number of planes.
         shares: part of each grown layer in the mean, by name; they sum to one.
         contiguous: see `csq.plane_gates`.
-        least: planes that the ticket leaves every layer with at least.
+        least: planes that the freeze leaves every layer with at least.
     """
 
     target: float
@@ -56,8 +56,8 @@ def mean_planes(
     return sum((parts[name] * count for name, count in counts.items()), jnp.float32(0))
 
 
-def tightened(budget: Budget, part: Float[Array, ""], *, most: float) -> Float[Array, ""]:
-    """Returns the mean number of planes wanted when a part, 0 to 1, of the tightening is over.
+def annealed(budget: Budget, part: Float[Array, ""], *, most: float) -> Float[Array, ""]:
+    """Returns the mean number of planes wanted after a part, 0 to 1, of the annealing.
 
     It falls from all planes to the target along a line.
     """

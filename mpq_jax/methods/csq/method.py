@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,20 +12,21 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Batch, Method, MethodFamily, Run
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.csq import budget as budgets
 from mpq_jax.methods.csq import network as networks
 from mpq_jax.methods.csq import phases as times
 from mpq_jax.methods.csq.budget import Budget
-from mpq_jax.methods.csq.network import CsqVariables, Gates, Network, TrainableParams
+from mpq_jax.methods.csq.network import CsqParams, CsqVariables, Gates, Network
 from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
 from mpq_jax.methods.csq.phases import Phases
 from mpq_jax.methods.warm_start import float_variables
 from mpq_jax.parallel import grad_accumulation, mesh
-from mpq_jax.program import paths
-from mpq_jax.quantizers import batch_max, bit_planes
-from mpq_jax.supernet import costs, supernet
+from mpq_jax.program import linen, paths
+from mpq_jax.quantizers import bit_planes
+from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import TrainableParams, clip_step_sizes
 from mpq_jax.tasks import classification
 
 PyTree = Any
@@ -50,7 +50,7 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    trainable: TrainableParams
+    trainable: CsqParams
     batch_stats: PyTree
     signed: Bool[Array, " layers"]
     opt_state: PyTree
@@ -83,15 +83,14 @@ class Plan(NamedTuple):
 
     network: Network
     options: SharedOptions
-    run: Run
+    run: TrainingInfo
     phases: Phases
     learning: SchemeLearning | None
 
     @property
-    def divided(self) -> grad_accumulation.BatchPartition:
-        """How a batch is divided; scales of inputs that are those of the batch need all of it."""
-        alone = self.network.acts is not batch_max.ACTS
-        return self.run.parts._replace(by_device=alone)
+    def partition(self) -> grad_accumulation.BatchPartition:
+        """Division of a batch; scales of a whole batch leave it to the compiler."""
+        return self.run.partition._replace(by_device=not self.network.acts.batch_scale)
 
 
 def sizes_of(table: LayerTable) -> dict[str, int]:
@@ -104,7 +103,7 @@ def most_planes(table: LayerTable, shares: dict[str, float]) -> float:
     return sum(shares[layer.name] * layer.max_bits for layer in table.layers if layer.searchable)
 
 
-def make(model: nn.Module, table: LayerTable, options: Options, run: Run) -> Method:
+def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds CSQ for a model, its layer table and the length of a run."""
     grown = networks.with_planes(table, act_bits=options.act_bits, float_acts=options.float_acts)
     plan = Plan(
@@ -143,7 +142,9 @@ def make_budget(table: LayerTable, options: Options) -> Budget:
     return Budget(options.target, shares, options.contiguous, least)
 
 
-def make_uniform(model: nn.Module, table: LayerTable, options: UniformOptions, run: Run) -> Method:
+def make_uniform(
+    model: linen.Model, table: LayerTable, options: UniformOptions, run: TrainingInfo
+) -> Method:
     """Builds the baseline: the same training, with a scheme that is uniform and given."""
     grown = networks.with_planes(
         table, act_bits=options.act_bits, float_acts=options.float_acts, planes=options.planes
@@ -171,7 +172,7 @@ def _method(plan: Plan) -> Method:
             images,
             literal=plan.options.start == "literal",
             mask_start=OPEN if plan.learning is None else plan.learning.options.mask_start,
-            reach=plan.options.reach or None,
+            clip_rms=plan.options.clip_rms or None,
         )
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -189,7 +190,7 @@ def _method(plan: Plan) -> Method:
 
     def variables_of(state: TrainState) -> CsqVariables:
         if plan.learning is not None and state.step >= plan.phases.end and not state.fixed:
-            state, _ = _with_ticket(plan.learning, state)  # of runs that end before it
+            state, _ = _freeze_scheme(plan.learning, state)  # of runs that end before it
         variables = CsqVariables(
             state.trainable,
             state.batch_stats,
@@ -209,10 +210,10 @@ def _method(plan: Plan) -> Method:
         eval_bits={SOFT: jnp.array(False), HARD: jnp.array(True)},
         variables=variables_of,
         predict=functools.partial(networks.predict, network),
-        quantizer=None,
-        read=float_variables,
+        net=None,
+        load_warm_start=float_variables,
         summary=make_summary(plan),
-        found=functools.partial(networks.found, network),
+        scheme=functools.partial(networks.learned_scheme, network),
     )
 
 
@@ -228,23 +229,27 @@ def gates_of(plan: Plan, state: TrainState) -> Gates:
 
 
 def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key[Array, ""]):
-    network, options, learning, divided = plan.network, plan.options, plan.learning, plan.divided
+    network, options, learning, partition = (
+        plan.network,
+        plan.options,
+        plan.learning,
+        plan.partition,
+    )
     image_key, dropout_key = jax.random.split(key)
     gates = gates_at(plan, state, state.step)
 
-    def loss_of(trainable: TrainableParams, shared, batch_stats, examples, dropout_key):
+    def loss_of(trainable: CsqParams, shared, batch_stats, examples, dropout_key):
         signed, gates, weight, wanted = shared
-        selected = networks.select(
+        subnet = networks.select(
             network, trainable, batch_stats, signed, gates, scale_step_gradient=True
         )
-        out = networks.apply(
-            network,
-            selected,
+        out = network.net.forward(
+            subnet,
             examples["image"],
             train=True,
             scale_step_gradient=options.acts == "lsq",
             dropout_key=dropout_key,
-            part=divided.seen,
+            shard=partition.shard,
         )
         labels = examples["label"]
         task = classification.cross_entropy(out.logits, labels, smoothing=options.label_smoothing)
@@ -259,23 +264,25 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
         wanted = wanted_mean(plan, learning, state.step)
         weight = jnp.where(state.fixed, 0.0, learning.options.budget_weight)
     gradient, batch_stats, metrics, _ = grad_accumulation.partitioned_gradient(
-        divided,
+        partition,
         loss_of,
-        grad_accumulation.gathered(divided, state.trainable),
+        grad_accumulation.all_gather_params(partition, state.trainable),
         (state.signed, gates, weight, wanted),
         state.batch_stats,
         {"image": plan.run.prepare(batch, image_key), "label": batch["label"]},
         dropout_key,
     )
     updates, opt_state = optimizer.update(
-        grad_accumulation.reduced(divided, gradient), state.opt_state, state.trainable
+        grad_accumulation.reduce_mean(partition, gradient), state.opt_state, state.trainable
     )
     moved = jax.tree.map(jnp.add, state.trainable, _thawed(updates, state))
     trainable = _kept_positive(moved)
     new = state._replace(
         step=state.step + 1, trainable=trainable, batch_stats=batch_stats, opt_state=opt_state
     )
-    return grad_accumulation.kept(divided, new), metrics | {"temperature": gates.temperature}
+    return grad_accumulation.constrain_state(partition, new), metrics | {
+        "temperature": gates.temperature
+    }
 
 
 def wanted_mean(plan: Plan, learning: SchemeLearning, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -283,10 +290,10 @@ def wanted_mean(plan: Plan, learning: SchemeLearning, step: Int[Array, ""]) -> F
     most = most_planes(plan.network.table, learning.budget.shares)
     until = learning.options.budget_anneal * plan.phases.freeze_scheme
     part = jnp.minimum(step.astype(jnp.float32) / until, 1.0) if until else jnp.float32(1)
-    return budgets.tightened(learning.budget, part, most=most)
+    return budgets.annealed(learning.budget, part, most=most)
 
 
-def _thawed(updates: TrainableParams, state: TrainState) -> TrainableParams:
+def _thawed(updates: CsqParams, state: TrainState) -> CsqParams:
     """Returns the updates without those of what is fixed: masks, later bits."""
 
     def of_layer(planes: bit_planes.BitPlanes) -> bit_planes.BitPlanes:
@@ -300,30 +307,30 @@ def _thawed(updates: TrainableParams, state: TrainState) -> TrainableParams:
     return updates._replace(planes=paths.unflatten(planes))
 
 
-def _kept_positive(trainable: TrainableParams) -> TrainableParams:
+def _kept_positive(trainable: CsqParams) -> CsqParams:
     """Returns what was learned with positive scales and step sizes."""
     planes = {
         name: one._replace(scale=jnp.maximum(one.scale, bit_planes.SMALLEST_SCALE))
         for name, one in trainable.by_layer.items()
     }
-    around = supernet.clip_step_sizes(trainable.around, least=LEAST_STEP)
-    return TrainableParams(around, paths.unflatten(planes))
+    around = clip_step_sizes(trainable.around, least=LEAST_STEP)
+    return CsqParams(around, paths.unflatten(planes))
 
 
 def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
-    """Fixes the scheme at the ticket, the bits at the hardening; tells of a hopeless budget."""
+    """Fixes the scheme at the freeze, the bits at the hardening; tells of a hopeless budget."""
     step, events = epoch * plan.phases.steps_per_epoch, {}
     if plan.learning is not None and step == plan.phases.freeze_scheme:
-        state, events = _with_ticket(plan.learning, state)
+        state, events = _freeze_scheme(plan.learning, state)
     elif plan.learning is not None and step < plan.phases.freeze_scheme:
         events = _warn_unreachable(plan, plan.learning, state, step)
     if step == plan.phases.binarize:
         state = state._replace(hard=jnp.ones_like(state.hard))
-        events = events | {"hardened": 1.0}
+        events = events | {"binarized": 1.0}
     return state, events
 
 
-def _with_ticket(
+def _freeze_scheme(
     learning: SchemeLearning, state: TrainState
 ) -> tuple[TrainState, dict[str, float]]:
     budget, planes = learning.budget, state.trainable.by_layer
@@ -343,7 +350,7 @@ def _with_ticket(
         logging.warning(
             "no scheme has a mean of %g planes; the nearest has %.2f", budget.target, float(mean)
         )
-    return state, {"planes_switched_at_ticket": float(changed)}
+    return state, {"planes_switched_at_freeze": float(changed)}
 
 
 def _placed_like(old: Array, new: Array) -> Array:
@@ -382,7 +389,7 @@ def _warn_unreachable(
         return {}
     logging.warning(
         "the budget of %g planes is out of reach of training: at temperature %.3g the gates that "
-        "are still undecided leave a mean of %.2f to %.2f; the ticket will switch the rest by "
+        "are still undecided leave a mean of %.2f to %.2f; the freeze will switch the rest by "
         "force. Raise budget_weight (now %g), mask_learning_rate or epochs, or lower mask_start",
         budget.target,
         now,
@@ -398,7 +405,7 @@ def make_summary(plan: Plan) -> Callable[[TrainState], dict[str, float]]:
     network, table = plan.network, plan.network.table
 
     @jax.jit
-    def numbers(trainable: TrainableParams, temperature: Float[Array, ""]) -> dict[str, Array]:
+    def numbers(trainable: CsqParams, temperature: Float[Array, ""]) -> dict[str, Array]:
         planes = networks.plane_bits(network, trainable)
         counts = {name: planes.weights[table.names.index(name)] for name in trainable.by_layer}
         return {
@@ -449,7 +456,7 @@ def make_optimizer(plan: Plan) -> optax.GradientTransformation:
     return optax.partition(groups, _labels)
 
 
-def _labels(trainable: TrainableParams) -> Any:
+def _labels(trainable: CsqParams) -> Any:
     params = jax.tree.map(
         lambda leaf: "kernels" if leaf.ndim > 1 else "others", trainable.around.params
     )
@@ -457,9 +464,7 @@ def _labels(trainable: TrainableParams) -> Any:
         name: bit_planes.BitPlanes("planes", "planes", "masks", "scales")  # pyright: ignore[reportArgumentType]
         for name in trainable.by_layer
     }
-    return TrainableParams(
-        supernet.TrainableParams(params, "steps", "acts"), paths.unflatten(planes)
-    )
+    return CsqParams(TrainableParams(params, "steps", "acts"), paths.unflatten(planes))
 
 
 FAMILY = MethodFamily(options=Options, make=make)

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from mpq_jax.methods.base import LearnedScheme
 from mpq_jax.program import linen, paths
-from mpq_jax.quantizers import batch_max, bit_planes, double_rounding, lsq
+from mpq_jax.quantizers import bit_planes, double_rounding, lsq
 from mpq_jax.quantizers.base import ActQuantizer, Quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
 from mpq_jax.supernet.bits import BitConfig
@@ -148,7 +148,7 @@ def init(
     *,
     literal: bool,
     mask_start: float,
-    reach: float | None,
+    clip_rms: float | None,
 ) -> tuple[CsqParams, PyTree, Bool[Array, " layers"]]:
     """Returns what is learned, norm statistics and signs, from the float model's variables.
 
@@ -158,7 +158,7 @@ def init(
         images: normalized calibration images.
         literal: how planes start, see `csq.from_float`, as for the other two.
         mask_start: logit of all masks.
-        reach: in root mean squares; of the preserving start.
+        clip_rms: in root mean squares; of the preserving start.
     """
     made = network.net.init(variables, images)
     params = paths.flatten(made.trainable.params)
@@ -168,7 +168,7 @@ def init(
             planes=layer.max_bits,
             literal=literal,
             mask_logit=mask_start,
-            reach=None if literal else reach,
+            clip_rms=None if literal else clip_rms,
         )
         for layer in network.table.layers
         if layer.searchable
@@ -311,13 +311,23 @@ def learned_scheme(network: Network, variables: CsqVariables) -> LearnedScheme:
         variables.signed,
     )
     return LearnedScheme(
-        # A learned clip is a step size by now, so the inputs keep the quantizer they trained with.
         net=Supernet(
             network.model,
             final,
-            quantizer=Quantizer(double_rounding.QUANTIZER.weights, INPUTS_OF.get(network.acts, network.acts)),
+            quantizer=_integer_quantizer(network.acts),
         ),
         state=state,
         bits={"integers": final.max_config, "planes": plane_bits(network, trainable)},
         layouts={name: layout(network, planes) for name, planes in trainable.by_layer.items()},
     )
+
+
+def _integer_quantizer(acts: ActQuantizer) -> Quantizer:
+    """Combines integer kernels with the quantizer of the inputs.
+
+    A learned clip has become a step size by the end of training, so the usual quantizer serves it;
+    scales of each batch need their own.
+    """
+    if acts.batch_scale:
+        return Quantizer(double_rounding.QUANTIZER.weights, acts)
+    return double_rounding.QUANTIZER

@@ -4,7 +4,7 @@ import dataclasses
 
 from mpq_jax.quantizers import batch_max, lsq, pact
 from mpq_jax.quantizers.base import ActQuantizer
-from mpq_jax.supernet.layer_table import FLOAT_BITS, MAX_BITS
+from mpq_jax.supernet.rules import FLOAT_BITS, MAX_BITS
 
 ACT_QUANTIZERS: dict[str, ActQuantizer] = {
     "lsq": lsq.ACTS,
@@ -26,7 +26,7 @@ class SharedOptions:
         contiguous: a plane is on only as far as all more significant ones are.
         start: "preserving" starts from the given weights; "literal" takes bits 0 and 1 as logits,
             as published, which shrinks the weights to 0.12 times theirs.
-        reach: at the preserving start, weights beyond so many root mean squares of a layer are
+        clip_rms: at the preserving start, weights beyond so many root mean squares of a layer are
             clipped, so that the planes are for the others; 0: the largest weight sets the scale.
         acts: how inputs of layers are quantized: "lsq" (learned step size), "pact" (learned
             clipping) or "batch_max" (the largest input of the batch, as published for more than 3
@@ -51,7 +51,7 @@ class SharedOptions:
     temperature: float = 200.0
     contiguous: bool = False
     start: str = "preserving"
-    reach: float = 2.5
+    clip_rms: float = 2.5
     acts: str = "lsq"
     act_bits: int = FLOAT_BITS
     learning_rate: float = 0.1
@@ -66,7 +66,7 @@ class SharedOptions:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         choices = {
             "start": STARTS,
             "acts": tuple(ACT_QUANTIZERS),
@@ -80,8 +80,8 @@ class SharedOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
         if not 0 < self.binarize <= 1:
             raise ValueError(f"harden is {self.binarize}; wanted a fraction of the run, above 0")
-        if self.reach < 0:
-            raise ValueError(f"reach is {self.reach}; wanted root mean squares, or 0")
+        if self.clip_rms < 0:
+            raise ValueError(f"clip_rms is {self.clip_rms}; wanted root mean squares, or 0")
         if self.temperature <= 1:
             raise ValueError(f"temperature is {self.temperature}; wanted a number above 1")
         if not (2 <= self.act_bits <= MAX_BITS or self.act_bits == FLOAT_BITS):
@@ -105,25 +105,26 @@ class Options(SharedOptions):
     """Hyperparameters of CSQ.
 
     Attributes:
-        target: mean number of planes to reach, the sign not counted.
-        average: what the mean is over: "layer" counts every layer once (as published); "param" by
-            its number of weights, the size that one pays for.
-        least_planes: planes that the ticket leaves every layer with at least; 0: layers may vanish,
-            as published.
-        budget_weight: of the budget-aware regularizer (lambda), with the error of the mean in bits.
-            The published code measures it as a fraction of the bits, so its 0.01 is 0.00125 here.
-        budget_anneal: part of the time until the ticket during which the budget falls from all planes to
-            the target, along a line, so that planes leave one by one. 0: at once, as published.
-            Near 1 it comes too late: most gates are decided when the temperature passes 10.
-        mask_learning_rate: of the masks.
+        target: mean number of planes to reach, without the sign.
+        average: weighting of the mean: "layer" counts every layer once (as published), "param"
+            weighs it by its number of weights, which is what storage pays for.
+        least_planes: least planes of every layer in the frozen scheme; 0: layers may vanish, as
+            published.
+        budget_weight: weight of the budget-aware regularizer (lambda), with the error of the mean
+            in bits. The published code measures it as a fraction of the bits, so its 0.01 is
+            0.00125 here.
+        budget_anneal: part of the time until `freeze_scheme` during which the budget falls
+            linearly from all planes to the target, so that planes leave one by one. 0: at once,
+            as published. Near 1 is too late: most gates are decided above temperature 10.
+        mask_learning_rate: learning rate of the masks.
         mask_start: logit of all masks at the preserving start.
-        freeze_scheme: when the scheme is fixed, as a fraction of the run: masks become zeros and ones,
-            with the least changes that meet the budget.
-        rewind: the temperature reaches its end at the ticket already, and between `freeze_scheme` and
-            `binarize` temperature and learning rates rise and fall once more, as the paper does for
-            ImageNet; otherwise both go on until `binarize`.
-        rewind_bits: with `rewind`, bits start anew, too: from the weights that all planes together
-            name, rounded to what the scheme can name; otherwise from the bits as they are.
+        freeze_scheme: time at which the scheme is frozen, as a fraction of the run: masks become
+            zeros and ones, with the fewest changes that meet the budget.
+        rewind: whether the temperature reaches its end at `freeze_scheme` and then, until
+            `binarize`, temperature and learning rates go through their schedules once more, as in
+            the paper's ImageNet runs; otherwise there is one schedule until `binarize`.
+        rewind_bits: whether, with `rewind`, the weights are re-quantized onto the remaining bit
+            planes when the scheme is frozen; otherwise bits go on as they are.
     """
 
     target: float = 3.0
@@ -138,25 +139,26 @@ class Options(SharedOptions):
     rewind_bits: bool = True
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         super().__post_init__()
         if self.average not in AVERAGES:
             raise ValueError(f"average is {self.average!r}; wanted one of {AVERAGES}")
         if not 0 < self.freeze_scheme <= self.binarize:
             raise ValueError(
-                f"ticket is {self.freeze_scheme} and harden {self.binarize}; wanted fractions of the run "
-                "above 0, the ticket not after the hardening"
+                f"freeze_scheme is {self.freeze_scheme} and binarize {self.binarize}; wanted "
+                "fractions of the run above 0, freeze_scheme not after binarize"
             )
         for name in ("target", "least_planes", "budget_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted no negative number")
         if not 0 <= self.budget_anneal <= 1:
-            raise ValueError(f"tighten is {self.budget_anneal}; wanted a number from 0 to 1")
+            raise ValueError(f"budget_anneal is {self.budget_anneal}; wanted a number from 0 to 1")
         if self.mask_start <= 0:
             raise ValueError(f"mask_start is {self.mask_start}; wanted a positive logit")
         if self.rewind and self.freeze_scheme >= self.binarize:
             raise ValueError(
-                f"rewind needs time between ticket, {self.freeze_scheme}, and harden, {self.binarize}"
+                f"rewind needs freeze_scheme before binarize; they are {self.freeze_scheme} and "
+                f"{self.binarize}"
             )
 
 
@@ -171,7 +173,7 @@ class UniformOptions(SharedOptions):
     planes: int = 3
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         super().__post_init__()
         if not 1 <= self.planes < MAX_BITS:
             raise ValueError(f"planes is {self.planes}; wanted 1 to {MAX_BITS - 1}")

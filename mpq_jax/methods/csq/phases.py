@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 
 
 class Phases(NamedTuple):
@@ -27,7 +27,9 @@ class Phases(NamedTuple):
     rewind: bool
 
 
-def make_phases(run: Run, *, freeze_scheme: float, binarize: float, rewind: bool = False) -> Phases:
+def make_phases(
+    run: TrainingInfo, *, freeze_scheme: float, binarize: float, rewind: bool = False
+) -> Phases:
     """Returns the phases of a run from fractions of it, rounded to whole epochs.
 
     A ticket above 0 leaves at least one epoch to the masks, and rewinding one to the bits.

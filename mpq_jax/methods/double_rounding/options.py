@@ -56,7 +56,7 @@ class Options:
     BN_BANKS = ("weights", "shared")
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         choices = {
             "update": ("sequential", "joint"),
             "scales": ("shared", "unshared"),
@@ -110,7 +110,7 @@ class MixedOptions(Options):
     BN_BANKS = ("transition", "weights", "shared")
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         super().__post_init__()
         if self.roulette not in roulette.ROULETTE_RULES:
             raise ValueError(

@@ -378,7 +378,7 @@ def _random_subnet(
 
 
 def _finish(context: Context, optimizer, state: TrainState, carry: Carry, plan: StepPlan, metrics):
-    table, options = context.table, context.options
+    options = context.options
     gradient = grad_accumulation.reduce_mean(context.partition, carry.gradient)
     if options.gradient == "mean":
         gradient = jax.tree.map(lambda leaf: leaf / (options.random_subnets + 1), gradient)

@@ -92,7 +92,7 @@ class Options:
     norm_banks: bool = True
 
     def __post_init__(self):
-        """Refuses values that mean nothing, naming what is allowed."""
+        """Refuses invalid values and names the valid ones."""
         choices = {
             "subnet_loop": LOOPS,
             "optimizer": OPTIMIZERS,

@@ -8,7 +8,8 @@ import numpy as np
 from mpq_jax.reporting.html.content import ROUNDING, Candidate, Content
 from mpq_jax.reporting.html.numbers import EQUAL, UNITS, percent, quantity
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import FLOAT_BITS, LayerTable
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.rules import FLOAT_BITS
 
 
 class Standing(NamedTuple):
