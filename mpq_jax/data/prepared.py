@@ -11,13 +11,13 @@ from mpq_jax.data.streaming import EncodedImages
 
 
 class Stored(NamedTuple):
-    """The two splits of a prepared dataset, and what TFDS knows of their images.
+    """The two splits of a prepared dataset, with TFDS's description of their images.
 
     Attributes:
         name: TFDS name.
-        train: the training images.
-        test: the test images.
-        image_shape: height, width and channels; height or width is None where images differ.
+        train: training images.
+        test: test images.
+        image_shape: height, width and channels; height or width is None if it varies.
         num_classes: number of classes.
     """
 
@@ -34,9 +34,9 @@ def open_stored(
     """Opens a prepared dataset.
 
     Args:
-        dataset: its TFDS name, such as "cifar10" or "name/config:1.0.0".
+        dataset: TFDS name of the dataset, such as "cifar10" or "name/config:1.0.0".
         data_dir: folder of prepared datasets; None or "" for TFDS's own.
-        test_split: TFDS name of the split to test on.
+        test_split: TFDS name of the test split.
     """
     with extras.needs("data", f"reading the TFDS dataset {dataset!r}"):
         import tensorflow_datasets as tfds
@@ -48,7 +48,7 @@ def open_stored(
     image: Any = features[keys[0]]
     label: Any = features[keys[1]]
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
-        raise ValueError(f"{dataset}: {keys[0]!r} is {image}; it must be an image of uint8")
+        raise ValueError(f"{dataset}: {keys[0]!r} is {image}; it must be a uint8 image")
     if not isinstance(label, tfds.features.ClassLabel) or label.num_classes is None:
         raise ValueError(
             f"{dataset}: {keys[1]!r} is {label}; it must be one label of a known number of classes"
@@ -83,7 +83,7 @@ def _find_prepared(dataset: str, *, data_dir: str | os.PathLike[str] | None) -> 
     if not formats & set(file_adapters.FileFormat.with_random_access()):
         raise ValueError(
             f"{dataset} in {searched} is stored as {sorted(form.value for form in formats)}, which "
-            f"cannot be read in random order; prepare it again: {prepare}"
+            f"has no random access; prepare it again: {prepare}"
         )
     return builder
 
@@ -102,7 +102,7 @@ def _open_split(builder: Any, split: str, *, keys: tuple[str, str]) -> EncodedIm
     source = open_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
 
     def read(indices: list[int]) -> list[tuple[bytes, int]]:
-        examples = source.__getitems__(indices)  # thrice as fast as one by one
+        examples = source.__getitems__(indices)  # three times as fast as one at a time
         return [(example[image_key], int(example[label_key])) for example in examples]
 
     [(_, first_label)] = read([0])

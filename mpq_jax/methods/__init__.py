@@ -1,4 +1,4 @@
-"""Training methods, each a record of pure functions; `METHODS` lists them."""
+"""Training methods as records of pure functions; `METHODS` lists them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ __all__ = ["METHODS", "Method", "MethodFamily", "make_options", "own_options", "
 
 
 def variants(method: str) -> dict[str, str]:
-    """Returns the methods that are variants of a method, by the names that choose them."""
+    """Lists the variants of a method: {name of the variant: key of `METHODS`}."""
     others = {name: family.variant for name, family in METHODS.items()}
     return {
         variant.name: name for name, variant in others.items() if variant and variant.of == method
@@ -28,13 +28,13 @@ def variants(method: str) -> dict[str, str]:
 
 
 def own_options(method: str) -> dict[str, Any]:
-    """Returns the defaults of a method's options, without those it takes over from another."""
+    """Returns the defaults of a method's own options, without those derived from another method."""
     family = METHODS[method]
-    taken: Mapping[str, Any] = {}
+    derived: Mapping[str, Any] = {}
     if family.variant:
-        taken = family.variant.derive(METHODS[family.variant.of].options())
-    names = {field.name for field in dataclasses.fields(family.options)} - set(taken)
-    defaults = dataclasses.asdict(family.options(**taken))
+        derived = family.variant.derive(METHODS[family.variant.of].options())
+    names = {field.name for field in dataclasses.fields(family.options)} - set(derived)
+    defaults = dataclasses.asdict(family.options(**derived))
     return {name: value for name, value in defaults.items() if name in names}
 
 
@@ -43,11 +43,11 @@ def make_options(method: str, groups: Any) -> Any:
 
     Args:
         method: a key of `METHODS`.
-        groups: mapping of methods to values of their options, such as a config; at least those of
-            this one and, for a variant, of the method whose options it takes over.
+        groups: option values by method, such as a config; at least those of this method and, for a
+            variant, of the method from which it derives options.
 
     Raises:
-        ValueError: a value means nothing.
+        ValueError: a value is invalid.
     """
     family, own = METHODS[method], dict(groups.get(method, {}))
     if family.variant is None:

@@ -1,4 +1,4 @@
-"""A user's own models, named by the file or the module that holds their class.
+"""Models of users, given as the file or the module that defines their class.
 
     make("my_models.py:TinyNet", num_classes=10, options={"width": 8})
     make("package.models:TinyNet", num_classes=10)
@@ -18,36 +18,36 @@ from typing import Any
 
 import flax.linen as nn
 
-PREFIX = "_mpq_user_model_"  # of the names under which files are imported
-LINEN_FIELDS = ("parent", "name")  # of every module; no options
+PREFIX = "_mpq_user_model_"  # prefix of the module names under which files are imported
+LINEN_FIELDS = ("parent", "name")  # fields of every Linen module, not options
 
 
 def is_user_model(name: str | None) -> bool:
-    """Whether a model's name is that of a user's own class, `FILE.py:Class` or `module:Class`."""
+    """Whether a model's name refers to a user's class, `FILE.py:Class` or `module:Class`."""
     return name is not None and ":" in name
 
 
 def absolute(name: str, folders: Sequence[pathlib.Path]) -> str:
-    """Makes the file in a name absolute, taking the first folder that holds it; else unchanged."""
+    """Makes the file in a name absolute, in the first folder that holds it."""
     place, _, class_name = name.rpartition(":")
     if not place.endswith(".py"):
         return name
     files = [folder / pathlib.Path(place).expanduser() for folder in folders]
-    found = next((file for file in files if file.is_file()), files[0])
-    return f"{found.resolve()}:{class_name}"
+    file = next((file for file in files if file.is_file()), files[0])
+    return f"{file.resolve()}:{class_name}"
 
 
 def make(name: str, *, num_classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:
-    """Makes a user's own model.
+    """Builds a user's model.
 
     Args:
-        name: `FILE.py:Class`, or `module:Class` of a module that can be imported.
+        name: `FILE.py:Class`, or `module:Class` for an importable module.
         num_classes: size of the output.
-        options: further fields of the class.
+        options: values of other fields of the class.
 
     Raises:
-        ValueError: there is no such file, module or class, it is no Linen module, or it has no such
-            fields.
+        ValueError: the file, module or class does not exist, is not a Linen module, or lacks one of
+            the fields.
     """
     module_class = find_class(name)
     given = dict(options or {})
@@ -59,7 +59,7 @@ def make(name: str, *, num_classes: int, options: Mapping[str, Any] | None = Non
     if "num_classes" not in fields:
         raise ValueError(
             f"the model {name!r} has no field num_classes, only {fields}; give its class the field "
-            "`num_classes: int` and let the last layer have so many outputs: the data decides it"
+            "`num_classes: int`, set from the dataset, and use it as the size of the last layer"
         )
     unknown = sorted(set(given) - set(fields))
     if unknown:
@@ -67,43 +67,45 @@ def make(name: str, *, num_classes: int, options: Mapping[str, Any] | None = Non
     try:
         return module_class(num_classes=num_classes, **given)
     except TypeError as error:
-        raise ValueError(f"the model {name!r} cannot be made from {given}: {error}") from error
+        raise ValueError(f"the model {name!r} cannot be built with {given}: {error}") from error
 
 
 def find_class(name: str) -> type[nn.Module]:
-    """Imports the class that a name stands for; arguments and errors as in `make`."""
+    """Imports the class to which a name refers; arguments and errors as in `make`."""
     place, _, class_name = name.rpartition(":")
     module = _import_file(pathlib.Path(place)) if place.endswith(".py") else _import_module(place)
-    found = getattr(module, class_name, None)
-    if found is None:
+    model_class = getattr(module, class_name, None)
+    if model_class is None:
         classes = [
             key
             for key, value in vars(module).items()
             if isinstance(value, type) and issubclass(value, nn.Module) and value is not nn.Module
         ]
         raise ValueError(f"{place} has no class {class_name!r}; its Linen modules are {classes}")
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"{class_name!r} in {place} is {found!r}; wanted a class of flax.linen")
-    return found
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        raise ValueError(
+            f"{class_name!r} in {place} is {model_class!r}; wanted a subclass of flax.linen.Module"
+        )
+    return model_class
 
 
 def _import_file(path: pathlib.Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(
-            f"there is no file {path}, which config.model.name names; where it has moved, give its "
-            "new place"
+            f"there is no file {path}, which config.model.name refers to; if it has moved, give "
+            "its new path"
         )
     return _import_once(path.resolve())
 
 
-@functools.cache  # so that a class is one object, however often its model is made
+@functools.cache  # so that every model of a file has the same class object
 def _import_once(path: pathlib.Path) -> ModuleType:
     _allow_imports_from(path.parent)
     name = PREFIX + path.stem
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # of a file that ends in .py
+    assert spec is not None and spec.loader is not None  # the file ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -114,14 +116,14 @@ def _import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-            raise  # something that the module itself wants
+            raise  # an import inside the module failed
         raise ValueError(
-            f"there is no module {name!r}, which config.model.name names; install it, start in the "
-            "folder that holds it, or name its file: FILE.py:Class"
+            f"there is no module {name!r}, which config.model.name refers to; install it, start in "
+            "the folder that holds it, or give its file: FILE.py:Class"
         ) from error
 
 
 def _allow_imports_from(folder: pathlib.Path) -> None:
-    """Lets a user's files import their neighbors; behind all else, so that they shadow nothing."""
+    """Lets a user's files import their neighbors; last on the path, so that they shadow nothing."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))

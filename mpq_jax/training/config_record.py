@@ -10,7 +10,8 @@ from mpq_jax.methods import METHODS
 from mpq_jax.models import user_models
 
 FILE = "config.json"
-VERSION = 2  # of the keys; 1 had none and those of RENAMED and REMOVED
+VERSION = 2  # of the keys; 1 was not written down, and had the keys of RENAMED and REMOVED
+SHOWN = 4  # renamed keys in an error message
 RENAMED = {
     "accumulate": "grad_accum_steps",
     "new_head": "reinit_head",
@@ -24,6 +25,17 @@ RENAMED = {
     "data.num_threads": "data.reading.num_threads",
     "data.workers": "data.reading.workers",
     "data.max_corrupt": "data.reading.max_corrupt",
+    "double_rounding.norm_rows": "double_rounding.bn_banks",
+    "double_rounding_mixed.norm_rows": "double_rounding_mixed.bn_banks",
+    "csq.ticket": "csq.freeze_scheme",
+    "csq.harden": "csq.binarize",
+    "csq.tighten": "csq.budget_anneal",
+    "csq.reach": "csq.clip_rms",
+    "search.budget": "search.cost",
+    "search.frontier": "search.pareto_points",
+    "search.tolerance": "search.max_accuracy_drop",
+    "search.batch_size": "search.score_images",
+    "search.tenure": "search.tabu_tenure",
 }
 REMOVED = {
     "keep_last": "the two newest checkpoints are kept, and the best one",
@@ -76,18 +88,20 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
     version = config.get("version", 1)
     if version != VERSION:
         raise ValueError(
-            f"{path} is of version {version}, and this mpq_jax reads version {VERSION}"
-            f"{_changes(config)}. Go on with the mpq_jax that wrote it, or train anew in another "
-            "--workdir"
+            f"{path} is of version {version}, and this mpq_jax reads version {VERSION}: keys have "
+            f"other names{_changes(config)}. Go on with the mpq_jax that wrote it, or train anew "
+            "in another --workdir"
         )
     return config
 
 
 def _changes(config: dict[str, Any]) -> str:
-    """Names the keys of a config of the first version that are called otherwise now."""
-    held = set(config) | {f"data.{name}" for name in config["data"]}
-    renamed = [f"config.{old} is config.{new} now" for old, new in RENAMED.items() if old in held]
-    return f": {'; '.join(renamed)}" if renamed else ""
+    """Names some keys of a config of the first version that have other names now."""
+    groups = {name: group for name, group in config.items() if isinstance(group, dict)}
+    held = set(config) | {f"{name}.{key}" for name, group in groups.items() for key in group}
+    renamed = [f"config.{old} is config.{RENAMED[old]} now" for old in RENAMED if old in held]
+    more = f" and {len(renamed) - SHOWN} more" if len(renamed) > SHOWN else ""
+    return f" ({', '.join(renamed[:SHOWN])}{more})" if renamed else ""
 
 
 def write(config: Config, workdir: pathlib.Path) -> None:

@@ -215,7 +215,7 @@ def test_bits_of_another_model_are_refused_before_anything_is_evaluated(saved, t
     path, names = tmp_path / "bits.json", [*TABLE.names[:-1], "classifier"]
     path.write_text(bit_configs.to_json(TABLE.uniform(4, 4), names))
     message = failure([saved.path, "--dataset", "digits", "--bits", path], capsys)
-    assert "is for another model: it lacks ['head'] and has ['classifier'] besides" in message
+    assert "missing layers: ['head']; unexpected layers: ['classifier']" in message
     bits = TABLE.uniform(4, 4)
     bits = bits._replace(acts=bits.acts.at[2].set(6))
     path.write_text(bit_configs.to_json(bits, TABLE.names))

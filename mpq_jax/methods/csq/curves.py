@@ -1,28 +1,28 @@
-"""The course of a training run, taken from its logged metrics."""
+"""Curves of a training run, read from its logged metrics."""
 
 from collections.abc import Mapping, Sequence
 
 from mpq_jax.methods.base import TrainingCurves
 
-PLANES = "planes/"  # begins the names of metrics that count the planes of a layer
-MEAN_PLANES = "mean_planes_by_layer"  # only logged at the end of an epoch
+PLANES = "planes/"  # prefix of the metrics that count the planes of a layer
+MEAN_PLANES = "mean_planes_by_layer"  # logged at the end of each epoch only
 
 
 def training_curves(names: Sequence[str], entries: Sequence[Mapping[str, float]]) -> TrainingCurves:
-    """Returns the planes of every layer, their means, and the share of undecided gates.
+    """Collects the planes of every layer, their means, and the fraction of undecided gates.
 
     Args:
-        names: the layers in order; those without planes are left out.
-        entries: logged metrics, in order.
+        names: names of the layers in order; those without planes are left out.
+        entries: logged metrics in order.
     """
     epochs = [entry for entry in entries if MEAN_PLANES in entry]
-    grown = [name for name in names if epochs and PLANES + name in epochs[0]]
+    with_planes = [name for name in names if epochs and PLANES + name in epochs[0]]
 
     def curve(key: str, scale: float = 1.0) -> list[float]:
         return [scale * entry[key] for entry in epochs]
 
     return TrainingCurves(
-        layers={name: curve(PLANES + name) for name in grown},
+        layers={name: curve(PLANES + name) for name in with_planes},
         label="planes",
         panels={
             "planes": {f"mean by {by}": curve(f"mean_planes_by_{by}") for by in ("layer", "param")},
