@@ -46,7 +46,7 @@ class Saved(NamedTuple):
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits", batch_size=256, seed=0, heldout_fraction=0.0)
+    return data.load("digits", batch_size=256, seed=0, validation_fraction=0.0)
 
 
 def network(digits, model, table, shape):

@@ -145,7 +145,7 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_state(tmp_path, t
     """The loss is written down every 20 steps, but checkpoints are saved every 5."""
     config: Any = digits.get_config()
     config.update(log_every=20, save_every=5)
-    dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.2)
+    dataset = data.load("digits", batch_size=64, seed=0, validation_fraction=0.2)
     run = TrainingInfo(
         epochs=2, steps_per_epoch=dataset.steps_per_epoch, prepare=lambda batch, key: batch
     )

@@ -50,7 +50,7 @@ def make_run(workdir, method, *, done=True, **changes):
 
 def some_digits(deployed, count=64):
     """Normalized images of the test split, and their labels."""
-    dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.0)
+    dataset = data.load("digits", batch_size=64, seed=0, validation_fraction=0.0)
     split = data.whole_split(dataset, "test")
     images = split["image"][:count].astype(np.float32) / 255
     mean, std = np.float32(deployed.mean), np.float32(deployed.std)

@@ -29,13 +29,13 @@ COST = costs.cost_table(TABLE, "bitops")
 MIXED = BitConfig(jnp.array([8, 4, 2, 3, 8], jnp.int32), jnp.array([8, 4, 4, 2, 8], jnp.int32))
 
 
-def candidate(name, bits, accuracy, heldout=None):
+def candidate(name, bits, accuracy, validation=None):
     by_kind = {
         kind: costs.total(TABLE, costs.cost_table(TABLE, kind), bits)
         for kind in ("bitops", "bytes", "mean_bits")
     }
     group = "uniform" if name.startswith("uniform") else "searched"
-    return Candidate(name, group, bits, accuracy, heldout, by_kind)
+    return Candidate(name, group, bits, accuracy, validation, by_kind)
 
 
 UNIFORM = {f"uniform {n}/{n}": TABLE.uniform(n, n) for n in (4, 3, 2)}
