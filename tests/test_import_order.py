@@ -10,7 +10,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = (  # from low to high; the first and the last are files
+FOLDERS = (  # from low to high; the first is a file
     "extras",
     "data",
     "quantizers",
@@ -24,24 +24,23 @@ FOLDERS = (  # from low to high; the first and the last are files
     "reporting",
     "training",
     "export",
-    "configs",  # a link to the folder of the checkout, whose files are looked at there
     "cli",
-    "__main__",
 )
 PROGRAMS = ("train", "search")
+LINK = ROOT / "mpq_jax" / "configs"  # to configs/, so that they are installed
 SETTINGS = ("absl", "ml_collections")  # flags and configs: only programs read them
 
 
 def module_name(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = ("mpq_jax", *parts) if parts[0] == "configs" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def project_files():
     files = [ROOT / f"{program}.py" for program in PROGRAMS]
     for folder in ("mpq_jax", "configs"):
-        files += sorted((ROOT / folder).rglob("*.py"))
+        found = sorted((ROOT / folder).rglob("*.py"))
+        files += [path for path in found if LINK not in path.parents]
     return {module_name(path): path for path in files}
 
 
@@ -63,17 +62,19 @@ def imports(source, name, *, is_package):
 
 def folder_of(name):
     """Returns the folder of the library that a module is in; None for the library's root."""
-    return name.split(".")[1] if name.count(".") else None
+    folder = name.split(".")[1] if name.count(".") else "__init__"
+    return None if folder in ("__init__", "__main__") else folder
 
 
 def complaint(name, imported):
     """Returns why a module must not import another, or None where it may."""
     top, into = name.split(".")[0], imported.split(".")[0]
     if top in PROGRAMS:
-        allowed = into not in ("mpq_jax", *PROGRAMS) or is_inside(imported, "mpq_jax.cli")
+        allowed = into not in ("mpq_jax", "configs", *PROGRAMS) or is_inside(
+            imported, "mpq_jax.cli"
+        )
         return None if allowed else f"{name} imports {imported}; wanted mpq_jax.cli alone"
-    from_configs = is_inside(imported, "mpq_jax.configs")
-    if into in (*PROGRAMS, "configs") or (from_configs and folder_of(name) != "configs"):
+    if into in PROGRAMS or (top == "mpq_jax" and into == "configs"):
         return f"{name} imports {imported}, which is a user of the library"
     if top == "mpq_jax":
         return library_complaint(name, imported)
@@ -83,8 +84,7 @@ def complaint(name, imported):
 def library_complaint(name, imported):
     mine = folder_of(name)
     if imported.split(".")[0] in SETTINGS and not is_inside(imported, "absl.logging"):
-        allowed = mine == "cli" or (mine == "configs" and is_inside(imported, "ml_collections"))
-        return None if allowed else f"{name} imports {imported}: only cli reads settings"
+        return None if mine == "cli" else f"{name} imports {imported}: only cli reads settings"
     if not is_inside(imported, "mpq_jax") or mine is None:
         return None
     theirs = folder_of(imported)
@@ -111,10 +111,9 @@ def test_imports_go_one_way(name):
 
 
 def test_every_folder_has_its_place():
-    folders = {path.parent.name for path in (ROOT / "mpq_jax").glob("*/*.py")}
-    files = {path.stem for path in (ROOT / "mpq_jax").glob("*.py")}
-    assert folders == set(FOLDERS) - files
-    assert files == {"__init__", "extras", "__main__"}
+    folders = {path.parent for path in (ROOT / "mpq_jax").glob("*/*.py")} - {LINK}
+    files = {path.stem for path in (ROOT / "mpq_jax").glob("*.py")} - {"__init__", "__main__"}
+    assert {folder.name for folder in folders} | files == set(FOLDERS)
 
 
 @pytest.mark.parametrize(
@@ -128,19 +127,15 @@ def test_every_folder_has_its_place():
         ("mpq_jax.training.metrics", "from absl import app, logging", "absl.app"),
         ("mpq_jax.training.metrics", "import absl.flags", "absl.flags"),
         ("mpq_jax.training.metrics", "from ml_collections import ConfigDict", "ml_collections"),
-        ("mpq_jax.cli.train", "from mpq_jax.configs import digits", "configs.digits"),
-        ("mpq_jax.methods.optim", "import mpq_jax.configs.digits", "configs.digits"),
-        ("mpq_jax.extras", "from mpq_jax import data", "data is above extras"),
-        ("mpq_jax.configs.digits", "from absl import flags", "only cli reads settings"),
+        ("mpq_jax.cli.train", "from configs import digits", "configs.digits"),
         ("mpq_jax.cli.train", "from search import main", "search.main"),
         ("mpq_jax.cli.train", "import mpq_jax", "mpq_jax; wanted a module of one of the folders"),
         ("mpq_jax.cli.train", "from mpq_jax import trace_layers", "mpq_jax.trace_layers; wanted"),
         ("mpq_jax.cli.train", "import mpq_jax.no_such_folder.module", "no_such_folder"),
         ("train", "from mpq_jax.training import experiment", "wanted mpq_jax.cli alone"),
         ("train", "import search", "wanted mpq_jax.cli alone"),
-        ("train", "from mpq_jax.configs import digits", "wanted mpq_jax.cli alone"),
-        ("mpq_jax.configs.digits", "import train", "train"),
-        ("mpq_jax.configs.digits", "from configs import default", "configs.default"),
+        ("train", "from configs import digits", "wanted mpq_jax.cli alone"),
+        ("configs.digits", "import train", "train"),
         ("mpq_jax", "from ml_collections import ConfigDict", "ml_collections"),
     ],
 )
@@ -157,9 +152,8 @@ def test_wrong_imports_are_found(name, source, wrong):
         ("mpq_jax.methods.rfquant.terms", "from . import options\nfrom ...supernet import bits"),
         ("mpq_jax.training.metrics", "from absl import logging\nimport jax, flax.linen as nn"),
         ("mpq_jax.cli.train", "from absl import app, flags\nfrom mpq_jax.training import metrics"),
-        ("mpq_jax.configs.digits", "from mpq_jax.configs import default\nimport mpq_jax.methods"),
-        ("mpq_jax.configs.digits", "from ml_collections import ConfigDict"),
-        ("mpq_jax.data.tfds", "from mpq_jax import extras"),
+        ("configs.digits", "from mpq_jax.configs import default\nfrom mpq_jax.methods import METHODS"),
+        ("configs.digits", "from ml_collections import ConfigDict"),
         ("search", "from absl import app\nfrom mpq_jax.cli import search"),
     ],
 )

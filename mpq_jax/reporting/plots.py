@@ -40,7 +40,7 @@ def plot_frontier(report: SearchReport, *, path: pathlib.Path) -> None:
         report: the results.
         path: file to write; the ending decides the format.
     """
-    figure = _figure(7, 4.5)
+    figure = _figure(7.0, 4.5)
     axes = figure.subplots()
     for group, style in STYLES.items():
         _plot_group(axes, report, group, style)
@@ -152,8 +152,8 @@ def plot_weight_bits(
 
 
 def plot_bits_over_training(
-    layers: Mapping[str, Sequence[float]],
-    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    layers: Mapping[str, Sequence[float | int]],
+    panels: Mapping[str, Mapping[str, Sequence[float | int]]],
     *,
     label: str,
     path: pathlib.Path,
@@ -166,7 +166,7 @@ def plot_bits_over_training(
         label: what the bits of a layer are: "planes".
         path: file to write.
     """
-    figure = _figure(7, 1.7 + 0.16 * len(layers) + 1.4 * len(panels))
+    figure = _figure(7.0, 1.7 + 0.16 * len(layers) + 1.4 * len(panels))
     heights = (2 + 0.16 * len(layers), *(1.4 for _ in panels))
     top, *below = figure.subplots(1 + len(panels), 1, sharex=True, height_ratios=heights)
     bits = np.array(list(layers.values()))

@@ -8,7 +8,8 @@ import numpy as np
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
 
-Unit = tuple[float, str]  # size and name
+Number = float | int
+Unit = tuple[Number, str]  # size and name
 
 _BYTES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
 UNITS: dict[str, tuple[Unit, ...]] = {
@@ -45,7 +46,7 @@ class CostMetric(NamedTuple):
         return f"{cost / self.unit[0]:.4g} {self.unit[1]}"
 
 
-def fitting_unit(value: float, units: Iterable[Unit]) -> Unit:
+def fitting_unit(value: Number, units: Iterable[Unit]) -> Unit:
     """Returns the largest of the units that a value reaches; they come the largest first."""
     every = list(units)
     return next((unit for unit in every if unit[0] <= value), every[-1])

@@ -99,7 +99,7 @@ def expand(table: LayerTable, tree: PyTree) -> PyTree:
     return paths.map_leaves(tree, repeat)
 
 
-def update_mask(table: LayerTable, configs: BitConfig) -> dict[str, Array]:
+def used_rows(table: LayerTable, configs: BitConfig) -> dict[str, Array]:
     """Marks the rows that some configurations use.
 
     Args:

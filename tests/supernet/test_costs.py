@@ -21,7 +21,8 @@ from mpq_jax.supernet.costs import (
     model_bytes,
     total,
 )
-from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule, bit_rules
 
 GIGA, MIB = 1e9, 2**20
 

@@ -10,14 +10,8 @@ from helpers.traced_models import Separable, make_table
 
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import (
-    FIRST_LAST,
-    FIRST_LAST_8BIT,
-    FIRST_LAST_FLOAT,
-    Rule,
-    bit_rules,
-    trace_layers,
-)
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST, FIRST_LAST_8BIT, FIRST_LAST_FLOAT, Rule, bit_rules
 
 
 @pytest.fixture(scope="module")

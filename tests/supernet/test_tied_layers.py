@@ -73,11 +73,8 @@ def test_costs_of_tied_layers_are_those_of_equal_bits(kind):
 
 def test_layers_of_a_pattern_share_weight_bits_and_input_bits():
     table = tie_matching(TABLE, ["conv|head", "side$"])
-    assert table.tied_groups == (
-        (2, 6, 10),
-        (3, 11),
-        (5, 9),
-    )  # conv: one input is fixed; side: one kernel
+    # Of the convolutions one input is fixed, of the side layers one kernel.
+    assert table.tied_groups == ((2, 6, 10), (3, 11), (5, 9))
     left = bits_of(table)
     assert left[1, 0] == left[3, 0] == left[5, 0] == (4, 2)
     assert left[1, 1] == left[5, 1] == (4, 2)

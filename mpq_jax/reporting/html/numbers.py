@@ -3,9 +3,8 @@
 import math
 from collections.abc import Iterable
 
-from mpq_jax.search.cost_metrics import Unit, fitting_unit
+from mpq_jax.search.cost_metrics import Number, Unit, fitting_unit
 
-Number = float | int
 COUNTS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
 TITLES = {
     "bitops": "bit operations per image",
