@@ -1,7 +1,5 @@
 """Tiny finished runs for the tests of exports: networks of drawn weights, which nobody trained."""
 
-import json
-
 import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
@@ -10,7 +8,7 @@ from mpq_jax import data
 from mpq_jax.configs import digits
 from mpq_jax.configs.csq import use as use_csq
 from mpq_jax.configs.double_rounding import use as use_double_rounding
-from mpq_jax.training import checkpoints, experiment
+from mpq_jax.training import checkpoints, config_record, experiment
 
 WIDTH = 4
 USES = {
@@ -44,7 +42,7 @@ def make_run(workdir, method, *, done=True, **changes):
     step = setup.run.steps if done else 1
     with checkpoints.open_manager(workdir / "checkpoints") as manager:
         checkpoints.save(manager, step, state._replace(step=jnp.int32(step)))
-    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json())))
+    config_record.write(config, workdir)
     return workdir
 
 
