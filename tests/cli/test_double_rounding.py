@@ -138,16 +138,16 @@ def test_train_writes_the_network_as_integers(rounded, name):
     artifact = integers.load(path)
     assert artifact.precisions == PRECISIONS
     assert artifact.table.bn_banks == {"multi": "weights", "mixed": "transition"}[name]
-    dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.2)
+    dataset = data.load("digits", batch_size=64, seed=0, validation_fraction=0.2)
     mean, std = artifact.mean, artifact.std
     evaluate = make_evaluate(
         lambda selected, _, images: artifact.forward(selected, images),
         lambda images: data.normalize(images, mean=mean, std=std),
     )
     logged = entries(getattr(rounded, name))[-1]
-    one_image = 1 / dataset.sizes["heldout"]
+    one_image = 1 / dataset.sizes["validation"]
     for bits in PRECISIONS:
-        score = evaluate(artifact.switch(bits), None, dataset.eval_batches("heldout"))
+        score = evaluate(artifact.switch(bits), None, dataset.eval_batches("validation"))
         # Compiled with other optimizations: an image on the edge of two classes may change sides.
         assert abs(score.accuracy - logged[f"validation/w{bits}a{bits}"]) < 1.5 * one_image
     method = {"multi": "double_rounding", "mixed": "double_rounding_mixed"}[name]
@@ -195,7 +195,7 @@ def test_the_program_finds_bits_of_the_wanted_mean(rounded):
 
 
 def test_the_program_keeps_latency_and_a_further_limit(rounded):
-    """Nothing that is chosen on held-out images may be beyond the limit either."""
+    """Nothing that is chosen on validation images may be beyond the limit either."""
     directory, output = rounded.by_latency
     seconds = costs.latency_table(rounded.table, rounded.latency.read_text())
     found = read_bits(directory, rounded.table)

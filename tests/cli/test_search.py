@@ -137,8 +137,8 @@ def test_a_tolerance_finds_cheap_bits_that_are_good_enough(searched, table):
     table.check(bits)
     with (searched.bytes_directory / "results.csv").open() as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
-    lost = float(rows["uniform 6/6"]["heldout_accuracy"]) - float(
-        rows["within 20 points"]["heldout_accuracy"]
+    lost = float(rows["uniform 6/6"]["validation_accuracy"]) - float(
+        rows["within 20 points"]["validation_accuracy"]
     )
     assert lost <= 0.2 + 1e-9
     assert float(rows["within 20 points"]["bytes"]) < float(rows["uniform 6/6"]["bytes"])
