@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mpq_jax import extras
 from mpq_jax.export import exported_model, finished_run, norm_statistics
@@ -42,9 +43,10 @@ def write_integers(
     """
     if net is None or not exported_model.is_switchable(net):
         return None
-    state = mesh.to_host(state)
+    state = mesh.to_host(state)  # all processes at once
     if jax.process_index() != 0:
         return None
+    state = jax.tree.map(jnp.asarray, state)  # on a device of this process alone
     exported = finished_run.of_experiment(
         experiment, config, net, state, None, layouts=layouts, provenance={"norms": "of training"}
     )

@@ -17,8 +17,8 @@ from mpq_jax.search.strategies import STRATEGIES
         ({"pareto_points": -1}, "pareto_points -1; wanted percentage points and a number"),
         ({"levels": ()}, "there is no budget to search for; give levels, budgets, pareto_points"),
         ({"limits": {"joules": 1.0}}, r"limits has \['joules'\]; known kinds of cost: \('bitops'"),
-        ({"cost": "latency"}, "of latency needs latency, the seconds of every layer"),
-        ({"limits": {"latency": 1.0}}, "of latency needs latency, the seconds of every layer"),
+        ({"cost": "latency"}, "of latency needs a table of latencies"),
+        ({"limits": {"latency": 1.0}}, "of latency needs a table of latencies"),
         (
             {"strategy": "tabu", "strategy_options": {"solutions": 3}},
             r"strategy_options has \['solutions'\]; 'tabu' has the options \('rounds', ",
