@@ -118,6 +118,11 @@ class State(NamedTuple):
     params: dict
 
 
+def never(*args):
+    """Evaluates; the runs end within their first epoch."""
+    raise AssertionError("nothing is to be evaluated")
+
+
 def bad_loss(state, batch, key):
     step = state.step + 1
     return state._replace(step=step), {"loss": jnp.where(step >= 7, jnp.nan, 1.0)}
@@ -157,7 +162,7 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_state(tmp_path, t
     params = {"kernel": jnp.ones((3, 3)), "bias": jnp.zeros(3)}
     with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
         with pytest.raises(DivergedError, match=message):
-            train_loop(setup, config, tmp_path, manager, unused, State(jnp.int32(0), params), 0)
+            train_loop(setup, config, tmp_path, manager, never, State(jnp.int32(0), params), 0)
     assert saved_steps(tmp_path) == [5]
     step, state = checkpoints.load_latest(tmp_path / "checkpoints")
     assert step == state["step"] == 5
