@@ -318,7 +318,7 @@ def _kept_positive(trainable: CsqParams) -> CsqParams:
 
 
 def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
-    """Fixes the scheme at the freeze, the bits at the hardening; tells of a hopeless budget."""
+    """Freezes the scheme and binarizes the bits when it is time; tells of a hopeless budget."""
     step, events = epoch * plan.phases.steps_per_epoch, {}
     if plan.learning is not None and step == plan.phases.freeze_scheme:
         state, events = _freeze_scheme(plan.learning, state)

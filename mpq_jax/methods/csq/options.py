@@ -79,7 +79,7 @@ class SharedOptions:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
         if not 0 < self.binarize <= 1:
-            raise ValueError(f"harden is {self.binarize}; wanted a fraction of the run, above 0")
+            raise ValueError(f"binarize is {self.binarize}; wanted a fraction of the run, above 0")
         if self.clip_rms < 0:
             raise ValueError(f"clip_rms is {self.clip_rms}; wanted root mean squares, or 0")
         if self.temperature <= 1:

@@ -32,7 +32,7 @@ def make_phases(
 ) -> Phases:
     """Returns the phases of a run from fractions of it, rounded to whole epochs.
 
-    A ticket above 0 leaves at least one epoch to the masks, and rewinding one to the bits.
+    A `freeze_scheme` above 0 leaves at least one epoch to the masks, and rewinding one to the bits.
     """
     first = 0
     if freeze_scheme > 0:
@@ -67,7 +67,7 @@ def rate_shape(phases: Phases, *, warmup: float, tuning: float):
     """Returns `step -> factor` of all learning rates: a cosine from 1 to 0 over each phase.
 
     Growing and, without rewinding, learning bits at the last temperature are one phase. Tuning
-    what is left after hardening is another, which starts at `tuning`.
+    what is left after `binarize` is another, which starts at `tuning`.
     """
     first = phases.freeze_scheme if phases.rewind else phases.binarize
 
