@@ -219,7 +219,11 @@ def test_unshared_and_floored_differ_from_the_default_where_they_should():
         QUANTIZERS[name].weights
         for name in ("double_rounding", "double_rounding_unshared", "double_rounding_floored")
     )
-    assert (default.shared_step_size, unshared.shared_step_size, floored.shared_step_size) == (True, False, True)
+    assert (default.shared_step_size, unshared.shared_step_size, floored.shared_step_size) == (
+        True,
+        False,
+        True,
+    )
     for bits, step in itertools.product((2, 5, 8), (0.004, 0.01)):
         arguments = {"max_bits": 8, "grad_scale": None}
         a, c = (q.fake_quant(w, step, bits, **arguments) for q in (default, floored))
