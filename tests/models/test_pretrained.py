@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mpq_jax.program import paths
 from mpq_jax.models import MODELS, pretrained
 from mpq_jax.models.efficientnet_lite import Stage as LiteStage
 from mpq_jax.models.mobilenet_v2 import Stage
@@ -21,7 +20,7 @@ from mpq_jax.models.pretrained import (
     importing,
     read_tensors,
 )
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 
 
 class StateDict(dict):

@@ -7,11 +7,10 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from configs import digits
-from mpq_jax.program import paths
 from mpq_jax.cli import train
 from mpq_jax.methods import METHODS
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 
 WIDTH, SHAPE, CLASSES = 4, (8, 8, 1), 10  # of a small ResNet-8 for the digits
 
