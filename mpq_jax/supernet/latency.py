@@ -93,11 +93,12 @@ def layer_calls(
     found: dict[str, tuple[Call, ...]] = {}
 
     def record(call: linen.ModuleCall) -> Any:
+        out = call.run()  # first: it draws the kernel
         if isinstance(call.module, linen.LAYERS):
             kernel = call.module.variables["params"]["kernel"]
             alone = call.module.clone(parent=None, name=None)
             found[call.path] = (*found.get(call.path, ()), Call(alone, kernel.shape, call.x.shape))
-        return call.run()
+        return out
 
     shape = (batch, *input_shape)
     with linen.intercept(record):
