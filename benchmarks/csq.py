@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.fashion import Bench, append, cell, read
-from configs.csq import fashion_mnist
+from mpq_jax.configs.csq import fashion_mnist
 from mpq_jax.methods import METHODS
 from mpq_jax.reporting import plots
 from mpq_jax.supernet import costs
@@ -172,13 +172,16 @@ def main():
         if row["seed"] == 0 and row["variant"] in {f"CSQ {target}" for target in TARGETS}:
             target = row["variant"].split()[1]
             path = out / f"growth_{target}.png"
-            plots.plot_growth(list(row["layouts"]), row["history"], path=path)
+            curves = training_curves(list(row["layouts"]), row["history"])
+            plots.plot_bits_over_training(
+                curves.layers, curves.panels, label=curves.label, path=path
+            )
             table = Bench(arguments.data_dir, 0, 1).table((8,), first=(FLOAT_INPUTS,))
             counted = {
                 kind: BitConfig(jnp.asarray(bits, jnp.int32), table.max_config.acts)
                 for kind, bits in row["bits"].items()
             }
-            plots.plot_scheme(table, counted, path=out / f"scheme_{target}.png")
+            plots.plot_weight_bits(table, counted, path=out / f"scheme_{target}.png")
 
 
 if __name__ == "__main__":

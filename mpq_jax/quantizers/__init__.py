@@ -1,6 +1,6 @@
-"""Quantizers: arrays in, arrays out. `QUANTIZERS` lists what a supernet can be built from."""
+"""Quantizers as pure functions of arrays. `QUANTIZERS` lists those that a supernet can use."""
 
-from mpq_jax.quantizers import double_rounding, lsq
+from mpq_jax.quantizers import batch_max, bit_planes, double_rounding, lsq, pact
 from mpq_jax.quantizers.base import ActQuantizer, Quantizer, WeightQuantizer
 
 QUANTIZERS: dict[str, Quantizer] = {
@@ -10,4 +10,14 @@ QUANTIZERS: dict[str, Quantizer] = {
     "double_rounding_floored": double_rounding.FLOORED,
 }
 
-__all__ = ["QUANTIZERS", "ActQuantizer", "Quantizer", "WeightQuantizer"]
+__all__ = [
+    "QUANTIZERS",
+    "ActQuantizer",
+    "Quantizer",
+    "WeightQuantizer",
+    "batch_max",
+    "bit_planes",
+    "double_rounding",
+    "lsq",
+    "pact",
+]

@@ -15,7 +15,7 @@ HEARTBEAT_TIMEOUT = 20  # seconds; a healthy process on a busy machine is never 
 
 def test_joining_after_jax_is_in_use_says_what_to_do():
     jax.devices()
-    with pytest.raises(RuntimeError, match="(?s)before any JAX calls.*process_count=1.*start them"):
+    with pytest.raises(RuntimeError, match="(?s)before any JAX calls.*process_count=1.*Join once"):
         distributed.join("localhost:1", 1, 0)
 
 

@@ -189,7 +189,7 @@ def test_a_highest_precision_that_makes_no_sense_is_refused(max_bits):
         lambda: double_rounding.fake_quant(w, 1.0, 2, max_bits=max_bits),
         lambda: double_rounding.switch(jnp.zeros((2,), jnp.int8), 2, max_bits=max_bits),
     ):
-        with pytest.raises(ValueError, match="highest is .* wanted 2 to 16"):
+        with pytest.raises(ValueError, match="max_bits is .* wanted 2 to 16"):
             refused()
 
 

@@ -179,10 +179,13 @@ def with_layer(entry):
         (with_content(version=2), "version 2.*reads version 1.*update mpq_jax"),
         (with_content(version=None), "version None"),
         (with_content(layers=[]), "layers"),
-        (with_content(layers={"stem": {}}), r"lacks \['head', 'stage0/conv1'\] and has nothing"),
+        (
+            with_content(layers={"stem": {}}),
+            r"missing layers: \['head', 'stage0/conv1'\]; unexpected layers: none",
+        ),
         (
             with_layer({"weights": 1, "acts": 1}).replace("head", "tail"),
-            r"another model.*lacks \['head'\] and has \['tail'\]",
+            r"another model.*missing layers: \['head'\]; unexpected layers: \['tail'\]",
         ),
         (with_layer({"weights": 2}), "acts of layer 'head' is None"),
         (with_layer({"acts": 2}), "weights of layer 'head' is None"),
