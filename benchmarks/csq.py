@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.fashion import Bench, append, cell, read
 from mpq_jax.configs.csq import fashion_mnist
 from mpq_jax.methods import METHODS
+from mpq_jax.methods.csq.curves import training_curves
 from mpq_jax.reporting import plots
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
