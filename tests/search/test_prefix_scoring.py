@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import weakref
 
@@ -13,10 +12,12 @@ from helpers.random_variables import drawn_variables
 from mpq_jax.parallel import mesh as sharding
 from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
-from mpq_jax.search import greedy, prefix_scoring
+from mpq_jax.search import prefix_scoring
+from mpq_jax.search.greedy import greedy_search
 from mpq_jax.search.prefix_scoring import make_fast_score, make_prefix_score, shared_work
-from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.search.problem import Budget, Constraint
 from mpq_jax.search.segments import find_segments
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
@@ -60,30 +61,34 @@ MODEL = Net()
 RULES = bit_rules((4, 3, 2))
 TABLE = trace_layers(MODEL, SHAPE, rules=RULES)
 NET = Supernet(MODEL, TABLE, quantizer=lsq.QUANTIZER)
-TICKING = dataclasses.replace(NET, model=Net(ticking=True))
-INIT = jax.jit(Supernet.init, static_argnums=0)
 CUT = find_segments(NET, SHAPE)
+TICKING = Supernet(Net(ticking=True), TABLE, quantizer=lsq.QUANTIZER)
+INIT = jax.jit(Supernet.init, static_argnums=0)
 FREE = [[1], [2], [3]]  # layers with a choice in each segment
 
 
-def supernet_of(net):
-    """A supernet in which all norm rows differ."""
-    made = INIT(net, drawn_variables(MODEL, SHAPE, 1), IMAGES)
-    generator = np.random.default_rng(2)
+def net_of(model):
+    return Supernet(model, trace_layers(model, SHAPE, rules=RULES), quantizer=lsq.QUANTIZER)
+
+
+def state_of(net):
+    """A state in which all norm rows differ."""
+    state = INIT(net, drawn_variables(MODEL, SHAPE, 1), IMAGES)
+    table, generator = net.table, np.random.default_rng(2)
 
     def disturbed(path, leaf):
-        if paths.parent(path) not in net.table.bank_norms:
+        if paths.parent(path) not in table.bank_norms:
             return leaf
         return leaf * jnp.asarray(generator.uniform(0.6, 1.5, leaf.shape), jnp.float32)
 
-    params = paths.map_leaves(made.trainable.params, disturbed)
-    stats = paths.map_leaves(made.batch_stats, disturbed)
-    return made._replace(trainable=made.trainable._replace(params=params), batch_stats=stats)
+    params = paths.map_leaves(state.trainable.params, disturbed)
+    stats = paths.map_leaves(state.batch_stats, disturbed)
+    return state._replace(trainable=state.trainable._replace(params=params), batch_stats=stats)
 
 
 @pytest.fixture(scope="module")
 def made():
-    return supernet_of(NET)
+    return state_of(NET)
 
 
 def config(bits):
@@ -116,8 +121,8 @@ POPULATIONS = {
 }
 
 
-def beginnings(bits):
-    """How many different beginnings end with each segment, by sets of tuples."""
+def prefixes(bits):
+    """How many different prefixes end with each segment, by sets of tuples."""
     return [
         len({tuple(one[:depth].ravel().tolist()) for one in bits})
         for depth in range(1, len(BLOCKS) + 1)
@@ -132,8 +137,7 @@ def test_the_model_is_cut_into_its_blocks():
 def naive(metric, norms):
     """The score of all populations at once, one configuration after another."""
     every = config(np.concatenate(list(POPULATIONS.values())))
-    score = make_score(NET, supernet_of(NET), metric=metric, norms=norms)
-    scores = score(every, IMAGES, LABELS)
+    scores = make_score(NET, state_of(NET), metric=metric, norms=norms)(every, IMAGES, LABELS)
     ends = np.cumsum([len(bits) for bits in POPULATIONS.values()])[:-1]
     return dict(zip(POPULATIONS, np.split(np.asarray(scores), ends), strict=True))
 
@@ -175,8 +179,8 @@ def score(made):
 
 @pytest.mark.parametrize("bn_banks", ["weights", "transition"])
 def test_norms_of_all_kinds(bn_banks):  # "pair" is that of all other tests
-    net = dataclasses.replace(NET, table=TABLE.with_bn_banks(bn_banks))
-    made, cut = supernet_of(net), find_segments(net, SHAPE)
+    net = Supernet(MODEL, TABLE.with_bn_banks(bn_banks), quantizer=lsq.QUANTIZER)
+    made, cut = state_of(net), find_segments(net, SHAPE)
     bits = np.concatenate([drawn(5, 9), neighbors()])
     wanted = make_score(net, made, metric="loss", norms="stored")
     found = make_prefix_score(net, made, cut, metric="loss", norms="stored")
@@ -219,9 +223,8 @@ class Stage(nn.Module):
 
 @pytest.mark.parametrize("model", [SharedLayer(), Nested()], ids=["shared layer", "nested"])
 def test_models_of_a_user(model):
-    table = trace_layers(model, SHAPE, rules=RULES)
-    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
-    made = INIT(net, drawn_variables(model, SHAPE, 1), IMAGES)
+    net = net_of(model)
+    table, made = net.table, INIT(net, drawn_variables(model, SHAPE, 1), IMAGES)
     free = np.flatnonzero(table.searchable)
     bits = np.full((12, len(table), 2), 8)
     bits[:, free] = np.random.default_rng(4).choice([4, 3, 2], (12, len(free), 2))
@@ -238,12 +241,12 @@ def test_models_of_a_user(model):
 
 
 @pytest.mark.parametrize(("together", "memory"), [(1, 1), (2, prefix_scoring.MEMORY)])
-def test_every_beginning_is_computed_once(made, together, memory):
+def test_every_prefix_is_computed_once(made, together, memory):
     score = make_prefix_score(TICKING, made, CUT, metric="loss", together=together, memory=memory)
     for bits in (POPULATIONS["random"], POPULATIONS["neighbors"], POPULATIONS["repeated"]):
         score(config(bits), IMAGES, LABELS)
         found = ticks_of(lambda bits=bits: score(config(bits), IMAGES, LABELS))
-        assert [found[name] for name in BLOCKS] == beginnings(bits)
+        assert [found[name] for name in BLOCKS] == prefixes(bits)
 
 
 def test_the_teacher_is_computed_once(made):
@@ -251,7 +254,7 @@ def test_the_teacher_is_computed_once(made):
     bits = POPULATIONS["random"]
     score(config(bits), IMAGES, LABELS)
     found = ticks_of(lambda: score(config(bits), IMAGES, LABELS))
-    assert [found[name] for name in BLOCKS] == [count + 1 for count in beginnings(bits)]
+    assert [found[name] for name in BLOCKS] == [count + 1 for count in prefixes(bits)]
 
 
 class Held:
@@ -293,7 +296,7 @@ def test_memory_is_kept_within_its_bound(made, score, monkeypatch):
         limited = make_prefix_score(NET, made, CUT, metric="loss", together=1, memory=memory)
         monkeypatch.setattr(jax, "jit", REAL_JIT)
         np.testing.assert_array_equal(limited(config(bits), IMAGES, LABELS), wanted)
-        assert held.calls == sum(beginnings(bits))
+        assert held.calls == sum(prefixes(bits))
         most[memory] = held.most
     # One activation at each depth at least, and the logits of the last one or two.
     logits = 3 * 4 * BATCH
@@ -334,7 +337,7 @@ def test_shared_work_is_the_part_of_the_multiplications_that_is_left():
     macs = [layer.macs for layer in TABLE.layers]
     own = [macs[0] + macs[1], macs[2], macs[3] + macs[4]]
     for bits in POPULATIONS.values():
-        left = sum(count * work for count, work in zip(beginnings(bits), own, strict=True))
+        left = sum(count * work for count, work in zip(prefixes(bits), own, strict=True))
         wanted = left / (len(bits) * sum(macs))
         np.testing.assert_allclose(shared_work(TABLE, CUT, config(bits)), wanted, rtol=1e-12)
     assert shared_work(TABLE, CUT, config(POPULATIONS["one"])) == 1
@@ -347,7 +350,7 @@ def programs_of(score, bits):
     return {name for name in ("run_segment", "score_configs") if counter.counts[name]}
 
 
-def test_beginnings_are_shared_where_it_is_worth_it(made):
+def test_prefixes_are_shared_where_it_is_worth_it(made):
     fast = make_fast_score(NET, made, SHAPE, metric="loss")
     # In the first layer all differ, so that nothing can be shared.
     different = np.full((9, len(BLOCKS), 2), 4)
@@ -376,9 +379,8 @@ class Uncut(nn.Module):
 
 def test_a_model_without_cuts_shares_nothing():
     model = Uncut()
-    table = trace_layers(model, SHAPE, rules=RULES)
-    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
-    made = INIT(net, drawn_variables(model, SHAPE, 1), IMAGES)
+    net = net_of(model)
+    table, made = net.table, INIT(net, drawn_variables(model, SHAPE, 1), IMAGES)
     fast = make_fast_score(net, made, SHAPE, metric="loss")
     several = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *[table.uniform(4, bits) for bits in (4, 3, 2)]
@@ -392,7 +394,7 @@ def test_the_greedy_descent_takes_the_same_path(made):
     """Moves are chosen by the smallest of many scores; none may be another for rounding."""
     cost = costs.cost_table(TABLE, "bitops")
     budgets = [
-        Budget(f"{bits} bits", (Limit("bitops", cost, costs.total(TABLE, cost, uniform)),))
+        Budget(f"{bits} bits", (Constraint("bitops", cost, costs.total(TABLE, cost, uniform)),))
         for bits in (3, 2)
         for uniform in [TABLE.uniform(bits, bits)]
     ]
@@ -404,16 +406,8 @@ def test_the_greedy_descent_takes_the_same_path(made):
             order = jax.random.permutation(key, BATCH)
             return batch_score(configs, IMAGES[order], LABELS[order])
 
-        found = greedy.search(
-            on_batches,
-            TABLE,
-            TABLE.candidates,
-            TABLE.mask,
-            budgets,
-            jax.random.key(0),
-            start_bits=4,
-            watch=path.append,
-        )
+        space, key = SearchSpace(TABLE), jax.random.key(0)
+        found = greedy_search(on_batches, space, budgets, key, start_bits=4, on_step=path.append)
         return found, path
 
     results = [
