@@ -12,7 +12,7 @@ from mpq_jax.methods import METHODS
 from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models import make_model
 from mpq_jax.program import linen
-from mpq_jax.search.problem import on_drawn_images
+from mpq_jax.search.scoring import on_drawn_images
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
 from mpq_jax.tasks import evaluation

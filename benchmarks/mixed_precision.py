@@ -23,9 +23,11 @@ from benchmarks.double_rounding import CANDIDATES
 from benchmarks.fashion import Bench, append, cell, read
 from mpq_jax.methods import METHODS
 from mpq_jax.methods.double_rounding import MixedOptions, Options
-from mpq_jax.search import greedy, ilp
+from mpq_jax.search import integer_program
+from mpq_jax.search.greedy import greedy_search
 from mpq_jax.search.objectives import OBJECTIVES
-from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.search.problem import Budget, Constraint
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.supernet import costs, sensitivity, tied_layers
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.rules import FIRST_LAST_FLOAT
@@ -92,27 +94,26 @@ def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, f
     traces = sensitivity.layer_traces(net, floats, batches, jax.random.key(0), probes=TRACE_PROBES)
     average = np.asarray(traces.mean) / np.array([layer.params for layer in table.layers])
     errors = sensitivity.weight_errors(net, variables.trainable)
-    cost = costs.cost_table(table, "mean_bits")
+    cost, space = costs.cost_table(table, "mean_bits"), SearchSpace(table)
     scores = {}
     for name in objectives:
         for budget in BUDGETS:
             least = budget if name == "paper" else -np.inf  # an equality, as printed
-            solutions = ilp.solve(
-                table,
+            solutions = integer_program.solve(
+                space,
                 OBJECTIVES[name](table, average, errors),
-                [Limit("mean_bits", cost, budget, least)],
+                [Constraint("mean_bits", cost, budget, least)],
                 count=SOLUTIONS,
             )
-            scores[f"ilp {name} {budget:g}"] = accuracy(variables, solutions[0].bits, "test")
+            configs = space.bits_of(np.stack([one.choices for one in solutions]))
+            chosen = {f"ilp {name} {budget:g}": 0}
             if name == "hawq":
-                configs = jax.tree.map(
-                    lambda *bits: jax.numpy.stack(bits), *(one.bits for one in solutions)
-                )
                 losses = [np.asarray(score(configs, *batch)) for batch in compared]
-                best = solutions[int(np.argmin(np.mean(losses, axis=0)))]
-                scores[f"ilp best of {SOLUTIONS} {budget:g}"] = accuracy(
-                    variables, best.bits, "test"
-                )
+                best = int(np.argmin(np.mean(losses, axis=0)))
+                chosen[f"ilp best of {SOLUTIONS} {budget:g}"] = best
+            for label, place in chosen.items():
+                bits = BitConfig(configs.weights[place], configs.acts[place])
+                scores[label] = accuracy(variables, bits, "test")
     return scores
 
 
@@ -121,12 +122,10 @@ def by_greedy(bench: Bench, method, variables, accuracy) -> dict[str, float]:
     net = Supernet(bench.model, table, quantizer=method.net.quantizer)
     score = make_score(net, variables, metric="error")
     cost = costs.cost_table(table, "mean_bits")
-    found = greedy.search(
+    found = greedy_search(
         bench.on_validation(score, SEARCH_BATCH),
-        table,
-        table.candidates,
-        table.mask,
-        [Budget(f"{mean:g}", (Limit("mean_bits", cost, mean),)) for mean in BUDGETS],
+        SearchSpace(table),
+        [Budget(f"{mean:g}", (Constraint("mean_bits", cost, mean),)) for mean in BUDGETS],
         jax.random.key(bench.seed),
         start_bits=CANDIDATES[0],
     )

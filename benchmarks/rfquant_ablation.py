@@ -16,8 +16,9 @@ import jax
 
 from benchmarks.fashion import Bench, append, cell, read
 from mpq_jax.methods import rfquant
-from mpq_jax.search import greedy
-from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.search.greedy import greedy_search
+from mpq_jax.search.problem import Budget, Constraint
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.scoring import make_score
@@ -57,14 +58,12 @@ def search(bench: Bench, method, variables) -> dict:
     table, score = method.table, make_score(method.net, variables, metric="error")
     cost = costs.cost_table(table, "bitops")
     budgets = [
-        Budget(name, (Limit("bitops", cost, float(costs.bitops(table, table.uniform(b, b)))),))
+        Budget(name, (Constraint("bitops", cost, float(costs.bitops(table, table.uniform(b, b)))),))
         for name, b in BUDGETS.items()
     ]
-    found = greedy.search(
+    found = greedy_search(
         bench.on_validation(score, SEARCH_BATCH),
-        table,
-        table.candidates,
-        table.mask,
+        SearchSpace(table),
         budgets,
         jax.random.key(bench.seed),
     )

@@ -12,8 +12,10 @@ import sklearn.datasets
 from mpq_jax.methods import float_training, rfquant
 from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.program import linen
-from mpq_jax.search import greedy
-from mpq_jax.search.problem import Budget, Limit, on_drawn_images
+from mpq_jax.search.greedy import greedy_search
+from mpq_jax.search.problem import Budget, Constraint
+from mpq_jax.search.scoring import on_drawn_images
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
@@ -104,12 +106,10 @@ def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
 
         cost = costs.cost_table(TABLE, "bitops")
         limits = [float(costs.bitops(TABLE, TABLE.uniform(b, b))) for b in (4, 3)]
-        results = greedy.search(
+        results = greedy_search(
             counting_score,
-            TABLE,
-            TABLE.candidates,
-            TABLE.mask,
-            [Budget(f"{limit:g}", (Limit("bitops", cost, limit),)) for limit in limits],
+            SearchSpace(TABLE),
+            [Budget(f"{limit:g}", (Constraint("bitops", cost, limit),)) for limit in limits],
             jax.random.key(0),
             start_bits=8,
         )

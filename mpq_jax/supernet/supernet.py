@@ -178,7 +178,7 @@ class Supernet:
             scale_step_gradient: whether the gradients of the weights' step sizes have LSQ's
                 scale, 1 / sqrt(weights * largest code).
         """
-        weight_bits = jnp.asarray(bits.weights)
+        state, weight_bits = _as_jax(state), jnp.asarray(bits.weights)
         step_sizes = self.weight_step_sizes(state.trainable, weight_bits)
 
         def quantized(index: int, w: Array) -> Array:
@@ -225,7 +225,7 @@ class Supernet:
 
         For many subnets of one state; it has no gradient in kernels and step sizes.
         """
-        weight_bits = jnp.asarray(bits.weights)
+        state, weight_bits = _as_jax(state), jnp.asarray(bits.weights)
 
         def chosen(index: int, w: Array) -> Array:
             del w
@@ -481,6 +481,11 @@ def _recalibrate(
     return state._replace(
         batch_stats=bn_banks.scatter(net.table, state.batch_stats, bits, statistics)
     )
+
+
+def _as_jax(state: SupernetState) -> SupernetState:
+    """Converts NumPy arrays, as of a checkpoint: traced bits could not index them."""
+    return jax.tree.map(jnp.asarray, state)
 
 
 def kernels(table: LayerTable, params: PyTree) -> list[Array]:

@@ -268,8 +268,12 @@ class Trained(NamedTuple):
         return np.mean(np.reshape(every, (RUN.epochs, STEPS_PER_EPOCH)), axis=1)
 
 
-@functools.cache
 def trained(build=make):
+    return _trained(build)  # one entry of the cache, whether or not `make` is spelled out
+
+
+@functools.cache
+def _trained(build):
     made_method = build()
     first = snapshot(start_of(made_method))
     with recording.CompileCounter() as counter:

@@ -129,6 +129,14 @@ def test_predict_refuses_what_the_table_does_not_allow(made, kind, bits, message
         NET.predict(made, BitConfig(*jnp.asarray(wrong)), IMAGES)
 
 
+def test_a_state_on_the_host_may_be_a_constant_of_a_program(made):
+    """In NumPy, as checkpoints are read; inside a program, given bits are traced as well."""
+    bits = TABLE.uniform(3, 2)
+    found = jax.jit(lambda images: NET.apply(jax.device_get(made), bits, images))(IMAGES)
+    wanted = jax.jit(lambda images: NET.apply(made, bits, images))(IMAGES)
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_apply_needs_bits(made):
     with pytest.raises(ValueError, match="needs to be told its bits"):
         NET.apply(made, None, IMAGES)

@@ -261,8 +261,9 @@ def test_precision_trained_alone(variables, batch):
 
 def test_network_without_bits_is_told_what_is_missing(variables, batch):
     method = made(BASE)
+    state = method.init(variables, batch["image"])
     with pytest.raises(ValueError, match="needs to be told its bits"):
-        method.predict(variables, None, batch["image"])
+        method.predict(method.variables(state), None, batch["image"])
     floats = [Rule(weights=32, acts=32, float_weights=True, float_acts=True)]
     table = trace_layers(MODEL, SHAPE, rules=floats)
     with pytest.raises(ValueError, match="no layer of the table has quantized weights"):
