@@ -152,7 +152,10 @@ def test_wrong_imports_are_found(name, source, wrong):
         ("mpq_jax.methods.rfquant.terms", "from . import options\nfrom ...supernet import bits"),
         ("mpq_jax.training.metrics", "from absl import logging\nimport jax, flax.linen as nn"),
         ("mpq_jax.cli.train", "from absl import app, flags\nfrom mpq_jax.training import metrics"),
-        ("configs.digits", "from mpq_jax.configs import default\nfrom mpq_jax.methods import METHODS"),
+        (
+            "configs.digits",
+            "from mpq_jax.configs import default\nfrom mpq_jax.methods import METHODS",
+        ),
         ("configs.digits", "from ml_collections import ConfigDict"),
         ("search", "from absl import app\nfrom mpq_jax.cli import search"),
     ],

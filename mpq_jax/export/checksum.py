@@ -1,6 +1,6 @@
-"""Checksums inside of files whose format has no place for one: a text that any format may hold.
+"""Checksums inside of files whose format has no place for one, as text that any format can hold.
 
-content = sealed(content_with(SEAL))
+content = with_checksum(content_that_holds(PLACEHOLDER))
 check(path, content)
 """
 
@@ -8,29 +8,35 @@ import pathlib
 import re
 import zlib
 
-BEGIN = "mpq_jax crc32 "  # of every seal; then eight digits
-SEAL = f"{BEGIN}00000000"  # to be written into a file once, where its format holds text
+BEGIN = "mpq_jax crc32 "  # begins every checksum; eight hexadecimal digits follow
+PLACEHOLDER = f"{BEGIN}00000000"  # to be written into a file once
 _PATTERN = re.compile(BEGIN.encode() + rb"[0-9a-f]{8}")
 
 
-def sealed(content: bytes) -> bytes:
-    """Returns a file that holds `SEAL` with the CRC-32 of it all in place of the seal's zeros."""
-    assert content.count(SEAL.encode()) == 1
-    return content.replace(SEAL.encode(), _closed(content))
+def with_checksum(content: bytes) -> bytes:
+    """Replaces the placeholder in a file by the CRC-32 of the whole file."""
+    assert content.count(PLACEHOLDER.encode()) == 1
+    return content.replace(PLACEHOLDER.encode(), _checksum(content))
 
 
 def check(path: pathlib.Path, content: bytes) -> bool:
-    """Returns whether a file has a seal; raises ValueError where it is not its own."""
-    seals = _PATTERN.findall(content)
-    for found in seals:
-        opened = content.replace(found, SEAL.encode())
-        if found != _closed(opened):
+    """Checks the checksum of a file.
+
+    Returns:
+        Whether the file has one.
+
+    Raises:
+        ValueError: the checksum is wrong.
+    """
+    held = _PATTERN.findall(content)
+    for one in held:
+        if one != _checksum(content.replace(one, PLACEHOLDER.encode())):
             raise ValueError(
-                f"{path} is not what mpq_jax wrote: its checksum is wrong. It was damaged, then "
-                "copy or write it again, or changed by another program"
+                f"{path} is not as mpq_jax wrote it: its checksum is wrong. It was damaged (write "
+                "it or copy it again) or changed by another program"
             )
-    return bool(seals)
+    return bool(held)
 
 
-def _closed(content: bytes) -> bytes:
+def _checksum(content: bytes) -> bytes:
     return f"{BEGIN}{zlib.crc32(content):08x}".encode()

@@ -1,7 +1,7 @@
-"""Norm statistics of single configurations, as they were when their accuracy was printed.
+"""Norm statistics with which configurations were tested, kept in files of a run.
 
-The statistics of a searched configuration are estimated anew, and the accuracy that is printed is
-that of these numbers. So they are kept: what is exported later is the network that was tested.
+The search re-estimates the statistics of a configuration, and the accuracy that it prints belongs
+to them. They are kept, so that the network exported later is the network tested.
 """
 
 import pathlib
@@ -13,47 +13,51 @@ import numpy as np
 
 from mpq_jax.export import safetensors_file
 from mpq_jax.program import paths
-from mpq_jax.supernet import supernet
+from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.fingerprint import fingerprint
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 
-FORMAT = "mpq_jax.norms"
-VERSION = 1
-FILES = ("search/norms.safetensors", "scheme/norms.safetensors")  # of a run, below its workdir
+FORMAT, VERSION = "mpq_jax.norms", 2
+HOW_TO_WRITE = (
+    "Delete the file, or write it anew: `mpq search` and `mpq train` do; a newer version needs a "
+    "newer mpq_jax"
+)
+FILES = ("search/norms.safetensors", "scheme/norms.safetensors")  # below the workdir of a run
 
 PyTree = Any
 
 
-class Tested(NamedTuple):
-    """The statistics that a configuration of a network was tested with; all on the host.
+class NormStatistics(NamedTuple):
+    """Statistics of one configuration of a network, on the host.
 
     Attributes:
         bits: the configuration.
-        trainable: fingerprint of the network.
-        stats: norm statistics as the model takes them, by path.
+        network: fingerprint of the network's parameters.
+        batch_stats: norm statistics as the model takes them, by path.
     """
 
     bits: BitConfig
-    trainable: int
-    stats: dict[str, np.ndarray]
+    network: int
+    batch_stats: dict[str, np.ndarray]
 
 
-def of(table: LayerTable, variables: supernet.SupernetState, bits: BitConfig) -> Tested:
-    """Returns what to keep of a network in which the rows that `bits` name are those tested."""
-    plain = supernet.plain(table, variables, bits)
-    stats = {name: np.asarray(leaf) for name, leaf in paths.flatten(plain["batch_stats"]).items()}
-    return Tested(bits, fingerprint(variables.trainable), stats)
+def of(net: Supernet, state: SupernetState, bits: BitConfig) -> NormStatistics:
+    """Takes the statistics of a configuration out of a network that was tested with them."""
+    stats = paths.flatten(net.float_variables(state, bits)["batch_stats"])
+    held = {name: np.asarray(leaf) for name, leaf in stats.items()}
+    return NormStatistics(bits, fingerprint(state.trainable), held)
 
 
-def save(path: pathlib.Path, table: LayerTable, tested: dict[str, Tested]) -> None:
+def save(path: pathlib.Path, table: LayerTable, tested: dict[str, NormStatistics]) -> None:
     """Writes the statistics of some configurations by their names; at once or not at all."""
     tensors, entries = {}, []
     for index, (name, one) in enumerate(tested.items()):
-        tensors |= {f"{index}/{leaf}": value for leaf, value in one.stats.items()}
-        entries.append({"name": name, "learned": one.trainable} | _columns(one.bits))
-    content = {"layers": table.names, "tested": entries}
-    safetensors_file.write(path, tensors, content, kind=FORMAT, version=VERSION)
+        tensors |= {f"{index}/{leaf}": value for leaf, value in one.batch_stats.items()}
+        entries.append({"name": name, "network": one.network} | _columns(one.bits))
+    header = {"layers": table.names, "tested": entries}
+    safetensors_file.write(path, tensors, header, kind=FORMAT, version=VERSION)
 
 
 def _columns(bits: BitConfig) -> dict[str, list[int]]:
@@ -61,37 +65,48 @@ def _columns(bits: BitConfig) -> dict[str, list[int]]:
 
 
 def find(
-    workdir: pathlib.Path, table: LayerTable, variables: supernet.SupernetState, bits: BitConfig
-) -> supernet.SupernetState | None:
-    """Returns a network with the statistics it was tested with at some bits; None: it was not.
+    workdir: pathlib.Path, net: Supernet, state: SupernetState, bits: BitConfig
+) -> SupernetState | None:
+    """Finds the statistics with which a configuration of a network was tested.
 
     Args:
-        workdir: of the run.
-        table: the layers.
-        variables: the network; statistics that were tested with another are left alone.
-        bits: one configuration.
+        workdir: workdir of the run.
+        net: the network.
+        state: its state; statistics that were tested with other parameters do not count.
+        bits: the configuration.
+
+    Returns:
+        The state with these statistics; None: the configuration was not tested.
 
     Raises:
         ValueError: a file of statistics is damaged or of another version.
     """
-    wanted = {"learned": fingerprint(variables.trainable)} | _columns(bits)
+    wanted = {"network": fingerprint(state.trainable)} | _columns(bits)
     for path in (workdir / name for name in FILES):
         if not path.is_file():
             continue
-        tensors, content = safetensors_file.read(path, kind=FORMAT, version=VERSION)
-        for index, entry in enumerate(content["tested"]):
+        tensors, header = safetensors_file.read(
+            path, kind=FORMAT, version=VERSION, how_to_write=HOW_TO_WRITE
+        )
+        for index, entry in enumerate(header["tested"]):
             if all(entry[name] == wanted[name] for name in wanted):
-                start = f"{index}/"
-                flat = {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
-                return with_statistics(table, variables, bits, paths.unflatten(flat))
+                begin = f"{index}/"
+                flat = {n.removeprefix(begin): x for n, x in tensors.items() if n.startswith(begin)}
+                return with_statistics(net, state, bits, paths.unflatten(flat))
     return None
 
 
 def with_statistics(
-    table: LayerTable, variables: supernet.SupernetState, bits: BitConfig, stats: PyTree
-) -> supernet.SupernetState:
-    """Returns the network with plain statistics written into the rows that bits name."""
-    placed = jax.tree.map(jnp.asarray, stats)
-    return variables._replace(
-        batch_stats=supernet.scatter_batch_stats(table, variables.batch_stats, bits, placed)
-    )
+    net: Supernet, state: SupernetState, bits: BitConfig, batch_stats: PyTree
+) -> SupernetState:
+    """Writes plain statistics into the rows that the bits name."""
+    placed = jax.tree.map(jnp.asarray, batch_stats)
+    return state._replace(batch_stats=bn_banks.scatter(net.table, state.batch_stats, bits, placed))
+
+
+def fingerprint(trainable: TrainableParams) -> int:
+    """Computes the CRC-32 of all trained parameters."""
+    crc = 0
+    for leaf in jax.tree.leaves(trainable):
+        crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
+    return crc

@@ -1,4 +1,4 @@
-"""One network as a traced program, for a batch of any size; what exports to graphs begin with."""
+"""One network as a traced program, for a batch of any size: the start of exports to graphs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,28 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mpq_jax.export import exported_model as deployed_networks
-from mpq_jax.export.exported_model import Deployed, LayerCodes
+from mpq_jax.export import exported_model
+from mpq_jax.export.exported_model import ExportedModel, QuantizedLayer
 from mpq_jax.program import paths
-from mpq_jax.quantizers.base import ActQuantizer
-from mpq_jax.supernet import supernet
+from mpq_jax.supernet.supernet import Subnet, Supernet
 
-BATCH = "batch"  # name of the size that may vary
-MARK = "mpq_jax_input:"  # begins the name of the place where a layer's input is quantized
-TRIED = 8  # images with which it is tried whether a model computes each image alone
-ROUNDING = 1e-3  # part of an image's largest logit that rounding may move one by
+BATCH = "batch"  # symbol of the number of images
+MARK = "mpq_jax_input:"  # begins the name of an equation that stands for an input's quantizer
+TRIED = 8  # images that tell whether a model computes each image alone
+ROUNDING = 1e-3  # part of an image's largest logit that rounding may change
 
 
-class InputCodes(NamedTuple):
-    """How the input of a layer is quantized: codes of LSQ, `round(clip(x / step))`.
+class InputQuantizer(NamedTuple):
+    """Quantizer of a layer's input: `round(clip(x / step_size)) * step_size`, as by LSQ.
 
     Attributes:
-        step: width of a code.
-        bits: of the codes.
-        signed: two's complement, or natural binary.
+        step_size: value of one unit of the integers.
+        bits: bits of the integers.
+        signed: whether they are two's complement; false: natural binary.
     """
 
-    step: np.float32
+    step_size: np.float32
     bits: int
     signed: bool
 
@@ -39,44 +38,45 @@ class Program(NamedTuple):
     """A network in evaluation mode as a jaxpr.
 
     Attributes:
-        jaxpr: its last argument are the images, the others the model's variables.
-        arguments: path and value of each variable, in the order of the arguments. Kernels are
-            float here as well; `layers` has the integers.
-        layers: by path of the layer.
-        inputs: what the equations named `MARK` + index do.
-        images: shape of the last argument; its first size may vary.
+        jaxpr: program of the model's variables and, as its last argument, the images.
+        arguments: path and value of each variable, in the order of the arguments; kernels are
+            float here as well, their integers are in `layers`.
+        layers: quantized layers, by path.
+        inputs: quantizers that the equations named `MARK` + index stand for.
+        images: shape of the last argument; its first size is symbolic.
     """
 
     jaxpr: Any
     arguments: list[tuple[str, np.ndarray]]
-    layers: dict[str, LayerCodes]
-    inputs: list[InputCodes]
+    layers: dict[str, QuantizedLayer]
+    inputs: list[InputQuantizer]
     images: tuple[Any, ...]
 
 
-def trace(deployed: Deployed) -> Program:
-    """Traces the network; where an input is quantized stands a mark instead of the arithmetic.
+def trace(exported: ExportedModel) -> Program:
+    """Traces a network; a mark stands in the place of every input's quantizer.
 
     Raises:
-        ValueError: the network has no integers, see `deployed.codes`.
+        ValueError: the network cannot be exported, see `exported_model.check`.
     """
-    layers = deployed_networks.codes(deployed)
-    chosen = jax.device_get(deployed_networks.selected(deployed))  # NumPy: the marks read values
-    inputs: list[InputCodes] = []
+    layers = exported_model.quantized_layers(exported)
+    subnet = jax.device_get(exported_model.select(exported))  # NumPy: the marks read values
+    inputs: list[InputQuantizer] = []
 
     def mark(x, step_size, bits, *, signed, grad_scale):
         del grad_scale
-        inputs.append(InputCodes(np.float32(step_size), int(bits), bool(signed)))
+        inputs.append(InputQuantizer(np.float32(step_size), int(bits), bool(signed)))
         return checkpoint_name(x, f"{MARK}{len(inputs) - 1}")
 
-    acts = deployed.quantizer.acts
-    quantizer = deployed.quantizer._replace(acts=ActQuantizer(mark, acts.codes, acts.init_step))
+    net, quantizer = exported.net, exported.net.quantizer
+    marking = quantizer._replace(acts=quantizer.acts._replace(fake_quant=mark))
+    marked = Supernet(net.model, net.table, quantizer=marking)
 
     def logits(variables: dict[str, jax.Array], images: jax.Array) -> jax.Array:
-        return forward(deployed, chosen, variables, images, quantizer=quantizer)
+        return forward(marked, subnet, variables, images)
 
-    variables = flat_variables(chosen)
-    images = any_batch(deployed)
+    variables = flat_variables(subnet)
+    images = any_batch(exported)
     call = for_any_batch(logits, variables, images)
     jaxpr = jax.make_jaxpr(call)(variables, images)
     return Program(
@@ -88,46 +88,39 @@ def trace(deployed: Deployed) -> Program:
     )
 
 
-def flat_variables(chosen: supernet.Subnet) -> dict[str, Any]:
-    """Returns parameters and statistics of a subnet by path, `params/conv/kernel`."""
-    return paths.flatten({"params": chosen.params, "batch_stats": chosen.batch_stats})
+def flat_variables(subnet: Subnet) -> dict[str, Any]:
+    """Lists parameters and statistics of a subnet by path, `params/conv/kernel`."""
+    return paths.flatten({"params": subnet.params, "batch_stats": subnet.batch_stats})
 
 
 def forward(
-    deployed: Deployed,
-    chosen: supernet.Subnet,
-    variables: dict[str, Any],
-    images: jax.Array,
-    *,
-    quantizer: Any,
+    net: Supernet, subnet: Subnet, variables: dict[str, Any], images: jax.Array
 ) -> jax.Array:
-    """Returns the logits of a subnet with other variables, given as by `flat_variables`."""
+    """Computes the logits of a subnet with other variables, given as by `flat_variables`."""
     trees = {"params": {}, "batch_stats": {}} | paths.unflatten(variables)
-    chosen = chosen._replace(params=trees["params"], batch_stats=trees["batch_stats"])
-    return supernet.apply(
-        deployed.model, deployed.table, chosen, images, train=False, quantizer=quantizer
-    ).logits
+    changed = subnet._replace(params=trees["params"], batch_stats=trees["batch_stats"])
+    return net.forward(changed, images, train=False).logits
 
 
-def any_batch(deployed: Deployed) -> jax.ShapeDtypeStruct:
-    """Returns images of which the number is left open."""
+def any_batch(exported: ExportedModel) -> jax.ShapeDtypeStruct:
+    """Describes images of an open number."""
     (batch,) = jax.export.symbolic_shape(BATCH)
-    return jax.ShapeDtypeStruct((batch, *deployed.image_shape), jnp.float32)
+    return jax.ShapeDtypeStruct((batch, *exported.image_shape), jnp.float32)
 
 
 def for_any_batch(call: Callable, variables: Any, images: jax.ShapeDtypeStruct) -> Callable:
     """Returns `call(variables, images)` in a form that can be traced for any number of images.
 
     That is the call itself, unless the model needs the number (`len(x)`, `int(x.shape[0])`); then
-    it is called with one image, mapped over the batch, which gives the same logits where a model
-    computes each image alone.
+    it is called with one image and mapped over the batch, which gives the same logits where a
+    model computes each image alone.
 
     Raises:
         ValueError: the model needs the number and computes with several images at once.
     """
     try:
         jax.eval_shape(call, variables, images)
-    except Exception as error:  # of many kinds, according to what the model does with the number
+    except Exception as error:  # of many kinds, according to the model's use of the number
         alone = jax.vmap(lambda variables, image: call(variables, image[None])[0], (None, 0))
         try:
             jax.eval_shape(alone, variables, images)
@@ -143,7 +136,7 @@ def _check_alone(
 ) -> None:
     """Raises ValueError where images together give other logits than each of them alone.
 
-    A few of them may, where rounding takes an input of a layer to another code.
+    A few images may differ, where rounding moves an input of a layer to another integer.
     """
     drawn = jax.random.normal(jax.random.key(0), (TRIED, *images.shape[1:]), images.dtype)
     together, apart = (np.asarray(jax.jit(one)(variables, drawn)) for one in (call, alone))
@@ -154,8 +147,7 @@ def _check_alone(
         agree = 2 * near.all(-1).sum() >= len(drawn)
     if not agree:
         raise ValueError(
-            "the model needs the number of images (as len(x) or int(x.shape[0])) and computes with "
-            "several images at once, statistics of a batch for instance, so no program of any "
-            "number of images is made of it: write -1 for the number (reshape), or compute each "
-            "image alone"
+            "the model needs the number of images (len(x) or int(x.shape[0])) and computes with "
+            "several images at once, such as statistics of a batch, so it cannot be exported for "
+            "any number of images: write -1 for the number (reshape), or compute each image alone"
         )

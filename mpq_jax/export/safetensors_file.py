@@ -1,10 +1,9 @@
-"""Artifact files: named tensors and a JSON header in one safetensors file, whole or refused.
+"""Safetensors files with a readable header: written whole or not at all, refused when damaged.
 
-The header's JSON is deflated (`zlib`) and written in base64: small networks are not much larger
-than it.
+Every entry of the header is JSON text in the metadata of the file, so any safetensors tool shows
+it. This module needs NumPy and safetensors alone.
 """
 
-import base64
 import contextlib
 import json
 import pathlib
@@ -15,11 +14,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+CHECKSUM = "crc32"  # metadata key of the checksum, eight hexadecimal digits
+PLAIN = ("format", "version", CHECKSUM)  # metadata that are plain text, not JSON
+
 
 def write(
     path: pathlib.Path,
     tensors: dict[str, np.ndarray],
-    content: dict[str, Any],
+    header: dict[str, Any],
     *,
     kind: str,
     version: int,
@@ -27,26 +29,21 @@ def write(
     """Writes a file; it appears at once or not at all.
 
     Args:
-        path: file to write; its folder is made.
-        tensors: by name.
-        content: what the header says; must be JSON.
-        kind: of artifact, such as "mpq_jax.integers".
-        version: of that kind's format.
+        path: file to write; its folder is created.
+        tensors: arrays by name.
+        header: entries of the header by name; each must be JSON.
+        kind: format of the file, such as "mpq_jax.packed".
+        version: version of that format.
     """
-    packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), level=9)
-    text = base64.b64encode(packed).decode()
-    metadata = {
-        "format": kind,
-        "version": str(version),
-        "crc32": str(checksum(tensors, text)),
-        "content": text,
-    }
+    texts = {name: json.dumps(entry, separators=(",", ":")) for name, entry in header.items()}
+    metadata = {"format": kind, "version": str(version)} | texts
+    metadata[CHECKSUM] = f"{checksum(tensors, metadata):08x}"
     write_whole(path, safetensors.numpy.save(tensors, metadata=metadata))
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file and, where need be, its folder; it appears at once or not at all."""
-    path = path.resolve()  # a link stays one
+    """Writes a file and, if needed, its folder; the file appears at once or not at all."""
+    path = path.resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     try:
@@ -59,51 +56,60 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 
 def read(
-    path: pathlib.Path, *, kind: str, version: int
+    path: pathlib.Path, *, kind: str, version: int, how_to_write: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the tensors and the content of a file that `write` wrote.
+    """Reads the tensors and the header of a file that `write` wrote.
+
+    Args:
+        path: the file.
+        kind: wanted format.
+        version: wanted version of that format.
+        how_to_write: advice for other formats and older versions, as a sentence without its stop.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another kind or of another version.
+        ValueError: the file is damaged, of another format or of another version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            _check_kind(path, metadata, kind, version)
+            _check_kind(path, metadata, f"{kind}, version {version}", how_to_write)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path} is no whole safetensors file ({error}); it may have been cut off: write or "
+            f"{path} is no whole safetensors file ({error}). It may have been cut off: write it or "
             "copy it again"
         ) from error
-    text = metadata.get("content", "")
-    if str(checksum(tensors, text)) != metadata.get("crc32"):
-        raise ValueError(f"{path} is damaged: its checksum is wrong; copy or write it again")
-    return tensors, json.loads(zlib.decompress(base64.b64decode(text)))
+    if f"{checksum(tensors, metadata):08x}" != metadata.get(CHECKSUM):
+        raise ValueError(f"{path} is damaged: its checksum is wrong. Write it or copy it again")
+    header = {name: json.loads(text) for name, text in metadata.items() if name not in PLAIN}
+    return tensors, header
 
 
-def checksum(tensors: dict[str, np.ndarray], content: str) -> int:
-    """Returns the CRC-32 of the header's text and of every tensor with its name, type and shape."""
-    found = zlib.crc32(content.encode())
+def checksum(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> int:
+    """Computes the CRC-32 of a file's content, in the order of names.
+
+    It runs over the text `NAME VALUE` of every metadata entry but the checksum itself, then over
+    the text `NAME DTYPE SHAPE` and the bytes of every tensor.
+    """
+    crc = 0
+    for name, text in sorted(metadata.items()):
+        if name != CHECKSUM:
+            crc = zlib.crc32(f"{name} {text}".encode(), crc)
     for name, tensor in sorted(tensors.items()):
-        described = f"{name} {tensor.dtype} {tensor.shape}"
-        found = zlib.crc32(described.encode(), found)
-        found = zlib.crc32(np.ascontiguousarray(tensor).data, found)
-    return found
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tensor.shape}".encode(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(tensor).data, crc)
+    return crc
 
 
-def _check_kind(path: pathlib.Path, metadata: dict[str, str], kind: str, version: int) -> None:
-    found = metadata.get("format")
-    if found != kind:
+def _check_kind(
+    path: pathlib.Path, metadata: dict[str, str], wanted: str, how_to_write: str
+) -> None:
+    held = ", version ".join(metadata[name] for name in ("format", "version") if name in metadata)
+    if held != wanted:
         raise ValueError(
-            f'{path} is another kind of file: its header says format {found!r}, wanted "{kind}"; '
-            f"{kind.replace('mpq_jax.', 'mpq_jax.export.')}.save writes one"
-        )
-    if metadata.get("version") != str(version):
-        raise ValueError(
-            f"{path} has version {metadata.get('version')} of the format, this library reads "
-            f"version {version}; update mpq_jax"
+            f"{path} is {f'of format {held}' if held else 'another kind of file'}; this library "
+            f"reads {wanted}. {how_to_write}"
         )

@@ -19,12 +19,15 @@ class WeightQuantizer(NamedTuple):
         init_step: `(w, bits) -> scalar`, the initial step size for a bit-width.
         shared_step_size: whether all bit-widths share the step size of the largest; if false, every
             bit-width has its own.
+        switchable: whether the codes of fewer bits follow from those of the most bits by
+            `double_rounding.switch`, so that a file of integers holds all precisions.
     """
 
     fake_quant: Callable[..., Array]
     codes: Callable[..., tuple[Array, Array]]
     init_step: Callable[..., Array]
     shared_step_size: bool
+    switchable: bool = False
 
 
 class ActQuantizer(NamedTuple):

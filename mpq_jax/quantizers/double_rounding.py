@@ -207,6 +207,7 @@ def _sharing(reduce) -> Quantizer:
         functools.partial(_weight_codes, reduce),
         lsq.init_weight_step,
         shared_step_size=True,
+        switchable=reduce is _halve,
     )
     return Quantizer(weights, lsq.ACTS)
 
@@ -222,5 +223,8 @@ UNSHARED = Quantizer(
 )
 # For kernels that hold the stored codes themselves (`codes`), without float weights.
 STORED = Quantizer(
-    WeightQuantizer(_stored_values, _stored_codes, _stored_step, shared_step_size=True), lsq.ACTS
+    WeightQuantizer(
+        _stored_values, _stored_codes, _stored_step, shared_step_size=True, switchable=True
+    ),
+    lsq.ACTS,
 )

@@ -1,21 +1,23 @@
-"""Networks with decided bits of drawn weights, for tests of exports; made without compiling."""
+"""Networks of drawn weights and one configuration, for tests of exports; made without compiling."""
 
 import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.export.exported_model import Deployed
+from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import LayerTable, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
-REACH = 2.0  # largest value of a layer's input that has a code
+REACH = 2.0  # largest value of a layer's input that is not clipped
 
 
-def deploy(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTIZER):
+def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTIZER):
     """A network whose layers take turns at `BITS` and at signed and unsigned inputs.
 
     `turned` is the fraction of the norms' factors that are negative.
@@ -51,22 +53,27 @@ def deploy(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTI
         max_bits = 2.0 ** (bits - 1)
         steps[0, :, place] = [3 * float(jnp.std(w)) / max_bits for w in kernels]
         steps[1, :, place] = REACH / max_bits / np.where(signed, 1, 2)
-    trainable = supernet.TrainableParams(
-        variables["params"], jnp.array(steps[0]), jnp.array(steps[1])
+    trainable = TrainableParams(variables["params"], jnp.array(steps[0]), jnp.array(steps[1]))
+    state = SupernetState(trainable, variables.get("batch_stats", {}), jnp.array(signed))
+    bits = BitConfig(*(jnp.array(column, jnp.int32) for column in _first_candidates(table)))
+    return ExportedModel(
+        net=Supernet(model, table, quantizer=quantizer),
+        state=state,
+        bits=bits,
+        image_shape=shape,
+        num_classes=10,
+        mean=(0.5,),
+        std=(0.25,),
+        provenance={"class": type(model).__name__},
     )
-    stats = variables.get("batch_stats", {})
-    net = supernet.SupernetState(trainable, stats, jnp.array(signed))
-    bits = BitConfig(*(jnp.array(column, jnp.int32) for column in _decided(table)))
-    facts = {"model": type(model).__name__}
-    return Deployed(model, table, net, bits, quantizer, shape, 10, (0.5,), (0.25,), facts)
 
 
-def _decided(table):
+def _first_candidates(table):
     weights = [layer.weight_candidates[0] for layer in table.layers]
     return weights, [layer.act_candidates[0] for layer in table.layers]
 
 
-def some_images(deployed, count=8, seed=1):
+def some_images(exported, count=8, seed=1):
     """Drawn images."""
-    images = np.random.default_rng(seed).normal(size=(count, *deployed.image_shape))
+    images = np.random.default_rng(seed).normal(size=(count, *exported.image_shape))
     return images.astype(np.float32)

@@ -1,16 +1,14 @@
 """Runs of ONNX graphs and of the networks that they were made from."""
 
 import jax
-import jax.export
-import jax.extend.core.primitives
 import numpy as np
 import onnxruntime
 
-from mpq_jax.export import exported_model as networks
-from mpq_jax.export.onnx.graph import IMAGES
+from mpq_jax.export import exported_model
+from mpq_jax.export.onnx.converter import IMAGES
 
 # Sums are rounded in another order and norms are folded: some float32 roundings in all, part of
-# the largest logit. The images are such that no input of a layer changes its code by them.
+# the largest logit. The images are such that no input of a layer changes its integer by them.
 ROUNDING = 1e-5
 LEVELS = onnxruntime.GraphOptimizationLevel
 
@@ -26,5 +24,5 @@ def run(model, images, *, level=LEVELS.ORT_ENABLE_ALL, outputs=None, fold=False)
     return found if outputs else found[0]
 
 
-def logits_of(deployed, images):
-    return np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
+def logits_of(exported, images):
+    return np.asarray(jax.jit(lambda x: exported_model.logits(exported, x))(images))

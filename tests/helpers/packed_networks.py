@@ -1,7 +1,8 @@
-"""Networks of drawn codes, for the tests of files of integers."""
+"""Networks of drawn integers, and their packed files."""
 
 import functools
 import json
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,22 +15,17 @@ import safetensors.numpy
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.export import safetensors_file
-from mpq_jax.export.packed import integers
+from mpq_jax.export.exported_model import ExportedModel
+from mpq_jax.export.packed import network, reader, writer
 from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import (
-    FIRST_LAST_8BIT,
-    FIRST_LAST_FLOAT,
-    LayerTable,
-    Rule,
-    bit_rules,
-    trace_layers,
-)
+from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_8BIT, FIRST_LAST_FLOAT, Rule, bit_rules
+from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 
 SHAPE = (8, 8, 2)
 IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(4, *SHAPE)), jnp.float32)
-# Of logits, where two programs sum in another order; the kernels and codes are equal.
+# Of logits, where two programs sum in another order; the kernels and their integers are equal.
 LOGITS = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -64,14 +60,14 @@ class Case(NamedTuple):
         bn_banks: how norms are kept.
         affine: whether norms have a scale and a bias.
         every: layers whose kernels take every integer of their range.
-        found: bits of kernels beside the rules, as training finds them; 0 of a kernel of zeros.
+        learned: bits of kernels beside the rules, as training learns them; 0 of a kernel of zeros.
     """
 
     rules: tuple[Rule, ...]
     bn_banks: str
     affine: bool = True
     every: tuple[str, ...] = ("wide", "point", "hidden")
-    found: dict[str, int] = {}
+    learned: dict[str, int] = {}
 
 
 ENDS_FLOAT = functools.partial(bit_rules, first_last=FIRST_LAST_FLOAT)
@@ -87,7 +83,7 @@ CASES = {
         (Rule(weights=8, acts=8),),
         "shared",
         every=("wide", "hidden"),
-        found={"wide": 9, "point": 0, "hidden": 3},
+        learned={"wide": 9, "point": 0, "hidden": 3},
     ),
 }
 
@@ -96,56 +92,66 @@ class Saved(NamedTuple):
     """A network in memory and in a file.
 
     Attributes:
-        model, table, variables: the network.
-        codes: layer -> its stored integers, as they were drawn.
+        exported: the network as it was saved.
+        integers: the integers of each layer, as they were drawn.
         path: the file.
         sizes: what `save` returned.
-        artifact: what `load` returned.
+        packed: what `load` returned.
     """
 
-    model: nn.Module
-    table: LayerTable
-    variables: supernet.SupernetState
-    codes: dict[str, np.ndarray]
-    path: str
-    sizes: integers.Sizes
-    artifact: integers.Artifact
+    exported: ExportedModel
+    integers: dict[str, np.ndarray]
+    path: pathlib.Path
+    sizes: reader.Sizes
+    packed: network.PackedNetwork
+
+    @property
+    def net(self) -> Supernet:
+        return self.exported.net
+
+    @property
+    def state(self) -> SupernetState:
+        return self.exported.state
+
+    @property
+    def table(self) -> LayerTable:
+        return self.exported.table
 
 
-def code_range(bits):
+def integer_range(bits):
     """The smallest and the largest signed integer of a number of bits."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if bits else (0, 0)
 
 
-def drawn_codes(generator, layer, *, every: bool):
-    """Draws the codes of a kernel; every integer of the range occurs where it is asked."""
-    low, high = code_range(layer.max_bits)
-    codes = generator.integers(low, high + 1, layer.params)
+def drawn_integers(generator, layer, *, every: bool):
+    """Draws the integers of a kernel; every integer of the range occurs where it is asked."""
+    low, high = integer_range(layer.max_bits)
+    integers = generator.integers(low, high + 1, layer.params)
     if every:
-        codes[: high + 1 - low] = np.arange(low, high + 1)
-    return generator.permutation(codes).reshape(layer.kernel_shape)
+        integers[: high + 1 - low] = np.arange(low, high + 1)
+    return generator.permutation(integers).reshape(layer.kernel_shape)
 
 
-def weights_of(generator, codes, step, max_bits):
-    """Draws weights that round to the codes, some of them on ties or beyond the range."""
+def weights_of(generator, integers, step, max_bits):
+    """Draws weights that round to the integers, some of them on ties or beyond the range."""
     if max_bits == 0:
-        return np.zeros(codes.shape, np.float32)
-    low, high = code_range(max_bits)
-    offsets = generator.uniform(-0.49, 0.49, codes.shape)
-    ties = (codes % 2 == 0) & (generator.random(codes.shape) < 0.3)  # they go to the even code
-    offsets = np.where(ties, generator.choice([-0.5, 0.5], codes.shape), offsets)
-    far = generator.random(codes.shape) < 0.5
-    beyond = np.where(codes == low, -5.3, np.where(codes == high, 5.3, 0.0))
+        return np.zeros(integers.shape, np.float32)
+    low, high = integer_range(max_bits)
+    offsets = generator.uniform(-0.49, 0.49, integers.shape)
+    ties = (integers % 2 == 0) & (generator.random(integers.shape) < 0.3)  # they go to the even one
+    offsets = np.where(ties, generator.choice([-0.5, 0.5], integers.shape), offsets)
+    far = generator.random(integers.shape) < 0.5
+    beyond = np.where(integers == low, -5.3, np.where(integers == high, 5.3, 0.0))
     offsets = np.where(far & (beyond != 0), beyond, offsets)
-    return ((codes + offsets) * step).astype(np.float32)
+    return ((integers + offsets) * step).astype(np.float32)
 
 
 def draw_network(model, table, shape, *, every=(), seed=0):
-    """Draws a supernet in which all rows differ, and the codes that its kernels round to."""
+    """Draws a supernet in which all rows differ, and the integers that its kernels round to."""
     generator = np.random.default_rng(seed)
-    make = functools.partial(supernet.init, model, table, quantizer=double_rounding.QUANTIZER)
+    net = Supernet(model, table, quantizer=double_rounding.QUANTIZER)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    wanted = jax.eval_shape(make, drawn_variables(model, shape, 0), images)
+    wanted = jax.eval_shape(net.init, drawn_variables(model, shape, 0), images)
 
     def fill(path, leaf):
         name = path[-1].key
@@ -154,7 +160,7 @@ def draw_network(model, table, shape, *, every=(), seed=0):
         return jnp.asarray(0.1 * generator.normal(size=leaf.shape), jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(fill, wanted.trainable.params)
-    flat, codes = paths.flatten(params), {}
+    flat, integers = paths.flatten(params), {}
     grid = (len(table), len(table.candidates))
     weight_step_sizes = generator.uniform(0.001, 0.02, grid).astype(np.float32)
     for index, layer in enumerate(table.layers):
@@ -163,19 +169,19 @@ def draw_network(model, table, shape, *, every=(), seed=0):
         exact = index % 2 == 1  # ties of a step that is a power of two are ties in float32
         step = np.float32((2.0**-7 if exact else 0.0123) * 2.0 ** (8 - layer.max_bits))
         weight_step_sizes[index, table.candidates.index(layer.max_bits)] = step
-        codes[layer.name] = drawn_codes(generator, layer, every=layer.name in every)
-        w = weights_of(generator, codes[layer.name], step, layer.max_bits)
+        integers[layer.name] = drawn_integers(generator, layer, every=layer.name in every)
+        w = weights_of(generator, integers[layer.name], step, layer.max_bits)
         if not exact:
-            w = np.where(np.abs(w / step % 1 - 0.5) < 0.005, codes[layer.name] * step, w)
+            w = np.where(np.abs(w / step % 1 - 0.5) < 0.005, integers[layer.name] * step, w)
         flat[f"{layer.name}/kernel"] = jnp.asarray(w, jnp.float32)
-    trainable = supernet.TrainableParams(
+    trainable = TrainableParams(
         paths.unflatten(flat),
         jnp.asarray(weight_step_sizes),
         jnp.asarray(generator.uniform(0.02, 0.4, grid), jnp.float32),
     )
     stats = jax.tree_util.tree_map_with_path(fill, wanted.batch_stats)
     signed = jnp.asarray(generator.random(len(table)) < 0.5)
-    return supernet.SupernetState(trainable, stats, signed), codes
+    return net, SupernetState(trainable, stats, signed), integers
 
 
 def parse(path):
@@ -188,43 +194,38 @@ def parse(path):
     return metadata, header, {name: body[start:end] for name, (start, end) in spans.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def trained_logits(model, table, variables, bits, images):
-    quantizer = double_rounding.QUANTIZER
-    selected = supernet.select(table, variables, bits, quantizer=quantizer)
-    out = supernet.apply(model, table, selected, images, train=False, quantizer=quantizer)
-    return out.logits
+def save_network(path, model, table, *, every=(), seed=0, shape=SHAPE, **changes):
+    """Draws a network, and saves it with all its precisions and with its norms as they are."""
+    net, state, integers = draw_network(model, table, shape, every=every, seed=seed)
+    exported = ExportedModel(net, state, None, shape, 3)._replace(**changes)
+    sizes = writer.save(path, exported, norms="kept")
+    return Saved(exported, integers, path, sizes, network.load(path, model=model))
 
 
 def make_plain_net(tmp_path_factory):
     """Saves a network of the first case, which stands for all where they do not differ."""
-    model = Net()
-    table = trace_layers(model, SHAPE, rules=CASES["8642"].rules).with_bn_banks("weights")
-    variables, codes = draw_network(model, table, SHAPE)
-    path = tmp_path_factory.mktemp("plain") / "integers.safetensors"
-    sizes = integers.save(
-        path,
+    table = trace_layers(Net(), SHAPE, rules=CASES["8642"].rules).with_bn_banks("weights")
+    return save_network(
+        tmp_path_factory.mktemp("plain") / "integers.safetensors",
+        Net(),
         table,
-        variables,
-        model=integers.ModelSpec(None, 3),
         mean=(0.25, 0.5),
         std=(0.125, 0.75),
-        config={"method": "double_rounding", "bits": {"candidates": [8, 6, 4, 2]}},
+        provenance={"config": {"method": "double_rounding", "bits": {"candidates": [8, 6, 4, 2]}}},
     )
-    return Saved(model, table, variables, codes, path, sizes, integers.load(path, model=model))
 
 
 def rewritten(source, target, *, metadata=None, **changes):
-    """Copies a file with other tensors (None: without it), sealed as `save` seals its files."""
+    """Copies a file with other tensors (None: without it) and metadata, with a sound checksum."""
     tensors = safetensors.numpy.load_file(source)
     tensors = {name: x for name, x in (tensors | changes).items() if x is not None}
-    held, _, _ = parse(source)
-    held |= {"crc32": str(safetensors_file.checksum(tensors, held["content"]))} | (metadata or {})
+    held = parse(source)[0] | (metadata or {})
+    held["crc32"] = f"{safetensors_file.checksum(tensors, held):08x}"
     safetensors.numpy.save_file(tensors, target, metadata=held)
     return target
 
 
 def refused(path, match, model=None):
     with pytest.raises(ValueError, match=match) as caught:
-        integers.load(path, model=model)
+        network.load(path, model=model)
     assert str(path) in str(caught.value)

@@ -36,7 +36,8 @@ jax.config.update("jax_num_cpu_devices", 1)
 import jax.numpy as jnp
 from mpq_jax.parallel import distributed as processes, mesh as sharding
 
-address, index, mode, heartbeat_timeout = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+address, index, mode, heartbeat_timeout = sys.argv[1:5]
+index, heartbeat_timeout = int(index), int(heartbeat_timeout)
 
 @processes.abort_together()
 def main():

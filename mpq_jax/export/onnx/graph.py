@@ -1,316 +1,246 @@
-"""Export to ONNX: a graph of QuantizeLinear and DequantizeLinear with integer kernels.
+"""Writes an ONNX graph: nodes, initializers, and values that were not written yet."""
 
-    onnx.save(to_onnx(deployed), "net.onnx")
-
-The graph is read off the traced program, so any Linen model is exported whose primitives
-`onnx_operations.CONVERTERS` lists. A kernel is an initializer of the training's own codes. A norm
-after a layer is folded into what a code is worth, per output channel, and into a float bias; where
-its factor is negative, the output is multiplied by -1, so codes stay as they are and scales are
-positive. The input of a layer is rounded by QuantizeLinear with the layer's step; codes of fewer
-than 8 bits are clipped first. Layers that stay float in training are float in the graph.
-
-ONNX Runtime keeps the numbers of this graph at any level of optimization. It is fastest with the
-session option `session.disable_quant_qdq` = "1", which makes floats of the kernels once, when the
-file is loaded, instead of in each call.
-
-References:
-    ONNX operators, https://onnx.ai/onnx/operators; quantized graphs as ONNX Runtime reads them,
-    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html.
-"""
-
-import collections
-import importlib.metadata
-import json
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.extend.core
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper, numpy_helper
 
-from mpq_jax.export import program
-from mpq_jax.export.exported_model import Deployed
-from mpq_jax.export.onnx.ops import CONVERTERS, PASSING, RESHAPING
-from mpq_jax.export.onnx.ops_pointwise import TYPES
-from mpq_jax.export.onnx.values import Coded, Constant, Kernel, Tensor, Unsupported, Value, is_known
-from mpq_jax.export.onnx.writer import Graph
-from mpq_jax.supernet import bits as bit_configs
-
-OPSET = 21  # the first with tensors of 4 bits; that of 2 bits is 25
-OPSETS = (21, 25)
-IMAGES, LOGITS = "images", "logits"  # names of the graph's input and output
-CALLS = (  # primitives that call programs; the names of some depend on JAX's version
-    "jit",
-    "pjit",
-    "closed_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "checkpoint",
-    "remat2",
+from mpq_jax.export.onnx.values import (
+    Bounded,
+    Constant,
+    Kernel,
+    Product,
+    Quantized,
+    Shape,
+    Tensor,
+    Unsupported,
+    Value,
+    is_known,
 )
-CALLED = ("jaxpr", "call_jaxpr")  # their parameters
-SIZE = "dim_as_value"  # has no operands and yet is not known: a size that depends on the batch's
-BY_NUMPY = {  # primitives of norms: of these JAX would compile a program for each shape
-    "add": lambda _, x, y: x + y,
-    "sub": lambda _, x, y: x - y,
-    "mul": lambda _, x, y: x * y,
-    "rsqrt": lambda _, x: 1 / np.sqrt(x),
-    "reshape": lambda params, x: x.reshape(params["new_sizes"]),
-    "broadcast_in_dim": lambda params, x: np.broadcast_to(
-        np.expand_dims(
-            x, [i for i in range(len(params["shape"])) if i not in params["broadcast_dimensions"]]
-        ),
-        params["shape"],
-    ),
-}
+from mpq_jax.export.program import InputQuantizer
+from mpq_jax.quantizers import lsq
+
+SATURATING = (8, 16)  # bits at which QuantizeLinear itself clips
+SMALLEST_STEP_SIZE = np.finfo(np.float32).tiny  # runtimes of ONNX want scales to be positive
 
 
-class Sources(NamedTuple):
-    """Where the equations of a program get what is not in the graph.
+class Graph:
+    """An ONNX graph under construction.
 
     Attributes:
-        graph: that they are written to.
-        inputs: how inputs of layers are quantized, see `program.Program`.
+        nodes: nodes so far.
+        constants: initializers by name.
+        scope: path of the module that is being written, for names and messages.
     """
 
-    graph: Graph
-    inputs: list[program.InputCodes]
+    def __init__(self, images: str, batch: Any, opset: int):
+        """Starts an empty graph.
 
+        Args:
+            images: name of the graph's input.
+            batch: symbol of the number of images.
+            opset: version of ONNX's operators.
+        """
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.scope = ""
+        self._images, self._batch, self._opset = images, batch, opset
+        self._made: dict[Any, str] = {}  # node or constant -> name of its output
+        self._names: dict[str, int] = {}
 
-def to_onnx(deployed: Deployed, *, opset: int = OPSET) -> onnx.ModelProto:
-    """Writes a network as an ONNX model, which `onnx.checker` has found sound.
+    @property
+    def here(self) -> str:
+        """The module that is being written, for messages."""
+        return f"module {self.scope!r}" if self.scope else "the model's own call"
 
-    Its input `images` is float32 [batch, height, width, channels], normalized as in training, for
-    any batch size; its output `logits` float32 [batch, classes]. Metadata are JSON: `bits`, a bit
-    file; `float`, the layers whose weights or inputs are not quantized; `mean` and `std` of the
-    normalization; `provenance`.
+    def add(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Writes a node with one output; the same node is written once."""
+        key = (op, tuple(inputs), repr(sorted(attributes.items())))
+        if key not in self._made:
+            name = self._name(op)
+            self.nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
+            self._made[key] = name
+        return self._made[key]
 
-    Args:
-        deployed: the network, of a model that computes in float32.
-        opset: version of ONNX's operators; 21 stores codes of up to 4 bits in 4 bits each, 25
-            those of 2 bits in 2.
+    def constant(self, array: np.ndarray, name: str = "constant") -> str:
+        """Stores an initializer; the same numbers are stored once."""
+        key = (array.dtype.str, str(array.dtype), array.shape, array.tobytes())
+        if key not in self._made:
+            unique = self._name(name)
+            self.constants[unique] = numpy_helper.from_array(np.array(array, order="C"), unique)
+            self._made[key] = unique
+        return self._made[key]
 
-    Raises:
-        Unsupported: the model does something that has no counterpart; the message names it.
-        ValueError: the network has no integers, see `deployed.codes`, or the opset is unknown.
-    """
-    if not OPSETS[0] <= opset <= OPSETS[1]:
-        raise ValueError(f"opset is {opset}; wanted {OPSETS[0]} to {OPSETS[1]}")
-    traced = program.trace(deployed)
-    graph = Graph(IMAGES, traced.images[0], opset)
-    images = Tensor(IMAGES, traced.images, tuple(range(len(traced.images))))
-    arguments = [_argument(traced, name, value) for name, value in traced.arguments]
-    sources = Sources(graph, traced.inputs)
-    (logits,) = _run(sources, traced.jaxpr.jaxpr, traced.jaxpr.consts, [*arguments, images], "")
-    graph.scope = ""
-    out = traced.jaxpr.jaxpr.outvars[0].aval.shape
-    last = graph.arranged(logits, out, range(len(out)))
-    graph.nodes.append(helper.make_node("Identity", [last], [LOGITS], name=LOGITS))
-    model = _model(deployed, graph, opset, traced.images, out)
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise Unsupported(
-            f"the graph is no ONNX: onnx.checker says {str(error)!r}; export to StableHLO instead"
-        ) from error
-    return model
+    def _name(self, what: str) -> str:
+        wanted = f"{self.scope}/{what}".lstrip("/")
+        number = self._names[wanted] = self._names.get(wanted, -1) + 1
+        return f"{wanted}.{number}" if number else wanted
 
+    def tensor(self, value: Value) -> Tensor:
+        """Writes a value unless it is in the graph already; returns its tensor."""
+        match value:
+            case Tensor():
+                return value
+            case Constant(array):
+                return Tensor(self.constant(array), array.shape, tuple(range(array.ndim)))
+            case Bounded(inside, low, high):
+                return dataclasses.replace(inside, name=self._clip(inside.name, low, high))
+            case Quantized(inside, quantizer):
+                tensor = self.tensor(inside)
+                return dataclasses.replace(tensor, name=self.quantized(tensor.name, quantizer))
+            case Product(scope=scope):
+                here, self.scope = self.scope, scope
+                made = self._product(value)
+                self.scope = here
+                return made
+            case Kernel(layer):
+                raise Unsupported(
+                    f"the kernel of layer {layer.name!r} is changed before the layer multiplies by "
+                    "it (masked or standardized, for instance), so its integers cannot be kept: "
+                    "leave the layer in float by a rule with float_weights, or export to StableHLO"
+                )
 
-def _argument(traced: program.Program, name: str, value: np.ndarray) -> Value:
-    layer = traced.layers.get(name.removeprefix("params/").removesuffix("/kernel"))
-    if layer is not None and layer.codes is not None and name.endswith("/kernel"):
-        return Kernel(layer, layer.codes)
-    return Constant(_array(value))
+    def clipped(self, value: Value, low: float, high: float) -> Bounded:
+        """Clips a value, `min(max(value, low), high)`; neighboring clips become one."""
+        if not isinstance(value, Bounded) or low > value.high or high < value.low:
+            value = Bounded(self.tensor(value), -np.inf, np.inf)
+        return value._replace(low=max(low, value.low), high=min(high, value.high))
 
+    def quantize(self, value: Value, quantizer: InputQuantizer) -> Quantized:
+        """Quantizes the input of a layer; it is written right before the layer.
 
-def _run(
-    sources: Sources, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Value], scope: str
-) -> list[Value]:
-    """Writes the equations of a program to the graph; returns its results.
+        Integers of other than 8 or 16 bits lie in the next wider type; values beyond their range
+        are clipped before the rounding, which gives the same integers, since bounds are whole.
+        """
+        if quantizer.bits in SATURATING:
+            return Quantized(value, quantizer)
+        bounds = lsq.code_range(quantizer.bits, signed=quantizer.signed)
+        low, high = (float(np.float32(bound) * quantizer.step_size) for bound in bounds)
+        return Quantized(self.clipped(value, low, high), quantizer)
 
-    What is read once may stay lazy, so that its reader can take it in; what is read more often is
-    written down. What results in no values reads none, whatever its operands are.
-    """
-    graph, values = sources.graph, {}
-    reading = [equation for equation in jaxpr.eqns if not _is_empty(equation)]
-    used = [var for equation in reading for var in equation.invars] + list(jaxpr.outvars)
-    uses = collections.Counter(var for var in used if not _is_literal(var))
+    def quantized(self, name: str, quantizer: InputQuantizer) -> str:
+        """Writes the rounding of a tensor whose values are in range, back in float."""
+        room = min(bits for bits in SATURATING if bits >= quantizer.bits)
+        zero_type = np.dtype(f"{'' if quantizer.signed else 'u'}int{room}")
+        step_size = self.constant(np.asarray(quantizer.step_size), "input_step_size")
+        zero = self.constant(np.zeros((), zero_type), "zero_point")
+        name = self.add("QuantizeLinear", [name, step_size, zero])
+        return self.add("DequantizeLinear", [name, step_size, zero])
 
-    def keep(var: Any, value: Value) -> None:
-        once = uses[var] == 1 or isinstance(value, Constant | Kernel)
-        if uses[var]:
-            values[var] = value if once else graph.tensor(value)
+    def _clip(self, name: str, low: float, high: float) -> str:
+        if low == 0 and high == np.inf:
+            return self.add("Relu", [name])
+        bounds = [
+            self.constant(np.asarray(bound, np.float32)) if np.isfinite(bound) else ""
+            for bound in (low, high)
+        ]
+        return self.add("Clip", [name, *bounds] if bounds[1] else [name, bounds[0]])
 
-    def read(var: Any) -> Value:
-        if _is_literal(var):
-            return Constant(np.asarray(var.val, var.aval.dtype))
-        return values[var]
+    def _product(self, product: Product) -> Tensor:
+        """Writes a layer: its integers and their step sizes, the operation, and the rest.
 
-    for var, const in zip(jaxpr.constvars, consts, strict=True):
-        keep(var, Constant(_array(const)))
-    for var, value in zip(jaxpr.invars, arguments, strict=True):
-        keep(var, value)
-    for equation in jaxpr.eqns:
-        if not any(uses[var] for var in equation.outvars):
-            continue
-        inside = f"{scope}/{equation.source_info.name_stack}".strip("/")
-        graph.scope = inside.partition("/")[2]  # without the name of the model's class
-        if _is_empty(equation):
-            results = [_nothing(var.aval) for var in equation.outvars]
+        The bias is added after the operation, not by it: ONNX Runtime would round a bias inside of
+        it to multiples of (step size of the input x step size of the weights), which are coarse at
+        few bits.
+        """
+        signs = np.ones_like(product.scale)
+        if isinstance(product.weights, Constant):
+            along = _along(product.scale, product.axis, product.weights.array.ndim)
+            weights = self.constant((product.weights.array * along).astype(np.float32), "weights")
         else:
-            operands = [read(var) for var in equation.invars]
-            results = _for_any_batch(sources, equation, operands, inside)
-        for var, result in zip(equation.outvars, results, strict=True):
-            keep(var, result)
-    return [read(var) for var in jaxpr.outvars]
+            # Scales have to be positive: channels that a norm negates or switches off get a factor.
+            own = product.weights.layer.step_size
+            scaled = np.abs(product.scale) * np.float64(own)
+            signs = np.where(scaled >= SMALLEST_STEP_SIZE, np.sign(product.scale), 0)
+            step_sizes = np.where(signs == 0, own, scaled).astype(np.float32)
+            weights = self._weights(product.weights, step_sizes, product.axis)
+        made = product.write(weights)
+        if (signs != 1).any():
+            made = self._per_channel("Mul", product, made, signs)
+        if product.shift.any():
+            made = self._per_channel("Add", product, made, product.shift)
+        return made
 
+    def _weights(self, kernel: Kernel, step_sizes: np.ndarray, axis: int) -> str:
+        stored = kernel.integers.astype(self.integer_type(kernel.layer.bits))
+        integers = self.constant(stored, "integers")
+        if (step_sizes == step_sizes[0]).all():
+            step_size = self.constant(step_sizes[0, ...], "step_sizes")
+            return self.add("DequantizeLinear", [integers, step_size])
+        by_channel = self.constant(step_sizes, "step_sizes")
+        return self.add("DequantizeLinear", [integers, by_channel], axis=axis)
 
-def _for_any_batch(
-    sources: Sources, equation: Any, operands: list[Value], scope: str
-) -> list[Value]:
-    """Returns the results of one equation, or says that it needs the number of images."""
-    try:
-        return _convert(sources, equation, operands, scope)
-    except jax.errors.InconclusiveDimensionOperation as error:
-        raise Unsupported(
-            f"{sources.graph.here} does what depends on the number of images, by "
-            f"{equation.primitive.name!r}, and an ONNX graph leaves that number open: "
-            "export to StableHLO instead"
-        ) from error
+    def _per_channel(self, op: str, product: Product, made: Tensor, numbers: np.ndarray) -> Tensor:
+        shape = [1] * len(product.shape)
+        for axis in product.channels:
+            shape[axis] = product.shape[axis]
+        spread = numbers.astype(np.float32).reshape(shape).transpose(made.order)
+        term = self.constant(spread, {"Mul": "signs", "Add": "bias"}[op])
+        return dataclasses.replace(made, name=self.add(op, [made.name, term]))
 
+    def integer_type(self, bits: int) -> np.dtype:
+        """Finds the narrowest type that the opset has for signed integers of `bits` bits."""
+        types = {4: ml_dtypes.int4, 8: np.int8, 16: np.int16}
+        if self._opset >= 25:
+            types = {2: ml_dtypes.int2} | types
+        return np.dtype(types[min(room for room in types if room >= bits)])
 
-def _convert(sources: Sources, equation: Any, operands: list[Value], scope: str) -> list[Value]:
-    """Returns the results of one equation."""
-    name = equation.primitive.name
-    if name in CALLS:
-        inner = next(equation.params[key] for key in CALLED if key in equation.params)
-        closed = isinstance(inner, jax.extend.core.ClosedJaxpr)
-        jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
-        return _run(sources, jaxpr, consts, operands, scope)
-    if name == "name" and equation.params["name"].startswith(program.MARK):
-        codes = sources.inputs[int(equation.params["name"].removeprefix(program.MARK))]
-        return [sources.graph.to_code(operands[0], codes)]
-    first = operands[0] if operands else None
-    if isinstance(first, Kernel) and name in PASSING + RESHAPING:
-        return [first._replace(codes=np.asarray(_computed(equation, [first.codes])[0]))]
-    if isinstance(first, Coded) and name in PASSING + RESHAPING:
-        (inside,) = _convert(sources, equation, [first.inside], scope)
-        return [first._replace(inside=inside)]
-    known = all(isinstance(operand, Constant) for operand in operands) and name != SIZE
-    if known and all(_is_static(var.aval.shape) for var in equation.outvars):
-        arrays = [operand.array for operand in operands if isinstance(operand, Constant)]
-        return [Constant(array) for array in _computed(equation, arrays)]
-    _check(equation, sources.graph.here)
-    result = CONVERTERS[name](sources.graph, equation, *operands)
-    return result if isinstance(result, list) else [result]
+    def arranged(self, value: Value, shape: Shape, order: Sequence[int]) -> str:
+        """Writes a value with all repetitions and its axes in some order; returns its name."""
+        tensor, order = self.tensor(value), tuple(order)
+        name = self.transposed(tensor, order)
+        if tensor.shape == tuple(shape):
+            return name
+        sizes = [
+            1 if mine == wanted else wanted
+            for mine, wanted in zip(tensor.shape, shape, strict=True)
+        ]
+        return self.add("Expand", [name, self.sizes([sizes[axis] for axis in order])])
 
+    def transposed(self, tensor: Tensor, order: Sequence[int]) -> str:
+        """Writes a tensor with its axes in some order; returns its name."""
+        if tensor.order == tuple(order):
+            return tensor.name
+        known = self.constants.get(tensor.name)
+        turn = [tensor.order.index(axis) for axis in order]
+        if known is not None:
+            return self.constant(numpy_helper.to_array(known).transpose(turn))
+        return self.add("Transpose", [tensor.name], perm=turn)
 
-def _check(equation: Any, here: str) -> None:
-    """Raises Unsupported where an equation cannot be converted."""
-    name = equation.primitive.name
-    if name not in CONVERTERS:
-        raise Unsupported(
-            f"{here} uses the primitive {name!r}, which the ONNX export does not know: "
-            "write that part with other functions, or export to StableHLO, which takes any model"
-        )
-    for var in (*equation.invars, *equation.outvars):
-        if str(var.aval.dtype) not in TYPES:
+    def reshaped(self, name: str, shape: Shape) -> str:
+        """Writes a tensor in another shape; returns its name."""
+        unknown = [not is_known(size) for size in shape]
+        if sum(unknown) > 1:
+            return self.add("Reshape", [name, self.sizes(shape)])
+        sizes = [-1 if is_open else size for size, is_open in zip(shape, unknown, strict=True)]
+        return self.add("Reshape", [name, self.constant(np.array(sizes, np.int64))])
+
+    def sizes(self, shape: Sequence[Any]) -> str:
+        """Writes sizes, some of which may be multiples of the batch's; returns the list's name."""
+        if all(map(is_known, shape)):
+            return self.constant(np.array(shape, np.int64))
+        return self.add("Concat", [self._size(size) for size in shape], axis=0)
+
+    def _size(self, size: Any) -> str:
+        if is_known(size):
+            return self.constant(np.array([size], np.int64))
+        batch = self.add("Shape", [self._images], start=0, end=1)
+        times = size // self._batch
+        if not is_known(times) or times * self._batch != size:
             raise Unsupported(
-                f"{here} computes in {var.aval.dtype}; the ONNX export takes {', '.join(TYPES)}: "
-                "export to StableHLO, or train with config.model.dtype='float32'"
+                f"{self.here} makes an axis of size {size}, or computes with that number; wanted a "
+                "multiple of the batch size: export to StableHLO instead"
             )
-
-
-def _computed(equation: Any, arrays: list[Any]) -> list[Any]:
-    """Returns what an equation makes of known numbers."""
-    whole = [
-        array if array.shape == var.aval.shape else np.broadcast_to(array, var.aval.shape)
-        for array, var in zip(arrays, equation.invars, strict=True)
-    ]
-    if equation.primitive.name in BY_NUMPY:
-        return [np.asarray(BY_NUMPY[equation.primitive.name](equation.params, *whole))]
-    results = equation.primitive.bind(*map(jnp.asarray, whole), **equation.params)
-    listed = results if equation.primitive.multiple_results else [results]
-    return [_array(result) for result in listed]
-
-
-def _array(value: Any) -> Any:
-    """Returns an array as NumPy's, or as it is where it is of random keys, which NumPy lacks."""
-    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return value
-    return np.asarray(value)
-
-
-def _nothing(aval: Any) -> Constant:
-    """Returns what has no values: an array in which the size of some axis is 0."""
-    return Constant(np.zeros([size if is_known(size) else 1 for size in aval.shape], aval.dtype))
-
-
-def _is_empty(equation: Any) -> bool:
-    """Whether an equation results in no values."""
-    shapes = [var.aval.shape for var in equation.outvars]
-    return all(any(is_known(size) and size == 0 for size in shape) for shape in shapes)
-
-
-def _is_literal(var: Any) -> bool:
-    return isinstance(var, jax.extend.core.Literal)
-
-
-def _is_static(shape: Sequence[Any]) -> bool:
-    return all(map(is_known, shape))
-
-
-def _model(
-    deployed: Deployed, graph: Graph, opset: int, images: Sequence[Any], logits: Sequence[Any]
-) -> onnx.ModelProto:
-    nodes = _reachable(graph.nodes, LOGITS)
-    read = {name for node in nodes for name in node.input}
-    names = (IMAGES, images), (LOGITS, logits)
-    ends = [
-        helper.make_tensor_value_info(
-            name, TensorProto.FLOAT, [int(s) if is_known(s) else str(s) for s in shape]
+        return (
+            batch
+            if times == 1
+            else self.add("Mul", [batch, self.constant(np.array([times], np.int64))])
         )
-        for name, shape in names
-    ]
-    made = helper.make_graph(
-        nodes,
-        type(deployed.model).__name__,
-        ends[:1],
-        ends[1:],
-        [tensor for name, tensor in graph.constants.items() if name in read],
-    )
-    operators = [helper.make_opsetid("", opset)]
-    model = helper.make_model(
-        made,
-        opset_imports=operators,
-        ir_version=helper.find_min_ir_version_for(operators),  # what older runtimes can read
-        producer_name="mpq_jax",
-        producer_version=importlib.metadata.version("mpq_jax"),
-    )
-    helper.set_model_props(model, _facts(deployed))
-    return model
 
 
-def _reachable(nodes: Sequence[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
-    """Returns the nodes that an output needs."""
-    needed, kept = {output}, []
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    return kept[::-1]
-
-
-def _facts(deployed: Deployed) -> dict[str, str]:
-    layers = deployed.table.layers
-    plain = {
-        "weights": [layer.name for layer in layers if layer.float_weights],
-        "acts": [layer.name for layer in layers if layer.float_acts],
-    }
-    others = {"mean": deployed.mean, "std": deployed.std, "provenance": deployed.provenance}
-    return {"bits": bit_configs.to_json(deployed.bits, deployed.table.names)} | {
-        key: json.dumps(value) for key, value in ({"float": plain} | others).items()
-    }
+def _along(numbers: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    return numbers.reshape([-1 if i == axis else 1 for i in range(rank)])

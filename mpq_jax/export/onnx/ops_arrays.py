@@ -1,4 +1,4 @@
-"""JAX's primitives in ONNX: those that reduce, reshape, cut, pad and join arrays."""
+"""JAX's primitives in ONNX: arrays reduced, reshaped, cut, padded and joined."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from mpq_jax.export.onnx.graph import Graph
 from mpq_jax.export.onnx.ops_pointwise import is_one, number_of, of_type
 from mpq_jax.export.onnx.values import Constant, Shape, Tensor, Unsupported, Value, is_known
-from mpq_jax.export.onnx.writer import Graph
 
 
 def reduce(op: str) -> Callable:
-    """Returns the converter to a reduction over some axes."""
+    """Makes the converter to a reduction over some axes."""
 
     def convert(graph: Graph, equation: Any, value: Value) -> Value:
         shape, axes = equation.invars[0].aval.shape, equation.params["axes"]
@@ -99,24 +99,9 @@ def transpose(graph: Graph, equation: Any, value: Value) -> Value:
 
 
 def concatenate(graph: Graph, equation: Any, *values: Value) -> Value:
-    """Converts `concatenate`."""
-    shapes = [var.aval.shape for var in equation.invars]
+    """Converts `concatenate`; arrays without values are left out."""
+    axis, shapes = int(equation.params["dimension"]), [var.aval.shape for var in equation.invars]
     tensors = [graph.tensor(value) for value in values]
-    return _joined(graph, equation, tensors, shapes, int(equation.params["dimension"]))
-
-
-def stack(graph: Graph, equation: Any, *values: Value) -> Value:
-    """Converts `stack`."""
-    axis, shape = int(equation.params["axis"]), equation.invars[0].aval.shape
-    tensors = [_with(graph, graph.tensor(value), [axis]) for value in values]
-    layer = (*shape[:axis], 1, *shape[axis:])
-    return _joined(graph, equation, tensors, [layer] * len(values), axis)
-
-
-def _joined(
-    graph: Graph, equation: Any, tensors: list[Tensor], shapes: Sequence[Shape], axis: int
-) -> Tensor:
-    """Writes arrays one after another along an axis; those without values are left out."""
     variables = [tensor for tensor in tensors if tensor.name not in graph.constants]
     order = (variables or tensors)[0].order
     names = [
@@ -130,29 +115,12 @@ def _joined(
     return Tensor(graph.add("Concat", names, axis=order.index(axis)), out, order)
 
 
-def unstack(graph: Graph, equation: Any, value: Value) -> list[Value]:
-    """Converts `unstack`."""
-    axis, shape = int(equation.params["axis"]), equation.invars[0].aval.shape
-    tensor = _whole(graph, value, shape)
-    layers = [_sliced(graph, tensor, {axis: (i, i + 1, 1)}) for i in range(shape[axis])]
-    return [_without(graph, layer, [axis]) for layer in layers]
-
-
-def tile(graph: Graph, equation: Any, value: Value) -> Value:
-    """Converts `tile`."""
-    tensor = _whole(graph, value, equation.invars[0].aval.shape)
-    times = np.array([equation.params["reps"][axis] for axis in tensor.order], np.int64)
-    name = graph.add("Tile", [tensor.name, graph.constant(times)])
-    return Tensor(name, tuple(equation.outvars[0].aval.shape), tensor.order)
-
-
 def pad(graph: Graph, equation: Any, value: Value, filling: Value) -> Value:
     """Converts `pad`."""
     config = equation.params["padding_config"]
     if any(low < 0 or high < 0 or inner for low, high, inner in config):
         raise Unsupported(
-            f"{graph.here} pads by negative amounts or between values; slice, or use "
-            "jnp.pad and jnp.repeat"
+            f"{graph.here} pads by negative amounts or between values; slice, or use jnp.pad"
         )
     tensor = _whole(graph, value, equation.invars[0].aval.shape)
     sizes = [(int(config[axis][0]), int(config[axis][1])) for axis in tensor.order]
@@ -197,26 +165,6 @@ def cut(graph: Graph, equation: Any, value: Value) -> Value:
     return _sliced(graph, _whole(graph, value, shape), wanted)
 
 
-def split(graph: Graph, equation: Any, value: Value) -> list[Value]:
-    """Converts `split`."""
-    axis, shape = int(equation.params["axis"]), equation.invars[0].aval.shape
-    tensor, start, parts = _whole(graph, value, shape), 0, []
-    for size in equation.params["sizes"]:
-        parts.append(_sliced(graph, tensor, {axis: (start, start + size, 1)}))
-        start += size
-    return parts
-
-
-def reverse(graph: Graph, equation: Any, value: Value) -> Value:
-    """Converts `rev`."""
-    tensor = _whole(graph, value, equation.invars[0].aval.shape)
-    axes = [tensor.order.index(axis) for axis in equation.params["dimensions"]]
-    ends = np.full(len(axes), np.iinfo(np.int64).min)  # beyond the first value
-    lists = (np.full(len(axes), -1), ends, np.array(axes), np.full(len(axes), -1))
-    name = graph.add("Slice", [tensor.name, *map(graph.constant, lists)])
-    return dataclasses.replace(tensor, name=name)
-
-
 def dynamic_slice(graph: Graph, equation: Any, value: Value, *starts: Value) -> Value:
     """Converts `dynamic_slice`."""
     shape, sizes = equation.invars[0].aval.shape, equation.params["slice_sizes"]
@@ -234,18 +182,18 @@ def dynamic_slice(graph: Graph, equation: Any, value: Value, *starts: Value) -> 
 
 def _computed_indices(graph: Graph) -> Unsupported:
     return Unsupported(
-        f"{graph.here} looks values up at computed places, or at places that are no grid; use "
+        f"{graph.here} looks values up at computed places, or at places that are no slice; use "
         "slices, or export to StableHLO instead"
     )
 
 
 def gather(graph: Graph, equation: Any, value: Value, places: Value) -> Value:
-    """Converts the gathers of indexing by whole numbers and slices: grids of known places."""
+    """Converts indexing by whole numbers and by slices, `x[:, 1, ::2]`."""
     dims, shape = equation.params["dimension_numbers"], equation.invars[0].aval.shape
     if not isinstance(places, Constant) or dims.operand_batching_dims:
         raise _computed_indices(graph)
     indices = np.broadcast_to(places.array, equation.invars[1].aval.shape)
-    cuts, lists, rows = {}, {}, {}
+    cuts, rows = {}, {}
     for number, axis in enumerate(dims.start_index_map):
         column, size = indices[..., number], equation.params["slice_sizes"][axis]
         varying = [i for i in range(column.ndim) if (column != column.take([0], i)).any()]
@@ -260,26 +208,14 @@ def gather(graph: Graph, equation: Any, value: Value, places: Value) -> Value:
         rows[varying[0]] = axis
         row = np.moveaxis(column, varying[0], -1).reshape(-1, column.shape[varying[0]])[0]
         step = int(row[1] - row[0])
-        if step > 0 and (np.diff(row) == step).all():
-            cuts[axis] = (int(row[0]), int(row[-1]) + 1, step)
-        else:
-            lists[axis] = row
-    tensor = _sliced(graph, _whole(graph, value, shape), cuts)
-    for axis, row in lists.items():
-        tensor = _taken(graph, tensor, axis, row)
-    return _placed(graph, equation, tensor, rows)
-
-
-def _taken(graph: Graph, tensor: Tensor, axis: int, row: np.ndarray) -> Tensor:
-    """Returns some places of one axis."""
-    listed = graph.constant(row.astype(np.int64))
-    name = graph.add("Gather", [tensor.name, listed], axis=tensor.order.index(axis))
-    shape = tuple(len(row) if i == axis else size for i, size in enumerate(tensor.shape))
-    return Tensor(name, shape, tensor.order)
+        if step <= 0 or (np.diff(row) != step).any():
+            raise _computed_indices(graph)
+        cuts[axis] = (int(row[0]), int(row[-1]) + 1, step)
+    return _placed(graph, equation, _sliced(graph, _whole(graph, value, shape), cuts), rows)
 
 
 def _placed(graph: Graph, equation: Any, tensor: Tensor, rows: dict[int, int]) -> Tensor:
-    """Gives the axes of what was gathered the order of the result; `rows`: index axis -> axis."""
+    """Gives gathered values the axes of the result; `rows`: axis of the indices -> axis."""
     dims, out = equation.params["dimension_numbers"], equation.outvars[0].aval.shape
     gone = [axis for axis in dims.collapsed_slice_dims if axis not in rows.values()]
     kept = [axis for axis in range(len(tensor.shape)) if axis not in gone]

@@ -6,24 +6,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpq_jax.export.onnx.graph import Graph
 from mpq_jax.export.onnx.values import (
-    Coded,
     Constant,
     Kernel,
     Product,
+    Quantized,
     Shape,
     Tensor,
     Unsupported,
     Value,
     is_known,
 )
-from mpq_jax.export.onnx.writer import Graph
 
 
 def convolution(graph: Graph, equation: Any, x: Value, weights: Value) -> Value:
     """Converts `conv_general_dilated`."""
     params = equation.params
-    _check_types(graph, equation, ["float32"])
+    _check_types(graph, equation)
     if set(params["lhs_dilation"]) - {1} or params["batch_group_count"] != 1:
         raise Unsupported(
             f"{graph.here} convolves with dilated inputs (a transposed convolution) or "
@@ -53,18 +53,18 @@ def convolution(graph: Graph, equation: Any, x: Value, weights: Value) -> Value:
     return write(graph.arranged(weights, equation.invars[1].aval.shape, kernel_axes))
 
 
-def _check_types(graph: Graph, equation: Any, types: Sequence[str]) -> None:
-    """Raises Unsupported where not all operands and the result are of one of some types."""
+def _check_types(graph: Graph, equation: Any) -> None:
+    """Raises Unsupported where an operand or the result is not float32."""
     found = {str(var.aval.dtype) for var in (*equation.invars, *equation.outvars)}
-    if len(found) > 1 or not found <= set(types):
+    if found != {"float32"}:
         raise Unsupported(
-            f"{graph.here} multiplies and makes {' and '.join(sorted(found))} by "
-            f"{equation.primitive.name!r}; ONNX takes {' or '.join(types)}: convert before"
+            f"{graph.here} multiplies {' and '.join(sorted(found))} by "
+            f"{equation.primitive.name!r}; ONNX takes float32: convert before"
         )
 
 
 class _Side(NamedTuple):
-    """One operand of a product, and which of its axes are summed over, paired, or left."""
+    """One operand of a product, and its axes: summed over, paired, or left free."""
 
     value: Value
     shape: Shape
@@ -82,8 +82,7 @@ class _Side(NamedTuple):
 
 def dot(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
     """Converts `dot_general`: a layer where one side is known, else a product of two tensors."""
-    _check_types(graph, equation, ["float32", "int32"])
-    is_float = equation.outvars[0].aval.dtype == np.float32
+    _check_types(graph, equation)
     summed, paired = equation.params["dimension_numbers"]
     sides = [
         _Side(value, equation.invars[i].aval.shape, tuple(summed[i]), tuple(paired[i]))
@@ -91,8 +90,7 @@ def dot(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
     ]
     out = equation.outvars[0].aval.shape
     for x, known in (sides, sides[::-1]):
-        is_layer = isinstance(known.value, Kernel | Constant) and all(map(is_known, known.shape))
-        if is_float and is_layer:
+        if isinstance(known.value, Kernel | Constant) and all(map(is_known, known.shape)):
             return _dense(graph, x, known, out, turned=x is not sides[0])
     return _matmul(graph, sides[0], sides[1], out)
 
@@ -100,14 +98,14 @@ def dot(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
 def _input(
     graph: Graph, value: Value, shape: Shape, order: Sequence[int], reshaped: Shape | None = None
 ) -> str:
-    """Returns the name of a layer's input in some order and shape; codes are written last."""
-    codes = None
-    if isinstance(value, Coded):
-        value, codes = value
+    """Returns the name of a layer's input in some order and shape; it is quantized last."""
+    quantizer = None
+    if isinstance(value, Quantized):
+        value, quantizer = value
     name = graph.arranged(value, shape, order)
     if reshaped is not None:
         name = graph.reshaped(name, reshaped)
-    return name if codes is None else graph.coded(name, codes)
+    return name if quantizer is None else graph.quantized(name, quantizer)
 
 
 def _dense(graph: Graph, x: _Side, known: _Side, out: Shape, *, turned: bool) -> Product:
@@ -165,7 +163,7 @@ def _matmul(graph: Graph, left: _Side, right: _Side, out: Shape) -> Tensor:
 
 def _changed(weights: Constant | Kernel, change: Any, shape: Shape | None = None):
     if isinstance(weights, Kernel):
-        return weights._replace(codes=change(weights.codes))
+        return weights._replace(integers=change(weights.integers))
     array = weights.array if shape is None else np.broadcast_to(weights.array, shape)
     return Constant(change(array))
 
@@ -178,6 +176,6 @@ def _product(
     shape: Shape,
     write: Any,
 ) -> Product:
-    matrix = weights.codes if isinstance(weights, Kernel) else weights.array
+    matrix = weights.integers if isinstance(weights, Kernel) else weights.array
     one, zero = np.ones(matrix.shape[axis]), np.zeros(matrix.shape[axis])
     return Product(weights, axis, one, zero, channels, shape, write, graph.scope)

@@ -1,14 +1,13 @@
-"""JAX's primitives in ONNX: those that compute each value from the values at the same place."""
+"""JAX's primitives in ONNX: values computed from the values at the same place."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jax import lax
 from onnx import TensorProto
 
+from mpq_jax.export.onnx.graph import Graph
 from mpq_jax.export.onnx.values import (
     Constant,
     Product,
@@ -19,7 +18,6 @@ from mpq_jax.export.onnx.values import (
     scaled,
     shifted,
 )
-from mpq_jax.export.onnx.writer import Graph
 
 TYPES = {
     "float32": TensorProto.FLOAT,
@@ -52,38 +50,12 @@ def is_one(size: Any) -> bool:
 
 
 def unary(*ops: str) -> Callable:
-    """Returns the converter to some operations of one value, one after another."""
+    """Makes the converter to operations of one value, one after another."""
 
     def convert(graph: Graph, equation: Any, value: Value) -> Value:
         for op in ops:
             value = elementwise(op, graph, equation, value)
         return value
-
-    return convert
-
-
-def binary(op: str) -> Callable:
-    """Returns the converter to an operation of two values."""
-    return functools.partial(elementwise, op)
-
-
-def bitwise(op: str) -> Callable:
-    """Returns the converter to an operation of bools, or of the bits of integers."""
-
-    def convert(graph: Graph, equation: Any, *values: Value) -> Value:
-        is_bool = equation.invars[0].aval.dtype == np.bool_
-        return elementwise(op if is_bool else f"Bitwise{op}", graph, equation, *values)
-
-    return convert
-
-
-def comparison(op: str) -> Callable:
-    """Returns the converter to a comparison of order, which ONNX lacks for bools."""
-
-    def convert(graph: Graph, equation: Any, *values: Value) -> Value:
-        if equation.invars[0].aval.dtype == np.bool_:
-            values = tuple(of_type(graph, value, "int32") for value in values)
-        return elementwise(op, graph, equation, *values)
 
     return convert
 
@@ -96,7 +68,7 @@ def number_of(value: Value) -> float | None:
 
 
 def into_product(op: str, fold: Callable[[Product, np.ndarray], Product | None]) -> Callable:
-    """Returns the converter to a sum or a product, which `fold` takes into a layer if it can."""
+    """Makes the converter to a sum or a product, which `fold` takes into a layer if it can."""
 
     def convert(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
         for product, other in ((left, right), (right, left)):
@@ -110,7 +82,7 @@ def into_product(op: str, fold: Callable[[Product, np.ndarray], Product | None])
 
 
 add = into_product("Add", shifted)  # into the bias of a layer
-multiply = into_product("Mul", scaled)  # into the worth of its codes
+multiply = into_product("Mul", scaled)  # into the step sizes of its kernel
 
 
 def subtract(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
@@ -148,8 +120,7 @@ def maximum(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
     for value, bound in ((left, number_of(right)), (right, number_of(left))):
         if bound is not None and equation.outvars[0].aval.dtype == np.float32:
             return value if bound == -np.inf else graph.clipped(value, bound, np.inf)
-    is_bool = equation.outvars[0].aval.dtype == np.bool_
-    return elementwise("Or" if is_bool else "Max", graph, equation, left, right)
+    return elementwise("Max", graph, equation, left, right)
 
 
 def minimum(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
@@ -157,13 +128,7 @@ def minimum(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
     for value, bound in ((left, number_of(right)), (right, number_of(left))):
         if bound is not None and equation.outvars[0].aval.dtype == np.float32:
             return value if bound == np.inf else graph.clipped(value, -np.inf, bound)
-    is_bool = equation.outvars[0].aval.dtype == np.bool_
-    return elementwise("And" if is_bool else "Min", graph, equation, left, right)
-
-
-def clamp(graph: Graph, equation: Any, low: Value, value: Value, high: Value) -> Value:
-    """Converts `clamp`."""
-    return minimum(graph, equation, maximum(graph, equation, low, value), high)
+    return elementwise("Min", graph, equation, left, right)
 
 
 def constant_of(value: float | int) -> Constant:
@@ -171,27 +136,10 @@ def constant_of(value: float | int) -> Constant:
     return Constant(np.asarray(value, np.float32))
 
 
-def rsqrt(graph: Graph, equation: Any, value: Value) -> Value:
-    """Converts `rsqrt`."""
-    return unary("Sqrt", "Reciprocal")(graph, equation, value)
-
-
 def erfc(graph: Graph, equation: Any, value: Value) -> Value:
     """Converts `erfc`."""
     erf = elementwise("Erf", graph, equation, value)
     return elementwise("Sub", graph, equation, constant_of(1), erf)
-
-
-def expm1(graph: Graph, equation: Any, value: Value) -> Value:
-    """Converts `expm1`."""
-    exp = elementwise("Exp", graph, equation, value)
-    return elementwise("Sub", graph, equation, exp, constant_of(1))
-
-
-def log1p(graph: Graph, equation: Any, value: Value) -> Value:
-    """Converts `log1p`."""
-    more = elementwise("Add", graph, equation, value, constant_of(1))
-    return elementwise("Log", graph, equation, more)
 
 
 def square(graph: Graph, equation: Any, value: Value) -> Value:
@@ -207,23 +155,13 @@ def integer_pow(graph: Graph, equation: Any, value: Value) -> Value:
     return elementwise("Pow", graph, equation, value, constant_of(equation.params["y"]))
 
 
-def not_equal(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
-    """Converts `ne`."""
-    equal = elementwise("Equal", graph, equation, left, right)
-    return elementwise("Not", graph, equation, equal)
-
-
-def round_even(graph: Graph, equation: Any, value: Value) -> Value:
-    """Converts `round`."""
-    if equation.params["rounding_method"] != lax.RoundingMethod.TO_NEAREST_EVEN:
-        raise Unsupported(
-            f"{graph.here} rounds halves away from zero, which ONNX cannot; use jnp.round"
-        )
-    return elementwise("Round", graph, equation, value)
+def greater_or_equal(graph: Graph, equation: Any, left: Value, right: Value) -> Value:
+    """Converts `ge`."""
+    return elementwise("GreaterOrEqual", graph, equation, left, right)
 
 
 def select(graph: Graph, equation: Any, which: Value, *cases: Value) -> Value:
-    """Converts `select_n`; ONNX Runtime selects from integers, but not from bools."""
+    """Converts `select_n`."""
     number = number_of(which)
     if number is not None:
         return cases[int(number)]
@@ -231,10 +169,7 @@ def select(graph: Graph, equation: Any, which: Value, *cases: Value) -> Value:
         raise Unsupported(
             f"{graph.here} selects from {len(cases)} cases; ONNX has two: use jnp.where"
         )
-    if equation.outvars[0].aval.dtype != np.bool_:
-        return elementwise("Where", graph, equation, which, cases[1], cases[0])
-    no, yes = (of_type(graph, case, "int32") for case in cases)
-    return of_type(graph, elementwise("Where", graph, equation, which, yes, no), "bool")
+    return elementwise("Where", graph, equation, which, cases[1], cases[0])
 
 
 def cast(graph: Graph, equation: Any, value: Value) -> Value:
@@ -252,6 +187,6 @@ def of_type(graph: Graph, value: Value, dtype: str) -> Tensor:
 
 
 def same(graph: Graph, equation: Any, value: Value) -> Value:
-    """Converts what hands on its operand."""
+    """Converts primitives that hand on their operand."""
     del graph, equation
     return value

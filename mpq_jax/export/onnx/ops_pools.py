@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from mpq_jax.export.onnx.graph import Graph
 from mpq_jax.export.onnx.ops_arrays import padded
 from mpq_jax.export.onnx.ops_pointwise import constant_of, elementwise
 from mpq_jax.export.onnx.values import Tensor, Unsupported, Value
-from mpq_jax.export.onnx.writer import Graph
 
 
 def _pool(

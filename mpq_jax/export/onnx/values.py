@@ -1,9 +1,9 @@
-"""What an ONNX graph is built of: values, of which not all are in the graph yet.
+"""Values of an ONNX graph, some of which are not in the graph yet.
 
 The traced program is NHWC and ONNX is NCHW, norms are to be folded into the kernels before them,
 and bounds of neighboring clips are to be merged. None of this takes a pass over the finished
-graph, since values are lazy: a `Tensor` knows in which order its axes lie, and a `Product` or a
-`Bounded` is written down only where something other than what it can take in reads it.
+graph, since values are lazy: a `Tensor` knows the order of its axes, and a `Product` or a
+`Bounded` is written only where an operation reads it that it cannot take in.
 """
 
 import dataclasses
@@ -13,17 +13,17 @@ from typing import Any, NamedTuple, Union
 
 import numpy as np
 
-from mpq_jax.export.exported_model import LayerCodes
-from mpq_jax.export.program import InputCodes
+from mpq_jax.export.exported_model import QuantizedLayer
+from mpq_jax.export.program import InputQuantizer
 
 Shape = tuple[Any, ...]  # sizes are integers, or expressions of the batch size
 
 
-Value = Union["Constant", "Kernel", "Tensor", "Bounded", "Coded", "Product"]
+Value = Union["Constant", "Kernel", "Tensor", "Bounded", "Quantized", "Product"]
 
 
 class Unsupported(ValueError):
-    """The program does something that the export has no ONNX for."""
+    """The program does something that has no ONNX here."""
 
 
 def is_known(size: Any) -> bool:
@@ -32,10 +32,7 @@ def is_known(size: Any) -> bool:
 
 
 class Constant(NamedTuple):
-    """A known value; axes of size 1 stand for as many repetitions as are wanted.
-
-    Random keys, which NumPy lacks, are an array of JAX.
-    """
+    """A known value; axes of size 1 stand for as many repetitions as are wanted."""
 
     array: np.ndarray
 
@@ -43,8 +40,8 @@ class Constant(NamedTuple):
 class Kernel(NamedTuple):
     """Integers of a layer, on their way to the operation that multiplies by them."""
 
-    layer: LayerCodes
-    codes: np.ndarray
+    layer: QuantizedLayer
+    integers: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +49,8 @@ class Tensor:
     """A value in the graph.
 
     Attributes:
-        name: in the graph.
-        shape: in the order of the program; axes of size 1 stand for repetitions, as in `Constant`.
+        name: name in the graph.
+        shape: shape in the order of the program; axes of size 1 stand for repetitions.
         order: axis `i` in the graph is axis `order[i]` of the program.
     """
 
@@ -70,25 +67,25 @@ class Bounded(NamedTuple):
     high: float
 
 
-class Coded(NamedTuple):
-    """The input of a layer, of which the codes are yet to be written down, right before the layer.
+class Quantized(NamedTuple):
+    """The input of a layer, to be quantized right before the layer.
 
-    So nothing that moves values about stands between codes and layer, which runtimes want to fuse.
+    So nothing that moves values stands between quantizer and layer, which runtimes fuse.
     """
 
     inside: Value
-    codes: InputCodes
+    quantizer: InputQuantizer
 
 
 class Product(NamedTuple):
-    """`scale * (what a layer multiplies and adds up) + shift`, not yet in the graph.
+    """`scale * (output of a layer) + shift`, not yet in the graph.
 
     Attributes:
-        weights: of the layer, in ONNX's layout.
-        axis: of the output channels in `weights`.
+        weights: weights of the layer, in ONNX's layout.
+        axis: axis of the output channels in `weights`.
         scale, shift: float64, one number per output channel.
         channels: axes of the result that the output channels are spread over.
-        shape: of the result.
+        shape: shape of the result.
         write: `(name of the weights) -> Tensor`, the operation alone.
         scope: path of the layer.
     """

@@ -119,7 +119,7 @@ PHASES = {"growing": (False, False), "fixed": (True, False), "hard": (True, True
 STILL = {"growing": (), "fixed": ("mask",), "hard": ("mask", "positive", "negative")}
 MLP_SIZES = {"inner/dense": 40, "twice": 25}
 MLP_MASKS = {"inner/dense": [0.15, -0.1, 0.25], "twice": [-0.2, 0.1, 0.3]}
-AT_STEP = 3  # of 10 until the ticket and 15 until the hardening
+AT_STEP = 3  # of 10 until the freeze and 15 until the binarization
 
 
 def mlp_state(made_method, phase):
@@ -181,9 +181,8 @@ def naive_gradient(trainable, options, phase):
         planes = trainable.by_layer
         params = flatten(trainable.around.params)
         params |= {f"{name}/kernel": kernel(name, one) for name, one in planes.items()}
-        step = trainable.around.weight_step_sizes[
-            0, 1
-        ]  # of "entry", the first layer; bits are 32, 8
+        # Of "entry", the first layer, at the second candidate: 32 and 8 bits.
+        step = trainable.around.weight_step_sizes[0, 1]
         params["entry/kernel"] = of_8_bits(params["entry/kernel"], step)
         logits = MLP.apply({"params": paths.unflatten(params)}, batch["image"])
         target = 0.9 * jax.nn.one_hot(batch["label"], 3) + 0.1 / 3

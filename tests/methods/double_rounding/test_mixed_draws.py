@@ -11,9 +11,10 @@ import pytest
 from helpers.double_rounding_training import KEY, SHAPE, roulette_by_hand, snapshot
 
 from mpq_jax.methods import double_rounding
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.double_rounding import MixedOptions, mixed, multi
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, Rule, bit_rules
 
 
 class Deep(nn.Module):
@@ -94,7 +95,7 @@ def draws_of(options, run, steps, monkeypatch):
     """Returns what the training draws at some steps, without training: {step: [configs]}."""
     recorded = []
 
-    def record(parts, options, variables, opt_state, example, configs, step):
+    def record(learner, options, variables, opt_state, example, configs, step):
         recorded.append((int(step), {base: snapshot(bits) for base, bits in configs.items()}))
         return variables, opt_state, {}
 
@@ -114,7 +115,7 @@ def draws_of(options, run, steps, monkeypatch):
 
 
 def test_sigma_grows_linearly_from_epoch_to_epoch(monkeypatch):
-    run = Run(epochs=4, steps_per_epoch=3, prepare=lambda batch, key: batch["image"])
+    run = TrainingInfo(epochs=4, steps_per_epoch=3, prepare=lambda batch, key: batch["image"])
     options = MixedOptions(switch_probability=0.8)
     steps = (0, 2, 3, 11)
     recorded = draws_of(options, run, steps, monkeypatch)
@@ -140,7 +141,7 @@ def test_sigma_grows_linearly_from_epoch_to_epoch(monkeypatch):
 
 
 def test_without_switching_every_layer_stays_at_its_base(monkeypatch):
-    run = Run(epochs=1, steps_per_epoch=1, prepare=lambda batch, key: batch["image"])
+    run = TrainingInfo(epochs=1, steps_per_epoch=1, prepare=lambda batch, key: batch["image"])
     for _, configs in draws_of(MixedOptions(switch_probability=0.0), run, [0], monkeypatch):
         for base, bits in configs.items():
             np.testing.assert_array_equal(bits.weights, DEEP.uniform(base, base).weights)

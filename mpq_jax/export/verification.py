@@ -1,9 +1,10 @@
-"""Holds an exported file against the training-time model, image by image.
+"""Compares an exported file with the training-time model, image by image.
 
-report = verify(path, "onnx", deployed, dataset)
-print(report.points, report.equal)
+report = verify("digits.onnx", exported, dataset)
+print(report.agreement.points, report.agreement.equal)
 """
 
+import os
 import pathlib
 import statistics
 import tempfile
@@ -15,30 +16,29 @@ import jax
 import numpy as np
 
 from mpq_jax import data
-from mpq_jax.export import exported_model as deployed_networks
-from mpq_jax.export import formats
-from mpq_jax.export.exported_model import Deployed
+from mpq_jax.export import exported_model, formats
+from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.export.formats import RunImages
 from mpq_jax.supernet import bits as bit_configs
 
 LATENCY_BATCHES = (1, 64)  # images
-REPEATS = 15  # times that a latency is measured, of which the median is taken
-TOLERANCE = 0.05  # points of top-1 that a sound export may differ by
-ROUNDING = 1e-4  # part of an image's largest logit that float rounding may move one by
+REPEATS = 15  # measurements of a latency, of which the median is taken
+TOLERANCE = 0.05  # points of top-1 by which a sound file may differ
+ROUNDING = 1e-4  # part of an image's largest logit that float rounding may change
 
 
 class Agreement(NamedTuple):
-    """What two networks say of the same images.
+    """Outputs of two networks on the same images.
 
     Attributes:
-        images: how many.
+        images: number of images.
         exported: top-1 accuracy of the file, 0 to 1.
-        trained: that of the training-time model.
-        equal: part of the images of which both predict the same class.
+        trained: top-1 accuracy of the training-time model, 0 to 1.
+        equal: part of the images with equal predictions.
         same: part of the images whose logits differ by `ROUNDING` at most; on the others, an input
-            of some layer lay so near the middle of two codes that rounding took it to the other.
+            of some layer lay so near the middle of two integers that rounding changed it.
         largest: largest difference of two logits.
-        relative: the largest difference, each in units of the largest logit of its image.
+        relative: largest difference of two logits in units of the largest logit of its image.
     """
 
     images: int
@@ -55,16 +55,16 @@ class Agreement(NamedTuple):
         return 100 * (self.exported - self.trained)
 
 
-class Report(NamedTuple):
-    """What `verify` found.
+class Verification(NamedTuple):
+    """Result of `verify`.
 
     Attributes:
-        format_name: of the file.
-        agreement: with the training-time model.
-        size: of the file in bytes.
-        float_size: of the float model in the same format.
+        format_name: format of the file.
+        agreement: agreement with the training-time model.
+        size: bytes of the file.
+        float_size: bytes of the float model in the same format.
         latency: median seconds by batch size.
-        float_latency: of the float model in the same runtime.
+        float_latency: median seconds of the float model in the same runtime.
     """
 
     format_name: str
@@ -76,94 +76,100 @@ class Report(NamedTuple):
 
 
 def verify(
-    path: pathlib.Path,
-    format_name: str,
-    deployed: Deployed,
+    path: str | os.PathLike[str],
+    exported: ExportedModel,
     dataset: data.Dataset,
+    format_name: str | None = None,
     *,
     repeats: int = REPEATS,
-) -> Report:
+) -> Verification:
     """Runs a file beside the training-time model on all test images, and measures both.
 
     Args:
         path: the file.
-        format_name: a key of `formats.FORMATS`.
-        deployed: the network that it is of.
-        dataset: of images of the network's shape and classes.
-        repeats: times that each latency is measured.
+        exported: the network that it should hold.
+        dataset: images of the network's shape and classes.
+        format_name: a key of `formats.FORMATS`; None: by the ending of the file's name.
+        repeats: measurements of each latency.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or of another kind or of other bits, or the dataset does not
-            fit.
+        ValueError: the file is damaged, of another format or of other bits, or the dataset does
+            not fit.
     """
-    check_dataset(deployed, dataset)
-    check_bits(path, format_name, deployed)
-    run = formats.FORMATS[format_name].open(path)
-    trained = jax.jit(lambda images: deployed_networks.logits(deployed, images))
-    agreement = compare(run, lambda images: np.asarray(trained(images)), batches(deployed, dataset))
-    images = some_images(deployed, dataset, max(LATENCY_BATCHES))
+    path = pathlib.Path(path)
+    format_name = format_name or formats.format_of(path)
+    check_dataset(exported, dataset)
+    check_bits(path, format_name, exported)
+    bits = exported_model.config_of(exported)
+    run = formats.open_file(path, format_name, model=exported.net.model, bits=bits)
+    trained = jax.jit(lambda images: exported_model.logits(exported, images))
+    agreement = compare(run, lambda images: np.asarray(trained(images)), batches(exported, dataset))
+    images = some_images(exported, dataset, max(LATENCY_BATCHES))
     with tempfile.TemporaryDirectory() as folder:
         float_path = pathlib.Path(folder) / f"float{path.suffix}"
-        formats.save(float_path, deployed_networks.float_twin(deployed), format_name)
-        runs = {"exported": run, "float": formats.FORMATS[format_name].open(float_path)}
+        formats.save(float_path, exported_model.float_reference(exported), format_name)
+        float_run = formats.open_file(float_path, format_name, model=exported.net.model)
+        runs = {"exported": run, "float": float_run}
         seconds = {size: latencies(runs, images[:size], repeats) for size in LATENCY_BATCHES}
         float_size = float_path.stat().st_size
-    return Report(
+    return Verification(
         format_name,
         agreement,
         path.stat().st_size,
         float_size,
-        {size: found["exported"] for size, found in seconds.items()},
-        {size: found["float"] for size, found in seconds.items()},
+        {size: of["exported"] for size, of in seconds.items()},
+        {size: of["float"] for size, of in seconds.items()},
     )
 
 
-def check_bits(path: pathlib.Path, format_name: str, deployed: Deployed) -> None:
-    """Raises ValueError where a file says that it is of other layers or bits than the network."""
+def check_bits(path: pathlib.Path, format_name: str, exported: ExportedModel) -> None:
+    """Raises ValueError where a file names other layers or bits than the network has."""
     text = formats.FORMATS[format_name].bits(path)
     if not text:
         return
+    table = exported.table
     try:
-        found = bit_configs.from_json(text, deployed.table.names)
+        held = bit_configs.from_json(text, table.names)
     except ValueError as error:
         raise ValueError(f"{path} is of another network: {error}") from error
-    for kind, mine, theirs in zip(found._fields, found, deployed.bits, strict=True):
-        for name, bits, wanted in zip(deployed.table.names, mine, theirs, strict=True):
+    config = exported_model.config_of(exported)
+    for kind, mine, theirs in zip(held._fields, held, config, strict=True):
+        for name, bits, wanted in zip(table.names, mine, theirs, strict=True):
             if bits != wanted:
                 raise ValueError(
                     f"{path} is of another configuration: {kind} of {name!r} have {int(bits)} bits "
-                    f"in the file and {int(wanted)} in the network that it is held against"
+                    f"in the file and {int(wanted)} in the network that it is compared with"
                 )
 
 
-def check_dataset(deployed: Deployed, dataset: data.Dataset) -> None:
+def check_dataset(exported: ExportedModel, dataset: data.Dataset) -> None:
     """Raises ValueError where a dataset has other images or classes than the network."""
-    for what, found, wanted in (
-        ("images of shape", tuple(dataset.image_shape), tuple(deployed.image_shape)),
-        ("this number of classes:", dataset.num_classes, deployed.num_classes),
+    for what, held, wanted in (
+        ("images of shape", tuple(dataset.image_shape), tuple(exported.image_shape)),
+        ("this number of classes:", dataset.num_classes, exported.num_classes),
     ):
-        if found != wanted:
+        if held != wanted:
             raise ValueError(
-                f"{dataset.name} has {what} {found}, the network {wanted}; name the dataset that "
+                f"{dataset.name} has {what} {held}, the network {wanted}; name the dataset that "
                 "it was trained on"
             )
 
 
-def batches(deployed: Deployed, dataset: data.Dataset) -> Iterable[dict[str, np.ndarray]]:
+def batches(exported: ExportedModel, dataset: data.Dataset) -> Iterable[dict[str, np.ndarray]]:
     """Yields the test images, normalized as in training, with "label" and "weight"."""
-    mean, std = deployed.mean, deployed.std
+    mean, std = exported.mean, exported.std
     if mean is None or std is None:
-        raise ValueError("it is not known how the network's images are normalized")
+        raise ValueError("the normalization of the network's images is unknown; give mean and std")
     normalize = jax.jit(lambda images: data.normalize(images, mean=mean, std=std))
     for batch in dataset.eval_batches("test"):
         yield dict(batch) | {"image": np.asarray(normalize(batch["image"]))}
 
 
-def some_images(deployed: Deployed, dataset: data.Dataset, count: int) -> np.ndarray:
-    """Returns normalized test images, the first ones again and again if there are too few."""
-    found = next(iter(batches(deployed, dataset)))
-    real = found["image"][found["weight"] > 0]
+def some_images(exported: ExportedModel, dataset: data.Dataset, count: int) -> np.ndarray:
+    """Returns normalized test images, repeated if there are too few."""
+    batch = next(iter(batches(exported, dataset)))
+    real = batch["image"][batch["weight"] > 0]
     return np.resize(real, (count, *real.shape[1:]))
 
 
@@ -193,7 +199,7 @@ def compare(
         largest = max(largest, float(worst.max(initial=0)))
         relative = max(relative, float((worst / scale).max(initial=0)))
     if not count:
-        raise ValueError("there is not one image to verify on; is the test split empty?")
+        raise ValueError("there are no images to verify on; is the test split empty?")
     return Agreement(
         images=count,
         exported=right / count,
@@ -208,7 +214,7 @@ def compare(
 def latencies(
     runs: dict[str, Callable[[np.ndarray], Any]], images: np.ndarray, repeats: int
 ) -> dict[str, float]:
-    """Returns the median seconds of a call of each, measured in turns; one call before is free."""
+    """Measures median seconds of a call, in turns; a call before warms each network up."""
     for run in runs.values():
         run(images)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -217,4 +223,4 @@ def latencies(
             started = time.perf_counter()
             run(images)
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: statistics.median(of) for name, of in seconds.items()}

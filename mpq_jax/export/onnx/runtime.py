@@ -1,0 +1,80 @@
+"""ONNX files: writing them with a checksum, and running them with ONNX Runtime on the CPU."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from mpq_jax.export import checksum, safetensors_file
+from mpq_jax.export.exported_model import LEARNED, ExportedModel
+from mpq_jax.export.onnx import converter
+
+CHECKSUM = "checksum"  # key of the metadata
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+def write(path: pathlib.Path, exported: ExportedModel, **options: Any) -> None:
+    """Writes a network as a file that ONNX Runtime has loaded; for options see `to_onnx`."""
+    model = converter.to_onnx(exported, **options)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, facts | {CHECKSUM: checksum.PLACEHOLDER})
+    content = checksum.with_checksum(model.SerializeToString())
+    _session(content, "the network became a graph that ONNX Runtime cannot run; use StableHLO")
+    safetensors_file.write_whole(path, content)
+
+
+def open_file(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Opens a file; returns `run(normalized images) -> logits`."""
+    session = _read(path)
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        (found,) = session.run([logits.name], {images.name: batch})
+        return np.asarray(found)
+
+    return run
+
+
+def bits_of(path: pathlib.Path) -> str | None:
+    """Reads the bit file of a file's configuration; see `formats.Format.bits`."""
+    facts = _read(path).get_modelmeta().custom_metadata_map
+    if CHECKSUM not in facts:
+        return ""
+    return None if json.loads(facts["provenance"]).get("bits") == LEARNED else facts["bits"]
+
+
+def session_options() -> onnxruntime.SessionOptions:
+    """Makes options with which integer kernels become floats once, when a file is loaded.
+
+    ONNX Runtime then computes in float, two to four times as fast for single images as with
+    kernels converted in every call, and without the saturation of its 8-bit products on older
+    processors.
+    """
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def _read(path: pathlib.Path) -> onnxruntime.InferenceSession:
+    content = path.read_bytes()
+    has_checksum = checksum.check(path, content)
+    session = _session(
+        content,
+        f"{path} is no ONNX model that can be run here; it may be damaged or of a newer opset",
+    )
+    if not has_checksum and CHECKSUM in session.get_modelmeta().custom_metadata_map:
+        raise ValueError(f"{path} is damaged: its {CHECKSUM} is unreadable; copy or write it again")
+    return session
+
+
+def _session(content: bytes, complaint: str) -> onnxruntime.InferenceSession:
+    try:
+        onnx.checker.check_model(content)
+        return onnxruntime.InferenceSession(content, session_options(), providers=PROVIDERS)
+    except Exception as error:  # both packages raise several types without a common base
+        version = onnxruntime.__version__
+        raise ValueError(f"{complaint} (ONNX Runtime {version}): {error}") from error

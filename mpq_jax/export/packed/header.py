@@ -1,0 +1,34 @@
+"""Tables in the header of a packed file: one list per column, columns of defaults left out."""
+
+from typing import Any
+
+LAYER_DEFAULTS = {  # of columns that may be left out
+    "float_weights": False,
+    "float_acts": False,
+    "input_signed": False,
+    "signed": None,
+    "norm": None,
+    "layout": "",
+    "strides": None,
+    "padding": None,
+    "dilation": None,
+    "input_dilation": None,
+    "groups": 1,
+    "shares_input_with": None,
+}
+
+
+def to_columns(rows: list[dict[str, Any]], defaults: dict[str, Any]) -> dict[str, list]:
+    """Turns rows of equal keys into columns, without those that hold nothing but the default."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: column
+        for name, column in columns.items()
+        if name not in defaults or any(value != defaults[name] for value in column)
+    }
+
+
+def to_rows(columns: dict[str, list], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Undoes `to_columns`; raises ValueError where columns differ in length."""
+    rows = zip(*columns.values(), strict=True)
+    return [defaults | dict(zip(columns, row, strict=True)) for row in rows]
