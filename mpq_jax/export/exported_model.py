@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.export import checksum
 from mpq_jax.program import paths
@@ -142,7 +143,7 @@ _select = jax.jit(Supernet.select, static_argnums=0)
 
 
 def logits(
-    exported: ExportedModel, images: Float[Array, "batch ..."]
+    exported: ExportedModel, images: Float[AnyArray, "batch ..."]
 ) -> Float[Array, "batch classes"]:
     """Computes the logits of the training-time model on normalized images; traceable."""
     return exported.net.apply(exported.state, config_of(exported), images)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from helpers.finished_runs import make_config, make_run, some_digits
 
-from mpq_jax.program import paths
 from mpq_jax.export import exported_model as networks
 from mpq_jax.export import norm_statistics
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import batch_max, double_rounding, lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import supernet
@@ -106,7 +105,9 @@ def test_statistics_of_the_search_are_taken_as_they_were_tested(workdirs, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, rows, wanted)
     # Statistics of another network, as of an earlier training in this place, do not count.
     changed = variables._replace(
-        trainable=variables.trainable._replace(act_step_sizes=variables.trainable.act_step_sizes * 2)
+        trainable=variables.trainable._replace(
+            act_step_sizes=variables.trainable.act_step_sizes * 2
+        )
     )
     norm_statistics.save(
         workdir / "search" / "norms.safetensors",

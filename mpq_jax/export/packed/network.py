@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.export.packed import norm_encoding, reader
 from mpq_jax.export.packed.reader import PackedFile
@@ -60,7 +61,7 @@ class PackedNetwork:
 
     def at(
         self, bits: SupportsIndex | BitConfig | None = None
-    ) -> Callable[[Array], Float[Array, "batch classes"]]:
+    ) -> Callable[[Any], Float[Array, "batch classes"]]:
         """Switches to a precision; returns `apply(normalized images) -> logits`, a pure function.
 
         Neither the switch nor the function compiles anew for other bits. Arguments and errors are
@@ -91,14 +92,14 @@ class PackedNetwork:
         return _switch(self.net, self.state, bits)
 
     def forward(
-        self, subnet: Subnet, images: Float[Array, "batch ..."]
+        self, subnet: Subnet, images: Float[AnyArray, "batch ..."]
     ) -> Float[Array, "batch classes"]:
         """Computes the logits of a subnet from `switch` on normalized images; traceable.
 
         Raises:
             ValueError: the layers of the model are not those of the file.
         """
-        check_model(self.net.model, self.table, images.shape[1:])
+        check_model(self.net.model, self.table, jnp.shape(images)[1:])
         return _forward(self.net, subnet, images)
 
 
@@ -108,7 +109,7 @@ def _switch(net: Supernet, state: SupernetState, bits: BitConfig) -> Subnet:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(net: Supernet, subnet: Subnet, images: Array) -> Array:
+def _forward(net: Supernet, subnet: Subnet, images: Any) -> Array:
     params = paths.flatten(subnet.params)
 
     def apply_folded(call: linen.ModuleCall) -> Any:

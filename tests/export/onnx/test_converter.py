@@ -7,25 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
-from helpers.exported_models import deploy, some_images
+from helpers.exported_models import make_exported, some_images
 from helpers.onnx_runtime import LEVELS, ROUNDING, logits_of, run
 from onnx import numpy_helper
 
-from mpq_jax.export import exported_model as networks
-from mpq_jax.export.onnx.graph import IMAGES, LOGITS, to_onnx
+from mpq_jax.export.exported_model import quantized_layers
+from mpq_jax.export.onnx.converter import IMAGES, LOGITS, to_onnx
+from mpq_jax.export.onnx.graph import Graph
 from mpq_jax.export.onnx.values import Tensor
-from mpq_jax.export.onnx.writer import Graph
-from mpq_jax.export.program import InputCodes
+from mpq_jax.export.program import InputQuantizer
 from mpq_jax.models import make_model
 from mpq_jax.models.mobilenet_v2 import MobileNetV2, Stage
 from mpq_jax.models.vit import ViT
 from mpq_jax.quantizers import batch_max, lsq
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet.layer_table import Rule
+from mpq_jax.supernet.rules import Rule
 
 
 class Odd(nn.Module):
-    """Whatever the models of the library do not do."""
+    """A user's model: pools, squeeze and excitation, norms of groups, attention."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -43,12 +43,25 @@ class Odd(nn.Module):
 
 
 class Counting(nn.Module):
-    """Asks for the number of images, which is left open, and convolves along one axis."""
+    """A user's model that asks for the number of images, and convolves along one axis."""
 
     @nn.compact
     def __call__(self, x):
         y = nn.Conv(4, (3,), name="conv")(x.reshape(len(x), -1, 3))
         return nn.Dense(10, name="last")(nn.relu(nn.RMSNorm()(y)).reshape(len(x), -1))
+
+
+class Transformer(nn.Module):
+    """A user's model of Flax's own parts, with its default activations."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.Conv(6, (2, 2), (2, 2), name="stem")(x)
+        x = nn.PReLU()(x).reshape(len(x), -1, 6)
+        y = nn.MultiHeadDotProductAttention(3, name="attention")(x, deterministic=not train)
+        x = nn.LayerNorm(name="norm")(x + y)
+        x = x + nn.Dense(6, name="mlp")(nn.gelu(nn.Dense(9, name="wide")(x)))
+        return nn.Dense(10, name="head")(x.mean(1))
 
 
 MODELS = {
@@ -64,6 +77,7 @@ MODELS = {
     "vit": (ViT(10, patch_size=4, dim=8, depth=1, heads=2, mlp_ratio=1.5), (8, 12, 2)),
     "odd": (Odd(), (8, 8, 3)),
     "counting": (Counting(), (4, 4, 3)),
+    "transformer": (Transformer(), (4, 4, 2)),
 }
 
 
@@ -83,17 +97,17 @@ def makers_of(model):
 @pytest.fixture(scope="module")
 def resnet():
     model, shape = MODELS["convolved shortcut"]
-    deployed = deploy(model, shape, turned=0.2)
-    return deployed, to_onnx(deployed)
+    exported = make_exported(model, shape, turned=0.2)
+    return exported, to_onnx(exported)
 
 
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal(name):
     model, shape = MODELS[name]
-    deployed = deploy(model, shape)
-    images = some_images(deployed)
-    check_equal(run(to_onnx(deployed), images), logits_of(deployed, images))
+    exported = make_exported(model, shape)
+    images = some_images(exported)
+    check_equal(run(to_onnx(exported), images), logits_of(exported, images))
 
 
 @pytest.mark.parametrize(
@@ -102,42 +116,41 @@ def test_logits_equal(name):
     ids=["as written", "basic", "all", "kernels folded"],
 )
 def test_the_runtime_may_optimize_as_it_likes(resnet, how):
-    deployed, model = resnet
-    images = some_images(deployed)
-    check_equal(run(model, images, **how), logits_of(deployed, images))
+    exported, model = resnet
+    images = some_images(exported)
+    check_equal(run(model, images, **how), logits_of(exported, images))
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_any_batch(resnet, count):
-    deployed, model = resnet
-    images = some_images(deployed)
+    exported, model = resnet
+    images = some_images(exported)
     alone = run(model, images[:count])
     assert alone.shape == (count, 10)
     check_equal(alone, run(model, images)[:count])
 
 
 def test_kernels_are_the_integers_of_training(resnet):
-    deployed, model = resnet
+    exported, model = resnet
     constants = constants_of(model)
     types = {t.name: t.data_type for t in model.graph.initializer}
-    for layer in networks.codes(deployed):
-        name = f"{layer.name}/codes"
+    for layer in quantized_layers(exported):
+        name = f"{layer.name}/integers"
         stored = constants[name].astype(np.int32)
-        kernel = layer.codes
-        axes = (3, 2, 0, 1) if kernel.ndim == 4 else (0, 1)
-        np.testing.assert_array_equal(stored, kernel.transpose(axes))
+        axes = (3, 2, 0, 1) if layer.integers.ndim == 4 else (0, 1)
+        np.testing.assert_array_equal(stored, layer.integers.transpose(axes))
         narrow = onnx.TensorProto.INT4 if layer.bits <= 4 else onnx.TensorProto.INT8
         assert types[name] == narrow
-    assert {layer.bits for layer in networks.codes(deployed)} == set(range(2, 9))
+    assert {layer.bits for layer in quantized_layers(exported)} == set(range(2, 9))
     assert not [n for n, x in constants.items() if x.dtype == np.float32 and x.size > 64]
 
 
-def test_layers_read_codes_alone(resnet):
-    deployed, model = resnet
+def test_layers_read_integers_alone(resnet):
+    exported, model = resnet
     makers = makers_of(model)
-    floats = {layer.name for layer in deployed.table.layers if layer.float_acts}
+    floats = {layer.name for layer in exported.table.layers if layer.float_acts}
     layers = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul")]
-    assert len(layers) == len(deployed.table)
+    assert len(layers) == len(exported.table)
     for node in layers:
         values, weights = (makers[name] for name in node.input)
         assert weights.op_type == "DequantizeLinear"
@@ -147,7 +160,7 @@ def test_layers_read_codes_alone(resnet):
 
 
 def test_no_norm_is_left_and_scales_are_positive(resnet):
-    deployed, model = resnet
+    exported, model = resnet
     constants = constants_of(model)
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
@@ -158,30 +171,31 @@ def test_no_norm_is_left_and_scales_are_positive(resnet):
     assert turning and not {"Sqrt", "Reciprocal", "Sub"} & {n.op_type for n in model.graph.node}
 
 
-def test_a_norm_that_puts_a_channel_out():
+def test_a_norm_that_switches_a_channel_off():
     model, shape = MODELS["resnet8"]
-    deployed = deploy(model, shape)
-    params = deployed.variables.trainable.params
+    exported = make_exported(model, shape)
+    params = exported.state.trainable.params
     block = params["stage1_block0"]
     scale = block["norm1"]["scale"].at[0].set(0)
     params = params | {"stage1_block0": block | {"norm1": block["norm1"] | {"scale": scale}}}
-    trainable = deployed.variables.trainable._replace(params=params)
-    deployed = deployed._replace(variables=deployed.variables._replace(trainable=trainable))
-    made, images = to_onnx(deployed), some_images(deployed)
-    check_equal(run(made, images), logits_of(deployed, images))
+    trainable = exported.state.trainable._replace(params=params)
+    exported = exported._replace(state=exported.state._replace(trainable=trainable))
+    made, images = to_onnx(exported), some_images(exported)
+    check_equal(run(made, images), logits_of(exported, images))
     (turning,) = [node for node in made.graph.node if node.op_type == "Mul"]
     assert sorted(np.unique(constants_of(made)[turning.input[1]])) == [0, 1]
 
 
-def codes_by_runtime(x, codes):
-    """The codes and the values that ONNX Runtime finds for an array."""
+def quantized_by_runtime(x, quantizer):
+    """The integers and the values that ONNX Runtime finds for an array."""
     graph = Graph(IMAGES, None, 21)
-    tensor = graph.tensor(graph.to_code(Tensor(IMAGES, x.shape, tuple(range(x.ndim))), codes))
-    kind = onnx.TensorProto.INT8 if codes.signed else onnx.TensorProto.UINT8
+    images = Tensor(IMAGES, x.shape, tuple(range(x.ndim)))
+    tensor = graph.tensor(graph.quantize(images, quantizer))
+    kind = onnx.TensorProto.INT8 if quantizer.signed else onnx.TensorProto.UINT8
     (rounded,) = [n.output[0] for n in graph.nodes if n.op_type == "QuantizeLinear"]
     made = onnx.helper.make_graph(
         graph.nodes,
-        "codes",
+        "quantizer",
         [onnx.helper.make_tensor_value_info(IMAGES, onnx.TensorProto.FLOAT, x.shape)],
         [
             onnx.helper.make_tensor_value_info(rounded, kind, x.shape),
@@ -197,35 +211,36 @@ def codes_by_runtime(x, codes):
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_codes_of_inputs(bits, signed):
+def test_integers_of_inputs(bits, signed):
     generator = np.random.default_rng(bits)
     exact = np.float32(0.125)  # dividing by it and multiplying by 1 / it are the same
     ties = (np.arange(-300, 300) + 0.5) * exact
     x = np.concatenate([ties, 20 * generator.normal(size=5000)]).astype(np.float32)
-    codes, values = codes_by_runtime(x, InputCodes(exact, bits, signed))
+    integers, values = quantized_by_runtime(x, InputQuantizer(exact, bits, signed))
     wanted = np.asarray(lsq.codes(jnp.asarray(x), exact, bits, signed=signed))
-    np.testing.assert_array_equal(codes, wanted)
+    np.testing.assert_array_equal(integers, wanted)
     np.testing.assert_array_equal(values, wanted * exact)
 
     step = np.float32(generator.uniform(0.01, 0.1))
     x = (generator.normal(size=200_000) * step * 2**bits / 3).astype(np.float32)
-    codes, values = codes_by_runtime(x, InputCodes(step, bits, signed))
+    integers, values = quantized_by_runtime(x, InputQuantizer(step, bits, signed))
     wanted = np.asarray(lsq.codes(jnp.asarray(x), step, bits, signed=signed))
     # ONNX divides by the step, training multiplies by 1 / step: at ties these may differ.
     at_ties = np.abs(np.abs(x / step) % 1 - 0.5) < 1e-4
-    np.testing.assert_array_equal(codes[~at_ties], wanted[~at_ties])
-    assert np.abs(codes.astype(int) - wanted).max() <= 1 and (codes != wanted).mean() < 1e-4
-    np.testing.assert_array_equal(values, codes.astype(np.float32) * step)
+    np.testing.assert_array_equal(integers[~at_ties], wanted[~at_ties])
+    assert np.abs(integers.astype(int) - wanted).max() <= 1
+    assert (integers != wanted).mean() < 1e-4
+    np.testing.assert_array_equal(values, integers.astype(np.float32) * step)
 
 
 def test_metadata(resnet):
-    deployed, model = resnet
+    exported, model = resnet
     facts = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    assert facts["mean"] == [0.5] and facts["provenance"] == deployed.provenance
+    assert facts["mean"] == [0.5] and facts["provenance"] == exported.provenance
     assert facts["float"] == {"weights": [], "acts": ["stem_conv"]}
     text = next(entry.value for entry in model.metadata_props if entry.key == "bits")
-    found = bit_configs.from_json(text, deployed.table.names)
-    for column, wanted in zip(found, deployed.bits, strict=True):
+    found = bit_configs.from_json(text, exported.table.names)
+    for column, wanted in zip(found, exported.bits, strict=True):
         np.testing.assert_array_equal(column, wanted)
     assert [x.name for x in model.graph.input] == [IMAGES]
     assert [x.name for x in model.graph.output] == [LOGITS]
@@ -234,18 +249,18 @@ def test_metadata(resnet):
 
 def test_later_opsets_store_two_bits_in_two():
     model, shape = MODELS["resnet8"]
-    deployed = deploy(model, shape)
-    made, images = to_onnx(deployed, opset=25), some_images(deployed)
+    exported = make_exported(model, shape)
+    made, images = to_onnx(exported, opset=25), some_images(exported)
     types = {t.name: t.data_type for t in made.graph.initializer}
-    for layer in networks.codes(deployed):
+    for layer in quantized_layers(exported):
         wanted = min(room for room in (2, 4, 8) if room >= layer.bits)
-        assert types[f"{layer.name}/codes"] == getattr(onnx.TensorProto, f"INT{wanted}")
-    check_equal(run(made, images), logits_of(deployed, images))
+        assert types[f"{layer.name}/integers"] == getattr(onnx.TensorProto, f"INT{wanted}")
+    check_equal(run(made, images), logits_of(exported, images))
     with pytest.raises(ValueError, match="opset is 20; wanted 21 to 25"):
-        to_onnx(deployed, opset=20)
+        to_onnx(exported, opset=20)
 
 
-def test_wide_codes_and_float_layers():
+def test_wide_integers_and_float_layers():
     model, shape = MODELS["resnet8"]
     rules = (
         Rule("stem", weights=32, acts=32, float_weights=True, float_acts=True),
@@ -254,11 +269,11 @@ def test_wide_codes_and_float_layers():
         Rule("stage2", weights=16, acts=16),
         Rule("head", weights=32, acts=8, float_weights=True),
     )
-    deployed = deploy(model, shape, rules=rules)
-    made, images = to_onnx(deployed), some_images(deployed)
-    check_equal(run(made, images), logits_of(deployed, images))
+    exported = make_exported(model, shape, rules=rules)
+    made, images = to_onnx(exported), some_images(exported)
+    check_equal(run(made, images), logits_of(exported, images))
     constants = constants_of(made)
-    assert constants["stage1_block0/conv1/codes"].dtype == np.int16
+    assert constants["stage1_block0/conv1/integers"].dtype == np.int16
     assert {"stem_conv/weights", "head/weights"} <= set(constants)
 
 
@@ -274,29 +289,29 @@ class Paired(nn.Module):
 
 
 def test_kernels_with_paired_axes(lenient):
-    deployed = deploy(Paired(), (4, 5, 3))
-    made, images = to_onnx(deployed), some_images(deployed)
-    check_equal(run(made, images), logits_of(deployed, images))
-    for layer in networks.codes(deployed)[1:]:
-        stored = constants_of(made)[f"{layer.name}/codes"].astype(np.int32)
-        np.testing.assert_array_equal(stored.ravel(), layer.codes.ravel())
+    exported = make_exported(Paired(), (4, 5, 3))
+    made, images = to_onnx(exported), some_images(exported)
+    check_equal(run(made, images), logits_of(exported, images))
+    for layer in quantized_layers(exported)[1:]:
+        stored = constants_of(made)[f"{layer.name}/integers"].astype(np.int32)
+        np.testing.assert_array_equal(stored.ravel(), layer.integers.ravel())
 
 
 def test_inputs_without_step_sizes_are_refused():
     model, shape = MODELS["resnet8"]
     quantizer = lsq.QUANTIZER._replace(acts=batch_max.ACTS)
     with pytest.raises(ValueError, match="no step sizes"):
-        to_onnx(deploy(model, shape, quantizer=quantizer))
+        to_onnx(make_exported(model, shape, quantizer=quantizer))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_lite0"])
 def test_large_models(name):
-    deployed = deploy(make_model(name, num_classes=10), (64, 64, 3), turned=0.05)
-    images = some_images(deployed, 32)
-    found, wanted = run(to_onnx(deployed), images), logits_of(deployed, images)
+    exported = make_exported(make_model(name, num_classes=10), (64, 64, 3), turned=0.05)
+    images = some_images(exported, 32)
+    found, wanted = run(to_onnx(exported), images), logits_of(exported, images)
     off = np.abs(found - wanted).max(axis=1)
-    # Where a sum lies on the border of two codes, its rounding decides, and an image differs by
+    # Where a sum lies on the border of two integers, its rounding decides, and an image differs by
     # more than rounding; so most images are compared, and the decision of each.
     assert np.median(off) <= ROUNDING * np.abs(wanted).max()
     assert (found.argmax(1) == wanted.argmax(1)).mean() >= 0.95

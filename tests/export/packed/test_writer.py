@@ -1,210 +1,154 @@
-"""Packed files hold the integers bit for bit, in as many bytes as the cost model bills."""
+"""Packed files of one configuration: training's integers bit for bit, and no byte too many."""
 
-import pathlib
-import subprocess
-import sys
+import json
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
-import safetensors.numpy
-from helpers.exported_models import deploy, some_images
+from helpers.exported_models import make_exported, some_images
 from helpers.finished_runs import make_run, some_digits
+from helpers.packed_networks import parse
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
-from mpq_jax.export import exported_model as networks
-from mpq_jax.export import program
-from mpq_jax.export.packed import bn_folding, format, numpy_reader
+from mpq_jax.export import exported_model, finished_run, program
+from mpq_jax.export.exported_model import ExportedModel
+from mpq_jax.export.packed import bn_folding, network, reader, writer
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import costs, supernet
-from mpq_jax.supernet.layer_table import LayerTable, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 
 # Folding multiplies and adds float32 numbers in another order, a few roundings in all:
-ROUNDING = 1e-5  # part of the largest logit, as long as no input of a layer changes its code
+ROUNDING = 1e-5  # part of the largest logit, as long as no input of a layer changes its integer
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory):
+def exported(tmp_path_factory):
     workdir = make_run(tmp_path_factory.mktemp("run"), "double_rounding")
-    return networks.load(workdir, "uniform:4")
+    return finished_run.load(workdir, "uniform:4")
 
 
 @pytest.fixture(scope="module")
-def file(deployed, tmp_path_factory):
+def path(exported, tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "network.safetensors"
-    format.save(path, deployed)
+    writer.save(path, exported)
     return path
 
 
 @pytest.fixture(scope="module")
-def reference(deployed):
+def reference(exported):
     """Test images, and the logits that training has for them."""
-    images, _ = some_digits(deployed)
-    return images, np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
+    images, _ = some_digits(exported)
+    return images, training_logits(exported, images)
 
 
-def fold_norms(deployed):
-    variables = program.flat_variables(networks.selected(deployed))
-    return bn_folding.fold(variables, bn_folding.calls_of(deployed))
+def training_logits(exported, images):
+    return np.asarray(jax.jit(lambda x: exported_model.logits(exported, x))(images))
 
 
-def logits_of(path, images):
-    network = format.load(path)
-    return np.asarray(jax.jit(lambda x: format.logits(network, x))(images))
+def fold_norms(exported):
+    variables = program.flat_variables(exported_model.select(exported))
+    return bn_folding.fold(variables, bn_folding.calls_of(exported))
 
 
-def drawn_network(model, shape, bits_of, *, rows="shared", quantizer=lsq.QUANTIZER):
-    """A network of drawn weights with a table of one's own choice, without compiling anything."""
-    table = trace_layers(model, shape, rules=bit_rules((8, 6, 5, 4, 3, 2))).with_bn_banks(rows)
+def logits_of(path, images, model=None):
+    return np.asarray(network.load(path, model=model).at()(images))
+
+
+def check_close(found, wanted):
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+
+
+def drawn_network(model, shape, bits_of, *, quantizer=lsq.QUANTIZER):
+    """A network of drawn weights with bits of one's own choice, without compiling anything."""
+    table = trace_layers(model, shape, rules=bit_rules((8, 6, 5, 4, 3, 2)))
     variables = drawn_variables(model, shape, 0)
     layers = [
         layer._replace(weight_candidates=(bits,)) if bits is not None else layer
         for layer, bits in zip(table.layers, bits_of(table), strict=True)
     ]
-    table = LayerTable(tuple(layers), rows)
+    table = LayerTable(tuple(layers), "shared")
     kernels = [np.asarray(kernel) for kernel in supernet.kernels(table, variables["params"])]
-    steps = [  # of which the codes of the layer fill its range
+    steps = [  # with which the integers of the layer fill their range
         np.abs(kernel).max() / max(2 ** (layer.max_bits - 1) - 1, 1)
         for layer, kernel in zip(table.layers, kernels, strict=True)
     ]
-    weight_step_sizes = np.repeat(np.array(steps, np.float32)[:, None], len(table.candidates), 1)
-    trainable = supernet.TrainableParams(variables["params"], weight_step_sizes, np.full_like(weight_step_sizes, 0.1))
-    made = supernet.SupernetState(
+    step_sizes = np.repeat(np.array(steps, np.float32)[:, None], len(table.candidates), 1)
+    trainable = TrainableParams(variables["params"], step_sizes, np.full_like(step_sizes, 0.1))
+    state = SupernetState(
         jax.tree.map(jnp.asarray, trainable),
         variables.get("batch_stats", {}),
         jnp.zeros(len(table), bool),
     )
-    provenance = {"model": {"name": None}, "planes": {}, "norms": "drawn", "bits": "drawn"}
-    return networks.Deployed(
-        model, table, made, table.max_config, quantizer, shape, 10, None, None, provenance
-    )
+    net = Supernet(model, table, quantizer=quantizer)
+    return ExportedModel(net, state, table.max_config, shape, 10, provenance={"bits": "drawn"})
 
 
-@pytest.mark.parametrize("bits", range(1, 17))
-def test_packing_is_dense_and_comes_back(bits):
-    generator = np.random.default_rng(bits)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    codes = generator.integers(low, high, (3, 7, 5), endpoint=True)
-    codes.flat[:2] = low, high
-    words = numpy_reader.pack(codes, bits)
-    assert words.dtype == np.uint8 and len(words) == -(-codes.size * bits // 8)
-    found = numpy_reader.unpack(words, bits, codes.shape)
-    assert found.dtype == (np.int8 if bits <= 8 else np.int16)
-    np.testing.assert_array_equal(found, codes)
-
-
-def test_the_stream_begins_with_the_lowest_bits():
-    # 3 bits each: 1 = 001, -1 = 111, 2 = 010, read from the right: 010 111 001, then filled up.
-    words = numpy_reader.pack(np.array([1, -1, 2]), 3)
-    assert [f"{word:08b}" for word in words] == ["10111001", "00000000"]
-
-
-def test_a_kernel_of_zeros_takes_nothing():
-    assert len(numpy_reader.pack(np.zeros((4, 4), np.int32), 0)) == 0
-    found = numpy_reader.unpack(np.zeros(0, np.uint8), 0, (4, 4))
-    np.testing.assert_array_equal(found, np.zeros((4, 4), np.int8))
-
-
-@pytest.mark.parametrize(("code", "bits"), [(4, 3), (-5, 3), (1, 0), (128, 8)])
-def test_codes_that_do_not_fit_are_refused(code, bits):
-    with pytest.raises(ValueError, match=f"do not fit into {bits} bits"):
-        numpy_reader.pack(np.array([0, code]), bits)
-
-
-def test_codes_come_back_bit_for_bit(deployed, file):
-    network = numpy_reader.read(file)
-    for layer, wanted in zip(network.layers, networks.codes(deployed), strict=True):
-        assert (layer.name, layer.kind) == (wanted.name, wanted.kind)
-        assert (layer.bits, layer.input_bits, layer.input_signed, layer.zero_point) == (
-            wanted.bits,
-            wanted.input_bits,
-            wanted.input_signed,
-            0,
-        )
-        assert layer.input_step == (wanted.input_step and float(wanted.input_step))
-        assert (layer.codes is None) == (wanted.codes is None)
-        if layer.codes is None:
-            np.testing.assert_array_equal(network.floats[f"{layer.name}/kernel"], wanted.kernel)
+def test_integers_come_back_bit_for_bit(exported, path):
+    file = reader.read(path)
+    for layer, wanted in zip(file.layers, exported_model.quantized_layers(exported), strict=True):
+        same = ("name", "kind", "bits", "input_bits", "input_signed")
+        assert [getattr(layer, x) for x in same] == [getattr(wanted, x) for x in same]
+        assert layer.candidates == (wanted.bits,)
+        step_size = wanted.input_step_size
+        assert layer.input_step_size == (None if step_size is None else float(step_size))
+        assert (layer.integers is None) == (wanted.integers is None)
+        if layer.integers is None:
+            np.testing.assert_array_equal(file.params[f"{layer.name}/kernel"], wanted.kernel)
         else:
-            np.testing.assert_array_equal(layer.codes, wanted.codes)
-            values = layer.codes.astype(np.float32) * np.float32(layer.step)
+            np.testing.assert_array_equal(layer.integers, wanted.integers)
+            values = layer.integers.astype(np.float32) * np.float32(layer.step_size)
             np.testing.assert_array_equal(values, wanted.kernel)
-    assert network.provenance["bits"] == "uniform:4"
-    assert (network.mean, network.std) == (deployed.mean, deployed.std)
+    assert file.provenance["bits"] == "uniform:4"
+    assert (file.mean, file.std) == (exported.mean, exported.std)
+    assert (file.image_shape, file.num_classes) == ((8, 8, 1), 10)
 
 
-def test_logits_are_those_of_training(file, reference):
-    images, wanted = reference
-    found = logits_of(file, images)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+def test_the_header_is_plain_json(exported, path):
+    """Read by the specification of safetensors alone."""
+    metadata, _, _ = parse(path)
+    assert (metadata["format"], metadata["version"]) == ("mpq_jax.packed", "2")
+    layers = json.loads(metadata["layers"])
+    assert layers["name"] == list(exported.table.names)
+    assert layers["bits"] == [[int(bits)] for bits in exported.bits.weights]
+    assert json.loads(metadata["provenance"]) == exported.provenance
+    assert json.loads(metadata["norms"])["path"][0] == "stem_norm"
+    spec = {"name": "resnet8", "options": {"width": 4, "dtype": "float32"}}
+    assert json.loads(metadata["network"])["model"] == spec
 
 
-def test_a_file_of_integer_norms_says_what_it_computes(deployed, reference, tmp_path):
-    path = tmp_path / "network.safetensors"
-    format.save(path, deployed, norms="integer")
-    network, layers = numpy_reader.read(path), networks.codes(deployed)
-    exact = fold_norms(deployed)
-    steps = {layer.name: layer for layer in layers}
-    for table_layer in deployed.table.layers:
-        if table_layer.norm is None:
-            continue
-        norm, layer = network.norms[table_layer.norm], steps[table_layer.name]
-        assert norm.integers is not None
-        by_codes = layer.codes is not None and layer.input_step is not None
-        unit = float(layer.step) * float(layer.input_step or 1) if by_codes else 1.0
-        assert norm.unit == pytest.approx(unit, rel=1e-12)
-        assert [values.dtype for values in norm.integers] == [np.int16, np.int32, np.int8]
-        m, o, shift = (values.astype(float) for values in norm.integers)
-        half = np.exp2(-(shift + 1))
-        multiplier, offset = exact[table_layer.norm]
-        assert np.all(np.abs(m * 2 * half - multiplier * unit) <= half)
-        assert np.all(np.abs(o * 2 * half - offset) <= half)
-        np.testing.assert_allclose(norm.multiplier, m * 2 * half / unit, rtol=1e-6)
-    images, wanted = reference
-    found = logits_of(path, images)
-    # Rounded norms move inputs over the border of a code here and there, so logits differ.
-    assert np.mean(found.argmax(-1) == wanted.argmax(-1)) >= 0.9
-    with pytest.raises(ValueError, match="norms is 'int'; wanted one of"):
-        format.save(path, deployed, norms="int")
+def test_logits_are_those_of_training(path, reference):
+    check_close(logits_of(path, reference[0]), reference[1])
 
 
-def test_norms_of_16_bits_are_rounded_once(deployed, reference, file, tmp_path):
-    path = tmp_path / "network.safetensors"
-    format.save(path, deployed, norms="half")
-    exact, network = fold_norms(deployed), numpy_reader.read(path)
-    assert set(network.norms) == set(exact)
-    for name, found in network.norms.items():
-        for rounded, numbers in zip(found[:2], exact[name], strict=True):
+def test_norms_that_are_kept_come_back_as_they_were(exported, reference, tmp_path):
+    writer.save(tmp_path / "kept", exported, norms="kept")
+    packed, subnet = network.load(tmp_path / "kept"), exported_model.select(exported)
+    assert not packed.file.norms
+    given = packed.switch()
+    jax.tree.map(np.testing.assert_array_equal, given.batch_stats, subnet.batch_stats)
+    jax.tree.map(np.testing.assert_array_equal, given.params, subnet.params)
+    check_close(packed.forward(given, reference[0]), reference[1])
+
+
+def test_norms_of_16_bits_are_rounded_once(exported, reference, path, tmp_path):
+    half = tmp_path / "network.safetensors"
+    sizes, whole = writer.save(half, exported, norms="float16"), reader.read(path).sizes
+    exact, file = fold_norms(exported), reader.read(half)
+    assert set(file.norms) == set(exact)
+    for name, found in file.norms.items():
+        for rounded, numbers in zip(found, exact[name].values(), strict=True):
             bound = np.maximum(2.0**-11 * np.abs(numbers), 2.0**-25)
             assert np.all(np.abs(rounded - numbers) <= bound)
-    channels = sum(len(multiplier) for multiplier, _ in exact.values())
-    saved = file.stat().st_size - path.stat().st_size
-    assert abs(saved - 4 * channels) <= 128  # the header says it in other words
+    channels = sum(len(leaves["offset"]) for leaves in exact.values())
+    assert whole.floats - sizes.floats == 4 * channels
     images, wanted = reference
-    found = logits_of(path, images)
-    assert np.mean(found.argmax(-1) == wanted.argmax(-1)) >= 0.9
-
-
-@pytest.mark.parametrize("factor", [1e-9, 1e-5, 1.0, 1e5])
-def test_norms_of_16_bits_are_as_fine_wherever_their_numbers_lie(deployed, tmp_path, factor):
-    params = paths.flatten(deployed.variables.trainable.params)
-    for leaf in ("scale", "bias"):
-        params[f"stage0_block0/norm1/{leaf}"] *= factor
-    trainable = deployed.variables.trainable._replace(params=paths.unflatten(params))
-    scaled = deployed._replace(variables=deployed.variables._replace(trainable=trainable))
-    path = tmp_path / "network.safetensors"
-    format.save(path, scaled, norms="half")
-    exact, network = fold_norms(scaled), numpy_reader.read(path)
-    for name, found in network.norms.items():
-        for rounded, numbers in zip(found[:2], exact[name], strict=True):
-            bound = np.maximum(2.0**-11 * np.abs(numbers), 2.0**-39 * np.abs(numbers).max())
-            assert np.all(np.abs(rounded - numbers) <= 1.001 * bound)  # float32 itself rounds
+    assert np.mean(logits_of(half, images).argmax(-1) == wanted.argmax(-1)) >= 0.9
 
 
 class TanhNorm(nn.BatchNorm):
@@ -243,20 +187,20 @@ class Odd(nn.Module):
 
 
 def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
-    deployed = deploy(Odd(), (11, 9, 2), turned=0.5)
+    exported = make_exported(Odd(), (11, 9, 2), turned=0.5)
     path = tmp_path / "network.safetensors"
-    format.save(path, deployed)
-    network = numpy_reader.read(path)
-    assert set(network.norms) == {"folded"}
-    assert {paths.parent(name) for name in network.stats} == {
+    writer.save(path, exported)
+    file = reader.read(path)
+    assert set(file.norms) == {"folded"}
+    assert {paths.parent(name) for name in file.batch_stats} == {
         "batch",
         "rows",
         "tanh",
         "OwnNorm_0",
     }
-    assert network.floats["PReLU_0/negative_slope"].shape == ()
-    assert network.layers[-1].input_dilation == () and network.layers[0].input_dilation == (1, 1)
-    found = [(x.strides, x.padding, x.dilation, x.groups) for x in network.layers]
+    assert file.params["PReLU_0/negative_slope"].shape == ()
+    assert file.layers[-1].input_dilation == () and file.layers[0].input_dilation == (1, 1)
+    found = [(x.strides, x.padding, x.dilation, x.groups) for x in file.layers]
     assert found == [
         ((2, 2), ((1, 1), (1, 1)), (1, 1), 1),
         ((1, 2), ((0, 0), (0, 0)), (2, 2), 1),
@@ -264,75 +208,34 @@ def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
         ((1, 1), "CIRCULAR", (1, 1), 1),
         ((), (), (), 1),
     ]
-    images = some_images(deployed)
-    wanted = np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
-    ready = format.load(path, model=Odd())
-    logits = np.asarray(jax.jit(lambda x: format.logits(ready, x))(images))
-    np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+    images = some_images(exported)
+    check_close(logits_of(path, images, Odd()), training_logits(exported, images))
 
 
 def test_a_network_computes_in_the_type_that_it_was_trained_in(tmp_path):
     workdir = make_run(tmp_path / "run", "rfquant", **{"model.dtype": "bfloat16"})
-    deployed = networks.load(workdir, "uniform:4")
+    exported = finished_run.load(workdir, "uniform:4")
     path = tmp_path / "network.safetensors"
-    format.save(path, deployed)
-    assert format.load(path).model == deployed.model
-    images, _ = some_digits(deployed)
-    wanted = np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
+    writer.save(path, exported)
+    assert network.load(path).model == exported.net.model
+    images, _ = some_digits(exported)
+    wanted = training_logits(exported, images)
     found = logits_of(path, images)
     assert np.mean(found.argmax(-1) == wanted.argmax(-1)) > 0.9  # norms are rounded once, not twice
 
 
-READER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        top = name.split(".")[0]
-        light = ("mpq_jax", "mpq_jax.export", "mpq_jax.export.safetensors_file",
-                 "mpq_jax.export.packed", "mpq_jax.export.packed.numpy_reader")
-        if top == "mpq_jax" and name not in light or top in (
-            "jax", "jaxlib", "flax", "jaxtyping", "optax", "onnx", "scipy", "ml_dtypes"
-        ):
-            raise ImportError(f"{name} is not to be imported")
-sys.meta_path.insert(0, Refuse())
-from mpq_jax.export.packed import numpy_reader as packed_numpy
-import numpy
-network = packed_numpy.read(sys.argv[1])
-held = {f"codes/{x.name}": x.codes for x in network.layers if x.codes is not None}
-held |= {f"step/{x.name}": numpy.float32(x.step) for x in network.layers}
-held |= {f"norm/{name}": norm.multiplier for name, norm in network.norms.items()}
-numpy.savez(sys.argv[2], **held)
-"""
-
-
-def test_numpy_and_safetensors_are_enough_to_read(deployed, file, tmp_path):
-    out = tmp_path / "read.npz"
-    root = pathlib.Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", READER, file, out], check=True, cwd=root, timeout=120)
-    with np.load(out) as found:
-        layers = networks.codes(deployed)
-        for layer in layers:
-            assert found[f"step/{layer.name}"] == layer.step
-            if layer.codes is not None:
-                np.testing.assert_array_equal(found[f"codes/{layer.name}"], layer.codes)
-        for name, (multiplier, _) in fold_norms(deployed).items():
-            np.testing.assert_array_equal(found[f"norm/{name}"], multiplier.astype(np.float32))
-        assert len(found) == len(layers) + sum(x.codes is not None for x in layers) + len(
-            fold_norms(deployed)
-        )
-
-
-def bytes_beside_kernels(deployed):
+def bytes_beside_kernels(exported):
     """Bytes of numbers that the cost model leaves out: norms, biases and step sizes."""
-    folded = fold_norms(deployed)
-    norms = sum(len(multiplier) for multiplier, _ in folded.values())
-    params = paths.flatten(deployed.variables.trainable.params)
+    folded = fold_norms(exported)
+    norms = sum(len(leaves["offset"]) for leaves in folded.values())
+    params = paths.flatten(exported.state.trainable.params)
     biases = sum(
         leaf.size
         for name, leaf in params.items()
         if not name.endswith("kernel") and paths.parent(name) not in folded
     )
-    return 8 * norms + 4 * biases + 8 * len(deployed.table)
+    inputs = sum(not layer.float_acts for layer in exported.table.layers)
+    return 8 * norms + 4 * biases + 4 * (len(exported.table) + inputs)
 
 
 def mixed_bits(table):
@@ -343,96 +246,64 @@ def mixed_bits(table):
 
 
 def test_a_file_of_85_kb_is_as_large_as_its_numbers(tmp_path):
-    # 3 % are the header's: names and kinds of layers, and where the file comes from.
-    deployed = drawn_network(make_model("resnet20", num_classes=10), (32, 32, 3), mixed_bits)
+    # 4.5 % are the header's: names and kinds of layers, and the origin of the file.
+    exported = drawn_network(make_model("resnet20", num_classes=10), (32, 32, 3), mixed_bits)
     path = tmp_path / "network.safetensors"
-    format.save(path, deployed)
-    kernels = float(costs.model_bytes(deployed.table, deployed.bits))
-    numbers = kernels + bytes_beside_kernels(deployed)
-    size = path.stat().st_size
-    assert kernels > 85_000 and numbers <= size <= 1.03 * numbers
+    sizes = writer.save(path, exported)
+    kernels = float(costs.model_bytes(exported.table, exported.bits))
+    numbers = kernels + bytes_beside_kernels(exported)
+    streams = len(exported.table) - 1  # each may be filled up to a whole byte
+    assert kernels > 85_000 and kernels <= sizes.integers <= kernels + streams
+    assert numbers <= sizes.integers + sizes.floats <= numbers + streams
+    assert sizes.file == path.stat().st_size <= 1.045 * numbers
 
 
 @pytest.mark.slow  # millions of weights
 @pytest.mark.parametrize(
     ("name", "norms"),
-    [("resnet18", "float"), ("mobilenet_v2", "half"), ("efficientnet_lite0", "half")],
+    [("resnet18", "float32"), ("mobilenet_v2", "float16"), ("efficientnet_lite0", "float16")],
 )
 def test_large_files_are_as_large_as_the_cost_model_says(tmp_path, name, norms):
-    deployed = drawn_network(make_model(name, num_classes=1000), (224, 224, 3), mixed_bits)
-    path = tmp_path / "network.safetensors"
-    format.save(path, deployed, norms=norms)
-    kernels = float(costs.model_bytes(deployed.table, deployed.bits))
-    assert kernels <= path.stat().st_size <= 1.03 * kernels
+    exported = drawn_network(make_model(name, num_classes=1000), (224, 224, 3), mixed_bits)
+    sizes = writer.save(tmp_path / "network.safetensors", exported, norms=norms)
+    kernels = float(costs.model_bytes(exported.table, exported.bits))
+    assert kernels <= sizes.file <= 1.035 * kernels
 
 
-def test_layers_of_bit_planes_keep_their_bits_and_planes(tmp_path):
-    # As CSQ finds them: no plane at all, eight planes and the sign, planes that lie apart.
+def test_layers_of_learned_bits_keep_their_bits_and_notes(tmp_path):
+    # As CSQ learns them: no bits at all; codes of +-(2^8 - 1), which take 9 bits; any in between.
     model = make_model("resnet8", num_classes=10, width=4)
     wanted = {"stage0_block0/conv1": 0, "stage0_block0/conv2": 9, "stage1_block0/conv1": 7}
-    deployed = drawn_network(
+    exported = drawn_network(
         model,
         (8, 8, 1),
         lambda table: [wanted.get(layer.name, layer.max_bits) for layer in table.layers],
         quantizer=double_rounding.QUANTIZER,
     )
-    planes = {"stage0_block0/conv1": "00000000", "stage1_block0/conv1": "10000010"}
-    deployed = deployed._replace(provenance=deployed.provenance | {"planes": planes})
+    layouts = {"stage0_block0/conv1": "00000000", "stage1_block0/conv1": "10000010"}
+    exported = exported._replace(layouts=layouts)
     path = tmp_path / "network.safetensors"
-    format.save(path, deployed)
-    layers = {layer.name: layer for layer in numpy_reader.read(path).layers}
+    writer.save(path, exported)
+    layers = {layer.name: layer for layer in reader.read(path).layers}
     assert {name: layers[name].bits for name in wanted} == wanted
-    assert {name: layers[name].planes for name in layers if layers[name].planes} == planes
-    for layer in networks.codes(deployed):
-        assert layer.codes is not None
-        np.testing.assert_array_equal(layers[layer.name].codes, layer.codes)
-    assert not layers["stage0_block0/conv1"].codes.any()
-    assert np.abs(layers["stage0_block0/conv2"].codes).max() > 127
+    assert {name: layers[name].layout for name in layers if layers[name].layout} == layouts
+    for layer in exported_model.quantized_layers(exported):
+        assert layer.integers is not None
+        np.testing.assert_array_equal(layers[layer.name].integers, layer.integers)
+    assert not layers["stage0_block0/conv1"].integers.any()
+    assert np.abs(layers["stage0_block0/conv2"].integers).max() == 255
 
 
-def test_damage_is_found(file, tmp_path):
-    content = bytearray(file.read_bytes())
-    path = tmp_path / "network.safetensors"
-    for place in (len(content) // 2, len(content) - 1):
-        damaged = content.copy()
-        damaged[place] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged: its checksum is wrong"):
-            format.load(path)
-    path.write_bytes(content[:-7])
-    with pytest.raises(ValueError, match="no whole safetensors file"):
-        format.load(path)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        format.load(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": "2"}, "version 2 of the format, this library reads version 1"),
-        ({"format": "mpq_jax.integers"}, "another kind of file"),
-    ],
-)
-def test_other_versions_and_kinds_are_refused(file, tmp_path, change, message):
-    with safetensors.safe_open(file, framework="numpy") as held:
-        metadata = held.metadata()
-    path = tmp_path / "network.safetensors"
-    safetensors.numpy.save_file(safetensors.numpy.load_file(file), path, metadata=metadata | change)
-    with pytest.raises(ValueError, match=message):
-        format.load(path)
-
-
-def test_a_model_of_ones_own_is_given_to_load(tmp_path):
+def test_a_users_own_model_is_given_to_load(tmp_path):
     model = make_model("resnet8", num_classes=10, width=4)
-    deployed = drawn_network(model, (8, 8, 1), mixed_bits)
+    exported = drawn_network(model, (8, 8, 1), mixed_bits)
     path = tmp_path / "network.safetensors"
-    format.save(path, deployed)
+    writer.save(path, exported)
+    assert network.load(path).file.provenance["bits"] == "drawn"
     with pytest.raises(ValueError, match=r"call load\(path, model=...\)"):
-        format.load(path)
-    assert format.load(path, model=model).network.provenance["bits"] == "drawn"
-    for named in ("mine", {"name": "resnet8"}):
-        format.save(path, deployed._replace(provenance={"model": named}))
-        with pytest.raises(ValueError, match=r"call load\(path, model=...\)"):
-            format.load(path)
+        network.load(path).at()
+    images = some_images(exported)
+    check_close(logits_of(path, images, model), training_logits(exported, images))
+    other = make_model("resnet8", num_classes=10, width=8)
     with pytest.raises(ValueError, match="these layers differ"):
-        format.load(path, model=make_model("resnet8", num_classes=10, width=8))
+        logits_of(path, images, other)
