@@ -1,6 +1,6 @@
-"""Runs `mpq_jax.cli.search` from a checkout."""
+"""The same as `mpq search`, from a checkout."""
 
-from mpq_jax.cli.search import run
+from mpq_jax.cli.main import run
 
 if __name__ == "__main__":
-    run()
+    run("search")

@@ -1,6 +1,6 @@
-"""Runs `mpq_jax.cli.train` from a checkout."""
+"""The same as `mpq train`, from a checkout."""
 
-from mpq_jax.cli.train import run
+from mpq_jax.cli.main import run
 
 if __name__ == "__main__":
-    run()
+    run("train")

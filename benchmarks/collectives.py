@@ -51,23 +51,24 @@ def collectives(program: str) -> dict[str, Sent]:
     return found
 
 
-def step_program(model_name: str, pixels: int, parts, *, subnets: int) -> tuple[str, int]:
+def step_program(model_name: str, pixels: int, partition, *, subnets: int) -> tuple[str, int]:
     """Returns the text of RFQuant's compiled step, and the bytes of everything that is learned."""
     import jax
     import jax.numpy as jnp
 
     from mpq_jax.methods import rfquant
-    from mpq_jax.methods.base import Run
+    from mpq_jax.methods.base import TrainingInfo
     from mpq_jax.models import make_model
     from mpq_jax.parallel import mesh as sharding
     from mpq_jax.program import linen
-    from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+    from mpq_jax.supernet.layer_table import trace_layers
+    from mpq_jax.supernet.rules import bit_rules
 
     shape = (pixels, pixels, 3)
     model = make_model(model_name, num_classes=10)
     table = trace_layers(model, shape, rules=bit_rules())
     options = rfquant.Options(random_subnets=subnets, subnet_loop="unrolled")
-    run = Run(100, 10, lambda batch, key: batch["image"], parts=parts)
+    run = TrainingInfo(100, 10, lambda batch, key: batch["image"], partition=partition)
     method = rfquant.FAMILY.make(model, table, options, run)
     batch = {
         "image": jax.ShapeDtypeStruct((64, *shape), jnp.float32),
@@ -82,9 +83,9 @@ def step_program(model_name: str, pixels: int, parts, *, subnets: int) -> tuple[
     placed = jax.tree.map(
         lambda leaf, kept: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=kept),
         state,
-        sharding.state_shardings(state, parts.mesh),
+        sharding.state_shardings(state, partition.mesh),
     )
-    split = sharding.batch_sharded(parts.mesh)
+    split = sharding.batch_sharded(partition.mesh)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
         for name, leaf in batch.items()
@@ -118,9 +119,9 @@ def main() -> None:
     print(f"{given.model}, {given.pixels} px, {given.devices} devices\n")
     print("| way | random subnets | operation | how many | MB | parts of what is learned |")
     print("|---" * 6 + "|")
-    for way, parts in ways.items():
+    for way, partition in ways.items():
         for subnets in given.subnets:
-            text, trainable = step_program(given.model, given.pixels, parts, subnets=subnets)
+            text, trainable = step_program(given.model, given.pixels, partition, subnets=subnets)
             for kind, sent in sorted(collectives(text).items()):
                 print(
                     f"| {way} | {subnets} | {kind} | {sent.operations} | {sent.bytes / 1e6:.3f} "

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.fashion import Bench, append, cell, read
-from configs.csq import fashion_mnist
+from mpq_jax.configs.csq import fashion_mnist
 from mpq_jax.methods import METHODS
 from mpq_jax.reporting import plots
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import Rule
+from mpq_jax.supernet.rules import Rule
 from mpq_jax.tasks import evaluation
 
 TARGETS, MIDDLE = (2, 3, 4), 3
@@ -34,10 +34,10 @@ VARIANTS = {
     f"CSQ {TARGETS[0]}, layers may vanish": {"least_planes": 0},
     f"CSQ {MIDDLE}, mean by parameter": {"average": "param"},
     f"CSQ {MIDDLE}, contiguous": {"contiguous": True},
-    f"CSQ {MIDDLE}, literal start": {"start": "literal", "reach": 0.0},
-    f"CSQ {MIDDLE}, budget at once": {"tighten": 0.0},
+    f"CSQ {MIDDLE}, literal start": {"start": "literal", "clip_rms": 0.0},
+    f"CSQ {MIDDLE}, budget at once": {"budget_anneal": 0.0},
     f"CSQ {MIDDLE}, bits not rewound": {"rewind_bits": False},
-    f"CSQ {MIDDLE}, one phase": {"rewind": False, "ticket": 0.5, "tighten": 0.8},
+    f"CSQ {MIDDLE}, one phase": {"rewind": False, "freeze_scheme": 0.5, "budget_anneal": 0.8},
 }
 FLOAT, UNIFORM, LSQ = "float", "uniform", "LSQ"
 
@@ -98,20 +98,20 @@ def train(bench: Bench, name: str, start, *, watch: bool) -> dict:
     seconds = time.perf_counter() - started - spent
     row = {split: scores(variables, split) for split in ("test", "heldout")}
     row |= {"history": history, "train": metrics, "seconds": seconds}
-    if method.found is not None:
-        row |= sizes(method, method.found(variables))
+    if method.scheme is not None:
+        row |= sizes(method, method.scheme(variables))
     return row
 
 
-def sizes(method, found) -> dict:
-    """Returns the bits of a found network in the ways that they may be counted."""
+def sizes(method, learned) -> dict:
+    """Returns the bits of a learned scheme in the ways that they may be counted."""
     means = {
         f"{kind} by {by}": float(costs.mean_bits(method.table, bits, by=by))
-        for kind, bits in found.bits.items()
+        for kind, bits in learned.bits.items()
         for by in ("layer", "param")
     }
-    weights = {kind: np.asarray(bits.weights).tolist() for kind, bits in found.bits.items()}
-    return {"means": means, "bits": weights, "layouts": found.layouts}
+    weights = {kind: np.asarray(bits.weights).tolist() for kind, bits in learned.bits.items()}
+    return {"means": means, "bits": weights, "layouts": learned.layouts}
 
 
 def all_names() -> list[str]:
@@ -172,13 +172,16 @@ def main():
         if row["seed"] == 0 and row["variant"] in {f"CSQ {target}" for target in TARGETS}:
             target = row["variant"].split()[1]
             path = out / f"growth_{target}.png"
-            plots.plot_growth(list(row["layouts"]), row["history"], path=path)
+            curves = training_curves(list(row["layouts"]), row["history"])
+            plots.plot_bits_over_training(
+                curves.layers, curves.panels, label=curves.label, path=path
+            )
             table = Bench(arguments.data_dir, 0, 1).table((8,), first=(FLOAT_INPUTS,))
             counted = {
                 kind: BitConfig(jnp.asarray(bits, jnp.int32), table.max_config.acts)
                 for kind, bits in row["bits"].items()
             }
-            plots.plot_scheme(table, counted, path=out / f"scheme_{target}.png")
+            plots.plot_weight_bits(table, counted, path=out / f"scheme_{target}.png")
 
 
 if __name__ == "__main__":

@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax.methods import csq, float_training
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.csq import network as networks
 from mpq_jax.models import make_model
 from mpq_jax.program import linen
 from mpq_jax.quantizers.bit_planes import BitPlanes, plane_gates, significances
-from mpq_jax.supernet.layer_table import FIRST_LAST_SAME, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_SAME, bit_rules
 
 MB = 1e6
-CSQ_OPTIONS = {"acts": "lsq", "act_bits": 32, "ticket": 0.9, "harden": 1.0}
+CSQ_OPTIONS = {"acts": "lsq", "act_bits": 32, "freeze_scheme": 0.9, "binarize": 1.0}
 # steps: name -> whether planes are last and differentiated plainly; None: float
 STEPS = {"float": None, "CSQ, plane-wise": True, "CSQ": False}
 
@@ -61,7 +62,7 @@ def make_step(name: str, arguments):
     shape = (arguments.size, arguments.size, 3)
     rules = bit_rules(tuple(range(8, 1, -1)), first_last=FIRST_LAST_SAME)
     table = trace_layers(model, shape, rules=rules)
-    run = Run(epochs=10, steps_per_epoch=100, prepare=lambda batch, key: batch["image"])
+    run = TrainingInfo(epochs=10, steps_per_epoch=100, prepare=lambda batch, key: batch["image"])
     if STEPS[name] is None:
         method = float_training.make(model, table, float_training.Options(), run)
     else:

@@ -1,4 +1,4 @@
-"""Double Rounding on Fashion-MNIST: precisions together or apart, readings of ALRS, round or floor.
+"""Double Rounding on Fashion-MNIST: precisions together or apart, variants of ALRS, round or floor.
 
     python -m benchmarks.double_rounding --data_dir=DIR --out=runs/double_rounding
     python -m benchmarks.double_rounding --part=cost --data_dir=DIR
@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from benchmarks.fashion import Bench, append, cell, read
 from mpq_jax.methods import METHODS
 from mpq_jax.methods.double_rounding import Options, learner, multi
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT
+from mpq_jax.parallel.grad_accumulation import reduce_mean
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT
 
 CANDIDATES = (8, 6, 4, 2)
 ALONE = {f"{bits} bits alone": (bits,) for bits in CANDIDATES}
@@ -75,16 +76,17 @@ def train(bench: Bench, float_variables, candidates, changes, keep=None) -> dict
 def scale_gradients(bench: Bench, method, variables, changes) -> dict:
     """Returns the mean absolute gradient of every scale in use, by precision and layer."""
     table, options = method.table, Options(**changes)
-    pieces = learner.make_learner(bench.model, table, options, bench.run, max_bits=CANDIDATES[0])
+    functions = learner.make_learner(method.net, options, bench.run, max_bits=CANDIDATES[0])
     batches = bench.dataset.train_batches(0)
     read = [next(batches) for _ in range(GRADIENT_BATCHES)]
     found = {}
     for base, bits in multi.levels_of(table).items():
         per_batch = []
         for index, batch in enumerate(read):
-            example = pieces.prepare(batch, jax.random.key(index))
-            gradient, _, _ = pieces.gradient(variables, example, bits, None)
-            steps = (gradient.trainable.weight_step_sizes, gradient.trainable.act_step_sizes)
+            example = functions.prepare(batch, jax.random.key(index))
+            gradient, _, _ = functions.gradient(variables, example, bits, None)
+            trainable = reduce_mean(bench.run.partition, gradient.trainable)
+            steps = (trainable.weight_step_sizes, trainable.act_step_sizes)
             per_batch.append([np.abs(np.asarray(one)).sum(axis=1) for one in steps])
         weights, acts = np.mean(per_batch, axis=0)
         layers = [i for i, layer in enumerate(table.layers) if layer.searchable]

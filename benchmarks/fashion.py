@@ -9,12 +9,12 @@ import numpy as np
 
 from mpq_jax import data
 from mpq_jax.methods import METHODS
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models import make_model
 from mpq_jax.program import linen
-from mpq_jax.supernet import scoring as search_evaluate
-from mpq_jax.supernet.bn_recalibration import recalibrate
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.search.problem import on_drawn_images
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
 from mpq_jax.tasks import evaluation
 
 # Held out: two thirds of the training images, so that many runs fit a two-core machine.
@@ -35,7 +35,7 @@ class Bench:
             data_dir=data_dir,
         )
         self.model = make_model("resnet8", num_classes=10, width=8, stem_stride=2)
-        self.run = Run(
+        self.run = TrainingInfo(
             epochs, self.dataset.steps_per_epoch, self.prepare, images=self.recalibration_images
         )
 
@@ -98,10 +98,7 @@ class Bench:
         images = self.recalibration_images(count)
 
         def after(variables, bits, split):
-            ready = recalibrate(
-                self.model, method.table, variables, bits, images, quantizer=method.quantizer
-            )
-            return accuracy(ready, bits, split)
+            return accuracy(method.net.recalibrate(variables, bits, images), bits, split)
 
         return after
 
@@ -118,7 +115,7 @@ class Bench:
         """Returns `score(configs, key)`: on so many held-out images, which the key draws."""
         heldout = data.whole_split(self.dataset, "heldout")
         images, labels = self.normalize(heldout["image"]), jnp.asarray(heldout["label"])
-        return search_evaluate.on_drawn_images(score, images, labels, size=size)
+        return on_drawn_images(score, images, labels, size=size)
 
 
 def read(out: pathlib.Path) -> list[dict]:

@@ -26,9 +26,11 @@ from mpq_jax.methods.double_rounding import MixedOptions, Options
 from mpq_jax.search import greedy, ilp
 from mpq_jax.search.objectives import OBJECTIVES
 from mpq_jax.search.problem import Budget, Limit
-from mpq_jax.supernet import costs, sensitivity, supernet, tied_layers
-from mpq_jax.supernet import scoring as search_evaluate
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT
+from mpq_jax.supernet import costs, sensitivity, tied_layers
+from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT
+from mpq_jax.supernet.scoring import make_score
+from mpq_jax.supernet.supernet import Supernet, SupernetState
 
 ROULETTES = ("published", "uniform")
 BUDGETS = (7.0, 6.0, 5.0, 4.0, 3.0)  # mean bits
@@ -36,7 +38,7 @@ SOLUTIONS, RANDOM, TRACE_BATCHES, TRACE_PROBES, RECALIBRATION_BATCHES = 8, 6, 8,
 SEARCH_BATCH, SEARCH_BATCHES = 1024, 4  # held-out images of a greedy move; of a comparison, 4 times
 
 
-def start_of(bench: Bench, table, path: pathlib.Path) -> supernet.SupernetState:
+def start_of(bench: Bench, table, path: pathlib.Path) -> SupernetState:
     """Returns the multi-precision network in a file of benchmarks/double_rounding.py."""
     method = METHODS["double_rounding"].make(bench.model, table, Options(), bench.run)
     images = np.zeros((1, *bench.dataset.image_shape), np.float32)
@@ -74,25 +76,22 @@ def _drawn(generator, table, allowed):
     places = [generator.choice(np.flatnonzero(row.reshape(-1))) for row in allowed]
     weights, acts = np.divmod(places, len(table.candidates))
     bits = np.array(table.candidates, np.int32)
-    return supernet.BitConfig(jax.numpy.asarray(bits[weights]), jax.numpy.asarray(bits[acts]))
+    return BitConfig(jax.numpy.asarray(bits[weights]), jax.numpy.asarray(bits[acts]))
 
 
 def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, float]:
     table = tied_layers.tie_acts_to_weights(method.table)
-    score = search_evaluate.make_score(
-        bench.model, table, variables, metric="loss", quantizer=method.quantizer
-    )
+    net = Supernet(bench.model, table, quantizer=method.net.quantizer)
+    score = make_score(net, variables, metric="loss")
     heldout = bench.heldout_batches(SEARCH_BATCH)
     compared = [next(heldout) for _ in range(SEARCH_BATCHES)]
     read_batches = bench.dataset.train_batches(0)
     batches = [next(read_batches) for _ in range(TRACE_BATCHES)]
     batches = [batch | {"image": bench.normalize(batch["image"])} for batch in batches]
-    plain = supernet.plain(table, variables, table.max_config)
-    traces = sensitivity.layer_traces(
-        bench.model, table, plain, batches, jax.random.key(0), probes=TRACE_PROBES
-    )
+    floats = net.float_variables(variables, table.max_config)
+    traces = sensitivity.layer_traces(net, floats, batches, jax.random.key(0), probes=TRACE_PROBES)
     average = np.asarray(traces.mean) / np.array([layer.params for layer in table.layers])
-    errors = sensitivity.weight_errors(table, variables.trainable, quantizer=method.quantizer)
+    errors = sensitivity.weight_errors(net, variables.trainable)
     cost = costs.cost_table(table, "mean_bits")
     scores = {}
     for name in objectives:
@@ -119,9 +118,8 @@ def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, f
 
 def by_greedy(bench: Bench, method, variables, accuracy) -> dict[str, float]:
     table = tied_layers.tie_acts_to_weights(method.table)
-    score = search_evaluate.make_score(
-        bench.model, table, variables, metric="error", quantizer=method.quantizer
-    )
+    net = Supernet(bench.model, table, quantizer=method.net.quantizer)
+    score = make_score(net, variables, metric="error")
     cost = costs.cost_table(table, "mean_bits")
     found = greedy.search(
         bench.on_heldout(score, SEARCH_BATCH),

@@ -20,7 +20,7 @@ from mpq_jax.search import greedy
 from mpq_jax.search.problem import Budget, Limit
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import costs
-from mpq_jax.supernet import scoring as search_evaluate
+from mpq_jax.supernet.scoring import make_score
 
 OFF = {"freeze_ratio_start": 0.0, "freeze_ratio_end": 0.0, "idm_weight": 0.0}
 VARIANTS = {
@@ -43,7 +43,7 @@ def train_supernet(bench: Bench, float_variables, changes) -> dict:
     variables, metrics = bench.train(method, float_variables)
     accuracy = bench.recalibrated(method)
     uniform = {f"uniform {b}": table.uniform(b, b) for b in table.bank_bits}
-    configs = uniform | search(bench, table, variables)
+    configs = uniform | search(bench, method, variables)
     configs["min bits"] = bit_configs.min_config(table.candidates, table.mask)
     scores = {
         split: {name: accuracy(variables, bits, split) for name, bits in configs.items()}
@@ -52,9 +52,9 @@ def train_supernet(bench: Bench, float_variables, changes) -> dict:
     return scores | {"train": metrics}
 
 
-def search(bench: Bench, table, variables) -> dict:
+def search(bench: Bench, method, variables) -> dict:
     """Returns the configurations that the published search finds."""
-    score = search_evaluate.make_score(bench.model, table, variables, metric="error")
+    table, score = method.table, make_score(method.net, variables, metric="error")
     cost = costs.cost_table(table, "bitops")
     budgets = [
         Budget(name, (Limit("bitops", cost, float(costs.bitops(table, table.uniform(b, b)))),))

@@ -27,26 +27,27 @@ def measure(arguments) -> None:
     import numpy as np
 
     from mpq_jax.methods import rfquant
-    from mpq_jax.methods.base import Run
+    from mpq_jax.methods.base import TrainingInfo
     from mpq_jax.models import make_model
     from mpq_jax.parallel import mesh as sharding
     from mpq_jax.parallel.grad_accumulation import BatchPartition
     from mpq_jax.program import linen
-    from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+    from mpq_jax.supernet.layer_table import trace_layers
+    from mpq_jax.supernet.rules import bit_rules
 
     fsdp = jax.device_count() if arguments.split else 1
-    parts = BatchPartition(sharding.make_mesh(fsdp=fsdp))
+    partition = BatchPartition(sharding.make_mesh(fsdp=fsdp))
     shape = (arguments.pixels, arguments.pixels, 3)
     model = make_model(arguments.model, num_classes=10)
     table = trace_layers(model, shape, rules=bit_rules())
-    run = Run(10, 100, lambda batch, key: batch["image"], parts=parts)
+    run = TrainingInfo(10, 100, lambda batch, key: batch["image"], partition=partition)
     method = rfquant.FAMILY.make(model, table, rfquant.Options(), run)
     generator = np.random.default_rng(0)
     images = generator.normal(size=(arguments.batch, *shape)).astype(np.float32)
     labels = generator.integers(0, 10, arguments.batch).astype(np.int32)
-    batch = sharding.global_batch({"image": images, "label": labels}, parts.mesh)
+    batch = sharding.global_batch({"image": images, "label": labels}, partition.mesh)
     state = method.init(linen.init_variables(model, jax.random.key(0), shape), images)
-    kept = sharding.state_shardings(state, parts.mesh)
+    kept = sharding.state_shardings(state, partition.mesh)
     state = jax.tree.map(jax.device_put, state, kept)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     seconds, losses = [], []
@@ -84,11 +85,12 @@ def print_sizes() -> None:
     from jax.sharding import AbstractMesh, AxisType
 
     from mpq_jax.methods import rfquant
-    from mpq_jax.methods.base import Run
+    from mpq_jax.methods.base import TrainingInfo
     from mpq_jax.models import make_model
     from mpq_jax.parallel import mesh as sharding
     from mpq_jax.program import linen
-    from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+    from mpq_jax.supernet.layer_table import trace_layers
+    from mpq_jax.supernet.rules import bit_rules
 
     def per_device(state, devices: int) -> float:
         mesh = AbstractMesh((devices,), (sharding.STATE_AXIS,), axis_types=(AxisType.Auto,))
@@ -105,7 +107,7 @@ def print_sizes() -> None:
     for name in LARGE:
         model = make_model(name, num_classes=1000)
         table = trace_layers(model, shape, rules=bit_rules())
-        run = Run(10, 100, lambda batch, key: batch["image"])
+        run = TrainingInfo(10, 100, lambda batch, key: batch["image"])
         method = rfquant.FAMILY.make(model, table, rfquant.Options(), run)
 
         def start(key, method=method, model=model):

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax.methods import float_training, rfquant
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models import make_model
 from mpq_jax.program import linen
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
 
 ONE_SUBNET = {
     "random_subnets": 0,
@@ -46,7 +47,7 @@ def make_step(name: str, arguments):
     model = make_model(arguments.model, num_classes=10)
     shape = (arguments.size, arguments.size, 3)
     table = trace_layers(model, shape, rules=bit_rules())
-    run = Run(epochs=10, steps_per_epoch=100, prepare=lambda batch, key: batch["image"])
+    run = TrainingInfo(epochs=10, steps_per_epoch=100, prepare=lambda batch, key: batch["image"])
     if name == "float":
         method = float_training.make(model, table, float_training.Options(), run)
     else:
@@ -56,10 +57,10 @@ def make_step(name: str, arguments):
     images = jax.random.normal(jax.random.key(0), (arguments.batch, *shape))
     batch = {"image": images, "label": jnp.arange(arguments.batch, dtype=jnp.int32) % 10}
     state = method.init(linen.init_variables(model, jax.random.key(1), shape), images)
-    return functools.partial(shared_step_size, method, batch), state
+    return functools.partial(one_step, method, batch), state
 
 
-def shared_step_size(method, batch, state, key):
+def one_step(method, batch, state, key):
     state, _ = method.train_step(state, batch, key)
     return jax.block_until_ready(state)
 

@@ -1,22 +1,22 @@
 """RFQuant on scikit-learn's digits: 1,797 real 8x8 images, no download; the demo.
 
-python train.py --config=configs/digits.py:float --workdir=runs/digits/float
-python train.py --config=configs/digits.py --workdir=runs/digits/supernet \
+mpq train --config=digits:float --workdir=runs/digits/float
+mpq train --config=digits --workdir=runs/digits/supernet \
         --config.init_from=runs/digits/float
-python search.py --config=configs/digits.py --workdir=runs/digits/supernet \
+mpq search --config=digits --workdir=runs/digits/supernet \
         --config.init_from=runs/digits/float
 """
 
-from configs import default
+from mpq_jax.configs import default
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = default.get_config()
     config.epochs = 60
     config.batch_size = 64
     config.data.name = "digits"
-    config.data.heldout_fraction = 0.2
-    config.data.crop_padding = 1
+    config.data.validation_fraction = 0.2
+    config.data.augment.crop_padding = 1
 
     config.model.name = "resnet8"
     config.model.options.width = 16
@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
 
     config.search.levels = (4, 3)
     config.search.budgets = (5e6,)  # between uniform 2 and 3 bits
-    config.search.tolerance = 0.5
-    config.search.batch_size = 256
+    config.search.max_accuracy_drop = 0.5
+    config.search.score_images = 256
     config.search.recalibration_images = 1152
-    return default.finish(config, arg)
+    return default.finish(config, variant)

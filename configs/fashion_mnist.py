@@ -3,22 +3,22 @@
 The data must be prepared once as array_record files (README, "Data"). docs/results.md has what
 benchmarks/rfquant_ablation.py measured with this network.
 
-    python train.py --config=configs/fashion_mnist.py:float --workdir=runs/fashion/float
-    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion/supernet \
+    mpq train --config=fashion_mnist:float --workdir=runs/fashion/float
+    mpq train --config=fashion_mnist --workdir=runs/fashion/supernet \
         --config.init_from=runs/fashion/float
 """
 
-from configs import default
+from mpq_jax.configs import default
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = default.get_config()
     config.epochs = 20
     config.batch_size = 128
     config.data.name = "tfds"
     config.data.tfds.dataset = "fashion_mnist"
-    config.data.crop_padding = 2
-    config.data.flip_probability = 0.5
+    config.data.augment.crop_padding = 2
+    config.data.augment.flip_probability = 0.5
 
     config.model.name = "resnet8"
     config.model.options.width = 8
@@ -30,4 +30,4 @@ def get_config(arg: str = ""):
     config.rfquant.step_learning_rate = 1e-3  # few updates: steps must move faster than published
     config.rfquant.ema_decay = 0.998
 
-    return default.finish(config, arg)
+    return default.finish(config, variant)

@@ -1,9 +1,9 @@
 """ResNet-18 on ImageNet, w2-6 a2-6: the published run (RFQuant, CVPR 2024), options as published.
 
-    python train.py --config=configs/resnet18_imagenet.py:float --workdir=runs/r18/float
-    python train.py --config=configs/resnet18_imagenet.py --workdir=runs/r18/supernet \
+    mpq train --config=resnet18_imagenet:float --workdir=runs/r18/float
+    mpq train --config=resnet18_imagenet --workdir=runs/r18/supernet \
         --config.init_from=runs/r18/float
-    python search.py --config=configs/resnet18_imagenet.py --workdir=runs/r18/supernet \
+    mpq search --config=resnet18_imagenet --workdir=runs/r18/supernet \
         --config.init_from=runs/r18/float
 
 Published: 71.0 % top-1 at the 4-bit level (31.6 GBitOPs), 4 A100, no retraining; not reproduced
@@ -18,11 +18,11 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import default
+from mpq_jax.configs import default
 from mpq_jax.methods import rfquant
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = default.get_config()
     config.epochs = 150
     config.batch_size = 512  # 4 GPUs of 128
@@ -30,8 +30,8 @@ def get_config(arg: str = ""):
     config.data.tfds.dataset = "imagenet2012"
     config.data.tfds.test_split = "validation"
     config.data.tfds.image_size = 224
-    config.data.heldout_fraction = 0.01
-    config.data.flip_probability = 0.5  # random resized crops are made while reading
+    config.data.validation_fraction = 0.01
+    config.data.augment.flip_probability = 0.5  # random resized crops are made while reading
 
     config.model.name = "resnet18"
     config.plain.learning_rate = 0.2
@@ -43,7 +43,7 @@ def get_config(arg: str = ""):
     config.search.budgets = (33.9e9, 31.6e9, 22.8e9)
     config.search.strategy = "greedy"
     config.search.metric = "error"
-    config.search.batch_size = 256
+    config.search.score_images = 256
     config.search.finalists = False
     config.log_every = 100
-    return default.finish(config, arg)
+    return default.finish(config, variant)

@@ -1,25 +1,25 @@
 """RFQuant with a small Vision Transformer on scikit-learn's digits; no download.
 
-    python train.py --config=configs/vit_digits.py:float --workdir=runs/vit_digits/float
-    python train.py --config=configs/vit_digits.py --workdir=runs/vit_digits/supernet \
+    mpq train --config=vit_digits:float --workdir=runs/vit_digits/float
+    mpq train --config=vit_digits --workdir=runs/vit_digits/supernet \
         --config.init_from=runs/vit_digits/float --config.epochs=60
-    python search.py --config=configs/vit_digits.py --workdir=runs/vit_digits/supernet \
+    mpq search --config=vit_digits --workdir=runs/vit_digits/supernet \
         --config.init_from=runs/vit_digits/float --config.epochs=60
 
 Double Rounding trains it as well: add `--config.method=double_rounding` to the last two and take
 another workdir; 20 epochs are enough.
 """
 
-from configs import default
+from mpq_jax.configs import default
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = default.get_config()
     config.epochs = 150
     config.batch_size = 64
     config.data.name = "digits"
-    config.data.heldout_fraction = 0.2
-    config.data.crop_padding = 1
+    config.data.validation_fraction = 0.2
+    config.data.augment.crop_padding = 1
 
     config.model.name = "vit_tiny"
     config.model.options.patch_size = 2  # 16 patches
@@ -39,6 +39,6 @@ def get_config(arg: str = ""):
     config.rfquant.ema_decay = 0.99
 
     config.search.levels = (4, 3)
-    config.search.batch_size = 256
+    config.search.score_images = 256
     config.search.recalibration_images = 64  # there are no norm statistics
-    return default.finish(config, arg)
+    return default.finish(config, variant)

@@ -2,24 +2,24 @@
 
 The data must be prepared once as array_record files (README, "Data"). Not run to the end here yet.
 
-    python train.py --config=configs/vit_fashion_mnist.py:float --workdir=runs/vit_fashion/float
-    python train.py --config=configs/vit_fashion_mnist.py --workdir=runs/vit_fashion/supernet \
+    mpq train --config=vit_fashion_mnist:float --workdir=runs/vit_fashion/float
+    mpq train --config=vit_fashion_mnist --workdir=runs/vit_fashion/supernet \
         --config.init_from=runs/vit_fashion/float
-    python search.py --config=configs/vit_fashion_mnist.py --workdir=runs/vit_fashion/supernet \
+    mpq search --config=vit_fashion_mnist --workdir=runs/vit_fashion/supernet \
         --config.init_from=runs/vit_fashion/float
 """
 
-from configs import default
+from mpq_jax.configs import default
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = default.get_config()
     config.epochs = 20
     config.batch_size = 128
     config.data.name = "tfds"
     config.data.tfds.dataset = "fashion_mnist"
-    config.data.crop_padding = 2
-    config.data.flip_probability = 0.5
+    config.data.augment.crop_padding = 2
+    config.data.augment.flip_probability = 0.5
 
     config.model.name = "vit_tiny"
     config.model.options.patch_size = 4  # 49 patches
@@ -39,4 +39,4 @@ def get_config(arg: str = ""):
     config.rfquant.ema_decay = 0.998
 
     config.search.recalibration_images = 128  # there are no norm statistics
-    return default.finish(config, arg)
+    return default.finish(config, variant)

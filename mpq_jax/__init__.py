@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpq_jax.models.pretrained import import_torch
     from mpq_jax.program.linen import init_variables
     from mpq_jax.search.problem import Budget, Constraint
-    from mpq_jax.search.run import SearchReport
+    from mpq_jax.search.run import SearchOptions, SearchReport
     from mpq_jax.search.strategies import STRATEGIES
     from mpq_jax.supernet import costs, sensitivity
     from mpq_jax.supernet.bits import BitConfig, from_json, to_json
@@ -47,6 +47,7 @@ __all__ = [
     "Layer",
     "LayerTable",
     "Rule",
+    "SearchOptions",
     "SearchReport",
     "Subnet",
     "Supernet",
@@ -76,7 +77,7 @@ _HOMES = {  # module -> its public names
     "mpq_jax.models.pretrained": ("import_torch",),
     "mpq_jax.program.linen": ("init_variables",),
     "mpq_jax.search.problem": ("Budget", "Constraint"),
-    "mpq_jax.search.run": ("SearchReport",),
+    "mpq_jax.search.run": ("SearchOptions", "SearchReport"),
     "mpq_jax.search.strategies": ("STRATEGIES",),
     "mpq_jax.supernet.bits": ("BitConfig", "from_json", "to_json"),
     "mpq_jax.supernet.layer_table": ("Layer", "LayerTable", "trace_layers"),

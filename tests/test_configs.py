@@ -9,35 +9,36 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from configs import default
-from configs.csq import digits as csq_digits
+from mpq_jax.configs import default
+from mpq_jax.configs.csq import digits as csq_digits
 from mpq_jax.data import DATASETS, Reading
-from mpq_jax.methods import METHODS
-from mpq_jax.methods.base import Run
+from mpq_jax.methods import METHODS, make_options
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.csq.options import SharedOptions
 from mpq_jax.methods.csq.phases import make_phases
 from mpq_jax.models import make_model
 from mpq_jax.search.objectives import OBJECTIVES
 from mpq_jax.search.strategies import STRATEGIES
-from mpq_jax.supernet.layer_table import FIRST_LAST, Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.scoring import METRICS, NORMS
+from mpq_jax.training.experiment import make_rules
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(
-    str(path.relative_to(ROOT))
-    for path in (ROOT / "configs").rglob("*.py")
-    if path.name != "__init__.py"
+    str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path.name != "__init__.py"
 )
 PUBLISHED_CSQ = {  # file: epochs at which the scheme and the bits are fixed
-    "configs/csq/resnet18_imagenet.py": (90, 175),
-    "configs/csq/resnet20_cifar10.py": (595, 597),
-    "configs/csq/resnet50_imagenet.py": (90, 175),
-    "configs/csq/vgg19bn_cifar10.py": (595, 597),
+    "csq/resnet18_imagenet.py": (90, 175),
+    "csq/resnet20_cifar10.py": (595, 597),
+    "csq/resnet50_imagenet.py": (90, 175),
+    "csq/vgg19bn_cifar10.py": (595, 597),
 }
 CSQ = [file for file in FILES if "csq" in file]
-VARIANTS = {  # argument: (method that has it, method that it trains, what the others lack)
-    "mixed": ("double_rounding", "double_rounding_mixed", "mixed-precision variant"),
-    "uniform": ("csq", "csq_uniform", "uniform baseline"),
+ANY_METHOD = {"float": "plain"}  # variants, and the methods that they train
+VARIANTS = {
+    "rfquant": ANY_METHOD,
+    "double_rounding": ANY_METHOD | {"mixed": "double_rounding_mixed"},
+    "csq": ANY_METHOD | {"uniform": "csq_uniform"},
 }
 IMAGES = {  # dataset: (shape, classes)
     "digits": ((8, 8, 1), 10),
@@ -48,9 +49,9 @@ IMAGES = {  # dataset: (shape, classes)
 every_file = pytest.mark.parametrize("file", FILES)
 
 
-def get_config(file, arg="") -> Any:
-    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
-    config = module.get_config(arg) if arg else module.get_config()
+def get_config(file, variant="") -> Any:
+    name = file.removesuffix(".py").replace("/", ".")
+    config = importlib.import_module(f"mpq_jax.configs.{name}").get_config(variant)
     assert isinstance(config, ConfigDict)
     return config.lock()
 
@@ -71,82 +72,84 @@ def a_model(config):
 
 def a_run(config):
     """The run of a config, as if its data were a single batch."""
-    return Run(config.epochs, 1, prepare=lambda batch, key: batch["image"])
+    return TrainingInfo(config.epochs, 1, prepare=lambda batch, key: batch["image"])
 
 
 def table_of(config):
-    rules = bit_rules(
-        config.bits.candidates,
-        depthwise_min_bits=config.bits.depthwise_min_bits or None,
-        first_last=FIRST_LAST[config.bits.first_last],
-        first=[Rule(**rule) for rule in config.bits.rules],
-    )
-    return traced(a_model(config), rules, dataset_of(config))
+    return traced(a_model(config), make_rules(config.bits), dataset_of(config))
 
 
 def method_of(file):
     folder = Path(file).parent.name
-    return "rfquant" if folder == "configs" else folder
-
-
-def arguments(file):
-    own = (arg for arg, (method, _, _) in VARIANTS.items() if method == method_of(file))
-    return "", "float", "smoke", *own
+    return folder or "rfquant"
 
 
 @every_file
-def test_every_argument_names_a_method_whose_options_are_sound(file):
-    for arg in arguments(file):
-        config = get_config(file, arg)
-        assert config.method in METHODS
-        for name, family in METHODS.items():
-            assert set(config[name]) == set(vars(family.options()))
-            family.options(**config[name])
+def test_every_variant_trains_its_method_by_sound_options(file):
+    method = method_of(file)
+    for variant, trained in ({"": method, "smoke": method} | VARIANTS[method]).items():
+        config = get_config(file, variant)
+        assert config.method == trained
+        for name in METHODS:
+            make_options(name, config)
         json.loads(config.to_json())
         with pytest.raises(AttributeError):
             config.epoch = 3
 
 
 @every_file
-def test_arguments_change_what_they_say(file):
-    plain, smoke = get_config(file), get_config(file, "smoke")
-    assert plain.method == method_of(file)
-    assert get_config(file, "float").method == "plain"
-    assert smoke.epochs == 1 and smoke.method == plain.method
-    with pytest.raises(ValueError, match='\'mixd\'; wanted "", "float", "mixed", "uniform" or "sm'):
-        get_config(file, "mixd")
+def test_unknown_variants_are_refused_with_those_that_there_are(file):
+    known = sorted(["", "smoke", *VARIANTS[method_of(file)]])
+    for variant in ("mixd", *(set(VARIANTS["csq"]) ^ set(VARIANTS["double_rounding"]))):
+        if variant not in known:
+            with pytest.raises(ValueError) as error:
+                get_config(file, variant)
+            assert str(error.value).endswith(f"of {method_of(file)} has {known}")
 
 
-@pytest.mark.parametrize("arg", VARIANTS)
 @every_file
-def test_variants_are_those_of_their_method_alone(file, arg):
-    method, variant, lacked = VARIANTS[arg]
+def test_variants_change_nothing_else(file):
     plain = get_config(file)
-    if plain.method != method:
-        with pytest.raises(ValueError, match=f"^{plain.method} has no {lacked} of its own$"):
-            get_config(file, arg)
-        return
-    config = get_config(file, arg)
-    assert config.method == variant
-    changed = {"method"} | ({variant} if arg == "uniform" else set())
-    same = set(plain) - changed
-    assert {key: plain[key] for key in same} == {key: config[key] for key in same}
+    for variant in VARIANTS[method_of(file)]:
+        config = get_config(file, variant)
+        assert {key: config[key] for key in set(config) - {"method"}} == {
+            key: plain[key] for key in set(plain) - {"method"}
+        }
 
 
 @pytest.mark.parametrize("file", CSQ)
 def test_the_uniform_baseline_differs_by_its_scheme_alone(file):
     config = get_config(file, "uniform")
-    grown, uniform = config.csq.to_dict(), config.csq_uniform.to_dict()
-    assert uniform.pop("planes") == grown["target"]  # all of them are whole numbers
-    assert uniform == {name: grown[name] for name in vars(SharedOptions())}
+    grown, uniform = (make_options(name, config) for name in ("csq", "csq_uniform"))
+    assert uniform.planes == grown.target  # all of them are whole numbers
+    for name in vars(SharedOptions()):
+        assert getattr(uniform, name) == getattr(grown, name)
 
 
 @pytest.mark.parametrize(("target", "planes"), [(2.0, 2), (2.1, 3), (2.9, 3), (3.0, 3)])
 def test_the_uniform_baseline_has_the_target_rounded_up(target, planes):
-    config: Any = csq_digits.get_config()
-    config.csq.target = target
-    default.finish(config, "uniform")
-    assert config.csq_uniform.planes == planes
+    config: Any = csq_digits.get_config("uniform")
+    config.csq.target = target  # as the command line changes it
+    assert make_options("csq_uniform", config).planes == planes
+
+
+def test_the_mixed_supernet_takes_over_options_of_the_network_that_it_starts_from():
+    config: Any = get_config("double_rounding/digits.py", "mixed")
+    config.double_rounding.learning_rate = 0.25
+    config.double_rounding_mixed.trace_probes = 2
+    options = make_options("double_rounding_mixed", config)
+    assert (options.learning_rate, options.trace_probes) == (0.25, 2)
+    assert options.norm_rows == "transition"  # not that of config.double_rounding
+    assert "learning_rate" not in config.double_rounding_mixed
+
+
+def test_options_of_a_model_may_be_added_and_no_others():
+    config: Any = default.get_config()
+    config.model.options.width = 4
+    with pytest.raises(AttributeError, match="epoch"):
+        config.epoch = 3
+    with pytest.raises(AttributeError, match="lerning_rate"):
+        config.rfquant.lerning_rate = 0.1
 
 
 @every_file
@@ -169,7 +172,7 @@ def test_the_network_is_traced_and_has_the_bits_that_are_searched(file):
     assert search.strategy in STRATEGIES
     assert search.objective in OBJECTIVES or search.objective == "measured"
     assert search.metric in METRICS and search.norms in NORMS
-    if search.budget == "mean_bits":
+    if search.cost == "mean_bits":
         budgets = (*search.levels, *search.budgets)
         assert budgets and min(table.precisions) < min(budgets)
         assert max(budgets) < max(table.precisions)
@@ -178,7 +181,7 @@ def test_the_network_is_traced_and_has_the_bits_that_are_searched(file):
 @every_file
 def test_images_are_read_by_known_options(file):
     config = get_config(file)
-    assert Reading(**{name: config.data[name] for name in vars(Reading())}) == Reading()
+    assert Reading(**config.data.reading) == Reading()
     assert set(config.data) >= set(DATASETS)
     if dataset_of(config) == "imagenet2012":  # either way of storing it will do
         assert config.data.folder.image_size == config.data.tfds.image_size
@@ -203,19 +206,22 @@ def test_published_csq_grows_every_layer_but_shortcuts(file):
 @pytest.mark.parametrize("file", PUBLISHED_CSQ)
 def test_published_csq_fixes_scheme_and_bits_when_it_says(file):
     config = get_config(file)
-    options = METHODS["csq"].options(**config.csq)
+    options = make_options("csq", config)
     phases = make_phases(
-        a_run(config), freeze_scheme=options.freeze_scheme, binarize=options.binarize, rewind=options.rewind
+        a_run(config),
+        freeze_scheme=options.freeze_scheme,
+        binarize=options.binarize,
+        rewind=options.rewind,
     )
     assert (phases.freeze_scheme, phases.binarize) == PUBLISHED_CSQ[file]
 
 
 @pytest.mark.parametrize("file", CSQ)
 def test_grown_and_uniform_schemes_fit_the_network(file):
-    for arg, planes in (("", 8), ("uniform", get_config(file).csq.target)):
-        config = get_config(file, arg)
+    for variant, planes in (("", 8), ("uniform", get_config(file).csq.target)):
+        config = get_config(file, variant)
+        options = make_options(config.method, config)
         family = METHODS[config.method]
-        options = family.options(**config[config.method])
         made = family.make(a_model(config), table_of(config), options, a_run(config))
         with_choice = [layer for layer in table_of(config).layers if layer.searchable]
         grown = [layer for layer in made.table.layers if layer.searchable]
@@ -228,5 +234,6 @@ def test_grown_and_uniform_schemes_fit_the_network(file):
 @every_file
 def test_one_pass_over_the_images_is_at_least_a_batch_for_the_smoke_run(file):
     config = get_config(file, "smoke")
+    assert config.epochs == 1
     assert config.search.recalibration_images == config.batch_size
     assert len(config.search.levels) <= 1

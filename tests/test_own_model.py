@@ -10,14 +10,14 @@ import pytest
 import sklearn.datasets
 
 from mpq_jax.methods import float_training, rfquant
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.program import linen
 from mpq_jax.search import greedy
-from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.search.problem import Budget, Limit, on_drawn_images
 from mpq_jax.supernet import costs
-from mpq_jax.supernet.bn_recalibration import recalibrate
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
-from mpq_jax.supernet.scoring import make_score, on_drawn_images
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.scoring import make_score
 from mpq_jax.tasks.evaluation import make_evaluate
 from mpq_jax.training.metrics import CompileCounter
 
@@ -41,7 +41,7 @@ class DigitNet(nn.Module):
 
 MODEL = DigitNet()
 TABLE = trace_layers(MODEL, (8, 8, 1), rules=bit_rules((8, 7, 6, 5, 4, 3, 2)))
-RUN = Run(EPOCHS, STEPS_PER_EPOCH, lambda batch, key: batch["image"])
+RUN = TrainingInfo(EPOCHS, STEPS_PER_EPOCH, lambda batch, key: batch["image"])
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
         trained, events = train(
             method, method.init(floats.variables(state), images[:BATCH]), batches
         )
-        supernet = method.variables(trained)
+        net, supernet = method.net, method.variables(trained)
         score = on_drawn_images(
-            make_score(MODEL, TABLE, supernet),
+            make_score(net, supernet),
             images[:TRAIN_IMAGES],
             labels[:TRAIN_IMAGES],
             size=BATCH,
@@ -117,7 +117,7 @@ def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
         calibration = images[:TRAIN_IMAGES].reshape(-1, BATCH, 8, 8, 1)
         accuracies = []
         for found in results:
-            ready = recalibrate(MODEL, TABLE, supernet, found.bits, calibration)
+            ready = net.recalibrate(supernet, found.bits, calibration)
             accuracies.append(evaluate(ready, found.bits, test).accuracy)
 
     assert float_score.accuracy > 0.85
@@ -128,5 +128,5 @@ def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
     assert max(event.get("frozen_layers", 0) for event in events) >= 1
     assert sum(scored) > 100
     programs = ("_begin", "_max_subnet", "_random_subnet", "_finish", "freeze_most_unstable")
-    programs += ("score_configs", "recalibrate", "evaluate_batch")
+    programs += ("score_configs", "_recalibrate", "evaluate_batch")
     assert {name: counter.counts[name] for name in programs} == dict.fromkeys(programs, 1)

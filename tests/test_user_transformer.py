@@ -4,6 +4,7 @@ It is compared with the same network out of `nn.Dense` layers, whose kernels are
 with the axes of heads put together.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -14,17 +15,19 @@ import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import rfquant
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.rfquant import terms
 from mpq_jax.models.vit import attention
-from mpq_jax.program import linen
+from mpq_jax.program import paths
+from mpq_jax.quantizers import lsq
 from mpq_jax.search.prefix_scoring import make_fast_score
-from mpq_jax.supernet import latency, supernet
+from mpq_jax.supernet import latency
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
 from mpq_jax.supernet.scoring import make_score
+from mpq_jax.supernet.supernet import Supernet
 
 SHAPE, PATCH, DIM, HEADS, TOKENS = (4, 4, 2), 2, 6, 3, 4
 SIZE = DIM // HEADS
@@ -71,6 +74,10 @@ class Net(nn.Module):
 
 GENERAL, PLAIN = Net(General), Net(Plain)
 TABLE, PLAIN_TABLE = (trace_layers(model, SHAPE, rules=RULES) for model in (GENERAL, PLAIN))
+NET, PLAIN_NET = (
+    Supernet(model, table, quantizer=lsq.QUANTIZER)
+    for model, table in ((GENERAL, TABLE), (PLAIN, PLAIN_TABLE))
+)
 IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(8, *SHAPE)), jnp.float32)
 LABELS = jnp.arange(8, dtype=jnp.int32) % 3
 
@@ -135,18 +142,14 @@ def test_subnets_and_their_gradients_are_those_of_dense_layers(variables):
     searched = np.where(TABLE.searchable, random.choice((4, 3, 2), (2, len(TABLE))), 8)
     bits = BitConfig(*(jnp.asarray(row, jnp.int32) for row in searched))
 
-    def logits_and_gradients(model, table, variables):
-        made = supernet.init(model, table, variables, IMAGES)
+    def logits_and_gradients(net, variables):
+        made = net.init(variables, IMAGES)
 
         def loss_of(trainable):
-            selected = supernet.select(
-                table, made._replace(trainable=trainable), bits, scale_step_gradient=True
-            )
-            out = supernet.apply(
-                model, table, selected, IMAGES, train=True, scale_step_gradient=True
-            )
-            features = terms.pick_features(table, out.features, "norm_output")
-            error = terms.quantization_error(table, trainable, bits, bits.weights)
+            subnet = net.select(made._replace(trainable=trainable), bits, scale_step_gradient=True)
+            out = net.forward(subnet, IMAGES, train=True, scale_step_gradient=True)
+            features = terms.pick_features(net.table, out.features, "norm_output")
+            error = terms.quantization_error(net.table, trainable, bits, bits.weights)
             return jnp.sum(out.logits**2) + error, (out.logits, features, error)
 
         gradient, found = jax.grad(loss_of, has_aux=True)(made.trainable)
@@ -154,8 +157,8 @@ def test_subnets_and_their_gradients_are_those_of_dense_layers(variables):
 
     both = jax.jit(
         lambda general, plain: (
-            logits_and_gradients(GENERAL, TABLE, general),
-            logits_and_gradients(PLAIN, PLAIN_TABLE, plain),
+            logits_and_gradients(NET, general),
+            logits_and_gradients(PLAIN_NET, plain),
         )
     )
     plain = {"params": with_axes_together(variables["params"])}
@@ -175,14 +178,13 @@ def test_subnets_and_their_gradients_are_those_of_dense_layers(variables):
 
 
 def test_its_dropout_is_on_only_where_there_is_a_key(variables):
-    model = Net(functools.partial(General, dropout=0.3))
+    net = dataclasses.replace(NET, model=Net(functools.partial(General, dropout=0.3)))
 
     @jax.jit
     def logits(key):
-        made = supernet.init(model, TABLE, variables, IMAGES)
-        selected = supernet.select(TABLE, made, TABLE.max_config)
+        subnet = net.select(net.init(variables, IMAGES), TABLE.max_config)
         return [
-            supernet.apply(model, TABLE, selected, IMAGES, train=train, dropout_key=k).logits
+            net.forward(subnet, IMAGES, train=train, dropout_key=k).logits
             for train, k in ((True, key), (True, None), (False, None))
         ]
 
@@ -194,7 +196,7 @@ def test_its_dropout_is_on_only_where_there_is_a_key(variables):
 
 def test_it_is_trained_and_scored(variables):
     options = rfquant.Options(random_subnets=1, warmup=0.0, subnet_loop="calls", qe_start=0.0)
-    run = Run(epochs=1, steps_per_epoch=1, prepare=lambda batch, key: batch["image"])
+    run = TrainingInfo(epochs=1, steps_per_epoch=1, prepare=lambda batch, key: batch["image"])
     method = rfquant.make(GENERAL, TABLE, options, run)
     state = method.init(variables, IMAGES)
     kernels = "mix0/attention/query/kernel"
@@ -207,8 +209,8 @@ def test_it_is_trained_and_scored(variables):
     configs = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *(TABLE.uniform(bits, bits) for bits in (4, 2))
     )
-    one_by_one = make_score(GENERAL, TABLE, trained, metric="kl")(configs, IMAGES, LABELS)
-    fast = make_fast_score(GENERAL, TABLE, trained, SHAPE, metric="kl")(configs, IMAGES, LABELS)
+    one_by_one = make_score(NET, trained, metric="kl")(configs, IMAGES, LABELS)
+    fast = make_fast_score(NET, trained, SHAPE, metric="kl")(configs, IMAGES, LABELS)
     np.testing.assert_allclose(fast, one_by_one, rtol=1e-4, atol=1e-6)
     assert abs(one_by_one[0]) < 1e-6 < one_by_one[1]  # of the largest bits from themselves, and not
 

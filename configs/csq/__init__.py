@@ -1,12 +1,12 @@
 """CSQ: what its configs have in common.
 
-With C=configs/csq/NAME.py and W=runs/NAME, a float model, the network whose scheme grows from it
+With C=csq/NAME and W=runs/NAME, a float model, the network whose scheme grows from it
 (and W/csq/integers.safetensors, W/csq/scheme), and the baseline with a uniform scheme:
 
-    python train.py --config=$C:float --workdir=$W/float
-    python train.py --config=$C --workdir=$W/csq --config.init_from=$W/float
-    python -m mpq_jax.export inspect $W/csq/integers.safetensors
-    python train.py --config=$C:uniform --workdir=$W/uniform --config.init_from=$W/float
+    mpq train --config=$C:float --workdir=$W/float
+    mpq train --config=$C --workdir=$W/csq --config.init_from=$W/float
+    mpq inspect $W/csq/integers.safetensors
+    mpq train --config=$C:uniform --workdir=$W/uniform --config.init_from=$W/float
 """
 
 from ml_collections import ConfigDict

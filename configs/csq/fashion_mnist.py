@@ -4,10 +4,10 @@ The data must be prepared once as array_record files (README, "Data"). docs/resu
 benchmarks/csq.py measured with this network.
 """
 
-from configs import default, fashion_mnist
-from configs.csq import use
+from mpq_jax.configs import default, fashion_mnist
+from mpq_jax.configs.csq import use
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = use(fashion_mnist.get_config(), target=3.0)
-    return default.finish(config, arg)
+    return default.finish(config, variant)

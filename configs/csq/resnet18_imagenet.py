@@ -7,11 +7,11 @@ published code trains rounds of 90). Inputs are quantized by learned step sizes;
 Several GPUs. Needs TFDS's imagenet2012 as array_record files.
 """
 
-from configs import default, resnet18_imagenet
-from configs.csq import as_published
+from mpq_jax.configs import default, resnet18_imagenet
+from mpq_jax.configs.csq import as_published
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = as_published(resnet18_imagenet.get_config(), target=3.0, code_lambda=0.001)
     config.epochs = 180
     config.batch_size = 512
@@ -23,4 +23,4 @@ def get_config(arg: str = ""):
     config.csq.rewind = True
     config.csq.freeze_scheme = 0.5
     config.csq.binarize = 175 / 180
-    return default.finish(config, arg)
+    return default.finish(config, variant)

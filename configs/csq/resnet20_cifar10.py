@@ -5,11 +5,11 @@ The paper's numbers are not at hand; the bar is the float model of the same reci
 Not run here yet. One GPU. Needs TFDS's cifar10 as array_record files (README, "Data").
 """
 
-from configs import default, resnet20_cifar10
-from configs.csq import as_published
+from mpq_jax.configs import default, resnet20_cifar10
+from mpq_jax.configs.csq import as_published
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = as_published(resnet20_cifar10.get_config(), target=2.0, code_lambda=0.01)
     config.epochs = 600
     config.batch_size = 256
@@ -21,4 +21,4 @@ def get_config(arg: str = ""):
     config.csq.act_bits = 32
     config.csq.freeze_scheme = 595 / 600
     config.csq.binarize = 597 / 600  # the published code never fixes the bits
-    return default.finish(config, arg)
+    return default.finish(config, variant)

@@ -4,12 +4,12 @@ How the paper trained this network is not known. Not run here yet. One GPU. Need
 array_record files (README, "Data").
 """
 
-from configs import default
-from configs.csq import resnet20_cifar10
+from mpq_jax.configs import default
+from mpq_jax.configs.csq import resnet20_cifar10
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = resnet20_cifar10.get_config()
     config.model.name = "vgg19_bn"
     config.model.options = {}
-    return default.finish(config, arg)
+    return default.finish(config, variant)

@@ -1,14 +1,14 @@
 """Double Rounding: what its configs have in common.
 
-With C=configs/double_rounding/NAME.py and W=runs/NAME, a float model, the multi-precision network
+With C=double_rounding/NAME and W=runs/NAME, a float model, the multi-precision network
 that starts from it (and W/multi/integers.safetensors), the mixed-precision supernet that starts
 from that, and bits for each layer:
 
-    python train.py --config=$C:float --workdir=$W/float
-    python train.py --config=$C --workdir=$W/multi --config.init_from=$W/float
-    python -m mpq_jax.export inspect $W/multi/integers.safetensors
-    python train.py --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
-    python search.py --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
+    mpq train --config=$C:float --workdir=$W/float
+    mpq train --config=$C --workdir=$W/multi --config.init_from=$W/float
+    mpq inspect $W/multi/integers.safetensors
+    mpq train --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
+    mpq search --config=$C:mixed --workdir=$W/mixed --config.init_from=$W/multi
 """
 
 from ml_collections import ConfigDict
@@ -28,10 +28,10 @@ def use(config: ConfigDict, *, candidates: tuple[int, ...]) -> ConfigDict:
     config.search.strategy = "ilp"
     config.search.objective = "hawq"
     config.search.tied = True  # as they are trained
-    config.search.budget = "mean_bits"
+    config.search.cost = "mean_bits"
     config.search.levels = candidates[1:-1]
     config.search.budgets = ()
-    config.search.tolerance = 0.0
+    config.search.max_accuracy_drop = 0.0
     config.search.finalists = True
     return config
 

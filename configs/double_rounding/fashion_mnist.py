@@ -4,11 +4,11 @@ The data must be prepared once as array_record files (README, "Data"). docs/resu
 benchmarks/double_rounding.py and benchmarks/mixed_precision.py measured with this network.
 """
 
-from configs import default, fashion_mnist
-from configs.double_rounding import use
+from mpq_jax.configs import default, fashion_mnist
+from mpq_jax.configs.double_rounding import use
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = use(fashion_mnist.get_config(), candidates=(8, 6, 4, 2))
     config.search.budgets = (5.0, 3.0)
-    return default.finish(config, arg)
+    return default.finish(config, variant)

@@ -6,13 +6,13 @@ Published: 72.42 / 72.06 / 69.92 % top-1 at 8 / 6 / 4 bits (float 71.14 %). With
 256. Not reproduced here yet. Needs TFDS's imagenet2012 as array_record files.
 """
 
-from configs import default, resnet18_imagenet
-from configs.double_rounding import published_imagenet, use
+from mpq_jax.configs import default, resnet18_imagenet
+from mpq_jax.configs.double_rounding import published_imagenet, use
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = use(resnet18_imagenet.get_config(), candidates=(8, 6, 4))
     published_imagenet(config)
     config.model.name = "mobilenet_v2"
     config.plain.weight_decay = 4e-5
-    return default.finish(config, arg)
+    return default.finish(config, variant)

@@ -5,11 +5,11 @@ Published: 91.79 / 91.83 / 88.88 % top-1 at 4 / 3 / 2 bits (float 92.30 %), with
 array_record files (README, "Data").
 """
 
-from configs import default, resnet20_cifar10
-from configs.double_rounding import use
+from mpq_jax.configs import default, resnet20_cifar10
+from mpq_jax.configs.double_rounding import use
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = use(resnet20_cifar10.get_config(), candidates=(4, 3, 2))
     config.epochs = 200
-    return default.finish(config, arg)
+    return default.finish(config, variant)

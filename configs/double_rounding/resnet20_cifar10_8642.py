@@ -5,11 +5,11 @@ Published: 92.25 / 92.32 / 92.09 / 90.19 % top-1 at 8 / 6 / 4 / 2 bits (float 92
 TFDS's cifar10 as array_record files (README, "Data").
 """
 
-from configs import default, resnet20_cifar10
-from configs.double_rounding import use
+from mpq_jax.configs import default, resnet20_cifar10
+from mpq_jax.configs.double_rounding import use
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = use(resnet20_cifar10.get_config(), candidates=(8, 6, 4, 2))
     config.epochs = 200
-    return default.finish(config, arg)
+    return default.finish(config, variant)

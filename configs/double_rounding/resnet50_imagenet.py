@@ -8,12 +8,12 @@ without retraining, 75.06 %. 90 epochs, batch 256. Not reproduced here yet. Need
 imagenet2012 as array_record files.
 """
 
-from configs import default, resnet18_imagenet
-from configs.double_rounding import published_imagenet, use
+from mpq_jax.configs import default, resnet18_imagenet
+from mpq_jax.configs.double_rounding import published_imagenet, use
 
 
-def get_config(arg: str = ""):
+def get_config(variant: str = ""):
     config = use(resnet18_imagenet.get_config(), candidates=(8, 6, 4, 2))
     published_imagenet(config)
     config.model.name = "resnet50"
-    return default.finish(config, arg)
+    return default.finish(config, variant)

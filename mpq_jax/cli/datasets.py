@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpq_jax import data
-from mpq_jax.training.experiment import SHOWN_READING
+from mpq_jax.training.config_record import SHOWN_READING
 
 KNOWN = "digits, arrays:FILE.npz, folder:PATH or tfds:NAME"
 IMAGE_SIZE = 224  # of the images of a folder, in pixels, where training does not say
@@ -30,7 +30,7 @@ def load(
     split: str | None = None,
     image_size: int | None = None,
 ) -> data.Dataset:
-    """Loads a dataset to evaluate on; nothing of it is held out.
+    """Loads a dataset to evaluate on; nothing of it is kept for validation.
 
     Args:
         named: see the module.

@@ -1,22 +1,34 @@
-"""What `python -m mpq_jax.export inspect FILE` shows: an integer artifact, and its accuracy."""
+"""`mpq inspect`: prints what an integer artifact holds, and its accuracy."""
 
-import argparse
+import dataclasses
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import rich.console
 import rich.table
+from absl import flags
 
 from mpq_jax import data
-from mpq_jax.cli import datasets
+from mpq_jax.cli import datasets, networks
+from mpq_jax.cli.command_line import Arguments, Command
+from mpq_jax.cli.console import KIB, make_console
 from mpq_jax.export.packed import integers
+from mpq_jax.models import user_models
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.tasks import evaluation
 
-KIB = 2**10
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
+    networks.define_dataset(values)
+    networks.define_data_dir(values)
+    flags.DEFINE_multi_string(
+        "bits", [], "bit file to evaluate as well; may be given several times", flag_values=values
+    )
+    flags.DEFINE_string("model", None, networks.MODEL, flag_values=values)
 
 
 def show_contents(artifact: integers.Artifact, console: rich.console.Console) -> None:
@@ -72,8 +84,8 @@ def show_accuracy(
     """Prints accuracy on the test images at each of the configurations."""
     if artifact.model is None:
         raise ValueError(
-            "the file is of a model that is not in mpq_jax.models; evaluate it from Python, with "
-            "mpq_jax.export.integers.load(path, model=...)"
+            "the file is of a model that is not in mpq_jax.models; say where its class is: "
+            "--model=FILE.py:Class"
         )
     if artifact.mean is None or artifact.std is None:
         raise ValueError("the file does not say how its images are normalized; save it with them")
@@ -99,27 +111,36 @@ def show_accuracy(
     console.print(shown)
 
 
-def inspect(arguments: argparse.Namespace, console: rich.console.Console) -> None:
+def main(arguments: Arguments) -> None:
     """Runs the command."""
-    if arguments.dataset:
-        datasets.split_name(arguments.dataset)  # refuses nonsense at once
-    artifact = integers.load(arguments.file)
+    given, console = arguments.flags, make_console()
+    if given.dataset:
+        datasets.split_name(given.dataset)  # refuses nonsense at once
+    artifact = integers.load(arguments.names[0])
     table = artifact.table
     configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in artifact.precisions}
     if not table.searchable.any():
         configs = {"as stored": table.max_config}
-    for file in arguments.bits:
+    for file in given.bits:
         config = bit_configs.from_json(pathlib.Path(file).read_text(), table.names)
         table.check(config)
         configs[pathlib.Path(file).stem] = config
     show_contents(artifact, console)
-    if arguments.dataset:
-        dataset = datasets.load(
-            arguments.dataset,
-            artifact.config.get("data", {}),
-            batch_size=arguments.batch_size,
-            data_dir=arguments.data_dir,
-            split=arguments.split,
-            image_size=arguments.image_size,
-        )
+    if given.dataset:
+        dataset = networks.load_dataset(given, artifact.config.get("data", {}))
+        if given.model:
+            options = artifact.config.get("model", {}).get("options", {})
+            model = user_models.make(given.model, num_classes=dataset.num_classes, options=options)
+            artifact = dataclasses.replace(artifact, model=model)
         show_accuracy(artifact, configs, dataset, console)
+
+
+COMMAND = Command(
+    summary="Prints what a file of integers holds, and its accuracy at every precision.",
+    example="""
+        mpq inspect runs/digits/multi/integers.safetensors --dataset=digits
+    """,
+    define=define_flags,
+    run=main,
+    positional=("FILE",),
+)

@@ -1,4 +1,4 @@
-"""Datasets as deterministic, resumable batches of images; and their augmentation on the device."""
+"""Datasets as deterministic, resumable batches of images, with augmentation on the device."""
 
 import dataclasses
 import inspect
@@ -32,7 +32,7 @@ DATASETS = {
     "folder": folder.load,
     "tfds": tfds.load,
 }
-GIVEN = ("plan", "reading")  # arguments of loaders that are not options of a dataset
+GIVEN = ("plan", "reading")  # loader arguments that are not dataset options
 
 
 def load(
@@ -53,17 +53,17 @@ def load(
     Args:
         name: a key of `DATASETS`.
         batch_size: images in one batch over all processes.
-        seed: decides the held-out images, the order of training and every random crop.
-        heldout_fraction: part of the training images, in [0, 1), kept away from training: what the
-            search of bits scores configurations on.
-        process_index: number of this process.
-        process_count: processes that share every batch, in equal parts.
+        seed: seed of the validation split, the training order and every random crop.
+        heldout_fraction: fraction of the training images, in [0, 1), held out for validation; the
+            bit-width search scores configurations on these images.
+        process_index: index of this process.
+        process_count: number of processes; each reads an equal share of every batch.
         mean: mean of each channel, on the 0 to 1 scale; None for the dataset's own.
-        std: standard deviation of each channel, likewise.
-        reading: how images that are decoded as they are read ("folder", large ones of "tfds")
-            are decoded and cropped; None for the defaults.
-        **options: those of the loader: `path` for "arrays", `path` and `image_size` for "folder",
-            `dataset` and others for "tfds".
+        std: standard deviation of each channel, on the 0 to 1 scale; None for the dataset's own.
+        reading: decoding and cropping options of streamed images ("folder", and "tfds" datasets
+            that are not held in memory); None for the defaults.
+        **options: options of the loader: `path` for "arrays", `path` and `image_size` for
+            "folder", `dataset` and others for "tfds".
 
     Returns:
         The dataset.

@@ -1,4 +1,4 @@
-"""A user's own images, from one NumPy .npz file."""
+"""A user's own images, loaded from one NumPy .npz file."""
 
 import os
 import pathlib
@@ -14,13 +14,13 @@ NAMES = tuple(f"{split}_{part}" for split in SPLITS for part in ("images", "labe
 
 
 def load(plan: BatchPlan, *, path: str | os.PathLike[str]) -> Dataset:
-    """Loads the arrays of a .npz file, as `numpy.savez` writes it.
+    """Loads the images and labels of a .npz file written by `numpy.savez`.
 
     Args:
-        plan: how the dataset is split, shuffled and shared between processes.
-        path: the file. It holds train_images and test_images, uint8 [images, height, width] or
-            [images, height, width, channel], and train_labels and test_labels, integers [images]
-            from 0 to the number of classes less one.
+        plan: splitting, shuffling and sharding of the dataset.
+        path: path of the file. It holds train_images and test_images, uint8
+            [images, height, width] or [images, height, width, channel], and train_labels and
+            test_labels, integers [images] from 0 to the number of classes minus one.
 
     Returns:
         The dataset, named after the file.
@@ -50,7 +50,7 @@ def _read_split(
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
         raise ValueError(
             f"{split}_labels in {path} is {labels.dtype} {list(labels.shape)}; it must be integers "
-            f"[{len(images)}], one for each of {split}_images"
+            f"[{len(images)}], one label for each image in {split}_images"
         )
     if not len(images):
         raise ValueError(f"{split}_images in {path} is empty; it needs at least one image")
@@ -73,7 +73,7 @@ def _count_classes(train: memory.Examples, test: memory.Examples, *, path: pathl
         )
     if test.labels.min() < 0 or test.labels.max() >= len(classes):
         raise ValueError(
-            f"test_labels in {path} go from {test.labels.min()} to {test.labels.max()}; the "
+            f"test_labels in {path} range from {test.labels.min()} to {test.labels.max()}; the "
             f"classes of train_labels are 0 to {len(classes) - 1}"
         )
     return len(classes)

@@ -1,6 +1,6 @@
-"""Normalizing and augmenting images on the device, inside jit.
+"""Normalization and augmentation of images on the device, inside jit.
 
-Augment first, as uint8, then normalize: the pixels that padding adds are black.
+Augment the uint8 images first, then normalize them: padding adds black pixels.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, PRNGKeyArray, UInt8
 
-LARGEST_PIXEL = 255  # uint8
+MAX_PIXEL = 255  # uint8
 
 
 def normalize(
@@ -26,7 +26,7 @@ def normalize(
         std: standard deviation of each channel, on the 0 to 1 scale.
     """
     shape = (1, 1, 1, images.shape[-1])
-    pixels = images.astype(jnp.float32) / LARGEST_PIXEL
+    pixels = images.astype(jnp.float32) / MAX_PIXEL
     means, stds = (jnp.array(values, jnp.float32).reshape(shape) for values in (mean, std))
     return (pixels - means) / stds
 
@@ -34,13 +34,13 @@ def normalize(
 def random_crop(
     key: PRNGKeyArray, images: UInt8[Array, "batch height width channel"], *, padding: int
 ) -> UInt8[Array, "batch height width channel"]:
-    """Moves each image by its own random number of pixels, filling with zeros.
+    """Shifts each image by a random number of pixels of its own and fills the gap with zeros.
 
     Args:
         key: PRNG key.
-        images: any images.
-        padding: zeros added on each side before cropping to the old size: the largest move, in
-            pixels.
+        images: images of any size.
+        padding: zeros added on each side before cropping to the original size, in pixels; the
+            largest shift.
     """
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     tops, lefts = jax.random.randint(key, (2, images.shape[0]), 0, 2 * padding + 1)
@@ -73,8 +73,8 @@ def augment(
     """Crops and mirrors images at random.
 
     Args:
-        key: PRNG key; each part uses a key of its own.
-        images: any images.
+        key: PRNG key; crop and flip use separate keys derived from it.
+        images: images of any size.
         padding: as in `random_crop`; 0 leaves the images in place. Static under jit.
         flip_probability: as in `random_flip`; 0 never mirrors. Static under jit.
     """

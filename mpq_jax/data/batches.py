@@ -1,7 +1,7 @@
-"""Which images make up which batch: one definition for every dataset.
+"""Batches as pure functions of (seed, step), defined once for every dataset.
 
-A batch is a pure function of (seed, step). The position in the data is therefore the step number:
-a run resumes exactly by asking for the batches from its next step on, and nothing else is saved.
+The step number is the whole state of the data pipeline: a run resumes exactly by asking for the
+batches from its next step on, and nothing else is saved.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ Batch = dict[str, np.ndarray]
 MakeBatch = Callable[[int], Batch]
 RunBatches = Callable[[MakeBatch, range], Iterator[Batch]]
 
-HELDOUT_STREAM, SHUFFLE_STREAM = 1, 2  # Keep the random streams of one seed apart.
+HELDOUT_STREAM, SHUFFLE_STREAM = 1, 2  # separate random streams of one seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """How a dataset is split and shuffled, and which part of it this process reads.
+    """Splitting and shuffling of a dataset, and the share of it that this process reads.
 
     Attributes:
         batch_size: images in one batch over all processes.
-        seed: not negative; decides the held-out images, the training order and every crop.
-        heldout_fraction: part of the training images, in [0, 1), kept away from training.
-        process_index: number of this process, in [0, process_count).
-        process_count: processes that share every batch, in equal parts.
+        seed: seed of the validation split, the training order and every crop; not negative.
+        heldout_fraction: fraction of the training images, in [0, 1), held out for validation.
+        process_index: index of this process, in [0, process_count).
+        process_count: number of processes; each reads an equal share of every batch.
     """
 
     batch_size: int
@@ -62,16 +62,16 @@ class BatchPlan:
 
     @property
     def local_batch_size(self) -> int:
-        """Images of each batch that this process reads."""
+        """Number of images in each batch that this process reads."""
         return self.batch_size // self.process_count
 
 
 class Split(NamedTuple):
-    """A fixed list of images, and how to read them for evaluation.
+    """A fixed list of images and the function that reads them for evaluation.
 
     Attributes:
-        indices: which images of the stored dataset belong to the split, in their fixed order.
-        read: maps indices to their images and labels, the same at every call.
+        indices: indices into the stored dataset, in a fixed order.
+        read: deterministic function from indices to images and labels.
     """
 
     indices: Int[np.ndarray, " images"]
@@ -81,41 +81,43 @@ class Split(NamedTuple):
 def split_heldout(
     num_images: int, *, plan: BatchPlan
 ) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " heldout"]]:
-    """Parts the training images into those trained on and those held out, both ascending.
+    """Splits the stored training images into a training and a validation set.
 
     Args:
         num_images: number of stored training images.
-        plan: its `seed` and `heldout_fraction` decide the split.
+        plan: plan whose `seed` and `heldout_fraction` determine the split.
 
     Returns:
-        Indices to train on, and indices held out: together every image once.
+        Training indices and validation indices, both ascending; every image is in one of them.
     """
     order = np.random.default_rng((plan.seed, HELDOUT_STREAM)).permutation(num_images)
     num_heldout = round(num_images * plan.heldout_fraction)
     return np.sort(order[num_heldout:]), np.sort(order[:num_heldout])
 
 
-@functools.lru_cache(maxsize=4)  # Two epochs meet at a border; prefetching threads ask for both.
+@functools.lru_cache(maxsize=4)  # prefetching threads need two epochs at their boundary
 def epoch_order(num_images: int, *, seed: int, epoch: int) -> Int[np.ndarray, " images"]:
-    """Returns the order in which epoch number `epoch` visits the images; read-only."""
+    """Returns the order in which epoch `epoch` visits the images, as a read-only array."""
     order = np.random.default_rng((seed, SHUFFLE_STREAM, epoch)).permutation(num_images)
     order.setflags(write=False)
     return order
 
 
 def local_rows(plan: BatchPlan, *, step: int) -> Int[np.ndarray, " local_batch"]:
-    """Returns the places of this process's images of batch `step` in the endless row of images.
+    """Computes the positions of this process's share of batch `step` in the stream of examples.
 
-    The shares of processes 0, 1, ... put together in this order are the batch of a single process.
+    The shares of processes 0, 1, ... concatenated in this order are the batch that a single process
+    would read.
     """
     start = step * plan.batch_size + plan.process_index * plan.local_batch_size
     return np.arange(start, start + plan.local_batch_size)
 
 
 def pad_batch(batch: Batch, *, size: int) -> Batch:
-    """Fills a batch with zeros up to `size` examples.
+    """Pads a batch with zeros up to `size` examples.
 
-    Its "weight" is 0 for these and as it was for real ones, or 1 where the batch has none.
+    The "weight" of padding is 0. Real examples keep their weight, or get 1 if the batch has no
+    weights.
     """
     missing = size - len(batch["label"])
     if "weight" not in batch:
@@ -133,18 +135,19 @@ class Dataset:
     """Images with labels, as deterministic batches for training and for evaluation.
 
     Attributes:
-        name: what the dataset is called in logs and tables.
+        name: name of the dataset in logs and tables.
         num_classes: number of classes; labels lie in [0, num_classes).
-        image_shape: height, width, channels of every image in a batch.
+        image_shape: height, width and channels of every image in a batch.
         mean: mean of each channel, on the 0 to 1 scale.
         std: standard deviation of each channel, on the 0 to 1 scale.
-        plan: how the dataset is split, shuffled and shared between processes.
-        splits: "train", "heldout" and "test".
-        read_training: maps indices of training images, and their places in the endless row of
-            training images (the seed of each random crop), to images and labels.
-        run: applies a function to each step, in order; `map`, or a prefetching equivalent of it.
-        run_endless: likewise, for training, where seconds to start up do not matter.
-        corrupt: the images that could not be decoded, as far as batches were taken.
+        plan: splitting, shuffling and sharding of the dataset.
+        splits: the splits "train", "heldout" (validation) and "test".
+        read_training: function from indices of training images and their positions in the stream
+            of training examples (which seed the random crops) to images and labels.
+        run: function that applies another to each step, in order: `map` or a prefetching
+            equivalent.
+        run_endless: function like `run` for training, where some seconds of start-up do not matter.
+        corrupt: images that could not be decoded in the batches consumed so far.
     """
 
     name: str
@@ -184,15 +187,15 @@ class Dataset:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in one epoch of training; images that do not fill a batch wait for another."""
+        """Number of batches in a training epoch; an incomplete last batch is dropped."""
         return self.sizes["train"] // self.batch_size
 
     def train_batches(self, start_step: int = 0, *, steps: int | None = None) -> Iterator[Batch]:
         """Yields this process's share of each training batch.
 
         Args:
-            start_step: number of the first batch wanted, from 0: the steps already taken.
-            steps: how many batches; None for no end.
+            start_step: index of the first batch, which is the number of steps already taken.
+            steps: number of batches; None for an infinite iterator.
 
         Returns:
             An iterator of batches {"image": uint8 [local_batch, height, width, channel],
@@ -212,8 +215,8 @@ class Dataset:
 
         Returns:
             An iterator of batches as in `train_batches`, with "weight": float32 [local_batch], 1
-            for a real example and 0 for padding and corrupt images. Every process gets equally
-            many, of equal size.
+            for a real example and 0 for padding and corrupt images. All processes get the same
+            number of batches, of the same size.
         """
         if split not in self.splits:
             raise ValueError(f"split is {split!r}; {self.name} has {sorted(self.splits)}")
@@ -222,7 +225,7 @@ class Dataset:
         return self._take(self.run(make_batch, range(num_batches))) if num_batches else iter(())
 
     def _take(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yields batches without their failures, which are booked."""
+        """Yields batches without their decoding failures, which it records in `corrupt`."""
         for batch in batches:
             if CORRUPT in batch:
                 self.corrupt.book(batch[CORRUPT])
@@ -244,10 +247,10 @@ class Dataset:
 def whole_split(dataset: Dataset, split: str) -> Batch:
     """Returns this process's share of a split as one batch, without padding.
 
-    For splits that fit into memory, such as the held-out images that a search draws from.
+    The split has to fit into memory, as the validation images of a search do.
     """
-    parts = list(dataset.eval_batches(split))
+    batches = list(dataset.eval_batches(split))
     return {
-        name: np.concatenate([part[name][part["weight"] > 0] for part in parts])
+        name: np.concatenate([batch[name][batch["weight"] > 0] for batch in batches])
         for name in ("image", "label")
     }

@@ -1,4 +1,4 @@
-"""Crops of one image on the host, with Pillow: how photographs become images of one size."""
+"""Crops of single images on the host, with Pillow: photographs become images of one size."""
 
 import io
 import math
@@ -6,35 +6,35 @@ import math
 import numpy as np
 from PIL import Image
 
-MIN_AREA = 0.08  # smallest part of an image that a random crop covers (Szegedy et al., section 6)
-CROP_RATIO = (3 / 4, 4 / 3)  # width over height of a random crop (ditto)
-CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, whose accuracies are the usual reference
-RESIZE_FACTOR = 256 / 224  # short side over crop side in evaluation, the usual ImageNet protocol
-REDUCTIONS = (8, 4, 2)  # by which JPEG decoders shrink at once, by the transform's low frequencies
-MODES = {1: "L", 3: "RGB"}  # Pillow's name for images with so many channels
+MIN_AREA = 0.08  # smallest fraction of an image that a random crop covers (Szegedy et al., sec. 6)
+CROP_RATIO = (3 / 4, 4 / 3)  # range of width over height of a random crop (ditto)
+CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, the usual reference
+RESIZE_FACTOR = 256 / 224  # short side over crop side in evaluation: usual ImageNet protocol
+REDUCTIONS = (8, 4, 2)  # factors by which JPEG decoders can downscale: they skip frequencies
+MODES = {1: "L", 3: "RGB"}  # number of channels -> Pillow's mode
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Box = tuple[int, int, int, int]
-"""Left, top, right and bottom edge, in pixels; right and bottom lie just outside."""
+"""Left, top, right and bottom edge, in pixels; right and bottom are exclusive."""
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Opens an image without decoding it: its size is known, its pixels come when asked for.
+    """Opens an image without decoding it: reads its size; its pixels are decoded on demand.
 
     Raises:
-        ValueError: more pixels than Pillow's limit (about 90 million), which are taken for a
-            damaged header whatever becomes of Pillow's warning of them.
-        Exception: others of Pillow's, where it is no image that Pillow knows.
+        ValueError: the image has more pixels than Pillow's limit (about 90 million). The header is
+            taken for damaged, whether or not Pillow's own warning is shown.
+        Exception: another error of Pillow; the format is unknown to it.
     """
     image = Image.open(io.BytesIO(encoded))
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and image.width * image.height > most:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than Pillow's limit {most}")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than Pillow's limit {limit}")
     return image
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Converts an image to one (gray) or three (RGB) channels; it is copied only if need be."""
+    """Converts an image to one (gray) or three (RGB) channels; copies it only if necessary."""
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
@@ -49,14 +49,14 @@ def random_box(
     """Draws a box of random area and aspect ratio inside an image.
 
     Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        rng: source of the randomness; it is advanced.
-        min_area: smallest part of the image that the box covers, in (0, 1].
+        width: width of the image, in pixels.
+        height: height of the image, in pixels.
+        rng: random number generator; it is advanced.
+        min_area: smallest fraction of the image that the box covers, in (0, 1].
 
     Returns:
-        The box. Where ten draws do not fit the image, the largest central box whose aspect ratio is
-        allowed.
+        The box; if none of ten draws fits into the image, the largest central box of an allowed
+        aspect ratio.
 
     References:
         Szegedy et al., Going Deeper with Convolutions, CVPR 2015,
@@ -77,7 +77,7 @@ def random_box(
 
 
 def center_box(width: int, height: int, *, box_width: int, box_height: int) -> Box:
-    """Returns the box of the given size in the middle of an image."""
+    """Returns the box of the given size at the center of an image."""
     left, top = (width - box_width) // 2, (height - box_height) // 2
     return left, top, left + box_width, top + box_height
 
@@ -95,45 +95,48 @@ def random_resized_crop(
     """Cuts a random box out of an image and resizes it.
 
     Args:
-        image: opened, or decoded.
+        image: image, opened or decoded.
         size: height and width of the result, in pixels.
-        channels: of the result, 1 or 3.
-        rng: decides the box; it is advanced.
+        channels: number of channels of the result, 1 or 3.
+        rng: random number generator that draws the box; it is advanced.
         min_area: as in `random_box`.
-        interpolation: a key of `INTERPOLATIONS`; where it shrinks, it averages (antialiasing).
+        interpolation: a key of `INTERPOLATIONS`; downscaling is antialiased.
         reduced: whether to decode a JPEG whose box is at least twice as large as `size` at a half,
-            a quarter or an eighth of its size, never below `size`: faster, not quite the same.
+            a quarter or an eighth of its resolution, never below `size`. This is faster; pixels
+            differ slightly.
     """
     box = random_box(image.width, image.height, rng=rng, min_area=min_area)
     smaller = reduce_decoding(image, box, size=size) if reduced else None
     image, resample = to_channels(image, channels), INTERPOLATIONS[interpolation]
     if smaller is not None:
         return image.resize((size, size), resample, box=smaller)
-    # Cut first, as torchvision does: `box` would look at pixels just outside, and saves next to
-    # nothing.
+    # Crop first, as torchvision does: resize(box=...) would also read pixels just outside the box,
+    # and it saves almost no time.
     return image.crop(box).resize((size, size), resample)
 
 
 def reduce_decoding(
     image: Image.Image, box: Box, *, size: int
 ) -> tuple[float, float, float, float] | None:
-    """Makes Pillow decode a JPEG smaller, while `box` keeps `size` pixels at least.
+    """Sets Pillow to decode a JPEG at a lower resolution, with `box` at least `size` pixels wide.
 
     Args:
-        image: opened, not decoded yet; it is changed.
-        box: the part of the image that is wanted.
-        size: height and width that it will be resized to.
+        image: image, opened but not yet decoded; it is changed.
+        box: part of the image that is needed.
+        size: height and width to which the box will be resized, in pixels.
 
     Returns:
-        The box in pixels of the smaller image; None where nothing is made smaller: other formats
-        than JPEG, and boxes less than twice as large as `size`.
+        The box in pixels of the smaller image. None if the resolution stays: the format is not
+        JPEG, or the box is less than twice as large as `size`.
     """
     width, height = image.size
     shortest = min(box[2] - box[0], box[3] - box[1])
     factor = next((factor for factor in REDUCTIONS if shortest >= factor * size), 1)
     if factor == 1 or image.draft(image.mode, (width // factor, height // factor)) is None:
         return None
-    left, top, right, bottom = (edge / factor for edge in box)  # a last pixel may lie half outside
+    left, top, right, bottom = (
+        edge / factor for edge in box
+    )  # the last pixel may lie half outside
     return left, top, right, bottom
 
 
@@ -145,15 +148,15 @@ def resize_and_center_crop(
     resize_factor: float = RESIZE_FACTOR,
     interpolation: str = "bilinear",
 ) -> Image.Image:
-    """Resizes the short side to `size` x `resize_factor` and keeps the middle: for evaluation.
+    """Resizes the short side to `size` x `resize_factor` and crops the center, for evaluation.
 
-    Only the pixels that are kept are computed, which takes about a half of the time of resizing
-    the whole image. They are the same but for rounding: one level in a few pixels of a thousand.
+    Only the pixels of the crop are computed, in about half the time of resizing the whole image.
+    Rounding changes a few pixels in a thousand, by one level.
 
     Args:
-        image: opened, or decoded.
+        image: image, opened or decoded.
         size: height and width of the result, in pixels.
-        channels: of the result, 1 or 3.
+        channels: number of channels of the result, 1 or 3.
         resize_factor: short side over `size`, at least 1.
         interpolation: as in `random_resized_crop`.
     """

@@ -1,9 +1,9 @@
-"""Images in one folder for each class, as ImageNet is usually unpacked.
+"""Images in one folder per class, the usual layout of ImageNet.
 
     PATH/train/<class>/....JPEG
     PATH/val/<class>/....JPEG      (or validation, or test)
 
-The class folders' names in sorted order are the labels. Images may lie in folders below these.
+The labels are the indices of the sorted names of the class folders, which may have subfolders.
 """
 
 import functools
@@ -19,9 +19,9 @@ from mpq_jax.data.reading import Reading
 from mpq_jax.data.streaming import EncodedImages
 
 TRAIN = "train"
-TEST = ("val", "validation", "test")  # the first of them that exists is tested on
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")  # in any case of letters
-SHOWN = 5  # names in an error message
+TEST = ("val", "validation", "test")  # the first that exists holds the test images
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")  # in upper or lower case
+SHOWN = 5  # most names in an error message
 
 
 def load(
@@ -31,12 +31,12 @@ def load(
     path: str | os.PathLike[str],
     image_size: int = 224,
 ) -> Dataset:
-    """Finds the images of a folder, which are read whenever they are needed.
+    """Lists the images of a folder; they are read when they are needed.
 
     Args:
-        plan: how the dataset is split, shuffled and shared between processes.
-        reading: how images are decoded and cropped.
-        path: the folder that holds "train" and one of "val", "validation" and "test".
+        plan: splitting, shuffling and sharding of the dataset.
+        reading: decoding and cropping options.
+        path: path of the folder that holds "train" and one of "val", "validation" and "test".
         image_size: side of the images in a batch, in pixels.
 
     Returns:
@@ -64,43 +64,43 @@ def load(
 
 def find_splits(root: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """Returns the folders of training and test images."""
-    found = sorted(entry.name for entry in os.scandir(root)) if root.is_dir() else None
-    test = next((name for name in TEST if found and name in found), None)
-    if found is None or TRAIN not in found or test is None:
-        holds = "is no folder" if found is None else f"holds {_some(found)}"
+    names = sorted(entry.name for entry in os.scandir(root)) if root.is_dir() else None
+    test = next((name for name in TEST if names and name in names), None)
+    if names is None or TRAIN not in names or test is None:
+        holds = "is not a folder" if names is None else f"holds {_some(names)}"
         raise FileNotFoundError(
             f"{str(root)!r} {holds}; wanted a folder that holds {TRAIN!r} and one of {list(TEST)}, "
-            "each with a folder of images for every class"
+            "each with one folder of images per class"
         )
     return root / TRAIN, root / test
 
 
 def class_names(folder: pathlib.Path) -> list[str]:
-    """Returns the names of the class folders, sorted: their places are the labels."""
+    """Returns the sorted names of the class folders; their indices are the labels."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
-        found = sorted(entry.name for entry in os.scandir(folder))
+        names = sorted(entry.name for entry in os.scandir(folder))
         raise ValueError(
-            f"{folder} has no folders, one for each class; it holds {_some(found)} "
-            f"({len(found)} files in all)"
+            f"{folder} has no class folders; it holds {_some(names)} ({len(names)} files in all)"
         )
     return classes
 
 
 def open_split(folder: pathlib.Path, classes: list[str]) -> EncodedImages:
-    """Lists all images of a split, sorted by class and name: equal on every process.
+    """Lists all images of a split, sorted by class and name, so that all processes agree.
 
-    Paths are kept as one array of bytes: small, and quick to hand to worker processes.
+    The paths are stored as one array of bytes, which is small and quick to send to workers.
     """
     files = [sorted(find_images(folder, name)) for name in classes]
-    empty = [name for name, found in zip(classes, files, strict=True) if not found]
+    empty = [name for name, paths in zip(classes, files, strict=True) if not paths]
     if empty:
         raise ValueError(
             f"{len(empty)} of {len(classes)} class folders in {folder} have no images "
             f"({', '.join(EXTENSIONS)}): {_some(empty)}"
         )
-    paths = np.array([path for found in files for path in found], np.bytes_)
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found) for found in files])
+    paths = np.array([path for class_files in files for path in class_files], np.bytes_)
+    counts = [len(class_files) for class_files in files]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     return EncodedImages(
         len(paths),
         functools.partial(_read, os.fsencode(folder), paths, labels),
@@ -109,7 +109,7 @@ def open_split(folder: pathlib.Path, classes: list[str]) -> EncodedImages:
 
 
 def find_images(root: pathlib.Path, folder: str) -> Iterator[bytes]:
-    """Yields the path of each image in a folder and those below it, from `root`, in no order."""
+    """Yields the images in a folder and its subfolders as paths from `root`, in any order."""
     with os.scandir(root / folder) as entries:
         for entry in entries:
             path = f"{folder}/{entry.name}"
@@ -134,7 +134,7 @@ def _name(folder: pathlib.Path, paths: np.ndarray, index: int) -> str:
 
 
 def _some(names) -> str:
-    """Returns the first few of some names, and how many there are."""
+    """Lists the first few names and the number of the others."""
     names = sorted(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{names[:SHOWN]}{more}" if names else "none"

@@ -1,4 +1,4 @@
-"""Datasets held in memory: arrays of images, each read by plain indexing."""
+"""Datasets held in memory: arrays of images, read by indexing."""
 
 import functools
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from jaxtyping import Float64, Int, Int32, UInt8
 
 from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, split_heldout
 
-STATISTICS_CHUNK = 1024  # Images whose squares are held at once; bounds the memory needed.
+STATISTICS_CHUNK = 1024  # images squared at a time; bounds the memory
 
 
 class Examples(NamedTuple):
@@ -26,9 +26,9 @@ def take(examples: Examples, indices: Int[np.ndarray, " batch"]) -> Batch:
 def channel_statistics(
     images: UInt8[np.ndarray, "images height width channel"],
 ) -> tuple[Float64[np.ndarray, " channel"], Float64[np.ndarray, " channel"]]:
-    """Returns mean and standard deviation of each channel, on the 0 to 1 scale.
+    """Computes the mean and the standard deviation of each channel, on the 0 to 1 scale.
 
-    A channel that never changes gets standard deviation one, so that normalizing is harmless.
+    A constant channel gets standard deviation one, so that normalization leaves it finite.
     """
     total = np.zeros(images.shape[-1], np.int64)
     total_of_squares = np.zeros(images.shape[-1], np.int64)
@@ -46,18 +46,18 @@ def channel_statistics(
 def make_dataset(
     train: Examples, test: Examples, *, name: str, num_classes: int, plan: BatchPlan
 ) -> Dataset:
-    """Makes a dataset of images held in memory.
+    """Builds a dataset of images held in memory.
 
     Args:
-        train: all training images; some of them are held out, as `plan` says.
-        test: the test images, of the same shape.
-        name: what the dataset is called in logs and tables.
+        train: all training images, including those that `plan` holds out for validation.
+        test: test images of the same shape.
+        name: name of the dataset in logs and tables.
         num_classes: number of classes.
-        plan: how the dataset is split, shuffled and shared between processes.
+        plan: splitting, shuffling and sharding of the dataset.
 
     Returns:
-        The dataset. Its mean and std are those of all images in `train`, held out or not, so that
-        they depend neither on the seed nor on the held-out fraction.
+        The dataset. Its mean and std are those of all images in `train`, including the validation
+        images, so that they depend neither on the seed nor on `heldout_fraction`.
     """
     mean, std = channel_statistics(train.images)
     train_indices, heldout_indices = split_heldout(len(train.labels), plan=plan)

@@ -1,7 +1,7 @@
-"""Making batches ahead of need, by threads or by worker processes, through Grain.
+"""Prefetching of batches by threads or worker processes, through Grain.
 
-Grain's own shuffling is not used: `batches` decides the order, the same for every dataset and for
-any number of threads and processes. What is handed out is `map(make_batch, steps)`, only sooner.
+Grain's own shuffling is not used: `batches` defines the order, the same for every dataset and any
+number of threads and processes. The result equals `map(make_batch, steps)`, only sooner.
 """
 
 import multiprocessing
@@ -10,24 +10,24 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
-import grain
 import numpy as np
 
 from mpq_jax.data.batches import Batch, MakeBatch
 
-AHEAD_PER_WORKER = 1  # finished batches that a worker process holds besides those in the making
+AHEAD_PER_WORKER = 1  # finished batches buffered by a worker, besides those in progress
 
 
 def by_threads(make_batch: MakeBatch, steps: range, *, num_threads: int) -> Iterator[Batch]:
-    """Yields `make_batch` of each step in order, made ahead of need by threads.
+    """Yields `make_batch(step)` of each step in order, prefetched by threads.
 
-    Pillow decodes and resizes without holding Python's global lock.
+    Pillow releases Python's global interpreter lock while it decodes and resizes.
 
     Args:
         make_batch: a pure function of the step.
         steps: consecutive steps.
-        num_threads: number of threads, and of batches held in memory.
+        num_threads: number of threads, and of prefetched batches.
     """
     return iter(_in_threads(make_batch, steps, num_threads=num_threads))
 
@@ -35,20 +35,22 @@ def by_threads(make_batch: MakeBatch, steps: range, *, num_threads: int) -> Iter
 def by_processes(
     make_batch: MakeBatch, steps: range, *, workers: int, num_threads: int
 ) -> Iterator[Batch]:
-    """Yields `make_batch` of each step in order, made ahead of need by processes.
+    """Yields `make_batch(step)` of each step in order, prefetched by worker processes.
 
-    The processes start anew ("spawn"), which takes seconds, and end with the iterator or with this
-    process, whatever ends it.
+    The workers are spawned, which takes seconds. They end with the iterator, or with this process
+    even if it is killed.
 
     Args:
-        make_batch: a pure function of the step that can be pickled.
+        make_batch: a picklable pure function of the step.
         steps: consecutive steps.
         workers: number of processes.
-        num_threads: threads of all processes together, at least one each.
+        num_threads: total number of threads over all processes; each has at least one.
 
     Raises:
-        RuntimeError: nothing has parsed absl's flags, of which Grain has some.
+        RuntimeError: absl's flags, which Grain reads, have not been parsed.
     """
+    import grain
+
     threads = -(-num_threads // workers)
     options = grain.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=AHEAD_PER_WORKER
@@ -60,31 +62,34 @@ def by_processes(
     )
     try:
         for batch in batches:
-            # Copied, for Grain frees the shared memory that it lies in.
+            # Copied, because Grain frees the shared memory that holds it.
             yield {name: np.array(values) for name, values in batch.items()}
     except Exception as error:
         if type(error).__name__ != "UnparsedFlagAccessError":  # absl's
             raise
         raise RuntimeError(
-            f"workers is {workers}, but Grain's worker processes need absl's flags, which nothing "
-            "has parsed: absl.app.run does; elsewhere (in a notebook, say) call "
-            "absl.flags.FLAGS.mark_as_parsed() before, or set workers to 0"
+            f"workers is {workers}, but Grain's worker processes need absl's flags, which have not "
+            "been parsed. absl.app.run parses them; elsewhere, as in a notebook, call "
+            "absl.flags.FLAGS.mark_as_parsed() first, or set workers to 0"
         ) from error
     finally:
         batches.close()
 
 
-def _in_threads(make_batch: MakeBatch, steps: range, *, num_threads: int) -> grain.IterDataset:
+def _in_threads(make_batch: MakeBatch, steps: range, *, num_threads: int) -> Any:
+    """Makes a `grain.IterDataset` that reads ahead by threads."""
+    import grain  # takes a second
+
     batches = grain.MapDataset.range(steps.start, steps.stop).map(make_batch)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
     return batches.to_iter_dataset(options)
 
 
 def _end_with_program(worker: int, workers: int) -> None:
-    """Makes a worker end when the program does, even if that was killed (Grain's would stay).
+    """Ends a worker with the main process, even a killed one; Grain's workers would live on.
 
-    Signals that ask to stop often go to all processes at once. Workers leave them to the program,
-    which may need some more batches until it has saved its state.
+    Schedulers often send SIGTERM to all processes at once. Workers ignore it, because the main
+    process may need more batches until it has saved its state.
     """
     del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):

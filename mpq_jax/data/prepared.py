@@ -4,22 +4,20 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core import file_adapters, read_only_builder
-from tensorflow_datasets.core.utils import file_utils
 
+from mpq_jax import extras
 from mpq_jax.data import crops
 from mpq_jax.data.streaming import EncodedImages
 
 
 class Stored(NamedTuple):
-    """The two splits of a prepared dataset, and what TFDS knows of their images.
+    """The two splits of a prepared dataset, with TFDS's description of their images.
 
     Attributes:
         name: TFDS name.
-        train: the training images.
-        test: the test images.
-        image_shape: height, width and channels; height or width is None where images differ.
+        train: training images.
+        test: test images.
+        image_shape: height, width and channels; height or width is None if it varies.
         num_classes: number of classes.
     """
 
@@ -36,10 +34,12 @@ def open_stored(
     """Opens a prepared dataset.
 
     Args:
-        dataset: its TFDS name, such as "cifar10" or "name/config:1.0.0".
+        dataset: TFDS name of the dataset, such as "cifar10" or "name/config:1.0.0".
         data_dir: folder of prepared datasets; None or "" for TFDS's own.
-        test_split: TFDS name of the split to test on.
+        test_split: TFDS name of the test split.
     """
+    with extras.needs("data", f"reading the TFDS dataset {dataset!r}"):
+        import tensorflow_datasets as tfds
     builder = _find_prepared(dataset, data_dir=data_dir)
     features: Any = builder.info.features
     keys: Any = builder.info.supervised_keys or ("image", "label")
@@ -48,7 +48,7 @@ def open_stored(
     image: Any = features[keys[0]]
     label: Any = features[keys[1]]
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
-        raise ValueError(f"{dataset}: {keys[0]!r} is {image}; it must be an image of uint8")
+        raise ValueError(f"{dataset}: {keys[0]!r} is {image}; it must be a uint8 image")
     if not isinstance(label, tfds.features.ClassLabel) or label.num_classes is None:
         raise ValueError(
             f"{dataset}: {keys[1]!r} is {label}; it must be one label of a known number of classes"
@@ -63,9 +63,12 @@ def open_stored(
     return Stored(dataset, train, test, (height, width, channels), label.num_classes)
 
 
-def _find_prepared(
-    dataset: str, *, data_dir: str | os.PathLike[str] | None
-) -> tfds.core.DatasetBuilder:
+def _find_prepared(dataset: str, *, data_dir: str | os.PathLike[str] | None) -> Any:
+    """Returns the `tfds.core.DatasetBuilder` of a dataset that can be read in random order."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import file_adapters, read_only_builder
+    from tensorflow_datasets.core.utils import file_utils
+
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     searched = [os.fspath(path) for path in file_utils.list_data_dirs(given_data_dir=data_dir)]
     prepare = f"pip install tensorflow; tfds build {dataset} --file_format=array_record"
@@ -80,14 +83,15 @@ def _find_prepared(
     if not formats & set(file_adapters.FileFormat.with_random_access()):
         raise ValueError(
             f"{dataset} in {searched} is stored as {sorted(form.value for form in formats)}, which "
-            f"cannot be read in random order; prepare it again: {prepare}"
+            f"has no random access; prepare it again: {prepare}"
         )
     return builder
 
 
-def _open_split(
-    builder: tfds.core.DatasetBuilder, split: str, *, keys: tuple[str, str]
-) -> EncodedImages:
+def _open_split(builder: Any, split: str, *, keys: tuple[str, str]) -> EncodedImages:
+    """Opens one split of a `tfds.core.DatasetBuilder`."""
+    import tensorflow_datasets as tfds
+
     if split not in builder.info.splits:
         raise ValueError(
             f"{builder.info.name} has no split {split!r}; it has {sorted(builder.info.splits)} "
@@ -98,7 +102,7 @@ def _open_split(
     source = open_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
 
     def read(indices: list[int]) -> list[tuple[bytes, int]]:
-        examples = source.__getitems__(indices)  # thrice as fast as one by one
+        examples = source.__getitems__(indices)  # three times as fast as one at a time
         return [(example[image_key], int(example[label_key])) for example in examples]
 
     [(_, first_label)] = read([0])

@@ -1,4 +1,4 @@
-"""Datasets too large for memory: images are decoded and cropped as they are needed."""
+"""Datasets too large for memory: images are decoded and cropped when they are needed."""
 
 import functools
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from mpq_jax.data import corrupt, crops, prefetch
 from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, split_heldout
 from mpq_jax.data.reading import Reading
 
-CROP_STREAM, REPLACEMENT_STREAM = 3, 4  # Apart from the other random streams of the seed.
+CROP_STREAM, REPLACEMENT_STREAM = 3, 4  # separate from the other random streams of the seed
 READ_CHUNK = 64  # images whose encoded bytes are held at once
-REPLACEMENTS = 16  # images that are tried in place of a corrupt one
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB; the usual values, see torchvision.transforms
+REPLACEMENTS = 16  # attempts to replace a corrupt image
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB; the usual values, see torchvision.transforms
 IMAGENET_STD = (0.229, 0.224, 0.225)  # ditto
 
 
 class EncodedImages(NamedTuple):
-    """Images as they are stored.
+    """Stored images, not yet decoded.
 
     Attributes:
         size: number of images.
-        read: maps indices to encoded images (PNG, JPEG, ...) with their labels; threads share it.
-        name: maps an index to what the image is called in messages.
+        read: thread-safe function from indices to encoded images (PNG, JPEG, ...) and labels.
+        name: function from an index to the name of the image in messages.
     """
 
     size: int
@@ -44,13 +44,14 @@ def read_batch(
 
     Args:
         source: the stored images.
-        indices: which images.
+        indices: indices of the images to read.
         image_shape: height, width and channels of the transformed images.
-        transform: maps an opened image, and its place in `indices`, to an image of that shape.
+        transform: function from an opened image and its position in `indices` to an image of that
+            shape.
 
     Returns:
-        The batch, and for each place whose image could not be decoded (zeros in the batch) the
-        image's name and what was wrong with it.
+        The batch, and the failures: the name and the reason of each image that could not be
+        decoded, by its position in the batch, where the pixels are zero.
     """
     batch = {
         "image": np.zeros((len(indices), *image_shape), np.uint8),
@@ -59,20 +60,20 @@ def read_batch(
     failures = {}
     for start in range(0, len(indices), READ_CHUNK):
         chunk = indices[start : start + READ_CHUNK].tolist()
-        for place, (encoded, label) in enumerate(source.read(chunk), start):
-            batch["label"][place] = label
+        for position, (encoded, label) in enumerate(source.read(chunk), start):
+            batch["label"][position] = label
             try:
                 with crops.open_image(encoded) as image:
-                    batch["image"][place] = crops.to_array(transform(image, place))
-            except Exception as error:  # Pillow's decoders raise nearly all kinds of them
-                failures[place] = source.name(chunk[place - start]), describe(error)
+                    batch["image"][position] = crops.to_array(transform(image, position))
+            except Exception as error:  # Pillow's decoders raise nearly every type
+                failures[position] = source.name(chunk[position - start]), describe(error)
     return batch, failures
 
 
 def describe(error: Exception) -> str:
-    """Returns one line on what is wrong with an image."""
+    """Describes a decoding error in one line."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "no image that Pillow knows"  # its own message has an address in memory
+        return "not an image format known to Pillow"  # its own message contains a memory address
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -86,27 +87,28 @@ def read_training(
     seed: int,
     reading: Reading,
 ) -> Batch:
-    """Reads images for training, each cropped as the seed and its row say.
+    """Reads images for training, with random crops seeded by position.
 
-    A corrupt image is replaced by another one, which the seed and the row decide as well.
+    A corrupt image is replaced by a randomly drawn one. The crop and the replacement are functions
+    of `seed` and the image's position in the stream of training examples.
 
     Args:
         source: the stored images.
         candidates: indices of all training images, from which replacements are drawn.
-        indices: which images.
-        rows: their places in the endless row of training images.
+        indices: indices of the images to read.
+        rows: their positions in the stream of training examples.
         image_shape: height, width and channels of the crops; height and width are equal.
-        seed: of the random crops.
-        reading: how images are decoded and cropped.
+        seed: seed of the random crops.
+        reading: decoding and cropping options.
     """
 
     def read(indices: np.ndarray, rows: np.ndarray) -> tuple[Batch, dict[int, tuple[str, str]]]:
-        def crop(image: Image.Image, place: int) -> Image.Image:
+        def crop(image: Image.Image, position: int) -> Image.Image:
             return crops.random_resized_crop(
                 image,
                 size=image_shape[0],
                 channels=image_shape[-1],
-                rng=np.random.default_rng((seed, CROP_STREAM, int(rows[place]))),
+                rng=np.random.default_rng((seed, CROP_STREAM, int(rows[position]))),
                 min_area=reading.min_area,
                 interpolation=reading.interpolation,
                 reduced=reading.reduced_decoding,
@@ -115,21 +117,23 @@ def read_training(
         return read_batch(source, indices, image_shape=image_shape, transform=crop)
 
     batch, failures = read(indices, rows)
-    booked = list(failures.values())
-    for place in failures:
-        rng = np.random.default_rng((seed, REPLACEMENT_STREAM, int(rows[place])))
+    all_failures = list(failures.values())  # of replacements too
+    for position in failures:
+        rng = np.random.default_rng((seed, REPLACEMENT_STREAM, int(rows[position])))
         for index in rng.choice(candidates, REPLACEMENTS):
-            other, failed = read(np.array([index]), rows[place : place + 1])
+            other, failed = read(np.array([index]), rows[position : position + 1])
             if not failed:
-                batch["image"][place], batch["label"][place] = other["image"][0], other["label"][0]
+                for name in ("image", "label"):
+                    batch[name][position] = other[name][0]
                 break
-            booked += failed.values()
+            all_failures += failed.values()
         else:
             raise corrupt.CorruptImagesError(
-                f"{REPLACEMENTS} training images, drawn at random in place of {booked[0][0]}, "
-                f"cannot be decoded either; the last is {booked[-1][0]} ({booked[-1][1]})"
+                f"{REPLACEMENTS} training images, drawn at random to replace {all_failures[0][0]}, "
+                f"cannot be decoded either; the last is {all_failures[-1][0]} "
+                f"({all_failures[-1][1]})"
             )
-    return batch | corrupt.pack(booked)
+    return batch | corrupt.pack(all_failures)
 
 
 def read_evaluation(
@@ -139,13 +143,13 @@ def read_evaluation(
     image_shape: tuple[int, int, int],
     reading: Reading,
 ) -> Batch:
-    """Reads images for evaluation: the middle of each; corrupt ones get "weight" 0.
+    """Reads the center crops of images for evaluation; corrupt images get "weight" 0.
 
     Arguments as in `read_training`.
     """
 
-    def crop(image: Image.Image, place: int) -> Image.Image:
-        del place
+    def crop(image: Image.Image, position: int) -> Image.Image:
+        del position
         return crops.resize_and_center_crop(
             image,
             size=image_shape[0],
@@ -170,16 +174,16 @@ def make_dataset(
     plan: BatchPlan,
     reading: Reading,
 ) -> Dataset:
-    """Makes a dataset of images that are read and decoded whenever they are needed.
+    """Builds a dataset of images that are read and decoded when they are needed.
 
     Args:
-        train: all training images; some of them are held out, as `plan` says.
-        test: the test images.
-        name: what the dataset is called in logs and tables.
+        train: all training images, including those that `plan` holds out for validation.
+        test: test images.
+        name: name of the dataset in logs and tables.
         num_classes: number of classes.
         image_shape: height, width and channels of the crops; height and width are equal.
-        plan: how the dataset is split, shuffled and shared between processes.
-        reading: how images are decoded and cropped.
+        plan: splitting, shuffling and sharding of the dataset.
+        reading: decoding and cropping options.
 
     Returns:
         The dataset. Its mean and std are ImageNet's for three channels, and 0.5 for one.

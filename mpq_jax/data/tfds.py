@@ -1,7 +1,7 @@
 """Image classification datasets of TensorFlow Datasets (TFDS), read without TensorFlow.
 
 Small images of one size are decoded once into memory. All others are streamed: decoded, cropped and
-resized as they are needed.
+resized when they are needed.
 """
 
 import math
@@ -15,7 +15,7 @@ from mpq_jax.data.batches import Batch, BatchPlan, Dataset
 from mpq_jax.data.prepared import Stored, open_stored
 from mpq_jax.data.reading import Reading
 
-LARGEST_IN_MEMORY = 2**30  # bytes of decoded images kept in memory unless told to keep more
+MAX_BYTES_IN_MEMORY = 2**30  # decoded images kept in memory by default
 DECODE_CHUNK = 1024  # images that a thread decodes at a time
 
 
@@ -32,19 +32,20 @@ def load(
     """Loads a prepared TFDS dataset of images with one label each.
 
     Args:
-        plan: how the dataset is split, shuffled and shared between processes.
-        reading: how streamed images are decoded and cropped.
-        dataset: its TFDS name, such as "cifar10", "imagenet2012" or "name/config:1.0.0".
+        plan: splitting, shuffling and sharding of the dataset.
+        reading: decoding and cropping options of streamed images.
+        dataset: TFDS name of the dataset, such as "cifar10", "imagenet2012" or "name/config:1.0.0".
         data_dir: folder of prepared datasets; None or "" for TFDS's own.
-        test_split: TFDS name of the split to test on; "validation" for imagenet2012.
+        test_split: TFDS name of the test split; "validation" for imagenet2012.
         image_size: side of the images in a batch, in pixels. Streamed images are cropped and
-            resized to it as is usual for ImageNet.
-        in_memory: whether to decode all images once, whole, into memory. None does so if they have
-            one known size (which is `image_size`, if given) and take less than 1 GiB together.
+            resized to it by the usual ImageNet protocol.
+        in_memory: whether to decode all images once into memory, without cropping. None decides by
+            size: in memory if all images have one known size (`image_size`, if given) and take
+            less than 1 GiB together.
 
     Returns:
-        The dataset, named as `dataset`. Its mean and std are those of the training images in
-        memory, or as in `streaming.make_dataset`.
+        The dataset, named `dataset`. Its mean and std are those of the training images in memory;
+        for streamed images, see `streaming.make_dataset`.
     """
     stored = open_stored(dataset, data_dir=data_dir, test_split=test_split)
     if fits_in_memory(stored, image_size=image_size) if in_memory is None else in_memory:
@@ -55,7 +56,7 @@ def load(
 
 
 def whole_shape(stored: Stored, *, image_size: int | None) -> tuple[int, int, int] | None:
-    """Returns the shape of all images, if it is known and no other size is wanted; else None."""
+    """Returns the common shape of all images; None if unknown or not of side `image_size`."""
     height, width, channels = stored.image_shape
     if height is None or width is None:
         return None
@@ -65,10 +66,10 @@ def whole_shape(stored: Stored, *, image_size: int | None) -> tuple[int, int, in
 
 
 def fits_in_memory(stored: Stored, *, image_size: int | None) -> bool:
-    """Returns whether all images can be kept whole, as `whole_shape` says, in less than 1 GiB."""
+    """Whether all images share a shape, by `whole_shape`, and take less than 1 GiB together."""
     shape = whole_shape(stored, image_size=image_size)
     num_images = stored.train.size + stored.test.size
-    return shape is not None and num_images * math.prod(shape) < LARGEST_IN_MEMORY
+    return shape is not None and num_images * math.prod(shape) < MAX_BYTES_IN_MEMORY
 
 
 def load_in_memory(
@@ -78,8 +79,9 @@ def load_in_memory(
     shape = whole_shape(stored, image_size=image_size)
     if shape is None:
         raise ValueError(
-            f"in_memory needs images of one size, that of image_size; {stored.name} has images "
-            f"{stored.image_shape} and image_size is {image_size}; drop in_memory to stream them"
+            f"in_memory needs images of one size, which is image_size if given; {stored.name} has "
+            f"images {stored.image_shape} and image_size is {image_size}; drop in_memory to stream "
+            "them"
         )
     train, test = (
         _decode_all(source, image_shape=shape, num_threads=num_threads)
@@ -97,11 +99,11 @@ def load_streamed(
     plan: BatchPlan,
     reading: Reading,
 ) -> Dataset:
-    """Reads the images whenever they are needed; arguments as in `load`."""
+    """Streams the images when they are needed; arguments as in `load`."""
     if image_size is None:
         raise ValueError(
-            f"{stored.name} has images {stored.image_shape}, to be cropped as they are read, but "
-            "image_size is None; give their side in pixels, such as image_size=224"
+            f"{stored.name} has images {stored.image_shape}, which are cropped when they are read, "
+            "but image_size is None; set it to the side of the crops in pixels: image_size=224"
         )
     return streaming.make_dataset(
         stored.train,
@@ -117,15 +119,15 @@ def load_streamed(
 def _decode_all(
     source: streaming.EncodedImages, *, image_shape: tuple[int, int, int], num_threads: int
 ) -> memory.Examples:
-    def whole(image: Image.Image, place: int) -> Image.Image:
-        del place
+    def keep_size(image: Image.Image, position: int) -> Image.Image:
+        del position
         return crops.to_channels(image, image_shape[-1])
 
     def read_chunk(chunk: int) -> Batch:
         start = chunk * DECODE_CHUNK
         indices = np.arange(start, min(start + DECODE_CHUNK, source.size))
         batch, failures = streaming.read_batch(
-            source, indices, image_shape=image_shape, transform=whole
+            source, indices, image_shape=image_shape, transform=keep_size
         )
         if failures:
             name, reason = next(iter(failures.values()))
@@ -134,5 +136,5 @@ def _decode_all(
 
     chunks = range(-(-source.size // DECODE_CHUNK))
     decoded = list(prefetch.by_threads(read_chunk, chunks, num_threads=num_threads))
-    images, labels = (np.concatenate([c[name] for c in decoded]) for name in ("image", "label"))
+    images, labels = (np.concatenate([b[name] for b in decoded]) for name in ("image", "label"))
     return memory.Examples(images, labels)

@@ -5,7 +5,6 @@ to them. They are kept, so that the network exported later is the network tested
 """
 
 import pathlib
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from mpq_jax.export import safetensors_file
 from mpq_jax.program import paths
 from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.fingerprint import fingerprint
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 

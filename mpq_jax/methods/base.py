@@ -1,4 +1,4 @@
-"""The record of a training method: pure functions that a training loop calls."""
+"""The record of a training method: pure functions called by the training loop."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -12,18 +12,18 @@ from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.supernet import Supernet, SupernetState
 
 PyTree = Any
-Batch = dict[str, Array]  # "image" [batch, ...] as the data gives it, "label" int32 [batch]
+Batch = dict[str, Array]  # "image" [batch, ...] as read from the dataset, "label" int32 [batch]
 
 
 class TrainingInfo(NamedTuple):
-    """The length of a run, and how its batches are prepared.
+    """Length of a run, and preparation of its batches.
 
     Attributes:
-        epochs: passes over the training data.
-        steps_per_epoch: batches of one pass.
-        prepare: `(batch, key) -> float images`, augmentation and normalization, traceable.
-        images: reads and prepares training images, [batches, batch, ...], for methods that
-            re-estimate norm statistics; None: the statistics of training are kept.
+        epochs: number of passes over the training data.
+        steps_per_epoch: number of batches in one pass.
+        prepare: `(batch, key) -> float images`: augmentation and normalization, traceable.
+        images: function that reads and prepares training images, [batches, batch, ...], for
+            methods that recalibrate norm statistics; None: they keep those of training.
         partition: division of every batch among devices and into micro-batches.
     """
 
@@ -35,7 +35,7 @@ class TrainingInfo(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the run."""
         return self.epochs * self.steps_per_epoch
 
 
@@ -43,10 +43,10 @@ class LearnedScheme(NamedTuple):
     """A network whose bits were learned in training.
 
     Attributes:
-        net: the network; each layer has its learned bits as its only candidates.
-        state: its state, an ordinary supernet's.
-        bits: ways to count its bits, by name; "integers" are those of the table.
-        layouts: the bits that the integers of a layer are made of, by path, for people to read.
+        net: supernet in which the learned bits of each layer are its only candidates.
+        state: state of that supernet.
+        bits: configurations by the way of counting bits; "integers" are those of the table.
+        layouts: readable description of the bits in each layer's integers, by path.
     """
 
     net: Supernet
@@ -55,29 +55,44 @@ class LearnedScheme(NamedTuple):
     layouts: dict[str, str]
 
 
-class Method(NamedTuple):
-    """The functions of one method, made for one model and one run.
+class TrainingCurves(NamedTuple):
+    """Curves of a training run that learned bits.
 
     Attributes:
-        table: the layers as the method uses them; costs must use this table.
-        init: `(start variables, normalized images, labels) -> state`; some methods need no
-            labels. The state is a pytree of arrays with a field `step`; it holds all that a
+        layers: bits of each layer by epoch, by its path.
+        label: unit of these bits, such as "planes".
+        panels: further curves by epoch: {label of the axis: {label of the curve: values}}.
+    """
+
+    layers: dict[str, list[float]]
+    label: str
+    panels: dict[str, dict[str, list[float]]]
+
+
+class Method(NamedTuple):
+    """The functions of one method, for one model and one run.
+
+    Attributes:
+        table: layers as the method uses them; costs must use this table.
+        init: `(initial variables, normalized images, labels) -> state`; some methods need no
+            labels. The state is a pytree of arrays with a field `step`; it holds everything that a
             resumed run needs.
-        train_step: `(state, batch, key) -> (state, metrics)`, compiled inside; it consumes the
-            state it is given. Metrics are scalars.
-        on_epoch: `(state, epoch) -> (state, events)`, called before the first step of each
-            epoch; `events` are numbers worth logging, empty if nothing happened.
-        eval_bits: configurations to evaluate during training, by name; None: the model has no
-            bits. Methods that learn the bits have values of their own instead.
+        train_step: `(state, batch, key) -> (state, metrics)`, already compiled; the state passed in
+            is donated. Metrics are scalars.
+        on_epoch: `(state, epoch) -> (state, events)`, called before the first step of each epoch;
+            `events` are numbers to log, empty if nothing happened.
+        eval_bits: configurations to evaluate during training, by name; None as a configuration: a
+            float model. Methods that learn the bits have values of their own.
         variables: `state -> variables` for evaluation, search and export: the float model's
             `{"params", "batch_stats"}`, a `SupernetState`, or the argument of `scheme`.
         predict: `(variables, bits, normalized images) -> logits` in evaluation mode, traceable;
             bits as in `eval_bits`.
-        net: the supernet that search and export use; None: the method has none.
-        load_warm_start: `(checkpoint, float variables or their shapes) -> start variables`, taken
+        net: supernet for search and export; None: the method has none.
+        load_warm_start: `(checkpoint, float variables or their shapes) -> initial variables`, read
             from the checkpoint of another run; raises ValueError if they do not fit.
         summary: `state -> numbers` to log at the end of every epoch.
-        scheme: `variables -> LearnedScheme`, for methods that learn the bits.
+        scheme: `variables -> LearnedScheme` for methods that learn the bits; None for others.
+        curves: `logged metrics -> TrainingCurves` for methods that learn the bits; None for others.
     """
 
     table: LayerTable
@@ -91,6 +106,7 @@ class Method(NamedTuple):
     load_warm_start: Callable[[dict[str, Any], PyTree], PyTree]
     summary: Callable[[PyTree], dict[str, float]] = lambda state: {}
     scheme: Callable[[PyTree], LearnedScheme] | None = None
+    curves: Callable[[list[dict[str, Any]]], TrainingCurves] | None = None
 
 
 class MakeMethod(Protocol):
@@ -103,18 +119,35 @@ class MakeMethod(Protocol):
         ...
 
 
+class Variant(NamedTuple):
+    """Declares a method to be a variant of another one, from which it derives options.
+
+    Attributes:
+        of: key of the other method in `METHODS`.
+        name: name of the variant, as in `--config=digits:NAME`.
+        derive: `options of the other method -> values of this method's options`; the options that
+            it leaves out are this method's own.
+    """
+
+    of: str
+    name: str
+    derive: Callable[[Any], dict[str, Any]]
+
+
 class MethodFamily(NamedTuple):
     """A method before its model is known.
 
     Attributes:
         options: frozen dataclass of all hyperparameters, checked on construction.
-        make: builds the method.
-        warm_starts_from: name of the method whose network it may start from, besides a float
-            model.
-        must_match: options that must equal those of that method's run.
+        make: function that builds the method.
+        warm_starts_from: name of a method whose networks are a valid start, in addition to float
+            models; None: there is none.
+        must_match: names of options that must equal those of that method's run.
+        variant: relation to the method of which this is a variant; None: it is not a variant.
     """
 
     options: type
     make: MakeMethod
     warm_starts_from: str | None = None
     must_match: tuple[str, ...] = ()
+    variant: Variant | None = None

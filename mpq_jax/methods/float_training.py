@@ -1,4 +1,4 @@
-"""Float training: the baseline, and the start of every quantized run."""
+"""Float training: the baseline, and the usual start of a quantized run."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -30,13 +30,14 @@ class Options:
     """Hyperparameters of float training.
 
     Attributes:
-        optimizer: "sgd", with Nesterov momentum, or "adamw", which transformers want.
+        optimizer: "sgd", with Nesterov momentum, or "adamw", for transformers.
         learning_rate: highest learning rate.
         end_learning_rate: learning rate at the end of the cosine.
-        warmup: linear warm-up from zero, as a fraction of the run.
-        momentum: of SGD.
-        weight_decay: of kernels; "sgd" adds it to their gradients, "adamw" to their updates.
-        label_smoothing: 0 to 1.
+        warmup: length of the linear warm-up from zero, as a fraction of the run.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of kernels, added to their gradients ("sgd") or to their updates
+            ("adamw").
+        label_smoothing: label smoothing, 0 to 1.
     """
 
     optimizer: str = "sgd"
@@ -48,13 +49,13 @@ class Options:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        """Refuses invalid values and names the valid ones."""
+        """Raises ValueError, listing the valid values, for an invalid one."""
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}; wanted one of {OPTIMIZERS}")
 
 
 class TrainState(NamedTuple):
-    """Everything a float run needs to go on."""
+    """Everything that a float run needs to resume."""
 
     step: Int[Array, ""]
     params: PyTree
@@ -63,7 +64,7 @@ class TrainState(NamedTuple):
 
 
 def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
-    """Builds float training; the table is only passed on, since a float model has no bits."""
+    """Builds float training; the table is only passed on, because a float model has no bits."""
     schedule = optim.warmup_cosine(
         peak=options.learning_rate,
         end=options.end_learning_rate,
@@ -77,7 +78,7 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
 
     def init(variables, images, labels=None):
         del images, labels
-        # Copies: the train step consumes its state, but the variables stay the caller's.
+        # Copies, because the train step donates its state and the caller keeps the variables.
         params, batch_stats = jax.tree.map(
             jnp.array, (variables["params"], variables.get("batch_stats", {}))
         )
@@ -114,8 +115,8 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
             reduce_mean(run.partition, gradient), state.opt_state, state.params
         )
         params = optax.apply_updates(state.params, updates)
-        moved = TrainState(state.step + 1, params, batch_stats, opt_state)
-        return constrain_state(run.partition, moved), metrics | {
+        new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
+        return constrain_state(run.partition, new_state), metrics | {
             "learning_rate": schedule(state.step)
         }
 
@@ -137,7 +138,7 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
 
 
 def make_optimizer(options: Options, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Makes the optimizer that the options name, with the learning rates of a schedule."""
+    """Makes the optimizer selected by the options, with the learning rates of a schedule."""
     decay = optax.add_decayed_weights(options.weight_decay, mask=_is_kernel)
     if options.optimizer == "adamw":
         return optax.chain(optim.scale_by_adam(), decay, optax.scale_by_learning_rate(schedule))

@@ -1,4 +1,4 @@
-"""Optax pieces: learning rates by schedule and by precision, updates that skip unused rows."""
+"""Optax building blocks: schedules, learning rates by precision, updates that skip unused rows."""
 
 import math
 from collections.abc import Callable
@@ -21,23 +21,24 @@ def warmup_cosine(
     steps_per_epoch: int,
     change: Literal["step", "epoch"],
 ) -> optax.Schedule:
-    """Returns RFQuant's learning rate: linear warm-up, then a cosine that began at step 0.
+    """Makes RFQuant's schedule: linear warm-up, then a cosine that starts at step 0.
 
-    With t the part of the run that is over: `start + t / warmup (peak - start)` before `warmup`,
-    `end + (peak - end) (1 + cos(pi t)) / 2` from there on.
+    With t the completed fraction of the run, the rate is `start + t / warmup (peak - start)` before
+    `warmup` and `end + (peak - end) (1 + cos(pi t)) / 2` afterwards.
 
     Args:
         peak: highest rate.
-        end: rate at the end.
+        end: rate at the end of the run.
         start: rate at the first step of the warm-up.
         warmup: length of the warm-up as a fraction of the run.
-        steps: length of the run.
-        steps_per_epoch: optimizer steps of an epoch.
-        change: "epoch" holds the rate during an epoch (as published), "step" does not.
+        steps: length of the run in steps.
+        steps_per_epoch: optimizer steps per epoch.
+        change: unit at which the rate changes: "epoch" (constant within an epoch, as published) or
+            "step".
     """
     if change not in ("step", "epoch"):
         raise ValueError(f'change is {change!r}; wanted "step" or "epoch"')
-    warmup_steps = math.ceil(round(warmup * steps, 6))  # compared in whole steps: t is rounded
+    warmup_steps = math.ceil(round(warmup * steps, 6))  # an integer, as t has rounding errors
     held = steps_per_epoch if change == "epoch" else 1
 
     def rate(step) -> Array:
@@ -53,18 +54,18 @@ def warmup_cosine(
 def skip_unused_rows(
     inner: optax.GradientTransformation, *, row_axes: int = 2
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes every row of a parameter a parameter of its own, left alone when it was not used.
+    """Treats every row of a parameter as a separate parameter, and skips rows that were not used.
 
-    A row that no sampled configuration used has a zero gradient, yet momentum would still move
-    it. Here each row has its own state of `inner`, step counter included, and a row with `used`
-    false keeps its value and its state (as PyTorch treats a parameter whose gradient is None).
+    A row that no sampled configuration used has a zero gradient, but momentum would still move it.
+    Here each row has its own state of `inner`, including the step counter, and a row with `used`
+    false keeps its value and its state (as PyTorch does for a parameter without a gradient).
 
     Args:
         inner: transformation applied to each row.
         row_axes: number of leading axes of every leaf that enumerate rows.
 
     Returns:
-        A transformation whose `update` takes `used`: a tree like the updates, of booleans over
+        A transformation whose `update` takes `used`: a tree like the updates, with booleans over
         the row axes of each leaf.
     """
 
@@ -78,7 +79,7 @@ def skip_unused_rows(
 
     def update_leaf(update, state, param, used):
         new_update: Any
-        with jax.numpy_dtype_promotion("standard"):  # of Adam, see scale_by_adam
+        with jax.numpy_dtype_promotion("standard"):  # for Adam, see scale_by_adam
             new_update, new_state = over_rows(inner.update)(update, state, param)
 
         def keep(new, old):
@@ -91,8 +92,8 @@ def skip_unused_rows(
         if params is None:
             raise ValueError("skip_unused_rows needs the parameters: call update(..., params)")
         leaves, structure = jax.tree.flatten(updates)
-        rest = (structure.flatten_up_to(tree) for tree in (state, params, used))
-        pairs = [update_leaf(*row) for row in zip(leaves, *rest, strict=True)]
+        others = (structure.flatten_up_to(tree) for tree in (state, params, used))
+        pairs = [update_leaf(*row) for row in zip(leaves, *others, strict=True)]
         updates_of, states_of = ([pair[part] for pair in pairs] for part in (0, 1))
         return structure.unflatten(updates_of), structure.unflatten(states_of)
 
@@ -100,10 +101,10 @@ def skip_unused_rows(
 
 
 def ema_decay(step: Array, *, decay: float, warmup: bool) -> Array:
-    """Returns the decay of an exponential moving average at a step.
+    """Computes the decay of an exponential moving average at a step.
 
-    With a warm-up, min(decay, (1 + step) / (10 + step)): early values are forgotten at once, so
-    that short runs end with an average of trained values.
+    With a warm-up, it is min(decay, (1 + step) / (10 + step)): early values are forgotten quickly,
+    so that the average of a short run consists of trained values.
     """
     step = jnp.asarray(step).astype(jnp.float32)
     growing = (1.0 + step) / (10.0 + step)
@@ -111,11 +112,11 @@ def ema_decay(step: Array, *, decay: float, warmup: bool) -> Array:
 
 
 def scale_by_adam() -> optax.GradientTransformationExtraArgs:
-    """Returns optax's Adam, which also works where mixing types of numbers is an error."""
+    """Makes optax's Adam, usable under strict dtype promotion too."""
     inner = optax.scale_by_adam()
 
     def update(updates, state, params=None, **_):
-        with jax.numpy_dtype_promotion("standard"):  # it raises floats to integers
+        with jax.numpy_dtype_promotion("standard"):  # Adam raises floats to integer powers
             return inner.update(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -124,8 +125,8 @@ def scale_by_adam() -> optax.GradientTransformationExtraArgs:
 def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by minus the extra argument `learning_rate`.
 
-    For optimizers that are called several times in a training step, where a schedule that counts
-    calls would run ahead.
+    This suits optimizers that are called several times per training step, for which a schedule that
+    counts calls would run too fast.
     """
 
     def update(updates, state, params=None, *, learning_rate, **_):
@@ -139,11 +140,11 @@ def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
 
 
 class AlrsState(NamedTuple):
-    """State of `alrs`; the scalars are those of the last update, for logs.
+    """State of `alrs`, with scalars of the last update for logs.
 
     Attributes:
         inner: state of the inner transformation.
-        learning_rate: lambda_b, what the scales moved by.
+        learning_rate: learning rate of the scales, lambda_b.
         mean_gradient: mean over the layers of their clipped gradients, 0 to 1.
     """
 
@@ -153,9 +154,9 @@ class AlrsState(NamedTuple):
 
 
 def precision_factor(bits: Int[AnyArray, ""], max_bits: Int[AnyArray, ""]) -> Float[Array, ""]:
-    """Returns eta_b, ALRS's factor of a precision.
+    """Computes eta_b, the learning-rate factor of a precision in ALRS.
 
-    With D = highest - bits: 10^(-D/2) where D is even, 5 * 10^(-(D+1)/2) where it is odd.
+    With D = max_bits - bits, the factor is 10^(-D/2) for even D and 5 * 10^(-(D+1)/2) for odd D.
     """
     distance = (jnp.asarray(max_bits, jnp.int32) - jnp.asarray(bits, jnp.int32)).astype(jnp.float32)
     odd = distance % 2 == 1
@@ -171,7 +172,7 @@ ALRS_VARIANTS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def largest_per_leaf(gradients: Any) -> Float[Array, " layers"]:
-    """Returns the largest absolute gradient of every leaf: each leaf holds one layer's scales."""
+    """Computes the largest absolute gradient of every leaf, which holds the scales of one layer."""
     return jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(gradients)])
 
 
@@ -183,37 +184,38 @@ def alrs(
     clip: float = 1.0,
     per_layer: Callable[[Any], Float[Array, " layers"]] = largest_per_leaf,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adaptive learning-rate scaling: the update rule of quantization scales, by precision.
+    """Adaptive learning-rate scaling (ALRS): update rule of quantization scales by precision.
 
-    The scales of precision b move by lambda_b times what `inner` makes of their gradients, with
+    The scales of precision b are updated at the rate lambda_b along the directions that `inner`
+    computes from their gradients, with
 
         lambda_b = eta_b (lambda - m),  m = mean over layers of min(max |clip(gradient)|, 1)
 
-    and eta_b as in `precision_factor`. As printed, lambda_b is negative wherever m exceeds the
-    scheduled rate lambda, and the paper does not say what then; hence the variants:
+    and eta_b as in `precision_factor`. As printed, lambda_b is negative if m exceeds the scheduled
+    rate lambda, a case that the paper does not discuss; hence the variants:
 
-    - "floor": the printed formula, not below 0, so that scales rest where m exceeds lambda;
-    - "literal": the printed formula; where it is negative, scales climb;
-    - "relative": eta_b lambda (1 - m), what the text around the formula describes; always >= 0;
-    - "constant": eta_b lambda, the precision's factor alone.
+    - "floor": the printed formula, at least 0, so that scales do not change if m exceeds lambda;
+    - "literal": the printed formula; if it is negative, scales ascend;
+    - "relative": eta_b lambda (1 - m), as described in the paper's text; never negative;
+    - "constant": eta_b lambda, the factor of the precision alone.
 
     `update` takes the extra arguments `bits` (the precision trained in this update) and
-    `learning_rate` (lambda, the scheduled rate). The gradients that come in must be those of the
-    loss: put it first in a chain, with the optimizer as `inner`; it applies the learning rate
-    itself. `optax.tree_utils.tree_get(state, "learning_rate")` reads lambda_b for logs.
+    `learning_rate` (lambda, the scheduled rate). The incoming gradients must be those of the loss:
+    put it first in a chain, with the optimizer as `inner`; it applies the learning rate itself.
+    `optax.tree_utils.tree_get(state, "learning_rate")` reads lambda_b for logs.
 
     Args:
-        inner: what turns gradients into directions, without rate and sign, such as
+        inner: transformation from gradients to directions, without rate and sign, such as
             `scale_by_adam` or `optax.trace` (not `optax.adam`); None: Adam (as published).
         max_bits: bits of the highest precision.
-        variant: of the formula, a key of `ALRS_VARIANTS`.
-        clip: bound of every gradient element within m.
-        per_layer: largest absolute gradient of each layer's scales, from the gradients and
-            whatever their tree is; by default each leaf is one layer.
+        variant: variant of the formula, a key of `ALRS_VARIANTS`.
+        clip: bound of every gradient element in m.
+        per_layer: function from the gradients to the largest absolute gradient of each layer's
+            scales, [layers]; by default each leaf is one layer.
 
     Example:
         optimizer = optax.partition(
-            {"weights": optax.adam(5e-4), "scales": alrs(highest=8)}, labels)
+            {"weights": optax.adam(5e-4), "scales": alrs(max_bits=8)}, labels)
         updates, state = optimizer.update(
             gradients, state, params, bits=4, learning_rate=5e-4)
 
@@ -225,20 +227,20 @@ def alrs(
         raise ValueError(f"variant is {variant!r}; wanted one of {sorted(ALRS_VARIANTS)}")
     if clip <= 0:
         raise ValueError(f"clip is {clip}; wanted a positive bound")
-    inside = optax.with_extra_args_support(optax.scale_by_adam() if inner is None else inner)
+    direction = optax.with_extra_args_support(optax.scale_by_adam() if inner is None else inner)
 
     def init(params):
         zero = jnp.zeros((), jnp.float32)
-        return AlrsState(inside.init(params), zero, zero)
+        return AlrsState(direction.init(params), zero, zero)
 
     def update(updates, state, params=None, *, bits, learning_rate, **extra_args):
         clipped = jax.tree.map(lambda leaf: jnp.clip(leaf, -clip, clip), updates)
         mean = jnp.mean(jnp.minimum(per_layer(clipped), 1)).astype(jnp.float32)
         rate = jnp.asarray(learning_rate, jnp.float32)
         scaled = precision_factor(bits, max_bits) * ALRS_VARIANTS[variant](rate, mean)
-        with jax.numpy_dtype_promotion("standard"):  # of Adam, see scale_by_adam
-            directions, inner_state = inside.update(updates, state.inner, params, **extra_args)
-        moved = jax.tree.map(lambda leaf: -scaled.astype(leaf.dtype) * leaf, directions)
-        return moved, AlrsState(inner_state, scaled, mean)
+        with jax.numpy_dtype_promotion("standard"):  # for Adam, see scale_by_adam
+            directions, inner_state = direction.update(updates, state.inner, params, **extra_args)
+        updates = jax.tree.map(lambda leaf: -scaled.astype(leaf.dtype) * leaf, directions)
+        return updates, AlrsState(inner_state, scaled, mean)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

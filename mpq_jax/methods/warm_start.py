@@ -1,4 +1,4 @@
-"""Warm starts: variables taken from the checkpoint of a finished run, checked."""
+"""Warm starts: variables read from the checkpoint of a finished run, with checks."""
 
 from typing import Any
 
@@ -13,59 +13,60 @@ SHOWN_DIFFERENCES = 5
 
 
 def float_variables(saved: dict[str, Any], wanted: PyTree) -> PyTree:
-    """Takes the float model out of a checkpoint of float training.
+    """Reads the float model from a checkpoint of float training.
 
     Args:
-        saved: the checkpoint as nested dicts, from `checkpoints.load_best`.
-        wanted: variables of the model that is going to be trained, or their shapes.
+        saved: checkpoint as nested dicts, from `checkpoints.load_best`.
+        wanted: variables of the model to train, or their shapes.
 
     Raises:
-        ValueError: the checkpoint is of another method or of another model.
+        ValueError: the checkpoint is from another method or for another model.
     """
     if not {"params", "batch_stats"} <= set(saved):
         raise ValueError(
             f"it holds no float run but {sorted(saved)}; train one with --config=FILE:float"
         )
-    found = {name: saved[name] for name in ("params", "batch_stats")}
-    _check_shapes(found, {name: wanted.get(name, {}) for name in found})
-    return found
+    variables = {name: saved[name] for name in ("params", "batch_stats")}
+    _check_shapes(variables, {name: wanted.get(name, {}) for name in variables})
+    return variables
 
 
 def supernet_or_float_variables(net: Supernet, saved: dict[str, Any], wanted: PyTree) -> PyTree:
-    """Takes the network out of a checkpoint of multi-precision training, or a float model.
+    """Reads the network from a checkpoint of multi-precision training, or a float model.
 
     Args:
-        net: the network that is going to be trained.
-        saved: the checkpoint as nested dicts; of the same candidates and the same quantizer, which
-            it does not say itself.
+        net: supernet to train.
+        saved: checkpoint as nested dicts. Candidates and quantizer must be those of `net`; the
+            checkpoint does not record them.
         wanted: float variables of the model, or their shapes.
 
     Raises:
-        ValueError: the checkpoint is of another model or of another number of candidates.
+        ValueError: the checkpoint is for another model or another number of candidates.
     """
     if "variables" not in saved:
         return float_variables(saved, wanted)
-    table, held = net.table, saved["variables"]
+    table, content = net.table, saved["variables"]
     variables = SupernetState(
-        TrainableParams(**held["trainable"]), held.get("batch_stats", {}), held["signed"]
+        TrainableParams(**content["trainable"]), content.get("batch_stats", {}), content["signed"]
     )
     _check_shapes(
         {"weight_step_sizes": variables.trainable.weight_step_sizes},
         {"weight_step_sizes": jnp.zeros((len(table), len(table.candidates)))},
     )
-    narrow = jax.eval_shape(lambda found: net.float_variables(found, table.max_config), variables)
-    _check_shapes(narrow, {name: wanted.get(name, {}) for name in narrow})
+    # Shapes without norm banks are those of the float model.
+    single = jax.eval_shape(lambda state: net.float_variables(state, table.max_config), variables)
+    _check_shapes(single, {name: wanted.get(name, {}) for name in single})
     return variables
 
 
-def _check_shapes(found: PyTree, wanted: PyTree) -> None:
+def _check_shapes(loaded: PyTree, wanted: PyTree) -> None:
     shapes, wanted_shapes = (
         {name: tuple(leaf.shape) for name, leaf in paths.flatten(tree).items()}
-        for tree in (found, wanted)
+        for tree in (loaded, wanted)
     )
     if shapes != wanted_shapes:
-        other = sorted(dict(shapes.items() ^ wanted_shapes.items()))[:SHOWN_DIFFERENCES]
+        different = sorted(dict(shapes.items() ^ wanted_shapes.items()))[:SHOWN_DIFFERENCES]
         raise ValueError(
             "it is of another model than config.model, or of other bits or bn_banks: these "
-            f"differ: {', '.join(other)}"
+            f"differ: {', '.join(different)}"
         )

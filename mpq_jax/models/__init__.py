@@ -1,4 +1,4 @@
-"""Plain Flax models; they know nothing of quantization. `MODELS` lists them."""
+"""Float models in Flax, independent of quantization. `MODELS` lists them."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     ),
     "mobilenet_v2": mobilenet_v2.MobileNetV2,
     "vgg19_bn": vgg.VGG,
-    # Dropout of the first as in Table 3 of the ViT paper, of the second as in Table 9 of DeiT's.
+    # Dropout of ViT as in Table 3 of its paper, stochastic depth of DeiT as in Table 9 of its own.
     "vit_tiny": functools.partial(vit.ViT, dim=192, heads=3, dropout=0.1),
     "vit_small": functools.partial(vit.ViT, dim=384, heads=6, dropout=0.1),
     "deit_tiny": functools.partial(vit.ViT, dim=192, heads=3, drop_path=0.1),
@@ -37,7 +37,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def make_model(name: str, *, num_classes: int, **options) -> nn.Module:
-    """Builds a model by its name; an unknown name is refused with the names that there are."""
+    """Builds a model by its name; raises ValueError, listing the known names, for any other."""
     if name not in MODELS:
         raise ValueError(f"the model is {name!r}; known models are {sorted(MODELS)}")
     return MODELS[name](num_classes=num_classes, **options)

@@ -1,4 +1,4 @@
-"""How a model computes: the type of its numbers, and what is kept for the backward pass."""
+"""Computation options of models: the dtype, and rematerialization in the backward pass."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ TYPES = ("float32", "bfloat16")
 
 
 def type_of(dtype: Any) -> Any:
-    """Returns the type that layers multiply in; a name, as configs have it, or a type.
+    """Returns the dtype in which layers multiply, given its name (as in configs) or the dtype.
 
-    Parameters, norm statistics and logits are float32 in either type.
+    Parameters, norm statistics and logits are float32 in either case.
 
     Raises:
-        ValueError: it is none of `TYPES`.
+        ValueError: the dtype is not one of `TYPES`.
     """
     for name in TYPES:
         if dtype == name or dtype == jnp.dtype(name):
@@ -23,9 +23,9 @@ def type_of(dtype: Any) -> Any:
 
 
 def block_of(module: Any, *, remat: bool) -> Any:
-    """Returns a block's class, `__call__(x, train)`; with `remat` one that is computed twice.
+    """Returns the class of a block, `__call__(x, train)`, rematerialized if `remat`.
 
-    Its activations are then not kept for the backward pass, which computes them again from the
-    block's input. Names of parameters and results are the same.
+    The backward pass then recomputes the block's activations from its input instead of storing
+    them. Parameter names and results stay the same.
     """
     return nn.remat(module, static_argnums=(2,)) if remat else module

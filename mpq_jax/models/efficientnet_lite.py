@@ -1,7 +1,7 @@
-"""EfficientNet-Lite: EfficientNets without what is hard to quantize, in the authors' layout.
+"""EfficientNet-Lite: EfficientNets that are easy to quantize, in the authors' layout.
 
-No squeeze-and-excitation, ReLU6 for swish, and neither the stem, the last convolution nor the
-repetitions of the first and the last stage grow with the network.
+There is no squeeze-and-excitation, ReLU6 replaces swish, and the stem, the last convolution and the
+depth of the first and the last stage do not scale with the network.
 
 References:
     Tan & Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, ICML 2019,
@@ -22,7 +22,7 @@ from mpq_jax.models import computation
 from mpq_jax.models.mobilenet_v2 import scale_channels
 
 STEM_CHANNELS, LAST_CHANNELS = 32, 1280
-EPSILON = 1e-3  # of norms
+EPSILON = 1e-3  # of the norms
 NORM = functools.partial(nn.BatchNorm, momentum=0.99)
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 DEPTHWISE_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # one channel in and out
@@ -35,10 +35,10 @@ class Stage(NamedTuple):
 
     Attributes:
         expansion: inner channels per input channel of each block.
-        kernel_size: of the depthwise convolutions.
+        kernel_size: kernel size of the depthwise convolutions.
         channels: output channels at width 1.
-        blocks: how many at depth 1.
-        stride: of the first block.
+        blocks: number of blocks at depth 1.
+        stride: stride of the first block.
     """
 
     expansion: int
@@ -60,20 +60,20 @@ STAGES = (
 
 
 class Block(nn.Module):
-    """Widens, convolves each channel alone, narrows; the narrow output is linear.
+    """Inverted residual: expands, convolves depthwise, projects linearly.
 
-    The input is added where stride and channels keep its shape. An expansion of 1 widens nothing.
+    If the output has the shape of the input, the input is added. An expansion of 1 has no expanding
+    convolution.
 
     Attributes:
         channels: output channels.
-        stride: of the depthwise convolution.
+        stride: stride of the depthwise convolution.
         expansion: inner channels per input channel.
-        kernel_size: of the depthwise convolution.
+        kernel_size: kernel size of the depthwise convolution.
         padding: "same" or "symmetric", see `EfficientNetLite`.
-        drop_path: fraction of the images that the block leaves as they are in training, where it
-            adds its input.
-        epsilon: of the norms.
-        dtype: that layers compute in.
+        drop_path: fraction of the images for which a residual block is skipped in training.
+        epsilon: epsilon of the norms.
+        dtype: computation dtype of the layers.
     """
 
     channels: int
@@ -122,28 +122,29 @@ class Block(nn.Module):
 
 
 def padding_of(padding: str, kernel_size: int) -> str | int:
-    """Returns Flax's padding of a convolution by `EfficientNetLite`'s name for it."""
+    """Converts `EfficientNetLite.padding` to the padding of a Flax convolution."""
     return "SAME" if padding == "same" else kernel_size // 2
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite0 for images of 224 px; `LITE1` to `LITE4` are sizes for larger ones.
+    """EfficientNet-Lite, by default Lite0 for images of 224 px; `SIZES` lists the larger ones.
 
     Attributes:
         num_classes: size of the output.
-        width: scales the channels of the blocks.
-        depth: scales the blocks of each stage but the first and the last, rounded up.
-        dropout: fraction of the features that the classifier misses in training.
-        drop_path: stochastic depth: fraction of the images that a block leaves as they are in
-            training; it grows linearly from none in the first block and would reach this after
-            the last.
-        padding: of convolutions with a stride of 2: "same" (TensorFlow's: nothing before an even
-            size, more behind), which the published weights want, or "symmetric" (PyTorch's).
-        epsilon: of the norms; weights trained with PyTorch's habits have 1e-5.
-        stem_stride: of the first convolution; 1 suits small images.
-        stages: the blocks.
+        width: multiplier of the blocks' channels.
+        depth: multiplier of the number of blocks in a stage, rounded up; the first and the last
+            stage keep theirs.
+        dropout: fraction of the features dropped before the classifier in training.
+        drop_path: stochastic depth: fraction of the images that skip a residual block in training;
+            it grows linearly from zero in the first block and would reach this value after the
+            last.
+        padding: padding of convolutions with stride 2: "same" (TensorFlow's, asymmetric for even
+            sizes), which the published weights expect, or "symmetric" (PyTorch's).
+        epsilon: epsilon of the norms; weights trained with PyTorch's defaults need 1e-5.
+        stem_stride: stride of the first convolution; 1 suits small images.
+        stages: rows of Table 1, in order.
         dtype: "float32" or "bfloat16", see `computation.type_of`.
-        remat: computes blocks again in the backward pass, see `computation.block_of`.
+        remat: whether to recompute blocks in the backward pass, see `computation.block_of`.
     """
 
     num_classes: int
@@ -160,7 +161,7 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalized images."""
+        """Computes the logits of a batch of normalized images."""
         if self.padding not in PADDINGS:
             raise ValueError(f"padding is {self.padding!r}; wanted one of {PADDINGS}")
         dtype = computation.type_of(self.dtype)
@@ -175,7 +176,7 @@ class EfficientNetLite(nn.Module):
         x = nn.relu6(norm(name="stem_norm")(x))
         rows = [Stage(*stage) for stage in self.stages]
         repeats = repeats_of([stage.blocks for stage in rows], depth=self.depth)
-        before = 0  # blocks
+        blocks_before = 0  # in earlier stages
         for number, (stage, blocks) in enumerate(zip(rows, repeats, strict=True)):
             for index in range(blocks):
                 x = block(
@@ -185,11 +186,11 @@ class EfficientNetLite(nn.Module):
                     kernel_size=stage.kernel_size,
                     padding=self.padding,
                     epsilon=self.epsilon,
-                    drop_path=self.drop_path * (before + index) / sum(repeats),
+                    drop_path=self.drop_path * (blocks_before + index) / sum(repeats),
                     dtype=dtype,
                     name=f"stage{number}_block{index}",
                 )(x, train)
-            before += blocks
+            blocks_before += blocks
         x = nn.relu6(norm(name="last_norm")(conv(LAST_CHANNELS, (1, 1), name="last_conv")(x)))
         x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
         head = nn.Dense(self.num_classes, kernel_init=HEAD_INIT, dtype=dtype, name="head")
@@ -197,15 +198,15 @@ class EfficientNetLite(nn.Module):
 
 
 def repeats_of(blocks: Sequence[int], *, depth: float) -> list[int]:
-    """Returns the blocks of each stage; the first and the last stage do not grow."""
+    """Scales the number of blocks of every stage but the first and the last."""
     last = len(blocks) - 1
     return [
-        size if place in (0, last) else math.ceil(depth * size) for place, size in enumerate(blocks)
+        size if stage in (0, last) else math.ceil(depth * size) for stage, size in enumerate(blocks)
     ]
 
 
 class Size(NamedTuple):
-    """What an EfficientNet-Lite of some size is made with; its images are `resolution` px."""
+    """Scaling options of an EfficientNet-Lite, with the side of its images in pixels."""
 
     width: float
     depth: float

@@ -17,7 +17,7 @@ from mpq_jax.models import computation
 from mpq_jax.models.resnet import KERNEL_INIT, NORM
 
 CHANNEL_DIVISOR = 8  # channels are multiples of it, as in the authors' code
-LARGEST_LOSS = 0.1  # fraction of the channels that rounding may take away, likewise
+MAX_CHANNEL_LOSS = 0.1  # largest fraction of the channels that rounding may remove, likewise
 STEM_CHANNELS, LAST_CHANNELS = 32, 1280  # Table 2
 HEAD_INIT = nn.initializers.normal(0.01)  # torchvision
 
@@ -28,8 +28,8 @@ class Stage(NamedTuple):
     Attributes:
         expansion: inner channels per input channel of each block (t in the paper).
         channels: output channels at width multiplier 1 (c).
-        blocks: how many (n).
-        stride: of the first block (s).
+        blocks: number of blocks (n).
+        stride: stride of the first block (s).
     """
 
     expansion: int
@@ -50,15 +50,16 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """Widens, convolves each channel alone, narrows; the narrow output is linear (Table 1).
+    """Expands, convolves depthwise, projects linearly (Table 1).
 
-    The input is added where stride and channels keep its shape. An expansion of 1 widens nothing.
+    If the output has the shape of the input, the input is added. An expansion of 1 has no expanding
+    convolution.
 
     Attributes:
         channels: output channels.
-        stride: of the depthwise convolution.
+        stride: stride of the depthwise convolution.
         expansion: inner channels per input channel.
-        dtype: that layers compute in.
+        dtype: computation dtype of the layers.
     """
 
     channels: int
@@ -88,12 +89,12 @@ class MobileNetV2(nn.Module):
 
     Attributes:
         num_classes: size of the output.
-        width_multiplier: scales all channels, but the last convolution's only upwards.
-        dropout: fraction of the features that the classifier misses in training.
-        stem_stride: of the first convolution; 1 suits small images.
-        stages: the blocks.
+        width_multiplier: multiplier of all channels; the last convolution never gets fewer.
+        dropout: fraction of the features dropped before the classifier in training.
+        stem_stride: stride of the first convolution; 1 suits small images.
+        stages: rows of Table 2, in order.
         dtype: "float32" or "bfloat16", see `computation.type_of`.
-        remat: computes blocks again in the backward pass, see `computation.block_of`.
+        remat: whether to recompute blocks in the backward pass, see `computation.block_of`.
     """
 
     num_classes: int
@@ -106,7 +107,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalized images."""
+        """Computes the logits of a batch of normalized images."""
         dtype = computation.type_of(self.dtype)
         block = computation.block_of(InvertedResidual, remat=self.remat)
         conv = functools.partial(nn.Conv, use_bias=False, kernel_init=KERNEL_INIT, dtype=dtype)
@@ -132,15 +133,15 @@ class MobileNetV2(nn.Module):
 
 
 def scale_channels(channels: int, *, multiplier: float) -> int:
-    """Returns `channels` x `multiplier`, rounded to a near multiple of `CHANNEL_DIVISOR`.
+    """Rounds `channels` x `multiplier` to a nearby multiple of `CHANNEL_DIVISOR`.
 
-    Halves are rounded up, and so is what would lose more than `LARGEST_LOSS` of the channels.
+    Ties are rounded up. So is a number that would lose more than `MAX_CHANNEL_LOSS` of itself.
 
     References:
         `make_divisible` of the authors' code, https://github.com/tensorflow/models,
         research/slim/nets/mobilenet; torchvision's `_make_divisible`.
     """
-    wanted = channels * multiplier
-    near = int(wanted + CHANNEL_DIVISOR / 2) // CHANNEL_DIVISOR * CHANNEL_DIVISOR
-    near = max(CHANNEL_DIVISOR, near)
-    return near + CHANNEL_DIVISOR if near < (1 - LARGEST_LOSS) * wanted else near
+    exact = channels * multiplier
+    nearest = int(exact + CHANNEL_DIVISOR / 2) // CHANNEL_DIVISOR * CHANNEL_DIVISOR
+    nearest = max(CHANNEL_DIVISOR, nearest)
+    return nearest + CHANNEL_DIVISOR if nearest < (1 - MAX_CHANNEL_LOSS) * exact else nearest

@@ -1,4 +1,4 @@
-"""ResNets for ImageNet-sized images, basic or bottleneck blocks with 1x1-convolution shortcuts.
+"""ResNets for ImageNet-sized images: basic or bottleneck blocks with 1x1-convolution shortcuts.
 
 References:
     He et al., Deep Residual Learning for Image Recognition, CVPR 2016,
@@ -21,12 +21,12 @@ EXPANSION = 4  # output channels of a bottleneck block per inner channel, Table 
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut, a 1x1 convolution where the shape changes.
+    """Two 3x3 convolutions with a shortcut, which is a 1x1 convolution if the shape changes.
 
     Attributes:
         channels: output channels.
-        stride: of the first convolution.
-        dtype: that layers compute in.
+        stride: stride of the first convolution.
+        dtype: computation dtype of the layers.
     """
 
     channels: int
@@ -47,13 +47,13 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut like that of `BasicBlock`.
+    """1x1, 3x3 and 1x1 convolutions with a shortcut like that of `BasicBlock`.
 
     Attributes:
-        channels: of the 3x3 convolution; the block returns `EXPANSION` times as many.
-        stride: of the 3x3 convolution ("v1.5", as in torchvision; the paper strides the 1x1
-            convolution before it).
-        dtype: that layers compute in.
+        channels: channels of the 3x3 convolution; the output has `EXPANSION` times as many.
+        stride: stride of the 3x3 convolution ("v1.5", as in torchvision; in the paper, the 1x1
+            convolution before it has the stride).
+        dtype: computation dtype of the layers.
     """
 
     channels: int
@@ -85,12 +85,12 @@ class ResNet(nn.Module):
 
     Attributes:
         num_classes: size of the output.
-        stage_sizes: blocks of each stage.
-        width: `channels` of the blocks of the first stage; each further stage doubles them and
+        stage_sizes: number of blocks in each stage.
+        width: `channels` of the blocks in the first stage; every further stage doubles them and
             halves the image.
         block: `BasicBlock` or `BottleneckBlock`.
         dtype: "float32" or "bfloat16", see `computation.type_of`.
-        remat: computes blocks again in the backward pass, see `computation.block_of`.
+        remat: whether to recompute blocks in the backward pass, see `computation.block_of`.
     """
 
     num_classes: int
@@ -102,7 +102,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalized images."""
+        """Computes the logits of a batch of normalized images."""
         dtype, block = (
             computation.type_of(self.dtype),
             computation.block_of(self.block, remat=self.remat),

@@ -1,4 +1,4 @@
-"""ResNets for small images (CIFAR type): three stages of basic blocks.
+"""ResNets for small images (as of CIFAR): three stages of basic blocks.
 
 References:
     He et al., Deep Residual Learning for Image Recognition, CVPR 2016,
@@ -17,14 +17,14 @@ from mpq_jax.models.resnet import KERNEL_INIT, NORM
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut.
+    """Two 3x3 convolutions with a shortcut.
 
     Attributes:
         channels: output channels.
-        stride: of the first convolution.
-        shortcut: "A" (subsampled and padded with zero channels) or "B" (1x1 convolution), used
-            where the shape changes.
-        dtype: that layers compute in.
+        stride: stride of the first convolution.
+        shortcut: shortcut of a block that changes the shape: "A" (subsampled and padded with zero
+            channels) or "B" (1x1 convolution).
+        dtype: computation dtype of the layers.
     """
 
     channels: int
@@ -63,12 +63,12 @@ class ResNetCifar(nn.Module):
 
     Attributes:
         num_classes: size of the output.
-        blocks_per_stage: n.
-        width: channels of the first stage; each further stage doubles them and halves the image.
-        stem_stride: of the first convolution; the paper has 1, 2 makes it four times as fast.
+        blocks_per_stage: number of blocks in each stage, n.
+        width: channels of the first stage; every further stage doubles them and halves the image.
+        stem_stride: stride of the first convolution; 1 in the paper, 2 is four times as fast.
         shortcut: "A" (parameter-free, as in the paper's CIFAR networks) or "B" (1x1 convolution).
         dtype: "float32" or "bfloat16", see `computation.type_of`.
-        remat: computes blocks again in the backward pass, see `computation.block_of`.
+        remat: whether to recompute blocks in the backward pass, see `computation.block_of`.
     """
 
     num_classes: int
@@ -81,7 +81,7 @@ class ResNetCifar(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalized images."""
+        """Computes the logits of a batch of normalized images."""
         if self.shortcut not in ("A", "B"):
             raise ValueError(f'shortcut is {self.shortcut!r}; wanted "A" or "B"')
         dtype = computation.type_of(self.dtype)

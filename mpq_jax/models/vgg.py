@@ -1,9 +1,9 @@
-"""VGG networks with batch norm for small images (CIFAR type): 3x3 convolutions and max-pooling.
+"""VGG networks with batch norm for small images (as of CIFAR): 3x3 convolutions, max-pooling.
 
 References:
     Simonyan & Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition,
     ICLR 2015, https://arxiv.org/abs/1409.1556, Table 1. As is usual for CIFAR, every convolution
-    has a norm, and one dense layer takes the place of the three.
+    has a norm, and one dense layer replaces the three.
 """
 
 import functools
@@ -21,16 +21,16 @@ from mpq_jax.models.resnet import KERNEL_INIT, NORM
 class VGG(nn.Module):
     """VGG-19 (configuration E of Table 1) for images of 32 px or more.
 
-    Every stage ends in a 2x2 max-pooling, which drops the last row or column of an odd size. What
-    is left of the image at the end, 1x1 of 32x32, is averaged.
+    Every stage ends with 2x2 max-pooling, which drops the last row or column of an odd size. The
+    remaining pixels, 1x1 for images of 32x32, are averaged.
 
     Attributes:
         num_classes: size of the output.
-        stage_sizes: convolutions of each stage.
-        stage_channels: output channels of the convolutions of each stage.
+        stage_sizes: number of convolutions in each stage.
+        stage_channels: output channels of the convolutions in each stage.
         dtype: "float32" or "bfloat16", see `computation.type_of`.
-        remat: keeps the inputs of stages alone for the backward pass, which computes the stages
-            again.
+        remat: whether to store only the inputs of the stages for the backward pass, which
+            recomputes the rest.
     """
 
     num_classes: int
@@ -41,7 +41,7 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalized images."""
+        """Computes the logits of a batch of normalized images."""
         _check_size(x.shape[1], x.shape[2], halvings=len(self.stage_sizes))
         dtype = computation.type_of(self.dtype)
         conv = functools.partial(
@@ -50,7 +50,7 @@ class VGG(nn.Module):
         norm = functools.partial(NORM, use_running_average=not train, dtype=dtype)
 
         def run_stage(module: nn.Module, x, stage: int):
-            del module  # nn.remat wants to see it
+            del module  # nn.remat needs it as an argument
             for index in range(self.stage_sizes[stage]):
                 x = conv(self.stage_channels[stage], (3, 3), name=f"stage{stage}_conv{index}")(x)
                 x = nn.relu(norm(name=f"stage{stage}_norm{index}")(x))
@@ -68,5 +68,5 @@ def _check_size(height: int, width: int, *, halvings: int) -> None:
     if min(height, width) < smallest:
         raise ValueError(
             f"the images are {height}x{width} pixels; wanted at least {smallest}x{smallest}, since "
-            f"each of the {halvings} stages halves them: enlarge them or take fewer stages"
+            f"each of the {halvings} stages halves them: enlarge the images or use fewer stages"
         )

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 
 from mpq_jax.models import computation
 
-EPSILON = 1e-6  # of norms, as in the published models
-KERNEL_INIT = nn.initializers.xavier_uniform()  # of the authors' code
-EMBEDDING_INIT = nn.initializers.truncated_normal(0.02)  # likewise of DeiT's, the head included
+EPSILON = 1e-6  # of the norms, as in the published models
+KERNEL_INIT = nn.initializers.xavier_uniform()  # as in the authors' code
+EMBEDDING_INIT = nn.initializers.truncated_normal(0.02)  # as in DeiT's code, also of the head
 
 
 def attention(
@@ -26,9 +26,9 @@ def attention(
     key: Float[Array, "batch tokens heads size"],
     value: Float[Array, "batch tokens heads size"],
 ) -> Float[Array, "batch queries heads size"]:
-    """Returns the mean of the values, weighted by the softmax of query x key / sqrt(size).
+    """Averages the values, weighted by the softmax of query x key / sqrt(size).
 
-    The products have the type of their inputs, the softmax is computed in float32.
+    The operands of the products keep their dtype; the softmax is computed in float32.
     """
     scores = jnp.einsum("bqhs,bths->bhqt", query, key, preferred_element_type=jnp.float32)
     weights = nn.softmax(scores * query.shape[-1] ** -0.5).astype(value.dtype)
@@ -36,14 +36,14 @@ def attention(
 
 
 class Block(nn.Module):
-    """Self-attention, then a perceptron with one hidden layer; each normalizes and adds its input.
+    """Self-attention, then a perceptron with one hidden layer, both pre-norm and residual.
 
     Attributes:
-        heads: of the attention.
+        heads: number of attention heads.
         hidden: size of the hidden layer.
-        dropout: fraction of the values that are dropped after each part and in the hidden layer.
-        drop_path: fraction of the images that each part leaves as they are in training.
-        dtype: that layers compute in.
+        dropout: fraction of values dropped after attention and perceptron and in the hidden layer.
+        drop_path: fraction of the images that skip attention or perceptron in training.
+        dtype: computation dtype of the layers.
     """
 
     heads: int
@@ -76,24 +76,24 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer for images of any size that patches divide; fixed once it is initialized.
+    """Vision Transformer for images of one size, divisible by `patch_size`, fixed at `init`.
 
-    Every projection is an `nn.Dense` and the patch embedding an `nn.Conv`, so each is a layer
-    with bits of its own. The two products of the attention and its softmax stay float, and costs
-    do not count them.
+    Every projection is an `nn.Dense` and the patch embedding is an `nn.Conv`, so each is a layer
+    with its own bit-widths. The two matrix products of attention and its softmax stay float and do
+    not count toward costs.
 
     Attributes:
         num_classes: size of the output.
         patch_size: side of the square patches, in pixels.
         dim: size of a token.
         depth: number of blocks.
-        heads: of the attention; they divide `dim`.
-        mlp_ratio: size of the hidden layers, in `dim`.
-        dropout: fraction of the values that are dropped in training.
-        drop_path: stochastic depth: fraction of the images that each part of the last block
-            leaves as they are in training; it grows linearly from none in the first block.
+        heads: number of attention heads, a divisor of `dim`.
+        mlp_ratio: size of the hidden layers as a multiple of `dim`.
+        dropout: fraction of values dropped in training.
+        drop_path: stochastic depth: fraction of the images that skip attention or perceptron of the
+            last block in training; it grows linearly from zero in the first block.
         dtype: "float32" or "bfloat16", see `computation.type_of`.
-        remat: computes blocks again in the backward pass, see `computation.block_of`.
+        remat: whether to recompute blocks in the backward pass, see `computation.block_of`.
     """
 
     num_classes: int
@@ -109,7 +109,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool = True) -> Float[Array, "b k"]:
-        """Returns the logits of a batch of normalized images."""
+        """Computes the logits of a batch of normalized images."""
         self._check(x.shape[1], x.shape[2])
         dtype = computation.type_of(self.dtype)
         block = computation.block_of(Block, remat=self.remat)
@@ -138,7 +138,7 @@ class ViT(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"the images are {height}x{width} pixels, which patch_size {self.patch_size} does "
-                "not divide; take another patch_size or resize the images"
+                "not divide; choose another patch_size or resize the images"
             )
         if self.dim % self.heads:
             raise ValueError(

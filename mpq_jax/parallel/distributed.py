@@ -1,9 +1,9 @@
-"""Processes of a run: how they find each other, and how they end together.
+"""Start-up and shutdown of runs with several processes.
 
-Each process runs the same program. What one of them computes alone it may do at any time; what all
-compute together (a step, a checkpoint) waits for the slowest, and would wait for ever for one that
-is gone. So whoever fails leaves at once, and whoever hears nothing of another for `heartbeat_timeout`
-seconds is ended by JAX.
+All processes run the same program. Collective work, such as a step or a checkpoint, waits for the
+slowest process, and would wait forever for one that has died. A process that fails therefore exits
+at once, and JAX ends a process that receives no heartbeat of another for `heartbeat_timeout`
+seconds.
 
     join("host0:1234", 2, index)
     with abort_together():
@@ -19,9 +19,9 @@ from collections.abc import Iterator
 import jax
 from orbax.checkpoint import multihost
 
-HEARTBEAT_TIMEOUT = 100  # seconds of silence until a process counts as lost; JAX's own default
-FAILING_TOGETHER = 5.0  # seconds that processes which fail for the same reason may be apart
-FINISHING_TOGETHER = 24 * 3600.0  # seconds that the first process may still write when all is done
+HEARTBEAT_TIMEOUT = 100  # seconds without a heartbeat until a process counts as dead; JAX's default
+FAILURE_WINDOW = 5.0  # seconds within which processes that fail for the same reason do so
+FINISH_TIMEOUT = 24 * 3600.0  # seconds for the first process to finish writing after the last step
 
 
 def join(
@@ -33,18 +33,18 @@ def join(
 ) -> None:
     """Joins this process to the others of a run; call it before any other use of JAX.
 
-    Each argument left at None is detected where the cluster says it (Slurm, Open MPI, Kubernetes,
+    Arguments left at None are detected if the cluster provides them (Slurm, Open MPI, Kubernetes,
     Cloud TPU). A run of one process does not need this call.
 
     Args:
         coordinator_address: "host:port" of process 0, the same in every process.
         process_count: number of processes in the run.
-        process_index: number of this process, 0 to process_count - 1.
-        heartbeat_timeout: when nothing is heard of a process for so many seconds, all others are ended;
-            when process 0 is gone, at once.
+        process_index: index of this process, 0 to process_count - 1.
+        heartbeat_timeout: seconds without a heartbeat of a process until all others are ended; if
+            process 0 dies, they are ended at once.
 
     Raises:
-        RuntimeError: when the processes could not be joined.
+        RuntimeError: the processes could not be joined.
     """
     try:
         jax.distributed.initialize(
@@ -57,28 +57,28 @@ def join(
         raise RuntimeError(
             f"could not join the processes of this run: {error}\n"
             f"Given: coordinator_address={coordinator_address!r}, process_count={process_count}, "
-            f"process_index={process_index}. Give all three where no cluster (Slurm, Open MPI, "
-            "Kubernetes, Cloud TPU) tells them, the address as 'host:port' of process 0, reachable "
-            "from every process; start them once, before anything else uses JAX."
+            f"process_index={process_index}. Unless a cluster (Slurm, Open MPI, Kubernetes, Cloud "
+            "TPU) provides them, give all three; the address is 'host:port' of process 0 and must "
+            "be reachable from every process. Join once, before anything else uses JAX."
         ) from error
 
 
 def describe() -> str:
-    """Says which process this is, and how many of all devices it has."""
-    local, everywhere = jax.local_device_count(), jax.device_count()
+    """Describes this process and its devices in one line."""
+    local, total = jax.local_device_count(), jax.device_count()
     return (
         f"process {jax.process_index()} of {jax.process_count()}: "
-        f"{local} of {everywhere} {jax.default_backend()} devices"
+        f"{local} of {total} {jax.default_backend()} devices"
     )
 
 
 @contextlib.contextmanager
 def abort_together() -> Iterator[None]:
-    """Ends this process at once when it fails alone, so that the others do not wait for it.
+    """Exits at once if this process alone fails, so that the others do not wait for it.
 
-    Without this a failed process waits minutes for the others to end as well, while they wait for
-    its part of a step. Where all fail for the same reason, or all finish, they end as usual. Does
-    nothing in a run of one process.
+    Otherwise a failed process waits minutes for the others to exit, while they wait for its part of
+    a step. If all fail for the same reason, or all finish, they exit as usual. In a run of one
+    process, nothing changes.
     """
     try:
         yield
@@ -86,15 +86,18 @@ def abort_together() -> Iterator[None]:
         if not jax.distributed.is_initialized():
             raise
         _print(error)
-        if not _meet("mpq_jax: failing", FAILING_TOGETHER):
-            _leave("only this process failed so; if for want of a connection, ")
+        if not _wait_for_all("mpq_jax: failing", FAILURE_WINDOW):
+            _exit_now(
+                "Only this process failed. If the error above is a lost connection, another "
+                "process died first; check its log."
+            )
         sys.exit(1)
-    if jax.distributed.is_initialized() and not _meet("mpq_jax: finishing", FINISHING_TOGETHER):
-        _leave("this process had finished, but ")
+    if jax.distributed.is_initialized() and not _wait_for_all("mpq_jax: finishing", FINISH_TIMEOUT):
+        _exit_now("This process had finished, but another process died; check its log.")
 
 
-def _meet(name: str, seconds: float) -> bool:
-    """Waits until all processes call this; False: one did not within that time, or is gone."""
+def _wait_for_all(name: str, seconds: float) -> bool:
+    """Waits until all processes call this; returns False if one has died, or after a timeout."""
     try:
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=int(seconds * 1000))
     except jax.errors.JaxRuntimeError:
@@ -103,18 +106,16 @@ def _meet(name: str, seconds: float) -> bool:
 
 
 def _print(error: BaseException) -> None:
-    """Prints what ends the process, as Python would."""
+    """Prints an error as Python would on exit."""
     if isinstance(error, SystemExit):
         print(error.code, file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
 
 
-def _leave(why: str) -> None:
-    """Ends the process without the usual farewell, which would wait for the others."""
-    print(
-        f"{why}another process of this run died first: see what that one printed", file=sys.stderr
-    )
+def _exit_now(message: str) -> None:
+    """Exits without the usual shutdown, which would wait for the other processes."""
+    print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

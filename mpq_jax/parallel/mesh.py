@@ -1,10 +1,11 @@
-"""Devices: the mesh over those of all processes, and where arrays live on it.
+"""Device meshes over all processes, and shardings of batches and training state.
 
-The parallelism is data parallelism: every device has a part of the batch. It holds the whole train
-state, or several devices share it (`state_shardings`). Under `jax.jit` with these shardings a mean
-over the batch axis, BatchNorm's included, is the mean over the global batch.
+The parallelism is data parallelism: the batch is split over all devices. Each device holds the
+whole training state, or several devices share one copy of it (`state_shardings`). Under `jax.jit`
+with these shardings, a mean over the batch axis, including BatchNorm's, is the mean over the global
+batch.
 
-Example, the same on one device and on many hosts:
+The same code runs on one device and on many hosts:
 
     mesh = make_mesh()
     state = replicate(state, mesh)
@@ -24,21 +25,23 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-DATA_AXIS = "data"  # every device along it has a copy of the training state, or of its part
-STATE_AXIS = "fsdp"  # the devices along it, if there are any, share one copy
+DATA_AXIS = "data"  # devices along it hold copies of the training state, or of a shard of it
+STATE_AXIS = "fsdp"  # devices along it, if the mesh has this axis, share one copy
 BOTH_AXES = (DATA_AXIS, STATE_AXIS)
 SMALLEST_SPLIT = 2**14  # values; smaller arrays are not worth a collective operation
 
-_WHOLE = PartitionSpec()
+_REPLICATED = PartitionSpec()
 
 
 def make_mesh(device_count: int | None = None, *, fsdp: int = 1) -> Mesh:
-    """Returns a mesh over all devices of all processes; batches are split over all of it.
+    """Makes a mesh over all devices of all processes; batches are split over all of its axes.
 
     Args:
-        device_count: use only this many devices, the first ones; one process only.
-        fsdp: so many neighboring devices share one copy of the training state, best those of one
-            host. With 1 the mesh has one axis, "data"; else it has a second one, "fsdp".
+        device_count: number of devices to use, the first ones; None: all. In a run of several
+            processes, all devices have to be used.
+        fsdp: number of neighboring devices, ideally of one host, that share one copy of the
+            training state. With 1, the mesh has the axis "data" alone; otherwise, it also has the
+            axis "fsdp".
     """
     devices = jax.devices()
     count = len(devices) if device_count is None else device_count
@@ -47,7 +50,8 @@ def make_mesh(device_count: int | None = None, *, fsdp: int = 1) -> Mesh:
     if count < len(devices) and jax.process_count() > 1:
         raise ValueError(
             f"device_count is {count}, but the {jax.process_count()} processes of this run have "
-            f"{len(devices)} devices: a mesh over several processes takes all of them (None)"
+            f"{len(devices)} devices; a run of several processes uses all of them: leave "
+            "device_count at None"
         )
     if fsdp < 1 or count % fsdp:
         raise ValueError(f"fsdp is {fsdp}; wanted a divisor of the {count} devices of this run")
@@ -59,7 +63,7 @@ def make_mesh(device_count: int | None = None, *, fsdp: int = 1) -> Mesh:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds in full."""
-    return NamedSharding(mesh, _WHOLE)
+    return NamedSharding(mesh, _REPLICATED)
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
@@ -68,56 +72,56 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
 
 
 def shares_state(mesh: Mesh) -> bool:
-    """Returns whether several devices share one copy of the training state."""
+    """Whether several devices share one copy of the training state."""
     return STATE_AXIS in mesh.axis_names
 
 
 def state_shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
-    """Returns where each array of a training state is kept between steps.
+    """Computes the sharding of each array of a training state between steps.
 
-    Along the mesh's "fsdp" axis, if it has one, large arrays are split in their longest axis that
-    divides ("fully sharded data parallelism", or ZeRO): a step gathers the parameters once, and
-    each device updates its part of them. Everything else is held by every device.
+    Large arrays are split over the mesh's "fsdp" axis, if it has one, along their longest divisible
+    axis (fully sharded data parallelism, or ZeRO): a step gathers the parameters once, and each
+    device updates its shard of them. All other arrays are replicated.
 
     Args:
         tree: arrays, or their shapes.
-        mesh: see `make_mesh`.
+        mesh: mesh, see `make_mesh`.
     """
     devices = mesh.shape.get(STATE_AXIS, 1)
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _split(leaf.shape, devices)), tree)
 
 
 def _split(shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """Returns how an array of a training state is split over devices that share it."""
+    """Computes the partition of an array over the devices that share the training state."""
     if devices == 1:
-        return _WHOLE
-    dividing = [axis for axis, size in enumerate(shape) if size % devices == 0]
-    if math.prod(shape) < SMALLEST_SPLIT or not dividing:
-        return _WHOLE
-    longest = max(dividing, key=lambda axis: shape[axis])
+        return _REPLICATED
+    divisible = [axis for axis, size in enumerate(shape) if size % devices == 0]
+    if math.prod(shape) < SMALLEST_SPLIT or not divisible:
+        return _REPLICATED
+    longest = max(divisible, key=lambda axis: shape[axis])
     return PartitionSpec(*[STATE_AXIS if axis == longest else None for axis in range(len(shape))])
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Copies every array of `tree`, typed PRNG keys included, to every device of the mesh.
+    """Copies every array of `tree`, including typed PRNG keys, to every device of the mesh.
 
     Args:
-        tree: arrays, on the host or on devices; equal on all processes.
-        mesh: where to; see `make_mesh`.
+        tree: arrays on the host or on devices, equal on all processes.
+        mesh: target mesh, see `make_mesh`.
     """
     return jax.tree.map(lambda leaf: _replicate_leaf(leaf, replicated(mesh)), tree)
 
 
 def global_batch(local_batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Joins the batches of all processes into global arrays, split over all devices.
+    """Joins the batches of all processes into global arrays that are split over all devices.
 
     Args:
-        local_batch: this process's examples, batch axis first; as many on every process. On CPU
-            the result may use their memory, so do not change them afterwards.
-        mesh: see `make_mesh`.
+        local_batch: arrays of this process's examples, batch axis first; all processes have the
+            same number. On CPU, the result may share their memory, so do not modify them.
+        mesh: mesh, see `make_mesh`.
 
     Returns:
-        The same names; each batch axis is as long as those of all processes together.
+        Global arrays under the same names; their batch axis spans the examples of all processes.
     """
     for name, array in local_batch.items():
         _check_divides(name, array.shape, mesh)
@@ -130,14 +134,14 @@ def global_batch(local_batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, ja
 def prefetch_to_device(
     batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, *, ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the global batches of `batches`, in order, the next ones already on their way.
+    """Yields global batches in order, with the next ones already being transferred.
 
-    A thread takes the batches and starts their transfer, while the caller's step runs.
+    A thread reads the batches and starts their transfer while the caller's step runs.
 
     Args:
-        batches: of this process, as `global_batch` takes them.
-        mesh: see `make_mesh`.
-        ahead: how many batches may be on devices, or on their way, before they are asked for.
+        batches: batches of this process, as for `global_batch`.
+        mesh: mesh, see `make_mesh`.
+        ahead: number of batches on devices, or in transfer, before they are requested.
     """
 
     def fetch() -> dict[str, jax.Array] | None:
@@ -152,15 +156,15 @@ def prefetch_to_device(
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """Fetches arrays as NumPy arrays, whole; a typed PRNG key becomes its uint32 words.
+    """Fetches complete arrays as NumPy arrays; a typed PRNG key becomes its uint32 words.
 
-    Of arrays that are split over several processes, all processes must ask at once.
+    If arrays are split over several processes, all processes must call this together.
     """
     return jax.tree.map(lambda leaf: _fetch(_without_key_type(leaf)), tree)
 
 
 def _fetch(leaf: jax.typing.ArrayLike) -> np.ndarray:
-    """Returns one array on the host."""
+    """Fetches one array."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return np.asarray(leaf)
@@ -168,7 +172,7 @@ def _fetch(leaf: jax.typing.ArrayLike) -> np.ndarray:
 
 def _replicate_leaf(leaf: jax.typing.ArrayLike, sharding: NamedSharding) -> jax.Array:
     """Copies one array or typed key to every device of `sharding`."""
-    host = np.array(_without_key_type(leaf))  # a copy: on CPU, JAX keeps using the host's memory
+    host = np.array(_without_key_type(leaf))  # a copy: on CPU, JAX shares the host's memory
     data = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
     if _is_key(leaf):
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -176,21 +180,21 @@ def _replicate_leaf(leaf: jax.typing.ArrayLike, sharding: NamedSharding) -> jax.
 
 
 def _is_key(leaf: object) -> bool:
-    """Tells whether `leaf` is an array of typed PRNG keys."""
+    """Whether `leaf` is an array of typed PRNG keys."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _without_key_type(leaf: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    """Returns the words of a typed PRNG key, and any other array as it is."""
+    """Returns the words of a typed PRNG key, and any other array unchanged."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _check_divides(name: str, shape: tuple[int, ...], mesh: Mesh) -> None:
-    """Raises ValueError unless the batch axis of `shape` divides over this process's devices."""
+    """Raises ValueError unless the batch axis can be split over this process's devices."""
     local_devices = len(mesh.local_devices)
     if not shape or shape[0] % local_devices:
         raise ValueError(
             f"batch[{name!r}] has shape {shape} on each of {jax.process_count()} processes; its "
-            f"first axis must be a multiple of the {local_devices} devices of a process: choose a "
+            f"first axis must be a multiple of {local_devices}, the devices of a process: choose a "
             f"global batch size that is a multiple of {mesh.size}"
         )

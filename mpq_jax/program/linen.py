@@ -74,7 +74,10 @@ Hook = Callable[[ModuleCall], Any]
 
 @contextlib.contextmanager
 def intercept(hook: Hook) -> Iterator[None]:
-    """Runs `hook(call)` in place of every module's `__call__`; the hook goes on by `call.run()`."""
+    """Runs `hook(call)` in place of every module's `__call__`; the hook goes on by `call.run()`.
+
+    Of nested hooks, the one that is intercepted first runs around the others.
+    """
 
     def interceptor(next_call, args, kwargs, context):
         if context.method_name != "__call__":

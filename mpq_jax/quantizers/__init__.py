@@ -1,4 +1,4 @@
-"""Quantizers: arrays in, arrays out. `QUANTIZERS` lists those a supernet can be built with."""
+"""Quantizers as pure functions of arrays. `QUANTIZERS` lists those that a supernet can use."""
 
 from mpq_jax.quantizers import batch_max, bit_planes, double_rounding, lsq, pact
 from mpq_jax.quantizers.base import ActQuantizer, Quantizer, WeightQuantizer

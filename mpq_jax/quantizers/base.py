@@ -1,4 +1,4 @@
-"""What a supernet needs of a quantizer: records of pure functions."""
+"""Interface between a supernet and its quantizer: records of pure functions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,18 +7,18 @@ from jax import Array
 
 
 class WeightQuantizer(NamedTuple):
-    """How kernels are quantized; signed codes, one step size per tensor.
+    """Quantizer of kernels, with signed codes and one step size per tensor.
 
-    `max_bits` is the largest number of bits that the layer may take, a Python int. Quantizers that
-    derive low bits from the codes of the highest need it; others ignore it.
+    `max_bits` is the largest bit-width that the layer can take, a Python int. Quantizers that
+    derive low-bit codes from the codes of the largest bit-width need it; others ignore it.
 
     Attributes:
         fake_quant: `(w, step_size, bits, *, max_bits, grad_scale) -> Array`, differentiable.
         codes: `(w, step_size, bits, *, max_bits) -> (int32 Array, scalar)`, the codes and the
             width of one code; their product equals `fake_quant` exactly.
-        init_step: `(w, bits) -> scalar`, the first step size at a number of bits.
-        shared_step_size: whether the step size of the highest bits serves all bits (true), or every
-            number of bits has a step size of its own.
+        init_step: `(w, bits) -> scalar`, the initial step size for a bit-width.
+        shared_step_size: whether all bit-widths share the step size of the largest; if false, every
+            bit-width has its own.
         switchable: whether the codes of fewer bits follow from those of the most bits by
             `double_rounding.switch`, so that a file of integers holds all precisions.
     """
@@ -31,15 +31,15 @@ class WeightQuantizer(NamedTuple):
 
 
 class ActQuantizer(NamedTuple):
-    """Quantizer of layer inputs; one step size for each number of bits.
+    """Quantizer of layer inputs, with one step size per bit-width.
 
     Attributes:
         fake_quant: `(x, step_size, bits, *, signed, grad_scale) -> Array`, differentiable.
         codes: `(x, step_size, bits, *, signed) -> int32 Array`; `codes * step_size` equals
             `fake_quant` exactly.
-        init_step: `(x, bits, *, signed) -> scalar`, the first step size.
-        batch_scale: whether every batch is scaled by its own values, so that there is no step
-            size to export and a step needs the whole batch.
+        init_step: `(x, bits, *, signed) -> scalar`, the initial step size.
+        batch_scale: whether the scale is computed from every batch, so that there is no step size
+            to export, and a training step needs the whole batch at once.
     """
 
     fake_quant: Callable[..., Array]
@@ -49,7 +49,7 @@ class ActQuantizer(NamedTuple):
 
 
 class Quantizer(NamedTuple):
-    """Both halves; `mpq_jax.quantizers.lsq` is the model of one."""
+    """Weight and activation quantizer of a supernet; `mpq_jax.quantizers.lsq` is an example."""
 
     weights: WeightQuantizer
     acts: ActQuantizer

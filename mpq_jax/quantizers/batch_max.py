@@ -1,12 +1,12 @@
-"""Inputs of layers scaled by the largest value of the batch: BSQ's and CSQ's published code.
+"""Activations scaled by the largest value of the batch, as in the published code of BSQ and CSQ.
 
 With S = max |x| over the whole array and a bits,
 
     out = sign(x) round(|x| (2^a - 1) / S) S / (2^a - 1)
 
-**For comparison with published numbers only.** The scale depends on the batch, in evaluation as
-well, so what is predicted for an image depends on the other images of its batch; and no step size
-is ever learned or kept, so nothing can be exported.
+**For comparison with published numbers only.** The scale depends on the batch, in evaluation too,
+so the prediction for an image depends on the other images of its batch. No step size is learned or
+stored, so nothing can be exported.
 
 References:
     Yang et al., BSQ: Exploring Bit-Level Sparsity for Mixed-Precision Neural Network
@@ -23,21 +23,21 @@ from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import ActQuantizer
 
 CLIP = 6.0  # ReLU6 of the published code
-CLIPPED_ABOVE = 3  # bits; up to here, and for float inputs, that code clips by PACT instead
+MAX_UNCLIPPED_BITS = 3  # up to here, and for float inputs, that code clips by PACT instead
 
 
 def _bound(bits, dtype):
-    """Returns the largest |x| that is not clipped."""
-    return jnp.where(jnp.asarray(bits) > CLIPPED_ABOVE, CLIP, jnp.inf).astype(dtype)
+    """Returns the clipping bound of |x|; infinity if there is no clipping."""
+    return jnp.where(jnp.asarray(bits) > MAX_UNCLIPPED_BITS, CLIP, jnp.inf).astype(dtype)
 
 
 def _rounded(x, bits):
-    """Returns the codes as floats, and the width of one code, S / (2^a - 1)."""
+    """Computes the codes, as floats, and the width of one code, S / (2^a - 1)."""
     bound = _bound(bits, x.dtype)
     clipped = jnp.clip(x, -bound, bound)
     largest = jnp.max(jnp.abs(clipped), initial=0)
     _, levels = lsq.code_range(bits, signed=False)
-    unit = jnp.where(largest > 0, largest, 1)  # zeros have no scale of their own
+    unit = jnp.where(largest > 0, largest, 1)  # any scale quantizes zeros
     width = lsq.in_steps(unit, levels.astype(x.dtype))
     return jnp.round(lsq.in_steps(clipped, width)), width
 
@@ -68,19 +68,19 @@ def fake_quant(
     signed: bool | Bool[Array, ""],
     grad_scale: Float[AnyArray, ""] | None = None,
 ) -> Float[Array, "*shape"]:
-    """Snaps `x` to multiples of max |x| / (2^bits - 1); clips it to +-6 first above 3 bits.
+    """Rounds `x` to multiples of max |x| / (2^bits - 1), after clipping to +-6 above 3 bits.
 
-    The scale depends on the batch, in evaluation as well: predictions depend on what else is in
+    The scale depends on the batch, in evaluation too: predictions depend on the other images of
     the batch, and nothing can be exported. For comparison with published numbers only.
 
-    Outputs of a ReLU meet ReLU6 here, as in the published code; `x` may be negative all the same.
-    The gradient in `x` is that of the clipping alone, bounds included: the quantizer after it, its
-    scale too, counts as the identity. The gradient in `step_size` is zero. Reverse-mode
-    differentiation only.
+    The clipping turns a ReLU before the layer into ReLU6, as in the published code; negative `x`
+    are allowed. The gradient with respect to `x` is that of the clipping alone, bounds included:
+    rounding and scale count as the identity. The gradient with respect to `step_size` is zero.
+    Reverse-mode differentiation only.
 
     Args:
-        x: values, the whole batch.
-        step_size: not used; the scale is computed anew for every batch.
+        x: values of the whole batch.
+        step_size: not used; the scale is recomputed for every batch.
         bits: number of bits without the sign (a), a traced integer: changing it never recompiles.
         signed: not used; codes have the signs of the values.
         grad_scale: not used.
@@ -99,9 +99,9 @@ def codes(
     *,
     signed: bool | Bool[Array, ""],
 ) -> Int[Array, "*shape"]:
-    """Returns int32 codes, -(2^bits - 1) to 2^bits - 1, of this batch; arguments of `fake_quant`.
+    """Computes the int32 codes of this batch, -(2^bits - 1) to 2^bits - 1, as in `fake_quant`.
 
-    They are worth `init_step(x, bits)` each, not `step_size`.
+    The width of one code is `init_step(x, bits)`, not `step_size`.
     """
     del step_size, signed
     return _rounded(x, bits)[0].astype(jnp.int32)
@@ -110,10 +110,10 @@ def codes(
 def init_step(
     x: Float[Array, "*shape"], bits: Int[AnyArray, ""], *, signed: bool | Bool[Array, ""]
 ) -> Float[Array, ""]:
-    """Returns what a code of this batch is worth, max |x| / (2^bits - 1) after the clipping.
+    """Computes the width of one code of this batch, max |x| / (2^bits - 1) after clipping.
 
     Args:
-        x: values, the whole batch.
+        x: values of the whole batch.
         bits: number of bits without the sign.
         signed: not used.
     """

@@ -1,13 +1,14 @@
 """Double Rounding: low-bit weights derived from the integer codes of the highest precision.
 
-With h the highest bits, l the wanted bits, D = h - l and s the learned step size of h bits,
+With h the highest bit-width, l the target bit-width, D = h - l and s the learned step size of h
+bits,
 
-    W_h = clip(round(w / s), -2^(h-1), 2^(h-1) - 1)      the stored integers
-    W_l = clip(round(W_h / 2^D), -2^(l-1), 2^(l-1) - 1)  the switched integers, worth s 2^D each
+    W_h = clip(round(w / s), -2^(h-1), 2^(h-1) - 1)      the stored codes, of width s
+    W_l = clip(round(W_h / 2^D), -2^(l-1), 2^(l-1) - 1)  the switched codes, of width s 2^D
 
-One tie rule holds everywhere: halves go to the even code. It is unbiased: at D = 1 every odd W_h
-is a tie, and always rounding it up would raise the mean weight by a quarter of a code. `fake_quant`
-(training), `codes` and `switch` (integers alone) agree bit for bit.
+All rounding is half to even, which is unbiased: for D = 1, every odd W_h is a tie, and rounding
+ties up would raise the mean weight by a quarter of a code. `fake_quant` (training), `codes` and
+`switch` (integers alone) agree bit for bit.
 
 References:
     Nearly Lossless Adaptive Bit Switching, https://arxiv.org/abs/2502.01565.
@@ -25,19 +26,19 @@ from jaxtyping import ArrayLike as AnyArray
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import Quantizer, WeightQuantizer
 
-HIGHEST = (2, 16)  # smallest and largest `highest`, but for kernels of nothing but zeros
-NO_BITS = 0  # `highest` of such a kernel: its one code is zero
+MAX_BITS_RANGE = (2, 16)  # smallest and largest `max_bits`, except for all-zero kernels
+NO_BITS = 0  # `max_bits` of an all-zero kernel, whose only code is zero
 
 
 def codes(
     w: Float[Array, "*shape"], step_size: Float[AnyArray, ""], *, max_bits: int
 ) -> Int[Array, "*shape"]:
-    """Returns the integers that are stored: int32 codes of the highest precision (W_h).
+    """Computes the codes to store: int32 codes of the highest precision (W_h).
 
     Args:
         w: weights.
         step_size: width of one code at the highest precision (s_h), positive.
-        max_bits: bits of the highest precision, 2 to 16; 0: of a kernel of zeros.
+        max_bits: bit-width of the highest precision, 2 to 16; 0 for an all-zero kernel.
     """
     _check(max_bits)
     return lsq.codes(w, step_size, max_bits, signed=True)
@@ -46,18 +47,17 @@ def codes(
 def switch(
     codes: Int[Array, "*shape"], bits: Int[AnyArray, ""], *, max_bits: int
 ) -> Int[Array, "*shape"]:
-    """Returns the codes of a lower precision (W_l) from those of the highest, by integers alone.
+    """Derives the codes of a lower precision (W_l) from the stored ones by integer arithmetic.
 
-    Rounds `codes / 2^(max_bits - bits)` to nearest, halves to even, and clips to the range of
-    `bits` bits.
+    Rounds `codes / 2^(max_bits - bits)` half to even and clips it to the range of `bits` bits.
 
     Args:
-        codes: of `codes(...)`, any signed integer type that holds them.
-        bits: wanted bits, traced or not; 2 to `max_bits`.
-        max_bits: bits of the stored codes.
+        codes: stored codes, see `codes`; any signed integer dtype that holds them.
+        bits: target bit-width, traced or not; 2 to `max_bits`.
+        max_bits: bit-width of the stored codes.
 
     Returns:
-        Codes of the same type.
+        Codes of the same dtype.
     """
     _check(max_bits, bits)
     wide = codes.astype(jnp.int32)
@@ -65,7 +65,7 @@ def switch(
 
 
 def _halve(wide, halvings, bits):
-    below = jnp.left_shift(1, halvings) - 1  # mask of the bits that go
+    below = jnp.left_shift(1, halvings) - 1  # mask of the dropped bits
     rest, half = wide & below, jnp.left_shift(1, halvings) >> 1
     floor = jnp.right_shift(wide, halvings)
     up = (rest > half) | ((rest == half) & (floor & 1 == 1) & (halvings > 0))
@@ -83,22 +83,23 @@ def _halvings(bits, max_bits: int) -> Int[Array, ""]:
 
 
 def _check(max_bits: int, bits: Any = None) -> None:
-    if max_bits != NO_BITS and not HIGHEST[0] <= max_bits <= HIGHEST[1]:
-        raise ValueError(f"highest is {max_bits}; wanted {HIGHEST[0]} to {HIGHEST[1]} bits")
-    least = min(HIGHEST[0], max_bits)
-    if isinstance(bits, int | np.integer) and not least <= bits <= max_bits:
-        raise ValueError(f"bits is {bits}; wanted {least} to {max_bits}, the highest")
+    low, high = MAX_BITS_RANGE
+    if max_bits != NO_BITS and not low <= max_bits <= high:
+        raise ValueError(f"max_bits is {max_bits}; wanted {low} to {high}")
+    low = min(low, max_bits)
+    if isinstance(bits, int | np.integer) and not low <= bits <= max_bits:
+        raise ValueError(f"bits is {bits}; wanted {low} to {max_bits} (max_bits)")
 
 
 def _lower_codes(reduce, w, step_size, bits, max_bits):
-    """Returns the codes of `bits` bits and the width of one (s_h 2^D)."""
+    """Computes the codes of `bits` bits and the width of one code (s_h 2^D)."""
     halvings = _halvings(bits, max_bits)
     stored = lsq.codes(w, step_size, max_bits, signed=True)
     return reduce(stored, halvings, bits), _width(step_size, halvings)
 
 
 def _width(step_size: Float[Array, ""], halvings: Int[Array, ""]) -> Float[Array, ""]:
-    """Returns s_h 2^D, the width of a lower precision's code; a power of two makes it exact."""
+    """Computes s_h 2^D, the width of a code of lower precision; exact, by a power of two."""
     return step_size * jnp.ldexp(jnp.ones((), step_size.dtype), halvings)
 
 
@@ -118,7 +119,7 @@ def _fake_quant_backward(reduce, max_bits, residuals, gradient):
     lower, width = _lower_codes(reduce, w, step_size, bits, max_bits)
     low, high = lsq.code_range(bits, signed=True)
     low, high = low.astype(w.dtype), high.astype(w.dtype)
-    # Compared in the units of w, as in LSQ: there `code * width` meets a bound exactly.
+    # Compare in the units of w, as in LSQ: there `code * width` equals a bound exactly.
     inside = (w >= low * width) & (w <= high * width)
     offset = jnp.where(inside, lower.astype(w.dtype) - lsq.in_steps(w, width), 0)
     bound = jnp.where(w > high * width, high, low)
@@ -138,19 +139,20 @@ def fake_quant(
     max_bits: int,
     grad_scale: Float[AnyArray, ""] | None = None,
 ) -> Float[Array, "*shape"]:
-    """Returns weights quantized to `bits` bits by way of the codes of the highest precision.
+    """Quantizes weights to `bits` bits through the codes of the highest precision.
 
-    Equals `switch(codes(w, step_size), bits) * (step_size * 2^D)` exactly. The gradient in `w`
-    passes where `w` lies in the range of `bits` bits, bounds included. The gradient in
-    `step_size` is that of LSQ for the width s_h 2^D, times 2^D: `W_l - w / (s_h 2^D)` inside the
-    range and the violated bound outside. Reverse-mode differentiation only.
+    The result equals `switch(codes(w, step_size), bits) * (step_size * 2^D)` exactly. The gradient
+    with respect to `w` passes where `w` lies in the range of `bits` bits, bounds included. The
+    gradient with respect to `step_size` is 2^D times LSQ's for the width s_h 2^D, which is
+    `W_l - w / (s_h 2^D)` inside the range and the violated bound outside of it. Reverse-mode
+    differentiation only.
 
     Args:
         w: weights.
         step_size: width of one code at the highest precision (s_h), positive.
-        bits: wanted bits, traced: changing them never recompiles; 2 to `max_bits`.
-        max_bits: bits of the highest precision, 2 to 16; 0: of a kernel of zeros.
-        grad_scale: factor of the gradient in `step_size`; None leaves it as it is.
+        bits: target bit-width, a traced integer: changing it never recompiles; 2 to `max_bits`.
+        max_bits: bit-width of the highest precision, 2 to 16; 0 for an all-zero kernel.
+        grad_scale: factor of the step size's gradient; None is 1.
     """
     return _weight_fake_quant(_halve, w, step_size, bits, max_bits=max_bits, grad_scale=grad_scale)
 
@@ -169,7 +171,7 @@ def _weight_codes(reduce, w, step_size, bits, *, max_bits):
 
 
 def _of_highest(w, width, bits, max_bits: int) -> Array:
-    """Returns s_h of a precision's own width of a code, s_h 2^D."""
+    """Computes s_h from a precision's own step size, s_h 2^D."""
     return _width(jnp.asarray(width, w.dtype), -_halvings(bits, max_bits))
 
 
@@ -196,7 +198,7 @@ def _stored_values(w, step_size, bits, *, max_bits, grad_scale) -> Array:
 
 
 def _stored_step(w, bits):
-    raise TypeError("stored integers come with their step size; it cannot be found from them")
+    raise TypeError("a step size cannot be derived from stored codes; use the one stored with them")
 
 
 def _sharing(reduce) -> Quantizer:
@@ -211,15 +213,15 @@ def _sharing(reduce) -> Quantizer:
 
 
 QUANTIZER = _sharing(_halve)
-FLOORED = _sharing(_floor)  # an arithmetic shift instead of rounding (ablation)
-# Each precision learns the width of its own codes ("Ours*"); then float weights must be kept.
+FLOORED = _sharing(_floor)  # arithmetic shift instead of rounding (ablation)
+# Every precision learns its own step size ("Ours*"), so float weights must be stored.
 UNSHARED = Quantizer(
     WeightQuantizer(
         _unshared_fake_quant, _unshared_codes, lsq.init_weight_step, shared_step_size=False
     ),
     lsq.ACTS,
 )
-# Of kernels that are the stored integers themselves (`codes`): no float weight is needed.
+# For kernels that hold the stored codes themselves (`codes`), without float weights.
 STORED = Quantizer(
     WeightQuantizer(
         _stored_values, _stored_codes, _stored_step, shared_step_size=True, switchable=True

@@ -3,38 +3,38 @@
 References:
     Esser et al., Learned Step Size Quantization, ICLR 2020, https://arxiv.org/abs/1902.08153.
     Tang et al., Retraining-free Model Quantization via One-Shot Weight-Coupling Learning,
-    CVPR 2024, https://arxiv.org/abs/2401.01543 (the initial step sizes used here).
+    CVPR 2024, https://arxiv.org/abs/2401.01543 (initialization of the weight step sizes).
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-from jaxtyping import ArrayLike as AnyArray  # accepts Python and NumPy numbers as well
+from jaxtyping import ArrayLike as AnyArray  # also accepts Python and NumPy numbers
 
 from mpq_jax.quantizers.base import ActQuantizer, Quantizer, WeightQuantizer
 
-MIN_STEP_SIZE = 1e-8  # keeps x / step_size finite for an all-zero tensor, and steps positive
+MIN_STEP_SIZE = 1e-8  # keeps step sizes positive and x / step_size finite for all-zero tensors
 
 
 def code_range(
     bits: Int[AnyArray, "*#shape"], *, signed: bool | Bool[Array, ""]
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """Returns the smallest and the largest integer code (-Q_N and Q_P) of a number of bits.
+    """Computes the smallest and the largest integer code (-Q_N and Q_P) of a bit-width.
 
     Args:
         bits: bits per value, traced or not.
-        signed: codes of two's complement if true, else of natural binary.
+        signed: whether codes are signed (two's complement) or unsigned.
     """
-    levels = jnp.ldexp(jnp.float32(1), jnp.asarray(bits, jnp.int32))  # exact, and of 32 bits too
+    levels = jnp.ldexp(jnp.float32(1), jnp.asarray(bits, jnp.int32))  # exact, even for 32 bits
     low = jnp.where(signed, -levels / 2, 0.0)
     return low, low + levels - 1
 
 
 def in_steps(x, step_size):
-    """Returns `x` in units of the step size; the one definition wherever codes must agree.
+    """Computes `x / step_size` in the one form that all code must share for codes to agree.
 
-    XLA turns `x / step_size` into this product in some programs and not in others, which moves
-    ties; written out, all programs agree bit for bit.
+    XLA rewrites a division as this product in some programs but not in others, which changes the
+    rounding of ties. With the product written out, all programs agree bit for bit.
     """
     return x * (1 / step_size)
 
@@ -45,14 +45,14 @@ def _fake_quant(x, step_size, low, high, grad_scale):
 
 
 def _fake_quant_forward(x, step_size, low, high, grad_scale):
-    # Only the inputs are kept for the backward pass: `x` is alive anyway, the rest are scalars.
+    # Residuals are the inputs alone: `x` is in memory anyway, the others are scalars.
     return _fake_quant(x, step_size, low, high, grad_scale), (x, step_size, low, high, grad_scale)
 
 
 def _fake_quant_backward(residuals, gradient):
     x, step_size, low, high, grad_scale = residuals
     v = in_steps(x, step_size)
-    # Compared in the units of x: there `code * step_size` meets a bound exactly, whatever the step.
+    # Compare in the units of x, where `code * step_size` equals a bound exactly for any step size.
     inside = (x >= low * step_size) & (x <= high * step_size)
     x_gradient = jnp.where(inside, gradient, 0)
     code = jnp.round(jnp.clip(v, low, high))
@@ -71,20 +71,20 @@ def fake_quant(
     signed: bool | Bool[Array, ""],
     grad_scale: Float[AnyArray, ""] | None = None,
 ) -> Float[Array, "*shape"]:
-    """Snaps `x` to the nearest multiple of `step_size` that `bits` bits can name.
+    """Rounds `x` to the nearest multiple of `step_size` that `bits` bits can represent.
 
-    The code is `x * (1 / step_size)` rounded, halves to the even code. The gradient in `x` passes
-    where `x` lies in the range of the codes, bounds included, and is zero elsewhere; the gradient
-    in `step_size` is `code - x / step_size` inside the range and the violated bound outside of it
-    (Eq. 3). Reverse-mode differentiation only.
+    The code is `x * (1 / step_size)`, rounded half to even. The gradient with respect to `x` passes
+    where `x` lies in the range of the codes, bounds included, and is zero elsewhere. The gradient
+    with respect to `step_size` is `code - x / step_size` inside the range and the violated bound
+    outside of it (Eq. 3). Reverse-mode differentiation only.
 
     Args:
         x: values.
         step_size: width of one level (s in the paper), positive, in the units of `x`.
         bits: number of bits, a traced integer: changing it never recompiles.
         signed: whether the codes are signed; traced or not.
-        grad_scale: factor of the gradient in `step_size`; the paper takes
-            1 / sqrt(x.size * largest code). None leaves the gradient as it is.
+        grad_scale: factor of the step size's gradient; 1 / sqrt(x.size * largest code) in the
+            paper. None is 1.
 
     Returns:
         An array like `x`; it equals `codes(...) * step_size` exactly.
@@ -105,37 +105,37 @@ def codes(
     *,
     signed: bool | Bool[Array, ""],
 ) -> Int[Array, "*shape"]:
-    """Returns the int32 codes that `fake_quant` multiplies by `step_size`; same arguments."""
+    """Computes the int32 codes that `fake_quant` multiplies by `step_size`; same arguments."""
     low, high = code_range(bits, signed=signed)
     v = in_steps(x, jnp.asarray(step_size, x.dtype))
     return jnp.round(jnp.clip(v, low.astype(x.dtype), high.astype(x.dtype))).astype(jnp.int32)
 
 
 def init_weight_step(w: Float[Array, "*shape"], bits: Int[AnyArray, ""]) -> Float[Array, ""]:
-    """Returns the first step size of a weight tensor by the three-sigma rule.
+    """Computes the initial step size of a weight tensor by the three-sigma rule.
 
-    `max(|mean - 3 sigma|, |mean + 3 sigma|) / 2^(bits - 1)`, sigma being the unbiased standard
-    deviation of the whole tensor. The steps of different bits are nested: each is half the one
-    of a bit less.
+    The step size is `max(|mean - 3 sigma|, |mean + 3 sigma|) / 2^(bits - 1)`, with the unbiased
+    standard deviation sigma of the whole tensor. Step sizes of different bit-widths are nested:
+    one bit more halves the step size.
 
     References:
-        The rule of RFQuant's published code (quantizer initialization of the weights).
+        The weight quantizer's initialization in RFQuant's published code.
     """
     mean, sigma = jnp.mean(w), jnp.std(w, ddof=1 if w.size > 1 else 0)
-    reach = jnp.maximum(jnp.abs(mean - 3 * sigma), jnp.abs(mean + 3 * sigma))
+    max_weight = jnp.maximum(jnp.abs(mean - 3 * sigma), jnp.abs(mean + 3 * sigma))
     _, high = code_range(bits, signed=True)
-    return jnp.maximum(reach / (high + 1).astype(w.dtype), MIN_STEP_SIZE)
+    return jnp.maximum(max_weight / (high + 1).astype(w.dtype), MIN_STEP_SIZE)
 
 
 def init_act_step(
     x: Float[Array, "*shape"], bits: Int[AnyArray, ""], *, signed: bool | Bool[Array, ""]
 ) -> Float[Array, ""]:
-    """Returns the first step size of a layer's input, `2 mean(|x|) / sqrt(Q_P)`.
+    """Computes the initial step size of a layer's input, `2 mean(|x|) / sqrt(Q_P)`.
 
     Args:
         x: inputs of the layer on calibration images.
         bits: number of bits.
-        signed: whether the codes are signed; decides Q_P, the largest code.
+        signed: whether the codes are signed, which determines the largest code Q_P.
 
     References:
         Esser et al., Learned Step Size Quantization, ICLR 2020, section 2.1.

@@ -1,7 +1,7 @@
-"""PACT: inputs of layers clipped at a learned bound, then quantized uniformly.
+"""PACT: activations clipped at a learned bound, then quantized uniformly.
 
-The bound alpha is kept as a step size, s = alpha / (largest code), so that values, codes and
-exports are those of LSQ; only the gradient of the parameter differs.
+The bound alpha is stored as a step size, s = alpha / (largest code), so that values, codes and
+exports equal those of LSQ; only the gradient of the parameter differs.
 
 References:
     Choi et al., PACT: Parameterized Clipping Activation for Quantized Neural Networks, 2018,
@@ -16,7 +16,7 @@ from jaxtyping import ArrayLike as AnyArray
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import ActQuantizer
 
-FIRST_CLIP = 10.0  # first alpha, in the units of the values; of CSQ's published code
+INIT_CLIP = 10.0  # initial alpha, in the units of the values; as in CSQ's published code
 
 
 @jax.custom_vjp
@@ -26,19 +26,19 @@ def _fake_quant(x, step_size, bits, signed, grad_scale):
 
 
 def _fake_quant_forward(*inputs):
-    # Only the inputs are kept for the backward pass: `x` is alive anyway, the rest are scalars.
+    # Residuals are the inputs alone: `x` is in memory anyway, the others are scalars.
     return _fake_quant(*inputs), inputs
 
 
 def _fake_quant_backward(inputs, gradient):
     x, step_size, bits, signed, grad_scale = inputs
     low, high = (bound.astype(x.dtype) for bound in lsq.code_range(bits, signed=signed))
-    # Compared in the units of x, as in LSQ: there `code * step_size` meets a bound exactly.
+    # Compare in the units of x, as in LSQ: there `code * step_size` equals a bound exactly.
     smallest, largest = low * step_size, high * step_size
     x_gradient = jnp.where((x >= smallest) & (x <= largest), gradient, 0)
     per_value = jnp.where(x >= largest, 1, jnp.where(x <= smallest, low / high, 0))
     clip_gradient = jnp.sum(gradient * per_value)
-    # As a product all programs agree on it, see `lsq.in_steps`.
+    # A product instead of a division, so that all programs agree; see `lsq.in_steps`.
     return x_gradient, clip_gradient * (1 / high) * grad_scale, None, None, None
 
 
@@ -53,28 +53,28 @@ def fake_quant(
     signed: bool | Bool[Array, ""],
     grad_scale: Float[AnyArray, ""] | None = None,
 ) -> Float[Array, "*shape"]:
-    """Clips `x` at alpha = `step_size` * (largest code) and rounds it; values are those of LSQ.
+    """Clips `x` at alpha = `step_size` * (largest code) and rounds it; values equal those of LSQ.
 
-    The gradient in `x` passes where `x` lies in the range of the codes, bounds included, and is
-    zero elsewhere. The gradient in alpha is the sum of the incoming gradient where `x` is at or
-    above alpha; rounding adds nothing to it (Eq. 3). Signed codes, which the paper does not have,
-    add low / high times the incoming gradient where `x` is at or below the low bound, since that
-    bound is low / high times alpha.
+    The gradient with respect to `x` passes where `x` lies in the range of the codes, bounds
+    included, and is zero elsewhere. The gradient with respect to alpha is the sum of the incoming
+    gradient where `x` is at or above alpha; rounding contributes nothing (Eq. 3). Signed codes,
+    which the paper does not have, add low / high times the incoming gradient where `x` is at or
+    below the lower bound, since that bound is low / high times alpha.
 
-    What is returned as the gradient in `step_size` is dL/dalpha / (largest code), not the
-    product with it that the chain rule asks for. So gradient descent on the step size moves alpha
-    just as PACT's does, `high * (change of s) = -rate * dL/dalpha`, and so do momentum and weight
-    decay; by the chain rule it would move high^2 times as far. Optimizers that normalize gradients
-    (Adam) do not keep this. Reverse-mode differentiation only.
+    The gradient returned for `step_size` is dL/dalpha divided by the largest code; the chain rule
+    would multiply by it. Gradient descent on the step size therefore changes alpha exactly as in
+    PACT, `high * (change of s) = -rate * dL/dalpha`, also with momentum and weight decay; by the
+    chain rule, the change would be high^2 times as large. Optimizers that normalize gradients
+    (Adam) break this equivalence. Reverse-mode differentiation only.
 
     Args:
         x: values.
         step_size: width of one level (s), positive, in the units of `x`.
         bits: number of bits, a traced integer: changing it never recompiles; at least 2 if
-            signed. At 32 bits only float arithmetic rounds, so that it is pure clipping; there
-            are no such codes in int32.
+            signed. With 32 bits, the quantizer only clips, apart from the rounding of float
+            arithmetic, and its codes do not fit into int32.
         signed: whether the codes are signed; traced or not.
-        grad_scale: factor of the gradient in `step_size`; None leaves the gradient as it is.
+        grad_scale: factor of the step size's gradient; None is 1.
 
     Returns:
         An array like `x`; it equals `codes(...) * step_size` exactly.
@@ -90,15 +90,15 @@ def fake_quant(
 def init_step(
     x: Float[Array, "*shape"], bits: Int[AnyArray, ""], *, signed: bool | Bool[Array, ""]
 ) -> Float[Array, ""]:
-    """Returns the first step size of a layer's input, `FIRST_CLIP` / (largest code).
+    """Computes the initial step size of a layer's input, `INIT_CLIP` / (largest code).
 
     Args:
-        x: inputs of the layer on calibration images; only their type matters.
+        x: inputs of the layer on calibration images; only their dtype is used.
         bits: number of bits.
-        signed: whether the codes are signed; decides the largest code.
+        signed: whether the codes are signed, which determines the largest code.
     """
     _, high = lsq.code_range(bits, signed=signed)
-    return (FIRST_CLIP / high).astype(x.dtype)
+    return (INIT_CLIP / high).astype(x.dtype)
 
 
 ACTS = ActQuantizer(fake_quant, lsq.codes, init_step)

@@ -6,25 +6,31 @@ References:
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Array, Key
 
-from mpq_jax.search import ilp
-from mpq_jax.search import problem as spaces
-from mpq_jax.search.problem import Budget, Found, Score, Space, Step, Watch
-from mpq_jax.search.random import distinct, generator_of, into_budget
-from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.search.problem import (
+    Budget,
+    OnStep,
+    Score,
+    SearchResult,
+    Step,
+    first_cost,
+    ignore,
+    make_result,
+    score_choices,
+)
+from mpq_jax.search.sampling import distinct, generator_of, repair
+from mpq_jax.search.space import SearchSpace
 
-ATTEMPTS = 10  # times as many as wanted: mutations and crossovers that are made at most
+ATTEMPTS = 10  # most mutations and crossovers that are made, as a multiple of those wanted
 
 
-def search(
+def evolutionary_search(
     score: Score,
-    table: LayerTable,
-    candidates: Sequence[int],
-    mask: np.ndarray,
+    space: SearchSpace,
     budgets: Sequence[Budget],
     key: Key[Array, ""],
     *,
@@ -35,35 +41,30 @@ def search(
     crossovers: int = 25,
     mutation_probability: float = 0.2,
     window: float = 0.05,
-    watch: Watch = spaces.nobody,
-) -> list[Found]:
-    """Lets configurations within each budget evolve and returns the best one ever scored.
+    on_step: OnStep = ignore,
+) -> list[SearchResult]:
+    """Evolves configurations within each budget and returns the best one ever scored.
 
-    A generation is made of mutations (each entry is drawn anew with some probability) and uniform
-    crossovers of the best so far, and filled up with random configurations. What leaves the budget
-    is moved back at random. The defaults are the published ones.
+    A generation consists of mutations (each variable is drawn anew with some probability) and
+    uniform crossovers of the best so far, and is filled up with random configurations. Those that
+    exceed the budget are repaired at random. The defaults are the published ones.
 
     Args:
-        score: see `space.Score`; all is scored with one key.
-        table: the layers.
-        candidates: bits of each choice, `table.candidates`.
-        mask: bool [layers, 2, choices], what may be chosen (normally `table.mask`).
-        budgets: what to keep within.
+        score: see `problem`, as for the next three.
+        space: the configurations.
+        budgets: the budgets.
         key: random key; decides the draws and the images.
         population: configurations per generation.
-        generations: how many, the first random one included.
-        parents: best configurations so far that others are made from.
-        mutations: made from one parent each, per generation.
-        crossovers: made from two parents each, per generation.
-        mutation_probability: of each entry in a mutation.
-        window: part of the first limit that may be left unused, where that is possible.
-        watch: called after every generation.
-
-    Returns:
-        One configuration per budget, in their order.
+        generations: number of generations, the first random one included.
+        parents: number of the best configurations so far that others are made from.
+        mutations: configurations per generation made from one parent each.
+        crossovers: configurations per generation made from two parents each.
+        mutation_probability: probability that a mutation draws a variable anew.
+        window: share of the first limit that may stay unused, where that is possible.
+        on_step: called after every generation.
 
     Raises:
-        ValueError: a budget cannot be met.
+        ValueError: a budget cannot be met, or the numbers do not fit together.
     """
     if generations < 1:
         raise ValueError(f"generations is {generations}; wanted at least 1")
@@ -72,65 +73,65 @@ def search(
             f"parents is {parents}, mutations {mutations} and crossovers {crossovers}; wanted at "
             f"least one parent, and no more than the population of {population} of either"
         )
-    space = Space(table, candidates, mask)
-    ilp.check(space, budgets)
-    found = {}
-    for budget in budgets:
+
+    def next_generation(known, budget: Budget, generator: np.random.Generator):
+        best = sorted(known.values(), key=lambda pair: pair[0])[:parents]
+        pool = [choices for _, choices in best]
+        new: list[np.ndarray] = []
+        for made, wanted in (
+            (_mutated(space, pool, generator, mutation_probability), mutations),
+            (_crossed(space, pool, generator), crossovers),
+            (_drawn(space, generator), population),
+        ):
+            repaired = (
+                repair(space, budget, choices, generator, window=window)
+                for choices in itertools.islice(made, ATTEMPTS * wanted)
+            )
+            fresh = (choices for choices in repaired if choices.tobytes() not in known)
+            new = distinct(itertools.chain(new, fresh), min(len(new) + wanted, population))
+        return new
+
+    def evolve(budget: Budget) -> SearchResult:
         generator = generator_of(key)
-
-        def within(state: np.ndarray, budget=budget, generator=generator) -> np.ndarray:
-            return into_budget(space, budget, state, generator, window=window)
-
         known: dict[bytes, tuple[float, np.ndarray]] = {}
-        for generation in range(generations):
-            best = sorted(known.values(), key=lambda one: one[0])[:parents]
-            pool = [state for _, state in best]
-            new: list[np.ndarray] = []
-            for made, wanted in (
-                (_mutated(space, pool, generator, mutation_probability), mutations),
-                (_crossed(space, pool, generator), crossovers),
-                (_drawn(space, generator), population),
-            ):
-                fresh = (within(state) for state in itertools.islice(made, ATTEMPTS * wanted))
-                fresh = (state for state in fresh if state.tobytes() not in known)
-                new = distinct(itertools.chain(new, fresh), min(len(new) + wanted, population))
+        for number in range(generations):
+            new = next_generation(known, budget, generator)
             if not new:
-                break  # there are no others within the budget
-            scores = spaces.scored(score, space, new, key)
-            known |= {
-                state.tobytes(): (float(value), state)
-                for state, value in zip(new, scores, strict=True)
-            }
-            lowest, state = min(known.values(), key=lambda one: one[0])
-            cost = spaces.first_cost(budget, state)
-            watch(Step(f"generation {generation + 1}", f"{len(known)} scored", cost, lowest))
-        lowest, state = min(known.values(), key=lambda one: one[0])
-        found[budget.name] = spaces.result(space, budget, state, lowest)
-    return spaces.in_order(budgets, found)
+                break  # all configurations within the budget are known
+            scores = score_choices(score, space, new, key)
+            known |= {c.tobytes(): (float(s), c) for c, s in zip(new, scores, strict=True)}
+            lowest, best = min(known.values(), key=lambda pair: pair[0])
+            cost = first_cost(budget, best)
+            on_step(Step(f"generation {number + 1}", f"{len(known)} scored", cost, lowest))
+        lowest, best = min(known.values(), key=lambda pair: pair[0])
+        return make_result(space, budget, best, lowest)
+
+    return [evolve(budget) for budget in budgets]
 
 
-def _drawn(space: Space, generator: np.random.Generator):
+def _drawn(space: SearchSpace, generator: np.random.Generator) -> Iterator[np.ndarray]:
     while True:
-        yield space.drawn(generator)
+        yield space.sample(generator)
 
 
-def _mutated(space: Space, pool, generator: np.random.Generator, probability: float):
-    """Yields states of the pool with some entries drawn anew."""
+def _mutated(space, pool, generator, probability: float) -> Iterator[np.ndarray]:
+    """Yields configurations of the pool with some variables drawn anew."""
     while pool:
         one = pool[generator.integers(len(pool))]
-        yield _mixed(space, one, space.drawn(generator), generator, probability)
+        yield _mixed(space, one, space.sample(generator), generator, probability)
 
 
-def _crossed(space: Space, pool, generator: np.random.Generator):
-    """Yields states whose entries are those of either of two of the pool."""
+def _crossed(space, pool, generator) -> Iterator[np.ndarray]:
+    """Yields configurations whose variables come from either of two of the pool."""
     while pool:
         one, other = (pool[place] for place in generator.integers(len(pool), size=2))
         yield _mixed(space, one, other, generator, 0.5)
 
 
-def _mixed(space: Space, one, other, generator: np.random.Generator, probability: float):
-    taken = generator.random(len(space.genes)) < probability
-    for gene, take in zip(space.genes, taken, strict=True):
+def _mixed(space: SearchSpace, one, other, generator, probability: float) -> np.ndarray:
+    """Returns `one` with each variable taken from `other` at some probability."""
+    taken = generator.random(len(space.variables)) < probability
+    for variable, take in zip(space.variables, taken, strict=True):
         if take:
-            one = space.moved(one, gene, other[gene // 2, gene % 2])
+            one = space.with_choice(one, variable, other[variable])
     return one

@@ -4,81 +4,72 @@ The program knows the whole network at once but takes the losses of layers for a
 know what layers do together but only nearby.
 """
 
+import functools
 from collections.abc import Sequence
 
-import numpy as np
 from jaxtyping import Array, Key
 
-from mpq_jax.search import ilp, objectives, tabu
-from mpq_jax.search import problem as spaces
-from mpq_jax.search.problem import Budget, Found, Score, Space, Watch
-from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.search import objectives, tabu
+from mpq_jax.search.ilp import ilp_search
+from mpq_jax.search.problem import (
+    Budget,
+    OnStep,
+    Score,
+    SearchResult,
+    ignore,
+    make_result,
+    score_choices,
+)
+from mpq_jax.search.space import SearchSpace
 
 
-def search(
+def hybrid_search(
     score: Score,
-    table: LayerTable,
-    candidates: Sequence[int],
-    mask: np.ndarray,
+    space: SearchSpace,
     budgets: Sequence[Budget],
     key: Key[Array, ""],
     *,
     solutions: int = 8,
     rounds: int = 4,
     proposals: int = 8,
-    tenure: int = 4,
-    watch: Watch = spaces.nobody,
-) -> list[Found]:
+    tabu_tenure: int = 4,
+    on_step: OnStep = ignore,
+) -> list[SearchResult]:
     """Starts each budget from the best scored solution of its program, then exchanges bits.
 
     Args:
-        score: see `space.Score`; all is scored with one key.
-        table: the layers.
-        candidates: bits of each choice, `table.candidates`.
-        mask: bool [layers, 2, choices], what may be chosen (normally `table.mask`).
-        budgets: what to keep within.
+        score: see `problem`, as for the next three.
+        space: the configurations.
+        budgets: the budgets.
         key: random key.
-        solutions: see `ilp.search`.
-        rounds: see `exchange.search`, as for the other two.
+        solutions: see `ilp.ilp_search`.
+        rounds: see `tabu.tabu_search`, as for the next two.
         proposals: exchanges that are scored in a round.
-        tenure: rounds during which what was exchanged stays.
-        watch: called after every program and every exchange.
-
-    Returns:
-        One configuration per budget, in their order.
+        tabu_tenure: rounds during which an exchanged variable stays as it is.
+        on_step: called after every program and every exchange.
 
     Raises:
         ValueError: a budget cannot be met.
     """
-    space = Space(table, candidates, mask)
-    ilp.check(space, budgets)
-    objective = objectives.additive(space, objectives.measured_rises(score, space, key))
-    found = {}
-    for budget in budgets:
-        (start,) = ilp.search(
-            score,
-            table,
-            candidates,
-            mask,
-            [budget],
-            key,
-            objective=objective,
-            solutions=solutions,
-            watch=watch,
+    score_all = functools.partial(score_choices, score, space, key=key)
+    objective = objectives.additive(space, objectives.measured_sensitivity(score, space, key))
+
+    def refine(budget: Budget) -> SearchResult:
+        (start,) = ilp_search(
+            score, space, [budget], key, objective=objective, solutions=solutions, on_step=on_step
         )
-        state = space.state_of(start.bits)
-        now = float(spaces.scored(score, space, [state], key)[0])
-        state, now = tabu.improve(
-            score,
+        choices = space.choices_of(start.bits)
+        refined = tabu.improve(
+            score_all,
             space,
             budget,
-            key,
-            state,
-            now,
+            # A program with one solution does not score it, and scores of one key are equal.
+            tabu.Scored(choices, float(score_all([choices])[0])),
             rounds=rounds,
             proposals=proposals,
-            tenure=tenure,
-            watch=watch,
+            tabu_tenure=tabu_tenure,
+            on_step=on_step,
         )
-        found[budget.name] = spaces.result(space, budget, state, now)
-    return spaces.in_order(budgets, found)
+        return make_result(space, budget, *refined)
+
+    return [refine(budget) for budget in budgets]

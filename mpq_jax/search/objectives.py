@@ -1,60 +1,66 @@
-"""What an integer program minimizes: tables of what each layer loses at each of its bits."""
+"""Objectives of the integer program: tables of what each layer loses at each of its bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float, Key
 from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax.search import problem as spaces
-from mpq_jax.search.problem import Score, Space
+from mpq_jax.search.problem import Score, score_choices
+from mpq_jax.search.space import SearchSpace
+from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.costs import allowed_pairs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.sensitivity import Trace
+from mpq_jax.supernet.supernet import Supernet, SupernetState
 
 
-def measured_rises(score: Score, space: Space, key: Key[Array, ""]) -> np.ndarray:
-    """Measures how the score changes if one entry alone leaves the largest configuration.
+def measured_sensitivity(score: Score, space: SearchSpace, key: Key[Array, ""]) -> np.ndarray:
+    """Measures how much the score increases if one entry alone leaves the largest configuration.
 
     Args:
-        score: see `space.Score`.
-        space: what may be chosen.
+        score: see `problem.Score`.
+        space: the configurations.
         key: random key of the images.
 
     Returns:
         float64 [layers, 2 (weights, input), choices]: 0 at an entry's most bits, NaN where bits
-        are not allowed or a score is not finite; of tied entries all hold what their group costs.
+        are not allowed or a score is not finite; tied entries all hold the increase of their group.
+
+    Raises:
+        ValueError: the largest configuration has no finite score.
     """
-    largest = space.largest()
-    moves = [(gene, choice) for gene in space.genes for choice in space.choices(gene)]
-    states = [space.moved(largest, gene, choice) for gene, choice in moves]
-    scores = spaces.scored(score, space, [largest, *states], key)
+    largest = space.max_choices()
+    moves = [(variable, c) for variable in space.variables for c in space.allowed(variable)]
+    lowered = [space.with_choice(largest, variable, choice) for variable, choice in moves]
+    scores = score_choices(score, space, [largest, *lowered], key)
     if not np.isfinite(scores[0]):
         raise ValueError(
             "the largest configuration has no finite score, so that nothing can be measured "
             "against it; is the supernet trained?"
         )
-    rises = np.full(space.mask.shape, np.nan)
-    rises[space.mask & (space.mask.sum(-1, keepdims=True) == 1)] = 0.0
-    for (gene, choice), value in zip(moves, scores[1:] - scores[0], strict=True):
-        rises[space.followers(gene), choice] = value if np.isfinite(value) else np.nan
-    return rises
+    increases = np.full(space.mask.shape, np.nan)
+    increases[space.mask & (space.mask.sum(-1, keepdims=True) == 1)] = 0.0
+    for (variable, choice), value in zip(moves, scores[1:] - scores[0], strict=True):
+        increases[space.members(variable), choice] = value if np.isfinite(value) else np.nan
+    return increases
 
 
-def additive(space: Space, rises: np.ndarray) -> np.ndarray:
+def additive(space: SearchSpace, increases: np.ndarray) -> np.ndarray:
     """Returns the sum of what a layer's weights and input add, each by itself.
 
     Args:
-        space: what may be chosen.
-        rises: float64 [layers, 2, choices], from `measured_rises`.
+        space: the configurations.
+        increases: float64 [layers, 2, choices], from `measured_sensitivity`.
 
     Returns:
-        float64 [layers, weight choices, activation choices]; a group of ties counts once, at the
-        entry that leads it. Infinity where bits are not allowed or nothing was measured.
+        float64 [layers, weight choices, activation choices]; a group of tied entries counts once,
+        at the entry that leads it. Infinity where bits are not allowed or nothing was measured.
     """
-    leads = space.group_leaders.ravel() == np.arange(space.group_leaders.size)
-    own = np.where(
-        leads.reshape(space.group_leaders.shape)[..., None] | np.isnan(rises), rises, 0.0
-    )
+    leaders = space.table.group_leaders
+    leads = leaders == np.arange(leaders.size).reshape(leaders.shape)
+    own = np.where(leads[..., None] | np.isnan(increases), increases, 0.0)
     total = own[:, 0, :, None] + own[:, 1, None, :]
     return np.where(allowed_pairs(space.table) & np.isfinite(total), total, np.inf)
 
@@ -66,7 +72,7 @@ def hawq(
 ) -> np.ndarray:
     """Returns the average Hessian trace x the squared error of the weights, by layer and bits.
 
-    Half of its sum is the expected rise of the loss. A negative trace, which near a minimum is
+    Half of its sum is the expected increase of the loss. A negative trace, which near a minimum is
     noise of the estimate, counts as 0, so that errors are never rewarded.
 
     Args:
@@ -94,9 +100,9 @@ def paper(
     """Returns the average Hessian trace x weight bits, as the Double Rounding paper prints it.
 
     Read literally, it punishes bits in sensitive layers, against the paper's text; hence it is not
-    the default, and fewer bits are always better unless there is a `Limit.at_least`. Traces (t_l /
-    n_l in the paper) are taken as they are and `weight_errors` is not read; otherwise this takes
-    and returns the same as `hawq`.
+    the default, and fewer bits are always better unless the cost has a lower bound. Traces
+    (t_l / n_l in the paper) are taken as they are and `weight_errors` is not read; otherwise this
+    takes and returns the same as `hawq`.
 
     References:
         Double Rounding, https://arxiv.org/abs/2502.01565, the objective of its iterative ILP.
@@ -120,3 +126,43 @@ OBJECTIVES: dict[str, Callable[..., np.ndarray]] = {
     "hawq": hawq,
     "paper": paper,
 }
+
+
+def check_inputs_are_determined(table: LayerTable) -> None:
+    """Raises ValueError if a Hessian objective, which knows only weights, would choose inputs."""
+    has_choice = np.array([len(layer.act_candidates) > 1 for layer in table.layers])
+    if (has_choice & (table.group_leaders[:, 0] != table.group_leaders[:, 1])).any():
+        raise ValueError(
+            f"the objectives {sorted(OBJECTIVES)} know only weights and would give every input its "
+            "fewest bits; tie the inputs to the weights (tie_acts_to_weights), fix them by rules, "
+            "or use the measured objective"
+        )
+
+
+def hessian_objective(
+    net: Supernet,
+    state: SupernetState,
+    batches: Iterable[dict[str, Any]],
+    key: Key[Array, ""],
+    *,
+    name: str,
+    probes: int,
+) -> tuple[np.ndarray, Trace]:
+    """Computes an objective from the Hessian traces of the float model inside a supernet.
+
+    Args:
+        net: the supernet.
+        state: its state.
+        batches: labeled batches, see `sensitivity.layer_traces`.
+        key: random key of the probes.
+        name: a key of `OBJECTIVES`.
+        probes: number of random vectors.
+
+    Returns:
+        float64 [layers, weight choices, activation choices], and the traces.
+    """
+    variables = net.float_variables(state, net.table.max_config)
+    traces = sensitivity.layer_traces(net, variables, batches, key, probes=probes)
+    errors = sensitivity.weight_errors(net, state.trainable)
+    weights = np.array([layer.params for layer in net.table.layers])
+    return OBJECTIVES[name](net.table, np.asarray(traces.mean) / weights, errors), traces

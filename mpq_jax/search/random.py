@@ -9,114 +9,72 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Key
 
-from mpq_jax.search import ilp
-from mpq_jax.search import problem as spaces
-from mpq_jax.search.problem import Budget, Found, Score, Space, Step, Watch
-from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.search.problem import (
+    Budget,
+    OnStep,
+    Score,
+    SearchResult,
+    Step,
+    first_cost,
+    ignore,
+    make_result,
+    score_choices,
+)
+from mpq_jax.search.sampling import distinct, generator_of, repair
+from mpq_jax.search.space import SearchSpace
 
 PER_SCORE = 64  # configurations that are scored at once
 
 
-def search(
+def random_search(
     score: Score,
-    table: LayerTable,
-    candidates: Sequence[int],
-    mask: np.ndarray,
+    space: SearchSpace,
     budgets: Sequence[Budget],
     key: Key[Array, ""],
     *,
     samples: int = 1000,
     window: float = 0.05,
-    watch: Watch = spaces.nobody,
-) -> list[Found]:
+    on_step: OnStep = ignore,
+) -> list[SearchResult]:
     """Draws configurations for each budget and returns the best scored one.
 
     Bits are drawn uniformly, then moved at random until the budget is met and used: rejecting
-    draws, as published, would all but never meet a tight budget.
+    draws, as published, would hardly ever meet a tight budget.
 
     Args:
-        score: see `space.Score`; all is scored with one key.
-        table: the layers.
-        candidates: bits of each choice, `table.candidates`.
-        mask: bool [layers, 2, choices], what may be chosen (normally `table.mask`).
-        budgets: what to keep within.
+        score: see `problem`, as for the next three.
+        space: the configurations.
+        budgets: the budgets.
         key: random key; decides the draws and the images.
         samples: configurations per budget, as published; fewer if there are not so many.
-        window: part of the first limit that may be left unused, where that is possible.
-        watch: called after every batch of configurations.
-
-    Returns:
-        One configuration per budget, in their order.
+        window: share of the first limit that may stay unused, where that is possible.
+        on_step: called after every batch of configurations.
 
     Raises:
         ValueError: a budget cannot be met.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; wanted at least 1")
-    space = Space(table, candidates, mask)
-    ilp.check(space, budgets)
-    found = {}
-    for budget in budgets:
-        generator = generator_of(key)
-        states = distinct(
-            (
-                into_budget(space, budget, space.drawn(generator), generator, window=window)
-                for _ in range(2 * samples)
-            ),
-            samples,
-        )
-        best, lowest = states[0], np.inf
-        for first in range(0, len(states), PER_SCORE):
-            part = states[first : first + PER_SCORE]
-            scores = spaces.scored(score, space, part, key)
-            place = int(np.argmin(scores))
-            if scores[place] < lowest:
-                best, lowest = part[place], float(scores[place])
-            cost = spaces.first_cost(budget, best)
-            watch(Step("random", f"{first + len(part)} of {len(states)}", cost, lowest))
-        found[budget.name] = spaces.result(space, budget, best, lowest)
-    return spaces.in_order(budgets, found)
+    return [
+        _best_of(score, space, budget, key, samples=samples, window=window, on_step=on_step)
+        for budget in budgets
+    ]
 
 
-def generator_of(key: Key[Array, ""]) -> np.random.Generator:
-    """Returns a NumPy generator of a JAX key."""
-    return np.random.default_rng(spaces.words_of(key))
-
-
-def distinct(states, count: int) -> list[np.ndarray]:
-    """Returns the first so many different states."""
-    found: dict[bytes, np.ndarray] = {}
-    for state in states:
-        found.setdefault(state.tobytes(), state)
-        if len(found) == count:
-            break
-    return list(found.values())
-
-
-def into_budget(
-    space: Space,
-    budget: Budget,
-    state: np.ndarray,
-    generator: np.random.Generator,
-    *,
-    window: float,
-) -> np.ndarray:
-    """Moves a state at random until it is within a budget and leaves little of it unused.
-
-    Entries are lowered until no limit is exceeded; then entries that fit are raised until less
-    than `window` of the first limit is left. Where a random descent does not meet the limits, the
-    nearest configuration that does is found by an integer program.
-    """
-    while (over := float(spaces.excess(budget, state))) > 0:
-        moves = space.neighbors(state)
-        lower = moves[spaces.excess(budget, moves) < over]
-        if not len(lower):
-            return ilp.nearest(space, budget, state)
-        state = lower[generator.integers(len(lower))]
-    while (now := spaces.price(budget, state)) < 1 - window:
-        moves = space.neighbors(state)
-        fits = (spaces.price(budget, moves) > now) & (spaces.excess(budget, moves) == 0)
-        if not fits.any():
-            return state
-        state = moves[fits][generator.integers(fits.sum())]
-    return state
+def _best_of(score, space, budget, key, *, samples, window, on_step) -> SearchResult:
+    generator = generator_of(key)
+    drawn = (
+        repair(space, budget, space.sample(generator), generator, window=window)
+        for _ in range(2 * samples)
+    )
+    every = distinct(drawn, samples)
+    best, lowest = every[0], np.inf
+    for first in range(0, len(every), PER_SCORE):
+        batch = every[first : first + PER_SCORE]
+        scores = score_choices(score, space, batch, key)
+        place = int(np.argmin(scores))
+        if scores[place] < lowest:
+            best, lowest = batch[place], float(scores[place])
+        change = f"{first + len(batch)} of {len(every)}"
+        on_step(Step("random", change, first_cost(budget, best), lowest))
+    return make_result(space, budget, best, lowest)

@@ -1,15 +1,40 @@
-"""The searches by name; all are `search(score, table, candidates, mask, budgets, key)`."""
+"""The search strategies by name; `problem` describes what all of them take and return."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-from mpq_jax.search import evolution, greedy, hybrid, ilp, random, tabu
-from mpq_jax.search.problem import Found
+from mpq_jax.search.evolution import evolutionary_search
+from mpq_jax.search.greedy import greedy_search
+from mpq_jax.search.hybrid import hybrid_search
+from mpq_jax.search.ilp import ilp_search
+from mpq_jax.search.problem import SearchResult
+from mpq_jax.search.random import random_search
+from mpq_jax.search.tabu import tabu_search
 
-STRATEGIES: dict[str, Callable[..., list[Found]]] = {
-    "greedy": greedy.search,
-    "exchange": tabu.search,
-    "evolution": evolution.search,
-    "random": random.search,
-    "ilp": ilp.search,
-    "hybrid": hybrid.search,
+
+class Strategy(NamedTuple):
+    """A search strategy.
+
+    Attributes:
+        search: the function.
+        options: names of its options, keyword arguments that have defaults.
+    """
+
+    search: Callable[..., list[SearchResult]]
+    options: tuple[str, ...]
+
+
+STRATEGIES = {
+    "greedy": Strategy(greedy_search, ("start_bits", "patience")),
+    "tabu": Strategy(tabu_search, ("rounds", "proposals", "tabu_tenure")),
+    "evolution": Strategy(
+        evolutionary_search,
+        (
+            *("population", "generations", "parents", "mutations", "crossovers"),
+            *("mutation_probability", "window"),
+        ),
+    ),
+    "random": Strategy(random_search, ("samples", "window")),
+    "ilp": Strategy(ilp_search, ("solutions",)),
+    "hybrid": Strategy(hybrid_search, ("solutions", "rounds", "proposals", "tabu_tenure")),
 }

@@ -5,17 +5,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mpq_jax.search.problem import same_bits
 from mpq_jax.supernet.bits import BitConfig
 
 
 class Tried(NamedTuple):
-    """A configuration that was found for a limit, and its accuracy.
+    """A configuration that was found for a limit of the cost, and its accuracy.
 
     Attributes:
-        limit: of the cost.
+        limit: largest cost that was allowed.
         bits: the configuration.
-        cost: what it costs.
-        accuracy: 0 to 1.
+        cost: its cost.
+        accuracy: its accuracy, 0 to 1.
     """
 
     limit: float
@@ -37,22 +38,22 @@ def cheapest_within(
 ) -> tuple[Tried | None, list[Tried]]:
     """Searches the range of costs for the cheapest configuration that is accurate enough.
 
-    Every round searches at so many limits, evenly spread on a logarithmic scale, and the next one
+    Every round searches at several limits, evenly spread on a logarithmic scale; the next round
     goes on between the cheapest limit that was good enough and the next lower one. Accuracy need
-    not rise with the limit: whatever was good enough counts.
+    not increase with the limit: whatever was good enough counts.
 
     Args:
         find: limits -> a configuration for each.
-        cost_of: of a configuration.
-        accuracy_of: of a configuration, 0 to 1; each is asked for once.
+        cost_of: cost of a configuration.
+        accuracy_of: accuracy of a configuration, 0 to 1; each is asked for once.
         low: smallest limit that can be met, above 0.
         high: largest limit worth trying.
         wanted: least accuracy.
         points: limits per round, at least 2.
-        rounds: how many.
+        rounds: number of rounds.
 
     Returns:
-        The cheapest one that is accurate enough, or None; and all that were tried.
+        The cheapest configuration that is accurate enough, or None; and all that were tried.
     """
     if not (0 < low <= high and points >= 2 and rounds >= 1):
         raise ValueError(
@@ -61,10 +62,11 @@ def cheapest_within(
         )
     tried: list[Tried] = []
     for number in range(rounds):
-        inner = np.geomspace(low, high, points + 2 * (number > 0))
-        limits = [float(limit) for limit in (inner[1:-1] if number else inner)]
+        # The ends of later rounds are known already.
+        spread = np.geomspace(low, high, points + 2 * (number > 0))
+        limits = [float(limit) for limit in (spread[1:-1] if number else spread)]
         for limit, bits in zip(limits, find(limits), strict=True):
-            known = [one for one in tried if _same(one.bits, bits)]
+            known = [one for one in tried if same_bits(one.bits, bits)]
             accuracy = known[0].accuracy if known else accuracy_of(bits)
             tried.append(Tried(limit, bits, cost_of(bits), accuracy))
         enough = [one.limit for one in tried if one.accuracy >= wanted]
@@ -76,9 +78,3 @@ def cheapest_within(
             break
     good = [one for one in tried if one.accuracy >= wanted]
     return min(good, key=lambda one: one.cost, default=None), tried
-
-
-def _same(one: BitConfig, other: BitConfig) -> bool:
-    return all(
-        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(one, other, strict=True)
-    )

@@ -1,8 +1,9 @@
-"""Bit configurations: how many bits each layer's weights and inputs get. Bits are data.
+"""Bit configurations: the bit-widths of every layer's weights and input, as traced data.
 
-A configuration is a pytree of traced integers, and what may be chosen is a boolean mask
-`[layers, 2, choices]` over a descending tuple of candidates (index 0 of the middle axis: weights,
-1: activations). Sampling, freezing and searching only edit these arrays and never recompile.
+A configuration is a pytree of integers. The allowed choices are a boolean mask
+`[layers, 2, choices]` over a descending tuple of candidates; index 0 of the middle axis is the
+weights, 1 the activations. Sampling, freezing and searching only change these arrays and never
+recompile.
 """
 
 import json
@@ -20,12 +21,13 @@ VERSION = 1
 
 
 class BitConfig(NamedTuple):
-    """Bits of every layer of a `LayerTable`, in its order.
+    """Bit-widths of every layer of a `LayerTable`, in its order.
 
     Attributes:
-        weights: int32 [layers], bits of the kernel; 0: it is all zeros.
-        acts: int32 [layers], bits of the layer's input. For an input that stays float, the bits
-            it is billed at.
+        weights: int32 [layers], bits of the kernel; 0: all weights are zero. A float kernel's
+            bit-width only enters the cost.
+        acts: int32 [layers], bits of the layer's input. A float input's bit-width only enters the
+            cost.
     """
 
     weights: Int[Array, "*configs layers"]
@@ -37,12 +39,12 @@ def sample(
     candidates: Sequence[int] | Int[AnyArray, " choices"],
     mask: Bool[AnyArray, "layers 2 choices"],
 ) -> BitConfig:
-    """Draws the bits of every layer independently and uniformly from what the mask allows.
+    """Draws the bits of every layer independently and uniformly from the allowed choices.
 
     Args:
         key: random key; the same key gives the same configuration on every device.
         candidates: bits of each choice.
-        mask: what is allowed; every row must allow something (see `check_mask`).
+        mask: allowed choices, at least one in every row (see `check_mask`).
     """
     logits = jnp.where(jnp.asarray(mask), 0.0, -jnp.inf)
     return _take(candidates, jax.random.categorical(key, logits, axis=-1))
@@ -63,9 +65,9 @@ def min_config(
 ) -> BitConfig:
     """Returns the smallest allowed bits of every layer (the min subnet)."""
     bits = jnp.asarray(candidates, jnp.int32)
-    above_all = jnp.max(bits) + 1
+    too_large = jnp.max(bits) + 1
     return _take(
-        bits, jnp.argmin(jnp.where(jnp.asarray(mask), bits[None, None], above_all), axis=-1)
+        bits, jnp.argmin(jnp.where(jnp.asarray(mask), bits[None, None], too_large), axis=-1)
     )
 
 
@@ -75,16 +77,18 @@ def _take(candidates, choice: Int[Array, "layers 2"]) -> BitConfig:
 
 
 def check_mask(mask: Bool[AnyArray, "layers 2 choices"], names: Sequence[str]) -> None:
-    """Raises ValueError, naming the layers, where a mask leaves nothing to choose."""
+    """Raises ValueError, naming the layers, if a mask leaves no choice for some of them."""
     allowed = np.any(np.asarray(mask), axis=-1).reshape(-1, 2)
-    bad = [
+    empty = [
         f"{name} ({kind})"
         for name, row in zip(names, allowed, strict=True)
-        for kind, fine in zip(("weights", "activations"), row, strict=True)
-        if not fine
+        for kind, has_choice in zip(("weights", "activations"), row, strict=True)
+        if not has_choice
     ]
-    if bad:
-        raise ValueError(f"the mask allows no bits at all for {', '.join(bad)}; allow at least one")
+    if empty:
+        raise ValueError(
+            f"the mask allows no bits at all for {', '.join(empty)}; allow at least one"
+        )
 
 
 def to_json(bits: BitConfig, names: Sequence[str]) -> str:
@@ -92,14 +96,14 @@ def to_json(bits: BitConfig, names: Sequence[str]) -> str:
 
     Args:
         bits: one configuration.
-        names: the layers' names, `table.names`.
+        names: names of the layers, `table.names`.
     """
     weights, acts = np.asarray(bits.weights), np.asarray(bits.acts)
     if weights.shape != (len(names),) or acts.shape != (len(names),):
         raise ValueError(
             f"the configuration has shapes {weights.shape} (weights) and {acts.shape} "
-            f"(activations) but there are {len(names)} layer names; pass one configuration and "
-            "the names of the table that it belongs to"
+            f"(activations), but there are {len(names)} layer names; pass one configuration and "
+            "the names of its own table"
         )
     rows = ",\n".join(
         f'    {json.dumps(name)}: {{"weights": {int(w)}, "acts": {int(a)}}}'
@@ -111,11 +115,11 @@ def to_json(bits: BitConfig, names: Sequence[str]) -> str:
 
 
 def from_json(text: str, names: Sequence[str]) -> BitConfig:
-    """Reads what `to_json` wrote, in the order of `names`.
+    """Reads a configuration written by `to_json`, in the order of `names`.
 
     Raises:
-        ValueError: the text is no bit configuration, is of a newer version, or does not name
-            exactly these layers.
+        ValueError: the text is not a bit configuration, has another version, or is not for exactly
+            these layers.
     """
     try:
         content = json.loads(text)
@@ -125,27 +129,27 @@ def from_json(text: str, names: Sequence[str]) -> BitConfig:
         raise ValueError(f'not a bit configuration: "format" should be "{FORMAT}"')
     if content.get("version") != VERSION:
         raise ValueError(
-            f"this bit configuration has version {content.get('version')!r}, this library reads "
-            f"version {VERSION}; update mpq_jax or write the file anew"
+            f"this bit configuration has version {content.get('version')!r}; this library reads "
+            f"version {VERSION}: update mpq_jax or write the file again"
         )
     layers = content.get("layers")
     if not isinstance(layers, dict):
         raise ValueError('not a bit configuration: "layers" should map layer names to bits')
-    missing, foreign = set(names) - set(layers), set(layers) - set(names)
-    if missing or foreign:
+    missing, unexpected = set(names) - set(layers), set(layers) - set(names)
+    if missing or unexpected:
         raise ValueError(
-            f"the bit configuration is for another model: it lacks {sorted(missing) or 'nothing'} "
-            f"and has {sorted(foreign) or 'nothing'} besides"
+            "the bit configuration is for another model; missing layers: "
+            f"{sorted(missing) or 'none'}; unexpected layers: {sorted(unexpected) or 'none'}"
         )
     return BitConfig(weights=_column(layers, names, "weights"), acts=_column(layers, names, "acts"))
 
 
 def _column(layers: dict, names: Sequence[str], kind: str) -> Int[Array, " layers"]:
     values = [layers[name].get(kind) if isinstance(layers[name], dict) else None for name in names]
-    least = 0 if kind == "weights" else 1  # a kernel of zeros takes no bits
+    minimum = 0 if kind == "weights" else 1  # an all-zero kernel takes no bits
     for name, value in zip(names, values, strict=True):
-        if type(value) is not int or not least <= value <= 32:
+        if type(value) is not int or not minimum <= value <= 32:
             raise ValueError(
-                f"{kind} of layer {name!r} is {value!r}; wanted an integer, {least} to 32"
+                f"{kind} of layer {name!r} is {value!r}; wanted an integer, {minimum} to 32"
             )
     return jnp.asarray(values, jnp.int32)

@@ -132,13 +132,20 @@ def cost_table(table: LayerTable, kind: str) -> np.ndarray:
     return np.where(allowed_pairs(table), cost, np.inf)
 
 
+def choices_of(table: LayerTable, bits: BitConfig) -> np.ndarray:
+    """Returns the index of each entry's bits in `table.candidates`: int [layers, 2]."""
+    both = np.stack([np.asarray(bits.weights), np.asarray(bits.acts)], axis=-1)
+    return (both[..., None] == np.array(table.candidates)).argmax(-1)
+
+
+def layer_costs(cost: np.ndarray, choices: np.ndarray) -> np.ndarray:
+    """Returns the cost of every layer, [..., layers], at choices, [..., layers, 2]."""
+    return cost[np.arange(len(cost)), choices[..., 0], choices[..., 1]]
+
+
 def total(table: LayerTable, cost: np.ndarray, bits: BitConfig) -> float:
-    """Returns what a configuration costs by a table of `cost_table` or `latency_table`."""
-    weights, acts = (
-        np.argmax(np.asarray(values)[:, None] == np.array(table.candidates), axis=1)
-        for values in (bits.weights, bits.acts)
-    )
-    return float(cost[np.arange(len(table)), weights, acts].sum())
+    """Returns the cost of a configuration by a table of `cost_table` or `latency_table`."""
+    return float(layer_costs(cost, choices_of(table, bits)).sum())
 
 
 def latency_table(table: LayerTable, text: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The layer table: the quantizable layers of a model, their costs' ingredients, and their bits."""
+"""The layer table: a model's quantizable layers, with their bit candidates and cost data."""
 
 import dataclasses
 import functools
@@ -19,9 +19,9 @@ BN_BANKS: dict[str, tuple[str, ...]] = {
     "pair": ("weights", "acts"),
     "transition": ("weights", "previous"),
 }
-"""Row axes of BatchNorm banks. A row is named by the bits of the layer before the norm ("weights",
-"acts" of its input), or by the weight bits of the layer previous to that one. "shared" keeps a
-single norm."""
+"""Row axes of BatchNorm banks. A row is selected by the bits of the layer before the norm
+("weights", and "acts" of its input) and by the weight bits of the layer before that ("previous").
+"shared" keeps a single norm."""
 
 
 class Layer(NamedTuple):
@@ -30,17 +30,18 @@ class Layer(NamedTuple):
     Attributes:
         name: path of the module, `stage1/block0/conv1`.
         kind: "conv", "depthwise" or "dense".
-        kernel_shape: shape of the kernel as Flax keeps it, output channels last.
+        kernel_shape: shape of the kernel in Flax's layout, output channels last.
         macs: multiply-accumulates per image.
         params: number of weights in the kernel.
-        norm: path of the BatchNorm that reads this layer's output, or None.
-        weight_candidates, act_candidates: allowed bits, descending; one slot: fixed.
-        float_acts: whether the input stays float; its bits then only count in costs.
-        signed: whether the input's codes are signed; None: to be found by calibration.
-        float_weights: whether the kernel stays float; its bits then only count in costs.
-        shares_input_with: index of the first layer that reads the same array; None: this one.
-        inputs: values per image that the layer reads.
-        channels: number of output channels, each with weights of its own.
+        norm: path of the BatchNorm that reads this layer's output; None: there is none.
+        weight_candidates: allowed bits of the kernel, descending; a single one is fixed.
+        act_candidates: allowed bits of the input, descending; a single one is fixed.
+        float_acts: whether the input stays float; its bit-width then only enters the cost.
+        signed: whether the input's codes are signed; None: determined by calibration.
+        float_weights: whether the kernel stays float; its bit-width then only enters the cost.
+        shares_input_with: index of the first layer that reads the same array; None: this layer.
+        inputs: number of values per image that the layer reads.
+        channels: number of output channels.
     """
 
     name: str
@@ -60,12 +61,12 @@ class Layer(NamedTuple):
 
     @property
     def searchable(self) -> bool:
-        """Whether there is anything to choose."""
+        """Whether weights or input have a choice of bits."""
         return len(self.weight_candidates) > 1 or len(self.act_candidates) > 1
 
     @property
     def max_bits(self) -> int:
-        """Largest number of bits that the kernel may take."""
+        """Largest allowed bits of the kernel."""
         return self.weight_candidates[0]
 
 
@@ -75,10 +76,10 @@ class LayerTable:
 
     Attributes:
         layers: the layers.
-        bn_banks: how often the norm after each layer with a choice is kept, a key of
-            `BN_BANKS`: for each pair of its (weight bits, activation bits), ...
-        tied_groups: groups of slots that always have equal bits, see `tied_layers`. A slot is
-            2 * layer for the weights of a layer, 2 * layer + 1 for its input.
+        bn_banks: key of `BN_BANKS`, which selects the copies kept of the norm after each layer with
+            a choice; by default, one for each pair of weight and activation bits.
+        tied_groups: groups of slots that always have equal bits, see `tied_layers`. Slot 2 * layer
+            is the weights of a layer, slot 2 * layer + 1 its input.
     """
 
     layers: tuple[Layer, ...]
@@ -90,25 +91,25 @@ class LayerTable:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Path of every layer."""
+        """Paths of the layers."""
         return tuple(layer.name for layer in self.layers)
 
     @functools.cached_property
     def candidates(self) -> tuple[int, ...]:
-        """All bits that some layer may take, descending: the choices of the mask's last axis."""
+        """All bits that some layer may take, descending: the choices along the mask's last axis."""
         return _union(self.layers)
 
     @functools.cached_property
     def bank_bits(self) -> tuple[int, ...]:
-        """Bits of the layers with a choice, descending: the row axes of BatchNorm banks."""
+        """Bits of the layers with a choice, descending: the rows of BatchNorm banks."""
         return _union(layer for layer in self.layers if layer.searchable)
 
     @property
     def precisions(self) -> tuple[int, ...]:
-        """Bits that a network of uniform precision can run at, descending.
+        """Bits at which a network of uniform precision can run, descending.
 
-        They are the bits that some weights or inputs may choose among; where there is no choice,
-        those that most quantized kernels have.
+        These are the bits among which some weights or inputs can choose. If there is no choice at
+        all, it is the bits of most quantized kernels.
         """
         kinds = [
             kind
@@ -123,7 +124,7 @@ class LayerTable:
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
-        """What rules and ties allow: bool [layers, 2 (weights, activations), choices]."""
+        """Choices allowed by rules and ties: bool [layers, 2 (weights, activations), choices]."""
         allowed = np.array(
             [
                 [bits in self.candidates_of(slot) for bits in self.candidates]
@@ -136,19 +137,19 @@ class LayerTable:
 
     @functools.cached_property
     def group_leaders(self) -> np.ndarray:
-        """The slot that each one follows, itself if it is not tied: int [layers, 2]."""
+        """First slot of every slot's group, itself if it is not tied: int [layers, 2]."""
         group_leaders = np.arange(2 * len(self))
         for group in self.tied_groups:
             group_leaders[list(group)] = group[0]
         return group_leaders.reshape(len(self), 2)
 
     def candidates_of(self, slot: int) -> tuple[int, ...]:
-        """Returns the bits that rules allow an slot: 2 * layer for weights, + 1 for the input."""
+        """Returns the bits that rules allow for a slot, 2 * layer (weights) or 2 * layer + 1."""
         layer = self.layers[slot // 2]
         return layer.act_candidates if slot % 2 else layer.weight_candidates
 
     def apply_ties(self, bits: BitConfig) -> BitConfig:
-        """Returns configurations, [..., layers], with tied entries as the first of their group."""
+        """Copies the bits of each group's first slot to the others; `bits` are [..., layers]."""
         if not self.tied_groups:
             return bits
         both = jnp.stack([jnp.asarray(bits.weights), jnp.asarray(bits.acts)], axis=-1)
@@ -157,38 +158,39 @@ class LayerTable:
 
     @property
     def searchable(self) -> np.ndarray:
-        """Which layers have a choice: bool [layers]."""
+        """Whether each layer has a choice of bits: bool [layers]."""
         return np.array([layer.searchable for layer in self.layers])
 
     @property
     def bank_norms(self) -> dict[str, int]:
-        """Norms kept once per precision: path of the norm -> index of the layer before it."""
+        """Norms with a bank of copies: path of the norm -> index of the layer before it."""
         return self.searchable_norms if self.bank_axes else {}
 
     @property
     def bank_axes(self) -> tuple[str, ...]:
-        """What each row axis of a norm bank stands for, see `BN_BANKS`."""
+        """Meaning of each row axis of a norm bank, see `BN_BANKS`."""
         return BN_BANKS[self.bn_banks]
 
     @functools.cached_property
     def previous(self) -> tuple[int, ...]:
-        """Index of the layer with a choice that is called before each layer; itself if none is.
+        """Index of the last layer with a choice called before each layer; itself if there is none.
 
-        Layers that read the same array, as a block's first convolution and its shortcut, have the
-        same layer before them.
+        Layers that read the same array, such as a block's first convolution and its shortcut, have
+        the same previous layer.
         """
         return tuple(self._previous(index) for index in range(len(self)))
 
     def _previous(self, index: int) -> int:
-        together = self.layers[index].shares_input_with
-        before = range(index if together is None else together)
+        first_reader = self.layers[index].shares_input_with
+        before = range(index if first_reader is None else first_reader)
         return max((i for i in before if self.layers[i].searchable), default=index)
 
     @functools.cached_property
     def searchable_norms(self) -> dict[str, int]:
         """Norms after layers with a choice: path of the norm -> index of the layer before it.
 
-        A norm that several layers share is none of them: no one layer's bits could name its row.
+        A norm that several layers share is left out, since no single layer's bits could select its
+        row.
         """
         norms = [layer.norm for layer in self.layers]
         return {
@@ -199,9 +201,9 @@ class LayerTable:
 
     @functools.cached_property
     def features(self) -> dict[str, int]:
-        """Modules whose outputs tell what layers with a choice made: path -> index of the layer.
+        """Modules whose outputs are the features of layers with a choice: path -> layer index.
 
-        They are the norms of `searchable_norms`; a layer that has none stands for itself.
+        These are the norms in `searchable_norms`, and the layer itself if it has none.
         """
         norms = {index: norm for norm, index in self.searchable_norms.items()}
         return {
@@ -211,16 +213,16 @@ class LayerTable:
         }
 
     def with_bn_banks(self, bn_banks: str) -> "LayerTable":
-        """Returns the same layers with norms kept per precision in another way (`BN_BANKS`)."""
+        """Returns the same layers with other norm banks, a key of `BN_BANKS`."""
         if bn_banks not in BN_BANKS:
             raise ValueError(f"bn_banks is {bn_banks!r}; wanted one of {sorted(BN_BANKS)}")
         return dataclasses.replace(self, bn_banks=bn_banks)
 
     def uniform(self, weights: int, acts: int) -> BitConfig:
-        """Returns the configuration with the same bits everywhere; fixed layers keep their own.
+        """Returns the configuration with the same bits in every layer that has a choice.
 
-        A layer whose candidates lack the wanted bits (a depthwise rule) takes its next higher
-        candidate, or else its largest.
+        A layer without these bits among its candidates (by a depthwise rule) gets its next larger
+        candidate, or its largest if there is none. Fixed layers keep their bits.
 
         Raises:
             ValueError: no layer has these bits among its candidates.
@@ -240,13 +242,13 @@ class LayerTable:
 
     @property
     def max_config(self) -> BitConfig:
-        """The configuration with the most bits in every layer."""
+        """Configuration with the largest bits in every layer."""
         return max_config(self.candidates, self.mask)
 
     def check(self, bits: BitConfig) -> None:
-        """Raises ValueError, naming layers, where one configuration is not allowed by the table."""
-        for kind, given in (("weights", bits.weights), ("acts", bits.acts)):
-            values = np.asarray(given)
+        """Raises ValueError, naming a layer, unless the table allows this one configuration."""
+        for kind, array in (("weights", bits.weights), ("acts", bits.acts)):
+            values = np.asarray(array)
             if values.shape != (len(self),):
                 raise ValueError(
                     f"{kind} have shape {values.shape}; wanted one number of bits for each of the "
@@ -283,17 +285,17 @@ def trace_layers(
     """Lists every layer with a kernel (`linen.LAYERS`) in call order, without computing anything.
 
     Args:
-        model: any Linen model that takes a batch of inputs as its first argument.
-        input_shape: (height, width, channels) or (features,), or either with a batch in front.
-        rules: which bits each layer may take; a layer of which no rule speaks takes
+        model: any Linen model whose first argument is a batch of inputs.
+        input_shape: (height, width, channels) or (features,), optionally after a batch axis.
+        rules: rules that assign bits to layers; a layer that no rule matches gets
             `DEFAULT_CANDIDATES`. See `Rule` and `bit_rules`.
 
     Returns:
-        The table; every cost, sample and search is made from it alone.
+        The table, from which all costs, samples and searches are derived.
 
     Raises:
-        ValueError: the model has no such layer, calls one inside a loop or without a single
-            kernel (`nn.scan`, `nn.vmap`), or a rule is malformed.
+        ValueError: the model has no such layer, calls one in a loop or with stacked kernels
+            (`nn.scan`, `nn.vmap`), or a rule is malformed.
     """
     calls, norms = linen.record_layers(model, input_shape)
     if not calls:

@@ -1,4 +1,4 @@
-"""Scores many bit configurations in one compiled call."""
+"""Scores of many bit configurations by one compiled program."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 
 BatchScore = Callable[[BitConfig, Array, Array], Float[Array, " configs"]]
 NORMS = ("batch", "recalibrated", "stored")
-PER_CALL = 64  # configurations that one call of the compiled program can hold
+PER_CALL = 64  # configurations in one call of the compiled program
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -38,7 +38,7 @@ def mean_loss(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Fl
 
 
 def divergence(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
-    """Computes the mean KL divergence from the teacher's prediction, in nats."""
+    """Computes the mean KL divergence from the teacher's predictions, in nats."""
     del labels
     targets = jax.nn.softmax(teacher.astype(jnp.float32))
     log_predictions = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -49,7 +49,7 @@ METRICS = {"error": top1_error, "loss": mean_loss, "kl": divergence}
 
 
 def check(metric: str, norms: str, calibration: Array | None) -> None:
-    """Raises ValueError for an unknown metric or source of norms, or missing calibration images."""
+    """Raises ValueError for an unknown metric or norms, or calibration images that do not fit."""
     for name, value, known in (("metric", metric, tuple(METRICS)), ("norms", norms, NORMS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known {name} are {known}")
@@ -72,35 +72,37 @@ def make_score(
 ) -> BatchScore:
     """Makes `score(configs, images, labels)`: one number per configuration, smaller is better.
 
-    Nothing is written back: scoring has no side effects. All kernels are quantized at all their
-    bits once, here. One program serves any number of configurations; only another shape of the
-    images compiles another. With the images split over devices, so is the work; with images on all
-    devices of a mesh, the configurations may be split instead.
+    Scoring has no side effects. All kernels are quantized once, here, at all their bit-widths. One
+    compiled program serves any number of configurations; only images of another shape compile a
+    second one. If the images are split over devices, so is the work; if they are replicated on a
+    mesh, the configurations can be split over the devices instead.
 
     Args:
         net: the supernet.
-        state: its state.
+        state: state of the supernet.
         metric: "error" (top-1, 0 to 1, as published), "loss" (cross-entropy, less noisy on
             few images) or "kl" (divergence from the largest subnet; needs no labels).
-        norms: source of the norm statistics: "batch" (the images that are scored, as published),
-            "recalibrated" (`calibration`, as a chosen configuration will be used) or "stored".
+        norms: source of the norm statistics: "batch" (the images to score, as published),
+            "recalibrated" (`calibration`, as for a chosen configuration) or "stored".
         calibration: normalized training images for "recalibrated".
-        mesh: devices to split the configurations over; None: they are scored one after another.
-        quantized: kernels from `quantize_all`; None: they are quantized here.
+        mesh: devices over which configurations are split; None: they are scored one by one.
+        quantized: kernels from `quantize_all`; None: quantized here.
     """
     check(metric, norms, calibration)
     if quantized is None:
         quantized = quantize_all(net, state.trainable)
     devices = 1 if mesh is None else mesh.size
-    room = devices * -(-PER_CALL // devices)
-    dealt = np.arange(room).reshape(-1, devices).T.ravel()  # places, in the order of devices
+    capacity = devices * -(-PER_CALL // devices)
+    # Sharding gives each device a contiguous block of rows. This order deals configurations out to
+    # the devices in turn, so that a call that is not full keeps all of them busy.
+    dealt = np.arange(capacity).reshape(-1, devices).T.ravel()
 
     def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
         weights, acts = np.asarray(configs.weights), np.asarray(configs.acts)
-        found = np.zeros(len(weights), np.float32)
-        for first in range(0, len(weights), room):
-            count = min(room, len(weights) - first)
-            places = first + dealt % count  # places that are left over repeat the first ones
+        result = np.zeros(len(weights), np.float32)
+        for first in range(0, len(weights), capacity):
+            count = min(capacity, len(weights) - first)
+            rows = first + dealt % count  # surplus rows repeat the first configurations
             scores = score_configs(
                 net,
                 metric,
@@ -109,30 +111,30 @@ def make_score(
                 state,
                 quantized,
                 calibration,
-                BitConfig(jnp.asarray(weights[places]), jnp.asarray(acts[places])),
+                BitConfig(jnp.asarray(weights[rows]), jnp.asarray(acts[rows])),
                 jnp.asarray(dealt, jnp.int32),
                 jnp.int32(count),
                 images,
                 labels,
             )
-            in_order = np.zeros(room, np.float32)
+            in_order = np.zeros(capacity, np.float32)
             in_order[dealt] = np.asarray(scores)
-            found[first : first + count] = in_order[:count]
-        return jnp.asarray(found)
+            result[first : first + count] = in_order[:count]
+        return jnp.asarray(result)
 
     return score
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def score_configs(net: Supernet, metric: str, norms: str, mesh: Mesh | None, *arrays):
-    """Scores as many configurations as one call can hold; arguments as of `_map_configs`."""
+    """Scores the configurations of one call; arguments as in `_map_configs`."""
     mapped = functools.partial(_map_configs, net, metric, norms)
     if mesh is not None:
-        whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
+        full, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
         mapped = jax.shard_map(
             mapped,
             mesh=mesh,
-            in_specs=(whole, whole, whole, split, split, whole, whole, whole),
+            in_specs=(full, full, full, split, split, full, full, full),
             out_specs=split,
             check_vma=False,
         )
@@ -147,7 +149,7 @@ def _map_configs(
     quantized,
     calibration,
     configs: BitConfig,
-    places,
+    positions,
     count,
     images,
     labels,
@@ -162,13 +164,13 @@ def _map_configs(
 
     teacher = logits_of(net.table.max_config) if metric == "kl" else jnp.zeros(())
 
-    def score_one(place_and_bits):
-        place, bits = place_and_bits
+    def score_one(position_and_bits):
+        position, bits = position_and_bits
         return jax.lax.cond(
-            place < count,
+            position < count,
             lambda: measure(logits_of(bits), labels, teacher),
-            lambda: jnp.zeros(()),  # places that are left over take no time
+            lambda: jnp.zeros(()),  # surplus rows take no time
         )
 
     # lax.map, not vmap: a batch of kernels would turn every convolution into a grouped one.
-    return jax.lax.map(score_one, (places, configs))
+    return jax.lax.map(score_one, (positions, configs))

@@ -1,4 +1,4 @@
-"""Per-layer sensitivity to quantization: weights near bin edges, errors, Hessian traces."""
+"""Per-layer sensitivity to quantization: instability, weight errors and Hessian traces."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.supernet import Supernet, TrainableParams, kernels
 from mpq_jax.tasks import classification
 
-PROBES_PER_CALL = 4  # on two CPU cores, ResNet-8: per probe 5-15 % less work than one at a time
+PROBES_PER_CALL = 4  # 5-15 % less time per probe than with 1 (ResNet-8, two CPU cores)
 
 
 @functools.partial(jax.jit, static_argnames="proportion")
@@ -28,18 +28,19 @@ def instability(
     *,
     proportion: float = 0.25,
 ) -> Float[Array, ""]:
-    """Measures how many weights of one layer stand near a decision boundary, low bits first.
+    """Measures the share of a layer's weights near a rounding threshold, weighted to low bits.
 
-    For each bit-width b, the share of weights whose distance to the code's center exceeds
-    `(1 - proportion) / 2` steps, on the side of a neighboring code, divided by b; the mean of it
-    over the allowed bit-widths. Weights beyond the outermost codes are clipped and never count.
+    For each bit-width b, this is the fraction of weights that are further than
+    `(1 - proportion) / 2` step sizes from the center of their bin and next to another bin, divided
+    by b; the result is the mean over the allowed bit-widths. Clipped weights, beyond the outermost
+    codes, do not count.
 
     Args:
-        w: the layer's kernel.
+        w: kernel of the layer.
         step_sizes: step size at each candidate, in the units of `w`.
         bits: the candidates.
-        mask: which candidates count; at least one.
-        proportion: part of each half bin, next to the boundary, that counts as unstable.
+        mask: candidates to average over, at least one.
+        proportion: fraction of each half bin, next to the threshold, that counts as unstable.
 
     References:
         RFQuant (CVPR 2024), the criterion of its bit-width scheduler, as published in code.
@@ -61,13 +62,13 @@ def instability(
 
 @functools.partial(jax.jit, static_argnums=0)
 def weight_errors(net: Supernet, trainable: TrainableParams) -> Float[Array, "layers choices"]:
-    """Computes the squared error ||Q(W, b) - W||^2 of each kernel at each candidate.
+    """Computes the squared quantization error ||Q(W, b) - W||^2 of each kernel at each candidate.
 
-    Candidates that a layer may not take, and float kernels, have 0.
+    Float kernels and candidates that a layer may not take have error 0.
 
     Args:
         net: the supernet.
-        trainable: its kernels and step sizes.
+        trainable: kernels and step sizes of the supernet.
     """
     table, quantized = net.table, net.quantize_kernels(trainable)
     errors = jnp.zeros((len(table), len(table.candidates)), jnp.float32)
@@ -75,9 +76,9 @@ def weight_errors(net: Supernet, trainable: TrainableParams) -> Float[Array, "la
         zip(table.layers, kernels(table, trainable.params), strict=True)
     ):
         if not layer.float_weights:
-            places = np.array([table.candidates.index(bits) for bits in layer.weight_candidates])
+            choices = np.array([table.candidates.index(bits) for bits in layer.weight_candidates])
             squares = jnp.square(quantized[layer.name] - w[None])
-            errors = errors.at[index, places].set(jnp.sum(squares, axis=range(1, squares.ndim)))
+            errors = errors.at[index, choices].set(jnp.sum(squares, axis=range(1, squares.ndim)))
     return errors
 
 
@@ -85,10 +86,10 @@ class Trace(NamedTuple):
     """Estimated traces of diagonal blocks of a Hessian.
 
     Attributes:
-        mean: float32, the estimate of each block's trace: a pytree of scalars from
-            `hessian_trace`, an array [layers] from `layer_traces`. In units of the loss per
-            squared unit of the block's parameters.
-        standard_error: like `mean`, its standard error from the spread of the probes.
+        mean: float32, estimated trace of each block, in units of the loss per squared unit of the
+            block's parameters; a pytree of scalars from `hessian_trace`, an array [layers] from
+            `layer_traces`.
+        standard_error: standard error of `mean`, from the spread of the probes; of the same form.
     """
 
     mean: Any
@@ -104,30 +105,31 @@ def hessian_trace(
     probes: int,
     probes_per_call: int = PROBES_PER_CALL,
 ) -> Trace:
-    """Estimates the trace of every block of the Hessian of a loss, by random probes.
+    """Estimates the trace of every diagonal block of the Hessian of a loss, by random probes.
 
-    Each leaf of `params` is one block. A probe draws v in {-1, 1} for all leaves at once; its
-    sample for leaf l is sum(v_l (H v)_l), H the Hessian of the loss over all batches: the same v
-    serves every batch. What other leaves add to (H v)_l has mean zero and only widens the spread.
-    Hessian-vector products are forward derivatives of the gradient and never form H.
+    Each leaf of `params` is one block. A probe draws v in {-1, 1} for all leaves at once. Its
+    sample for leaf l is sum(v_l (H v)_l), where H is the Hessian of the loss over all batches, so
+    every batch uses the same v. Off-diagonal blocks contribute to (H v)_l with mean zero; they only
+    increase the variance. Hessian-vector products are forward-mode derivatives of the gradient;
+    H itself is never formed.
 
-    Everything may be traced. `loss_of` and `probes_per_call` are static: one program, compiled
-    once for each of them and each shape, serves all batches, keys and numbers of probes. It always
-    computes `probes_per_call` probes, so where these do not divide `probes`, the last call of each
-    batch computes some in vain.
+    Everything may be traced. `loss_of` and `probes_per_call` are static: one program, compiled once
+    for each of them and each shape, serves all batches, keys and numbers of probes. It always
+    computes `probes_per_call` probes, so if that does not divide `probes`, the last call of each
+    batch discards some.
 
     Args:
-        loss_of: `(params, batch) -> mean loss` of the batch, a scalar; pure. Its identity decides
-            whether to compile anew: pass the same object, with all arrays in its arguments.
+        loss_of: pure function `(params, batch) -> mean loss` of the batch, a scalar. A different
+            function object compiles again: pass the same one, with all arrays as arguments.
         params: pytree of floating-point arrays.
-        batches: pytrees of arrays, of the same shapes and each of the same weight; read once.
-        key: random key; probe i depends on it and on i alone.
+        batches: pytrees of arrays, all of the same shapes and with equal weight; read once.
+        key: random key; probe i depends on `key` and i alone.
         probes: number of random vectors, at least 2.
-        probes_per_call: how many vectors are computed at once, side by side. Memory grows with it;
-            the result does not depend on it but for rounding.
+        probes_per_call: number of vectors computed at once. Memory grows with it; the result
+            changes only by rounding.
 
     Returns:
-        Traces in the shape of `params`. The average over a block's parameters (HAWQ-V2's
+        Traces in the structure of `params`. The average over a block's parameters (HAWQ-V2's
         sensitivity) is `mean / leaf.size`.
 
     Raises:
@@ -141,7 +143,7 @@ def hessian_trace(
     if probes < 2 or probes_per_call < 1:
         raise ValueError(
             f"probes is {probes} and probes_per_call {probes_per_call}; wanted at least 2 probes, "
-            "for their spread to give the standard error, and at least 1 per call"
+            "since the standard error comes from their spread, and at least 1 per call"
         )
     total, count = None, 0
     for batch in batches:
@@ -152,7 +154,7 @@ def hessian_trace(
         samples = jnp.concatenate(calls)[:probes]
         total, count = samples if total is None else total + samples, count + 1
     if total is None:
-        raise ValueError("there are no batches; wanted at least one to take the loss of")
+        raise ValueError("there are no batches; wanted at least one")
     samples = total / count
     mean = jnp.mean(samples, axis=0)
     standard_error = jnp.std(samples, axis=0, ddof=1) / probes**0.5
@@ -162,7 +164,7 @@ def hessian_trace(
 
 @functools.partial(jax.jit, static_argnames=("loss_of", "count"))
 def _probe(loss_of, params, batch, key, first, *, count: int) -> Float[Array, "count leaves"]:
-    """Returns sum(v (H v)) of every leaf for the probes `first` to `first + count - 1`."""
+    """Computes sum(v (H v)) of every leaf for the probes `first` to `first + count - 1`."""
     leaves, blocks = jax.tree.flatten(params)
 
     def gradient(params):
@@ -197,20 +199,20 @@ def layer_traces(
     """Estimates the Hessian trace of every layer's kernel in the float model.
 
     The loss is the mean cross-entropy in nats, without smoothing, of the model in evaluation mode
-    (stored norm statistics, no dropout); so traces are in nats per squared unit of the weights.
-    All other parameters are held constant. The average trace over a layer's weights is
+    (stored norm statistics, no dropout), so traces are in nats per squared unit of the weights. All
+    other parameters are held constant. The average trace over a layer's weights is
     `mean / layer.params`. Compiles once per supernet and shape of the batches.
 
     Args:
         net: the supernet; its quantizer is not used.
-        variables: "params" and, where the model has norms, "batch_stats" of the float model.
-        batches: dicts of "image", normalized, and "label" [batch], all of one shape.
+        variables: "params" of the float model, with "batch_stats" if it has norms.
+        batches: dicts of normalized "image" and "label" [batch], all of the same shapes.
         key: random key.
         probes: number of random vectors, at least 2; see `hessian_trace`.
-        probes_per_call: how many are computed at once.
+        probes_per_call: number of vectors computed at once.
 
     Returns:
-        Mean and standard error, float32 [layers] each, in the table's order.
+        Mean and standard error, both float32 [layers], in the order of the table.
 
     References:
         Dong et al., HAWQ-V2, NeurIPS 2020, https://arxiv.org/abs/1911.03852.
@@ -244,7 +246,7 @@ class _Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _KernelLoss:
-    """Loss as a function of the kernels; equal for equal models, so that it compiles once."""
+    """Loss as a function of the kernels; equal models give equal objects, so it compiles once."""
 
     model: linen.Model
     names: tuple[str, ...]  # of the layers

@@ -290,7 +290,7 @@ class Supernet:
             scale_step_gradient: whether the gradients of the inputs' step sizes have LSQ's scale.
             dropout_key: random key of the model's dropout layers; None: no dropout.
             shard: share of the batch that `inputs` are.
-            hook: runs inside every module call, after the input is quantized; it may record.
+            hook: runs around every module call, before its input is quantized; it may record.
         """
         table = self.table
         place = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
@@ -333,9 +333,15 @@ class Supernet:
         return Output(logits, batch_stats, linen.named_records(records, OUTPUT), records)
 
     def apply(
-        self, state: SupernetState, bits: BitConfig, inputs: Any
+        self, state: SupernetState, bits: BitConfig | None, inputs: Any
     ) -> Float[Array, "batch classes"]:
-        """Computes the model's logits at one configuration, in evaluation mode; traceable."""
+        """Computes the model's logits at one configuration, in evaluation mode; traceable.
+
+        Raises:
+            ValueError: the bits are None, as those of methods without bits.
+        """
+        if bits is None:
+            raise ValueError("a supernet needs to be told its bits; they are None")
         return self.forward(self.select(state, bits), inputs, train=False).logits
 
     def predict(
@@ -385,7 +391,7 @@ class Supernet:
         *,
         metric: str = "kl",
         norms: str = "batch",
-        calibration: Float[Array, "batches batch ..."] | None = None,
+        calibration: Float[Array, "batches images ..."] | None = None,
     ) -> Float[Array, " configs"]:
         """Scores many configurations in one compiled program; smaller is better.
 

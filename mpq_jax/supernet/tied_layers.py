@@ -1,8 +1,8 @@
 """Tied layers: slots of a configuration that always have equal bits.
 
-A slot is the weights or the input of one layer. The ties are part of the table: its mask has only
-choices that all slots of a group may take, sampling and searches move the first slot of each group
-and the others with it, and cost tables hold no other pairs.
+A slot is the weights or the input of one layer. The ties are part of the table: its mask allows
+only choices that all slots of a group may take, sampling and searches change the first slot of a
+group and copy it to the others, and cost tables hold no other pairs.
 """
 
 import dataclasses
@@ -15,36 +15,37 @@ KINDS = ("weights", "acts")  # the two slots of a layer, 2 * layer and 2 * layer
 
 
 def tie_acts_to_weights(table: LayerTable) -> LayerTable:
-    """Ties the weights of each layer to its input, where both have a choice.
+    """Ties the weights of each layer to its input, if both have a choice.
 
-    For methods that train equal bits only.
+    This suits methods that train equal weight and activation bits only.
 
     Raises:
-        ValueError: a layer has no bits in common.
+        ValueError: weights and input of a layer have no candidate in common.
     """
     return _tied(table, [(2 * index, 2 * index + 1) for index in range(len(table))])
 
 
 def tie_matching(table: LayerTable, patterns: Sequence[str]) -> LayerTable:
-    """Ties the weights of each group of layers to each other, and their inputs likewise.
+    """Ties the weights of all layers in a group to each other, and likewise their inputs.
 
     Args:
         table: the layers.
-        patterns: regular expressions, one per group, searched in the layers' paths.
+        patterns: regular expressions, one per group, searched in the paths of the layers.
 
     Raises:
-        ValueError: a pattern is malformed or ties nothing, or a group has no bits in common.
+        ValueError: a pattern is malformed or ties nothing, or the layers of a group have no
+            candidate in common.
     """
     groups: list[tuple[int, ...]] = []
     for pattern in patterns:
         try:
-            found = [i for i, name in enumerate(table.names) if re.search(pattern, name)]
+            matches = [i for i, name in enumerate(table.names) if re.search(pattern, name)]
         except re.error as error:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        both = [tuple(2 * i + kind for i in found) for kind in range(2)]
+        both = [tuple(2 * i + kind for i in matches) for kind in range(2)]
         if all(len(_with_choice(table, group)) < 2 for group in both):
             raise ValueError(
-                f"the pattern {pattern!r} matches {len(found)} layers and ties none of them; the "
+                f"the pattern {pattern!r} matches {len(matches)} layers and ties none of them; the "
                 f"layers are {', '.join(table.names)}"
             )
         groups += both
@@ -52,12 +53,12 @@ def tie_matching(table: LayerTable, patterns: Sequence[str]) -> LayerTable:
 
 
 def tie_shared_inputs(table: LayerTable) -> LayerTable:
-    """Ties the inputs of layers that read the same array.
+    """Ties the inputs of layers that read the same array, so that it is quantized only once.
 
-    So the array is quantized only once, as for a block's first convolution and shortcut.
+    An example is the input of a residual block, read by its first convolution and its shortcut.
 
     Raises:
-        ValueError: such layers have no bits for their inputs in common.
+        ValueError: the inputs of such layers have no candidate in common.
     """
     readers: dict[int, list[int]] = {}
     for index, layer in enumerate(table.layers):
@@ -67,7 +68,7 @@ def tie_shared_inputs(table: LayerTable) -> LayerTable:
 
 
 def _with_choice(table: LayerTable, slots: Iterable[int]) -> list[int]:
-    """Drops slots without a choice; a float tensor's bit-width only enters the cost."""
+    """Drops slots without a choice, such as float tensors, whose bit-width only enters the cost."""
     return [slot for slot in slots if len(table.candidates_of(slot)) > 1]
 
 
@@ -76,9 +77,9 @@ def _tied(table: LayerTable, groups: Iterable[tuple[int, ...]]) -> LayerTable:
     merged = [set(group) for group in table.tied_groups]
     for group in groups:
         new = set(_with_choice(table, group))
-        met = [one for one in merged if one & new]
-        merged = [one for one in merged if not one & new]
-        merged.append(new.union(*met))
+        overlapping = [other for other in merged if other & new]
+        merged = [other for other in merged if not other & new]
+        merged.append(new.union(*overlapping))
     tied_groups = sorted(tuple(sorted(group)) for group in merged if len(group) > 1)
     for group in tied_groups:
         if not set.intersection(*(set(table.candidates_of(slot)) for slot in group)):

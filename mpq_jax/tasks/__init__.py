@@ -1,1 +1,1 @@
-"""What a network learns and how it is measured."""
+"""Training losses and evaluation metrics."""

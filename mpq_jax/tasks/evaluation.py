@@ -1,4 +1,4 @@
-"""Accuracy and loss of a model over a data set, by one compiled step."""
+"""Accuracy and loss of a model over a dataset, by one compiled step."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -17,9 +17,9 @@ class Score(NamedTuple):
     """Means over all images.
 
     Attributes:
-        accuracy: top-1, 0 to 1.
-        loss: cross-entropy in nats.
-        images: how many.
+        accuracy: top-1 accuracy, 0 to 1.
+        loss: cross-entropy, in nats.
+        images: number of images.
     """
 
     accuracy: float
@@ -31,11 +31,11 @@ def make_evaluate(
     predict: Callable[[PyTree, Any, Array], Array],
     normalize: Callable[[Array], Array],
 ) -> Callable[[PyTree, Any, Iterable[Mapping[str, Any]]], Score]:
-    """Returns `evaluate(variables, bits, batches) -> Score`; no bits ever recompile it.
+    """Makes `evaluate(variables, bits, batches) -> Score`; changing bits never recompiles it.
 
     Args:
-        predict: a method's `predict`.
-        normalize: turns a batch's images into the model's input.
+        predict: `(variables, bits, inputs) -> logits`, the `predict` of a method.
+        normalize: function from the images of a batch to the model's input.
     """
     evaluate_all = make_evaluate_all(predict, normalize)
 
@@ -49,7 +49,7 @@ def make_evaluate_all(
     predict: Callable[[PyTree, Any, Array], Array],
     normalize: Callable[[Array], Array],
 ) -> Callable[[PyTree, Mapping[Name, Any], Iterable[Mapping[str, Any]]], dict[Name, Score]]:
-    """Returns `evaluate(variables, configs, batches) -> scores`, both by the configurations' names.
+    """Makes `evaluate(variables, configs, batches) -> scores`; `configs` and `scores` are by name.
 
     The batches are read once for all configurations. Arguments as in `make_evaluate`.
     """
@@ -58,26 +58,26 @@ def make_evaluate_all(
     def evaluate_batch(variables, bits, batch):
         logits = predict(variables, bits, normalize(batch["image"]))
         weight, labels = batch["weight"], batch["label"]
-        right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.stack([jnp.sum(weight * part) for part in (right, loss, jnp.ones_like(loss))])
+        return jnp.stack([jnp.sum(weight * x) for x in (correct, loss, jnp.ones_like(loss))])
 
     def add(totals: dict[Any, np.ndarray], sums: dict[Any, Array]) -> dict[Any, np.ndarray]:
-        return totals | {name: totals[name] + jax.device_get(one) for name, one in sums.items()}
+        return totals | {name: totals[name] + jax.device_get(part) for name, part in sums.items()}
 
     def evaluate(variables, configs, batches) -> dict[Any, Score]:
         totals = dict.fromkeys(configs, np.zeros(3))
         pending: dict[Any, Array] = {}
         for batch in batches:
             sums = {n: evaluate_batch(variables, bits, batch) for n, bits in configs.items()}
-            # Fetched one batch later: devices never wait, and no more than two batches lie there.
+            # Fetch results one batch late: devices never wait and hold at most two batches.
             totals, pending = add(totals, pending), sums
         totals = add(totals, pending)
         if configs and not next(iter(totals.values()))[-1]:
-            raise ValueError("there is not one image to evaluate on; is this split empty?")
+            raise ValueError("there is not one image to evaluate on; is the split empty?")
         return {
-            n: Score(float(right / images), float(loss / images), int(images))
-            for n, (right, loss, images) in totals.items()
+            n: Score(float(correct / images), float(loss / images), int(images))
+            for n, (correct, loss, images) in totals.items()
         }
 
     return evaluate

@@ -1,21 +1,19 @@
-"""A run as its config describes it: data, model, layers and method, ready to use.
+"""An experiment as its config describes it: data, model, layers and method, ready to use.
 
 A config is nested mappings: the `ConfigDict` of a program, or what `config.json` of a workdir
 holds. Its keys are those of `configs/default.py`.
 """
 
-import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mpq_jax import data
-from mpq_jax.methods import METHODS, Method
+from mpq_jax.methods import METHODS, Method, make_options
 from mpq_jax.methods.base import TrainingInfo
-from mpq_jax.models import make_model
+from mpq_jax.models import make_model, user_models
 from mpq_jax.parallel import mesh as sharding
 from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program import linen
@@ -23,15 +21,24 @@ from mpq_jax.supernet import tied_layers
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST, Rule, bit_rules
 
-COUNTS = ("epochs", "batch_size", "accumulate", "log_every", "calibration_batches")
-LOCAL_KEYS = ("path", "data_dir")  # options of datasets that are places on one machine
-SHOWN_READING = ("interpolation", "resize_factor")  # what evaluation needs to know of reading
+COUNTS = ("epochs", "batch_size", "grad_accum_steps", "log_every", "calibration_batches")
+LAYER_DEFAULTS = {"dtype": "float32", "remat": False}  # which a user's own model need not know
 
 Config = Any  # nested mappings; an ml_collections.ConfigDict is none in the eyes of types
 
 
 class Experiment(NamedTuple):
-    """What a config describes, ready to use."""
+    """What a config describes, ready to use.
+
+    Attributes:
+        dataset: images in batches of the run.
+        mesh: devices that the run takes.
+        model: the Linen model.
+        table: layers of the model, as the method uses them.
+        method: functions of the training method.
+        run: length of the run, and how a batch is prepared.
+        normalize: `uint8 images -> float32 images`, traceable.
+    """
 
     dataset: data.Dataset
     mesh: jax.sharding.Mesh
@@ -44,28 +51,13 @@ class Experiment(NamedTuple):
 
 def build(config: Config) -> Experiment:
     """Builds everything that a config describes; raises ValueError where it makes no sense."""
-    if config["method"] not in METHODS:
-        raise ValueError(f"config.method is {config['method']!r}; known methods: {sorted(METHODS)}")
-    for name in COUNTS:
-        if config[name] < 1:
-            raise ValueError(f"config.{name} is {config[name]}; wanted at least 1")
-    family = METHODS[config["method"]]
-    options = family.options(**config[config["method"]])
+    check(config)
+    options = make_options(config["method"], config)
     rules = make_rules(config["bits"])
     mesh = sharding.make_mesh(config["device_count"] or None, fsdp=config["fsdp"])
-    if config["batch_size"] % (mesh.size * config["accumulate"]):
-        raise ValueError(
-            f"config.batch_size is {config['batch_size']}, not a multiple of {mesh.size} devices x "
-            f"{config['accumulate']} micro-batches (config.accumulate)"
-        )
+    check_batch_size(config, mesh)
     dataset = load_dataset(config)
-    computed = {name: config["model"][name] for name in ("dtype", "remat")}
-    model = make_model(
-        config["model"]["name"],
-        num_classes=dataset.num_classes,
-        **computed,
-        **config["model"]["options"],
-    )
+    model = make_configured_model(config["model"], num_classes=dataset.num_classes)
     table = trace_layers(model, dataset.image_shape, rules=rules)
     table = tied_layers.tie_matching(table, config["bits"]["groups"])
     if config["bits"]["shared_inputs"]:
@@ -74,22 +66,52 @@ def build(config: Config) -> Experiment:
     def normalize(images):
         return data.normalize(images, mean=dataset.mean, std=dataset.std)
 
+    augment = config["data"]["augment"]
+
     def prepare(batch, key):
         images = data.augment(
             key,
             batch["image"],
-            padding=config["data"]["crop_padding"],
-            flip_probability=config["data"]["flip_probability"],
+            padding=augment["crop_padding"],
+            flip_probability=augment["flip_probability"],
         )
         return normalize(images)
 
     def images() -> jax.Array:
         return recalibration_images(config, dataset, mesh, prepare)
 
-    partition = BatchPartition(mesh, config["accumulate"])
+    partition = BatchPartition(mesh, config["grad_accum_steps"])
     run = TrainingInfo(config["epochs"], dataset.steps_per_epoch, prepare, images, partition)
-    method = family.make(model, table, options, run)
+    method = METHODS[config["method"]].make(model, table, options, run)
     return Experiment(dataset, mesh, model, method.table, method, run, normalize)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a method that there is not, and for counts below 1."""
+    if config["method"] not in METHODS:
+        raise ValueError(f"config.method is {config['method']!r}; known methods: {sorted(METHODS)}")
+    for name in COUNTS:
+        if config[name] < 1:
+            raise ValueError(f"config.{name} is {config[name]}; wanted at least 1")
+
+
+def check_batch_size(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError for a batch that devices and micro-batches cannot share evenly."""
+    if config["batch_size"] % (mesh.size * config["grad_accum_steps"]):
+        raise ValueError(
+            f"config.batch_size is {config['batch_size']}, not a multiple of {mesh.size} devices x "
+            f"{config['grad_accum_steps']} micro-batches (config.grad_accum_steps)"
+        )
+
+
+def make_configured_model(model: Config, *, num_classes: int) -> linen.Model:
+    """Makes the model that config.model names: one of `MODELS`, or a user's own class."""
+    layer_options = {name: model[name] for name in LAYER_DEFAULTS}
+    options = dict(model["options"])
+    if not user_models.is_user_model(model["name"]):
+        return make_model(model["name"], num_classes=num_classes, **layer_options, **options)
+    changed = {name: x for name, x in layer_options.items() if x != LAYER_DEFAULTS[name]}
+    return user_models.make(model["name"], num_classes=num_classes, options=changed | options)
 
 
 def make_rules(bits: Config) -> tuple[Rule, ...]:
@@ -115,7 +137,7 @@ def load_dataset(config: Config) -> data.Dataset:
         name,
         batch_size=config["batch_size"],
         seed=config["seed"],
-        heldout_fraction=config["data"]["heldout_fraction"],
+        heldout_fraction=config["data"]["validation_fraction"],
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         mean=channels(config["data"]["mean"]),
@@ -132,11 +154,10 @@ def channels(values: Any) -> tuple[float, ...] | None:
 
 def reading_options(config: Config) -> data.Reading:
     """Returns how the images of large datasets are read."""
-    names = [field.name for field in dataclasses.fields(data.Reading)]
     try:
-        return data.Reading(**{name: config["data"][name] for name in names})
+        return data.Reading(**config["data"]["reading"])
     except ValueError as error:
-        raise ValueError(f"config.data.{error}") from error
+        raise ValueError(f"config.data.reading.{error}") from error
 
 
 def recalibration_images(config: Config, dataset: data.Dataset, mesh, prepare) -> jax.Array:
@@ -150,46 +171,35 @@ def recalibration_images(config: Config, dataset: data.Dataset, mesh, prepare) -
     return jnp.stack(prepared)
 
 
-def abstract_state(setup: Experiment) -> Any:
+def abstract_state(experiment: Experiment) -> Any:
     """Returns the shapes of the training state, and which devices hold what of it."""
 
     def make(key):
-        images = jnp.zeros((1, *setup.dataset.image_shape), jnp.float32)
+        images = jnp.zeros((1, *experiment.dataset.image_shape), jnp.float32)
         labels = jnp.zeros((1,), jnp.int32)
-        return setup.method.init(fresh_variables(setup, key), images, labels)
+        return experiment.method.init(fresh_variables(experiment, key), images, labels)
 
     shapes = jax.eval_shape(make, jax.random.key(0))
     return jax.tree.map(
         lambda leaf, kept: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=kept),
         shapes,
-        sharding.state_shardings(shapes, setup.mesh),
+        sharding.state_shardings(shapes, experiment.mesh),
     )
 
 
-def whole_variables(setup: Experiment, state: Any) -> Any:
+def whole_variables(experiment: Experiment, state: Any) -> Any:
     """Returns what evaluation, search and export act on, whole on every device."""
-    variables = setup.method.variables(state)
-    if not sharding.shares_state(setup.mesh):
+    variables = experiment.method.variables(state)
+    if not sharding.shares_state(experiment.mesh):
         return variables
-    return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(setup.mesh))(variables)
+    return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(experiment.mesh))(variables)
 
 
-def fresh_variables(setup: Experiment, key: jax.Array) -> Any:
+def fresh_variables(experiment: Experiment, key: jax.Array) -> Any:
     """Returns the model's randomly drawn float variables."""
-    return linen.init_variables(setup.model, key, setup.dataset.image_shape)
+    return linen.init_variables(experiment.model, key, experiment.dataset.image_shape)
 
 
-def to_record(config: Config) -> dict[str, Any]:
-    """Returns a config for the record of a file that leaves this machine.
-
-    Places of files are left out, and so are the options of other methods and of the search.
-    """
-    text = config.to_json() if hasattr(config, "to_json") else json.dumps(config)
-    kept = json.loads(text)
-    own = kept["data"][kept["data"]["name"]]
-    how = {name: kept["data"][name] for name in SHOWN_READING}
-    options = {name: own[name] for name in own if name not in LOCAL_KEYS}
-    kept["data"] = {"name": kept["data"]["name"]} | options | how
-    for name in {"init_from", "search", *METHODS} - {kept["method"]}:
-        kept.pop(name, None)
-    return kept
+def eval_batches(experiment: Experiment, split: str) -> Iterator[dict[str, jax.Array]]:
+    """Yields a split's batches as global arrays."""
+    return sharding.prefetch_to_device(experiment.dataset.eval_batches(split), experiment.mesh)

@@ -1,4 +1,4 @@
-"""Records of a run: metrics as JSON lines and for TensorBoard, and the count of compilations."""
+"""Metrics of a run as JSON lines and for TensorBoard, and the count of its compilations."""
 
 import collections
 import json
@@ -7,9 +7,8 @@ import time
 from typing import Any
 
 import jax
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+
+from mpq_jax import extras
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 30.0  # after which TensorBoard can see what was written
@@ -17,7 +16,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class MetricWriter:
-    """Writes scalars to `metrics.jsonl` and TensorBoard files in a directory."""
+    """Writes scalars to `metrics.jsonl` in a directory, and for TensorBoard where it can."""
 
     def __init__(self, directory: pathlib.Path, *, first_step: int):
         """Opens the files; entries of `first_step` or later, of an interrupted run, are dropped."""
@@ -28,34 +27,61 @@ class MetricWriter:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         temporary.replace(path)
         self._lines = path.open("a")
-        # Not SummaryWriter: its thread dies of a full disk, and the program waits for it for ever.
-        board = directory / "tensorboard"
-        board.mkdir(exist_ok=True)
-        self._board, self._flushed = EventsWriter(str(board / "events")), time.monotonic()
-        started = SessionLog(status=SessionLog.START)  # tells TensorBoard to drop what comes later
-        self._add(first_step, session_log=started)
-
-    def _add(self, step: int, **content: Any) -> None:
-        self._board.write_event(Event(step=step, wall_time=time.time(), **content))
+        self._board = None
+        if extras.is_installed("report"):
+            self._board = TensorBoardWriter(directory / "tensorboard", first_step=first_step)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes named scalars of a step."""
         self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
         self._lines.flush()
-        for name, value in scalars.items():
-            self._add(step, summary=summary.scalar(name, value))
-        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
-            self._board.flush()
-            self._flushed = time.monotonic()
+        if self._board:
+            self._board.write(step, scalars)
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._lines.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
+
+
+class TensorBoardWriter:
+    """Writes scalars as event files for TensorBoard.
+
+    Not by `SummaryWriter`: its thread dies of a full disk, and the program then waits for it
+    forever.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, first_step: int):
+        """Opens a new file; TensorBoard drops what other files hold of `first_step` or later."""
+        with extras.needs("report", "writing for TensorBoard"):
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2
+        directory.mkdir(exist_ok=True)
+        self._file, self._flushed = EventsWriter(str(directory / "events")), time.monotonic()
+        self._scalar, self._proto = summary.scalar, event_pb2
+        started = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._add(first_step, session_log=started)
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._file.write_event(self._proto.Event(step=step, wall_time=time.time(), **content))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes named scalars of a step."""
+        for name, value in scalars.items():
+            self._add(step, summary=self._scalar(name, value))
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._file.close()
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads what was written into a directory; a last line that a kill cut off is left out."""
+    """Reads `metrics.jsonl` of a directory; a last line that a kill cut off is left out."""
     path, entries = directory / METRICS, []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

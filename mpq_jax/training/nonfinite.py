@@ -1,4 +1,4 @@
-"""Numbers that are not numbers: where a run went wrong, and that its state may be kept."""
+"""Detects non-finite metrics and state before they are saved."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,13 +12,13 @@ SHOWN_LEAVES = 3  # of a state of hundreds
 
 
 def first_bad_step(metrics: Sequence[Mapping[str, Any]]) -> tuple[int, dict[str, float]] | None:
-    """Finds the first step with a metric that is infinite or not a number.
+    """Finds the first step with a metric that is not finite.
 
     Args:
         metrics: scalars of consecutive steps, on the host.
 
     Returns:
-        Its place in `metrics` and its bad metrics by name, or None if all are finite.
+        Its index in `metrics` and its non-finite metrics by name; None if all are finite.
     """
     for place, scalars in enumerate(metrics):
         bad = {name: float(value) for name, value in scalars.items() if not np.isfinite(value)}
@@ -48,12 +48,12 @@ def nonfinite_leaves(tree: PyTree) -> list[str]:
 
 
 def shorten(names: Sequence[str]) -> str:
-    """Writes the first names of a list that may be long, and how many more there are."""
+    """Joins the first names of a long list and counts the others."""
     more = f" and {len(names) - SHOWN_LEAVES} more" if len(names) > SHOWN_LEAVES else ""
     return ", ".join(names[:SHOWN_LEAVES]) + more
 
 
 @jax.jit
 def _all_finite(leaves: tuple[Array, ...]) -> Bool[Array, " arrays"]:
-    """Tells of each array whether all its values are finite."""
+    """Whether all values of each array are finite."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])

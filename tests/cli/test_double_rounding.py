@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from helpers.program_results import read_bits
+from helpers.program_results import as_run, read_bits
 from helpers.programs import (
     EPOCH_STEPS,
     WIDTH,
@@ -18,13 +18,14 @@ from helpers.programs import (
     run_all,
 )
 
-from configs.double_rounding import digits as double_rounding_digits
 from mpq_jax import data
 from mpq_jax.cli import search, train
+from mpq_jax.configs.double_rounding import digits as double_rounding_digits
 from mpq_jax.export.packed import integers
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.tasks.evaluation import make_evaluate
+from mpq_jax.training import experiment
 
 PRECISIONS = (8, 6, 4, 2)
 ROUNDING = "--config=configs/double_rounding/digits.py"
@@ -108,7 +109,7 @@ def rounded(shared, tmp_path_factory) -> Rounded:
     multi_output = train_from(shared.float_run, multi, MULTI)
     mixed_output = train_from(multi, mixed, MIXED)
     shutil.copytree(mixed, copy)
-    table = train.build(mixed_config(multi)).table
+    table = experiment.build(mixed_config(multi)).table
     latency = directory / "latency.json"
     write_latencies(latency, table)
     flags = ("search.py", *PROGRAMME, f"--config.init_from={multi}")
@@ -117,7 +118,7 @@ def rounded(shared, tmp_path_factory) -> Rounded:
         "latency": (
             *flags,
             f"--workdir={copy}",
-            "--config.search.budget=latency",
+            "--config.search.cost=latency",
             f"--config.search.latency={latency}",
             f"--config.search.budgets=({MOST_SECONDS}, 100.0)",
             f"--config.search.limits.bytes={MOST_BYTES}",
@@ -148,7 +149,7 @@ def test_train_writes_the_network_as_integers(rounded, name):
     for bits in PRECISIONS:
         score = evaluate(artifact.switch(bits), None, dataset.eval_batches("heldout"))
         # Compiled with other optimizations: an image on the edge of two classes may change sides.
-        assert abs(score.accuracy - logged[f"heldout/w{bits}a{bits}"]) < 1.5 * one_image
+        assert abs(score.accuracy - logged[f"validation/w{bits}a{bits}"]) < 1.5 * one_image
     method = {"multi": "double_rounding", "mixed": "double_rounding_mixed"}[name]
     assert artifact.config["method"] == method and artifact.config["epochs"] == 1
 
@@ -172,7 +173,7 @@ def test_double_rounding_compiles_each_step_once(rounded):
 
 def test_starting_from_the_multi_precision_network_keeps_what_it_learned(rounded):
     """One epoch on, the supernet is no worse at 8 bits than a network of one epoch."""
-    logged = [entries(workdir)[-1]["heldout/w8a8"] for workdir in (rounded.multi, rounded.mixed)]
+    logged = [entries(workdir)[-1]["validation/w8a8"] for workdir in (rounded.multi, rounded.mixed)]
     assert min(logged) > 0.5 and logged[1] > logged[0] - 0.1
 
 
@@ -243,11 +244,10 @@ def test_impossible_searches_are_refused_before_any_long_work(rounded, monkeypat
     def too_long(*args, **kwargs):
         raise AssertionError("this would take long")
 
-    monkeypatch.setattr(train, "start", lambda argv: (config, rounded.mixed))
     monkeypatch.setattr(search, "layer_traces", too_long)
     monkeypatch.setattr(search, "make_ready", too_long)
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        search.main([])
+        search.search(as_run(config, rounded.mixed))
 
 
 @pytest.mark.parametrize(
@@ -264,12 +264,11 @@ def test_impossible_searches_are_refused_before_any_long_work(rounded, monkeypat
     ],
 )
 def test_supernets_do_not_start_from_other_networks(
-    shared, rounded, tmp_path, monkeypatch, changes, start_from, message
+    shared, rounded, tmp_path, changes, start_from, message
 ):
     place = shared.float_run if start_from == "float_run" else rounded.multi
     config = mixed_config(place)
     config.update_from_flattened_dict(changes)
-    monkeypatch.setattr(train, "start", lambda argv: (config, tmp_path))
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        train.main([])
+        train.train(as_run(config, tmp_path))
     assert not (tmp_path / "config.json").exists()

@@ -29,12 +29,13 @@ from helpers.programs import (
     wait_for,
 )
 
-from configs import digits
 from mpq_jax import data
-from mpq_jax.cli import train
-from mpq_jax.methods.base import Run
+from mpq_jax.configs import digits
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.parallel.mesh import make_mesh
 from mpq_jax.training import checkpoints
+from mpq_jax.training.experiment import Experiment
+from mpq_jax.training.loop import DivergedError, train_loop
 
 EPOCH_STEPS = 17  # 1,437 training images, a fifth of them held out, in batches of 64
 STEPS = 2 * EPOCH_STEPS
@@ -132,10 +133,10 @@ def bad_update(state, batch, key):
 @pytest.mark.parametrize(
     ("train_step", "message"),
     [
-        (bad_loss, r"^error: loss is nan in step 7; checkpoint 5 in \S+ is the last good one\. "),
+        (bad_loss, r"^loss is nan in step 7; checkpoint 5 in \S+ is the last good one\. "),
         (
             bad_update,
-            r"^error: step 10 left params/bias, params/kernel not finite; checkpoint 5 in ",
+            r"^step 10 left params/bias, params/kernel not finite; checkpoint 5 in ",
         ),
     ],
     ids=["loss", "update"],
@@ -145,18 +146,18 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_state(tmp_path, t
     config: Any = digits.get_config()
     config.update(log_every=20, save_every=5)
     dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.2)
-    run = Run(epochs=2, steps_per_epoch=dataset.steps_per_epoch, prepare=lambda batch, key: batch)
+    run = TrainingInfo(
+        epochs=2, steps_per_epoch=dataset.steps_per_epoch, prepare=lambda batch, key: batch
+    )
     method: Any = types.SimpleNamespace(
         train_step=jax.jit(train_step), on_epoch=lambda state, epoch: (state, {})
     )
     unused: Any = None
-    setup = train.Experiment(dataset, make_mesh(1), unused, unused, method, run, unused)
+    setup = Experiment(dataset, make_mesh(1), unused, unused, method, run, unused)
     params = {"kernel": jnp.ones((3, 3)), "bias": jnp.zeros(3)}
     with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
-        with pytest.raises(SystemExit, match=message):
-            train.train_loop(
-                setup, config, tmp_path, manager, unused, State(jnp.int32(0), params), 0
-            )
+        with pytest.raises(DivergedError, match=message):
+            train_loop(setup, config, tmp_path, manager, unused, State(jnp.int32(0), params), 0)
     assert saved_steps(tmp_path) == [5]
     step, state = checkpoints.load_latest(tmp_path / "checkpoints")
     assert step == state["step"] == 5

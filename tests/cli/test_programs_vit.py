@@ -11,13 +11,13 @@ TINY = (
     "--config.model.options.depth=1",
     "--config.model.options.heads=2",
     "--config.model.options.dropout=0.0",
-    "--config.data.crop_padding=0",  # a third of the steps do without
+    "--config.data.augment.crop_padding=0",  # a third of the steps do without
 )
 SHORT = (
     *TINY,
     "--config.epochs=2",
     "--config.search.levels=(3,)",
-    "--config.search.batch_size=64",
+    "--config.search.score_images=64",
     "--config.bits.candidates=(6, 4, 3)",
     "--config.search.rounds=1",
 )
@@ -34,14 +34,14 @@ def test_a_transformer_is_trained_and_searched(tmp_path):
     flags = (f"{config}:float", *TINY, "--config.epochs=100", f"--workdir={floats}")
     code, printed = run("train.py", *flags, output=tmp_path / "float.txt", **how)
     assert code == 0, printed
-    assert entries(floats)[-1]["heldout/float"] > 0.5  # chance is 0.1
+    assert entries(floats)[-1]["validation/float"] > 0.5  # chance is 0.1
 
     for name, own in METHODS.items():
         workdir, output = tmp_path / name, tmp_path / f"{name}.txt"
         flags = (config, *SHORT, *own, f"--config.init_from={floats}", f"--workdir={workdir}")
         code, printed = run("train.py", *flags, output=output, **how)
         assert code == 0, printed
-        assert entries(workdir)[-1]["heldout/w6a6"] > 0.4
+        assert entries(workdir)[-1]["validation/w6a6"] > 0.4
         assert (workdir / "integers.safetensors").exists() == (name == "double_rounding")
         code, printed = run("search.py", *flags, output=output, **how)
         assert code == 0, printed

@@ -15,7 +15,7 @@ from helpers.programs import (
     run_all,
 )
 
-from configs import digits
+from mpq_jax.configs import digits
 from mpq_jax.supernet import costs
 
 
@@ -52,14 +52,14 @@ def searched(shared, tmp_path_factory) -> Searched:
     first = {path.name: path.read_text() for path in written}
     refusals = {
         "too small": (*smoke, f"--workdir={shared.smoke}", "--config.search.budgets=(1.0,)"),
-        "unit": (*smoke, f"--workdir={shared.smoke}", "--config.search.budget=watts"),
+        "unit": (*smoke, f"--workdir={shared.smoke}", "--config.search.cost=watts"),
         "float": ("search.py", *FLOAT, f"--workdir={shared.float_run}"),
         "other config": ("search.py", *SUPERNET, f"--workdir={shared.float_run}"),
         "untrained": (*smoke, f"--workdir={untrained}"),
     }
-    kilobytes = (*smoke, f"--workdir={by_bytes}", "--config.search.budget=bytes")
+    kilobytes = (*smoke, f"--workdir={by_bytes}", "--config.search.cost=bytes")
     kilobytes += ("--config.search.levels=()", "--config.search.budgets=(2000.0, 1500.0)")
-    kilobytes += ("--config.search.strategy=exchange", "--config.search.tolerance=20.0")
+    kilobytes += ("--config.search.strategy=tabu", "--config.search.max_accuracy_drop=20.0")
     kilobytes += ("--config.search.limits.bitops=3e6",)
     again = (*smoke, f"--workdir={shared.smoke}")
     commands = refusals | {"bytes": kilobytes, "again": again}

@@ -14,24 +14,28 @@ from helpers.programs import (
     run_all,
 )
 
-from configs import digits
-from mpq_jax.cli import train
-from mpq_jax.training import checkpoints
+from mpq_jax.configs import digits
+from mpq_jax.training import checkpoints, experiment
 
 
 def test_float_training_learns_digits(shared):
-    assert entries(shared.float_run)[-1]["heldout/float"] > 0.9
-    assert "held out: float 9" in shared.float_output
+    assert entries(shared.float_run)[-1]["validation/float"] > 0.9
+    assert "validation: float 9" in shared.float_output
 
 
 def test_supernet_starts_from_the_float_run(shared):
     assert f"starting from the run in {shared.float_run}" in shared.smoke_output
     first = {
-        run: next(entry for entry in entries(run) if "heldout/w6a6" in entry)
+        run: next(entry for entry in entries(run) if "validation/w6a6" in entry)
         for run in (shared.smoke, shared.supernet)
     }
     assert first[shared.smoke]["step"] == first[shared.supernet]["step"] == EPOCH_STEPS
-    assert first[shared.smoke]["heldout/w6a6"] > 0.8 > 0.2 > first[shared.supernet]["heldout/w6a6"]
+    assert (
+        first[shared.smoke]["validation/w6a6"]
+        > 0.8
+        > 0.2
+        > first[shared.supernet]["validation/w6a6"]
+    )
 
 
 def test_bits_never_recompile(shared):
@@ -114,7 +118,7 @@ def test_impossible_values_are_refused_when_building(change, message):
     config = digits.get_config()
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
-        train.build(config)
+        experiment.build(config)
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,9 @@ def test_wrong_folders_are_refused(mine):
     )
     (mine / "val").mkdir()
     (mine / "val" / "1.jpg").write_bytes(b"")
-    refuse(r"val has no folders, one for each class; it holds \['1.jpg'\] \(1 files in all\)")
+    refuse(r"val has no class folders; it holds \['1.jpg'\] \(1 files in all\)")
     shutil.rmtree(mine)
-    refuse(r"pets' is no folder", FileNotFoundError)
+    refuse(r"pets' is not a folder", FileNotFoundError)
 
 
 @pytest.mark.parametrize(

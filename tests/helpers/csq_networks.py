@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import csq
-from mpq_jax.methods.base import Method, Run
+from mpq_jax.methods.base import Method, TrainingInfo
 from mpq_jax.methods.csq import Options, UniformOptions
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
+from mpq_jax.program import paths
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule, bit_rules
 from mpq_jax.training import metrics as recording
 
 SHAPE, PLANES = (4, 4, 2), 4
@@ -78,7 +77,7 @@ SHARED: dict[str, Any] = dict(
     temperature=200.0,
     contiguous=False,
     start="preserving",
-    reach=0.0,
+    clip_rms=0.0,
     acts="lsq",
     act_bits=4,
     learning_rate=0.05,
@@ -108,7 +107,9 @@ BASE = SHARED | OWN
 
 
 def a_run(epochs=10, steps_per_epoch=STEPS_PER_EPOCH, images=None):
-    return Run(epochs, steps_per_epoch, prepare=lambda batch, key: batch["image"], images=images)
+    return TrainingInfo(
+        epochs, steps_per_epoch, prepare=lambda batch, key: batch["image"], images=images
+    )
 
 
 RUN = a_run()
@@ -244,12 +245,8 @@ MASKS = {"grown1": [0.3, -0.4, 0.5, 0.6], "grown2": [-0.1, 0.2, -0.3, 0.4]}
 
 
 def logits_of_found(found, images, model=MODEL):
-    predict = jax.jit(
-        lambda variables, images: supernet.predict(
-            model, found.table, variables, found.table.max_config, images, quantizer=found.quantizer
-        )
-    )
-    return np.asarray(predict(found.variables, images))
+    assert found.net.model == model
+    return np.asarray(found.net.predict(found.state, found.net.table.max_config, images))
 
 
 class Trained(NamedTuple):
@@ -280,7 +277,7 @@ def trained(build=make):
     return Trained(made_method, first, steps, counter.counts["_train_step"])
 
 
-TICKET, HARDEN = 4 * STEPS_PER_EPOCH, 8 * STEPS_PER_EPOCH
+FREEZE, BINARIZE = 4 * STEPS_PER_EPOCH, 8 * STEPS_PER_EPOCH
 
 
 def moved(before, after):
@@ -306,8 +303,8 @@ def run_on(mesh, rows):
         batch = sharding.global_batch(own, mesh)
         state, metrics = made_method.train_step(state, batch, jax.random.key(step))
         losses.append(float(metrics["loss"]))
-    found = made_method.found(made_method.variables(state))
-    handed_over = state, made_method.summary(state), found.variables, found.bits
+    found = made_method.scheme(made_method.variables(state))
+    handed_over = state, made_method.summary(state), found.state, found.bits
     return losses, jax.tree.leaves(snapshot(handed_over))
 
 

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import double_rounding
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.double_rounding import MixedOptions, Options
-from mpq_jax.program import linen
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.program import paths
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
 
 CHOICES = (4, 3, 2)  # with factors 1, 0.5 and 0.1
 HIGHEST = 4
 KEY = jax.random.key(0)
 SHAPE = (4, 4, 2)
 LAYERS = ("conv1", "conv2")
-RUN = Run(epochs=4, steps_per_epoch=2, prepare=lambda batch, key: batch["image"])
+RUN = TrainingInfo(epochs=4, steps_per_epoch=2, prepare=lambda batch, key: batch["image"])
 
 
 class Net(nn.Module):

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
-from configs import digits
-from configs.csq import use as use_csq
-from configs.double_rounding import use as use_double_rounding
 from mpq_jax import data
+from mpq_jax.configs import digits
+from mpq_jax.configs.csq import use as use_csq
+from mpq_jax.configs.double_rounding import use as use_double_rounding
 from mpq_jax.training import checkpoints, experiment
 
 WIDTH = 4

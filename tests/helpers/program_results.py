@@ -3,6 +3,7 @@
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.programs import (
@@ -14,10 +15,12 @@ from helpers.programs import (
     wait_for,
 )
 
-from configs import digits
-from mpq_jax.cli import train
+from mpq_jax.cli.console import make_console
+from mpq_jax.cli.runs import Run
+from mpq_jax.configs import digits
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.training import experiment
 
 
 def assert_same_curve(logged: list[dict], expected: list[dict], names: tuple[str, ...]) -> None:
@@ -62,10 +65,15 @@ def run_two_processes(flags: tuple[str, ...], workdir: Path, *, stop_after: int)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+def as_run(config: Any, workdir: Path) -> Run:
+    """The run that the programs would work on, in this process."""
+    return Run(config, workdir, make_console())
+
+
 def make_table() -> LayerTable:
     config = digits.get_config()
     config.model.options.width = 4
-    return train.build(config).table
+    return experiment.build(config).table
 
 
 def read_bits(directory: Path, table: LayerTable) -> dict[str, bit_configs.BitConfig]:

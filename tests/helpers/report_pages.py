@@ -7,10 +7,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax.reporting.html import Candidate, Content, write_page
+from mpq_jax.reporting import write_page
+from mpq_jax.search.cost_metrics import CostMetric
+from mpq_jax.search.problem import Step
+from mpq_jax.search.report import EvaluatedConfig, SearchReport
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule, bit_rules
+from mpq_jax.supernet.supernet import SupernetState, TrainableParams
+from mpq_jax.tasks.evaluation import Score
 
 LAYERS = 5
 
@@ -29,51 +35,61 @@ COST = costs.cost_table(TABLE, "bitops")
 MIXED = BitConfig(jnp.array([8, 4, 2, 3, 8], jnp.int32), jnp.array([8, 4, 4, 2, 8], jnp.int32))
 
 
-def candidate(name, bits, accuracy, heldout=None):
+NO_STATE = SupernetState(TrainableParams({}, None, None), {}, jnp.zeros(LAYERS, bool))
+
+
+def evaluated(name, bits, accuracy):
     by_kind = {
         kind: costs.total(TABLE, costs.cost_table(TABLE, kind), bits)
         for kind in ("bitops", "bytes", "mean_bits")
     }
-    group = "uniform" if name.startswith("uniform") else "searched"
-    return Candidate(name, group, bits, accuracy, heldout, by_kind)
+    return EvaluatedConfig(
+        name=name,
+        group="uniform" if name.startswith("uniform") else "searched",
+        bits=bits,
+        costs=by_kind,
+        validation=Score(0.75, 0.5, 100),
+        test=Score(accuracy, 0.5, 100),
+        state=NO_STATE,
+    )
 
 
 UNIFORM = {f"uniform {n}/{n}": TABLE.uniform(n, n) for n in (4, 3, 2)}
 LIMIT = costs.total(TABLE, COST, MIXED) + 1.0
 
 
-def content(*, mixed=0.9, three=0.8725, found=None, **changed):
+def made_report(*, mixed=0.9, three=0.8725, found=None, **changed):
     accuracies = {"uniform 4/4": 0.92, "uniform 3/3": three, "uniform 2/2": 0.61}
     searched = {"A": (MIXED, mixed)} if found is None else found
     generator = np.random.default_rng(0)
-    rises = generator.lognormal(-4.0, 1.5, (LAYERS, 2, len(TABLE.candidates)))
+    increases = generator.lognormal(-4.0, 1.5, (LAYERS, 2, len(TABLE.candidates)))
     fields = {
-        "title": "net on images",
         "table": TABLE,
-        "budget": "bitops",
-        "cost": COST,
-        "unit": (1e3, "kBitOPs"),
-        "candidates": [
-            *(candidate(name, UNIFORM[name], value) for name, value in accuracies.items()),
-            *(candidate(name, bits, value, 0.75) for name, (bits, value) in searched.items()),
-        ],
+        "cost": CostMetric("bitops", COST, (1e3, "kBitOPs")),
+        "configs": (
+            *(evaluated(name, UNIFORM[name], value) for name, value in accuracies.items()),
+            *(evaluated(name, bits, value) for name, (bits, value) in searched.items()),
+        ),
         "float_accuracy": 0.9375,
-        "chosen": {"A": "at most a lot"},
+        "requests": {"A": "at most a lot"},
         "limits": dict.fromkeys(searched, LIMIT),
-        "sensitivity": np.where(TABLE.mask, rises, np.nan),
+        "sensitivity": np.where(TABLE.mask, increases, np.nan),
+        "traces": None,
+        "notes": (),
         "metric": "error",
+        "steps": (Step("program", "solution 1 of 8", 3e4, 0.25),),
         "scored": generator.uniform((2e4, 0.1), (9e4, 0.6), (50, 2)),
-        "hypervolume": 0.8125,
-        "config": "seed: 17\n",
+        "new_scores": 50,
+        "known_scores": 0,
         "timings": {"search": 192.0, "tests": 3.5},
         "provenance": {"jax": "0.10.2"},
     }
-    return Content(**(fields | changed))
+    return SearchReport(**(fields | changed))
 
 
-def written(tmp_path, one):
+def written(tmp_path, report, *, title="net on images", config="seed: 17\n"):
     path = tmp_path / "report.html"
-    write_page(one, path)
+    write_page(report, path, title=title, config=config)
     return path.read_text(encoding="utf-8")
 
 

@@ -4,10 +4,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.methods.base import Run
-from mpq_jax.supernet import supernet
+from mpq_jax.methods.base import TrainingInfo
+from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.supernet import Supernet, TrainableParams
 
 CHOICES = (4, 3, 2)
 KEY = jax.random.key(0)
@@ -31,7 +33,8 @@ class Net(nn.Module):
 MODEL = Net()
 TABLE = trace_layers(MODEL, (8, 8, 1), rules=bit_rules(CHOICES))
 STEM, CONV, HEAD = range(3)
-RUN = Run(epochs=10, steps_per_epoch=3, prepare=lambda batch, key: batch["image"])
+NET = Supernet(MODEL, TABLE, quantizer=lsq.QUANTIZER)
+RUN = TrainingInfo(epochs=10, steps_per_epoch=3, prepare=lambda batch, key: batch["image"])
 
 
 def with_kernel(w, step):
@@ -40,7 +43,7 @@ def with_kernel(w, step):
     tree = {name: {"kernel": kernel} for name, kernel in params.items()}
     tree["block"] = {"conv": {"kernel": jnp.asarray(w, jnp.float32)}}
     steps = jnp.ones((3, 4)).at[CONV].set(jnp.asarray(step, jnp.float32))
-    return supernet.TrainableParams(tree, steps, jnp.ones((3, 4)))
+    return TrainableParams(tree, steps, jnp.ones((3, 4)))
 
 
 def config(w, a):

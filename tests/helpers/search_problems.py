@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 
-from mpq_jax.search.problem import Budget, Limit
+from mpq_jax.search.problem import Budget, Constraint
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import Layer, LayerTable
 from mpq_jax.supernet.tied_layers import tie_acts_to_weights
@@ -15,7 +15,9 @@ from mpq_jax.supernet.tied_layers import tie_acts_to_weights
 KEY = jax.random.key(3)
 
 
-def layer(name, weights, acts, *, macs=1000, params=100, inputs=0, shares_input_with=None, **others):
+def layer(
+    name, weights, acts, *, macs=1000, params=100, inputs=0, shares_input_with=None, **others
+):
     return Layer(
         name=name,
         kind="conv",
@@ -56,7 +58,7 @@ QUICK = {
 }
 
 
-def billed(table, bits, kind="bitops"):
+def exact_cost(table, bits, kind="bitops"):
     """What configurations [..., layers, 2] cost, from the definition."""
     weights, acts = (np.asarray(bits, np.float64)[..., column] for column in (0, 1))
     amounts = np.array([getattr(layer, AMOUNTS[kind]) for layer in table.layers])
@@ -90,8 +92,8 @@ def cost_table(table, kind="bitops"):
     return amounts[:, None, None] * pairs[kind]
 
 
-def limit(table, most, kind="bitops", at_least=-math.inf):
-    return Limit(kind, cost_table(table, kind), float(most), at_least)
+def constraint(table, most, kind="bitops", lower_bound=-math.inf):
+    return Constraint(kind, cost_table(table, kind), float(most), lower_bound)
 
 
 def budget(name, *limits):

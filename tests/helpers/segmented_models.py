@@ -7,7 +7,10 @@ from mpq_jax.models.mobilenet_v2 import MobileNetV2, Stage
 from mpq_jax.models.resnet import ResNet
 from mpq_jax.models.resnet_cifar import ResNetCifar
 from mpq_jax.models.vgg import VGG
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.quantizers import lsq
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.supernet import Supernet
 
 SHAPE, BATCH = (8, 8, 3), 6
 RULES = bit_rules((4, 3, 2))
@@ -15,6 +18,10 @@ RULES = bit_rules((4, 3, 2))
 
 def table_of(model, shape=SHAPE, bn_banks="pair"):
     return trace_layers(model, shape, rules=RULES).with_bn_banks(bn_banks)
+
+
+def net_of(model, shape=SHAPE, bn_banks="pair"):
+    return Supernet(model, table_of(model, shape, bn_banks), quantizer=lsq.QUANTIZER)
 
 
 STAGES = (Stage(1, 8, 1, 1), Stage(6, 8, 2, 2))

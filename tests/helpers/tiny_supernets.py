@@ -7,17 +7,14 @@ import numpy as np
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import (
-    FIRST_LAST_FLOAT,
-    bit_rules,
-    trace_layers,
-)
+from mpq_jax.quantizers import lsq
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
+from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 
 CHOICES = (4, 3, 2)
 STEM, CONV, DEPTHWISE, HEAD = range(4)
-INIT = jax.jit(supernet.init, static_argnums=(0, 1))
+INIT = jax.jit(Supernet.init, static_argnums=0)
 
 
 class Block(nn.Module):
@@ -40,8 +37,13 @@ class Net(nn.Module):
 MODEL = Net()
 RULES = bit_rules(CHOICES)
 TABLE = trace_layers(MODEL, (8, 8, 2), rules=RULES)
+NET = Supernet(MODEL, TABLE, quantizer=lsq.QUANTIZER)
 SHAPE = (8, 8, 2)
 IMAGES = jax.random.normal(jax.random.key(1), (8, 8, 8, 2))
+
+
+def net_of(table, quantizer=lsq.QUANTIZER):
+    return Supernet(MODEL, table, quantizer=quantizer)
 
 
 def make_float_variables():
@@ -76,8 +78,8 @@ def numbered_supernet(table, float_variables):
         )
 
     steps = jnp.full((len(table), len(table.candidates)), 0.1)
-    trainable = supernet.TrainableParams(widened(float_variables["params"]), steps, steps)
-    return supernet.SupernetState(
+    trainable = TrainableParams(widened(float_variables["params"]), steps, steps)
+    return SupernetState(
         trainable, widened(float_variables["batch_stats"]), jnp.ones(len(table), bool)
     )
 

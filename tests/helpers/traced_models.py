@@ -3,11 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mpq_jax.supernet.layer_table import (
-    Rule,
-    bit_rules,
-    trace_layers,
-)
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule, bit_rules
 
 ANY = (Rule(),)  # says nothing: every layer takes the default candidates
 

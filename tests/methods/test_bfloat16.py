@@ -12,14 +12,15 @@ import pytest
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.methods import METHODS
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models.resnet import ResNet
 from mpq_jax.models.vit import ViT
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
 
 SHAPE = (4, 4, 1)
 KEY = jax.random.key(1)
-RUN = Run(epochs=2, steps_per_epoch=1, prepare=lambda batch, key: batch["image"])
+RUN = TrainingInfo(epochs=2, steps_per_epoch=1, prepare=lambda batch, key: batch["image"])
 MODELS = {
     "convolutions": functools.partial(ResNet, 3, (1,), width=2),
     "transformer": functools.partial(ViT, 3, patch_size=2, dim=4, depth=1, heads=2),
@@ -107,7 +108,9 @@ def test_it_is_the_step_of_float32_but_for_rounding(models):
     def moved(pair):
         before, after, *_ = pair
         change = jax.tree.map(
-            jnp.subtract, after.variables.trainable.act_step_sizes, before.variables.trainable.act_step_sizes
+            jnp.subtract,
+            after.variables.trainable.act_step_sizes,
+            before.variables.trainable.act_step_sizes,
         )
         return np.asarray(change)
 

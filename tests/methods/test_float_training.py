@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import METHODS, float_training
-from mpq_jax.methods.base import Run
-from mpq_jax.program import linen
+from mpq_jax.methods.base import TrainingInfo
+from mpq_jax.program import paths
 from mpq_jax.supernet.layer_table import trace_layers
 
 
@@ -23,7 +22,7 @@ class Net(nn.Module):
 
 MODEL = Net()
 TABLE = trace_layers(MODEL, (8, 8, 1))
-RUN = Run(epochs=5, steps_per_epoch=4, prepare=lambda batch, key: batch["image"])
+RUN = TrainingInfo(epochs=5, steps_per_epoch=4, prepare=lambda batch, key: batch["image"])
 SHAPE = (8, 8, 1)
 KEY = jax.random.key(0)
 

@@ -10,8 +10,10 @@ import pytest
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.methods.warm_start import float_variables, supernet_or_float_variables
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.quantizers import double_rounding
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
+from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams, expand_bn_banks
 from mpq_jax.training import checkpoints
 
 SHAPE = (6, 6, 2)
@@ -36,7 +38,7 @@ class WithoutNorm(nn.Module):
 
 
 class FloatState(NamedTuple):
-    """As `methods.plain` keeps it."""
+    """As float training keeps it."""
 
     step: Any
     params: Any
@@ -44,11 +46,11 @@ class FloatState(NamedTuple):
     opt_state: Any
 
 
-class SupernetState(NamedTuple):
+class MultiState(NamedTuple):
     """As the multi-precision method keeps it."""
 
     step: Any
-    variables: supernet.SupernetState
+    variables: SupernetState
     opt_state: Any
 
 
@@ -61,16 +63,16 @@ def as_loaded(tree):
     return np.asarray(tree)
 
 
-def table_of(model, candidates, bn_banks):
+def net_of(model, candidates, bn_banks):
     rules = bit_rules(candidates, first_last=FIRST_LAST_FLOAT)
-    return trace_layers(model, SHAPE, rules=rules).with_bn_banks(bn_banks)
+    table = trace_layers(model, SHAPE, rules=rules).with_bn_banks(bn_banks)
+    return Supernet(model, table, quantizer=double_rounding.QUANTIZER)
 
 
 def supernet_of(model, candidates, bn_banks, seed=0):
     """A supernet of the right shapes whose numbers are all different."""
-    table = table_of(model, candidates, bn_banks)
     shapes = jax.eval_shape(
-        lambda variables, images: supernet.init(model, table, variables, images),
+        net_of(model, candidates, bn_banks).init,
         drawn_variables(model, SHAPE, seed),
         jnp.zeros((2, *SHAPE)),
     )
@@ -87,7 +89,7 @@ def supernet_of(model, candidates, bn_banks, seed=0):
         ),
         shapes,
     )
-    return SupernetState(jnp.int32(7), filled, {"momentum": jnp.ones(2)})
+    return MultiState(jnp.int32(7), filled, {"momentum": jnp.ones(2)})
 
 
 @pytest.fixture(scope="module")
@@ -160,18 +162,18 @@ def test_the_error_names_few_differences(saved_float):
 @pytest.mark.parametrize("held", ["shared", "weights", "transition"])
 def test_network_of_several_precisions(wanted, held):
     state = supernet_of(Net(), (4, 3, 2), held)
-    table = table_of(Net(), (4, 3, 2), "transition")
-    found = supernet_or_float_variables(table, as_loaded(state), wanted)
-    assert isinstance(found, supernet.SupernetState)
-    assert isinstance(found.trainable, supernet.TrainableParams)
+    net = net_of(Net(), (4, 3, 2), "transition")
+    found = supernet_or_float_variables(net, as_loaded(state), wanted)
+    assert isinstance(found, SupernetState)
+    assert isinstance(found.trainable, TrainableParams)
     assert_same(found, state.variables)  # with its own rows; the method repeats them
-    repeated = supernet.expand_bn_banks(table, jax.tree.map(jnp.asarray, found))
+    repeated = expand_bn_banks(net.table, jax.tree.map(jnp.asarray, found))
     assert repeated.batch_stats["norm"]["mean"].shape == (3, 3, 3)
 
 
 def test_float_model_where_a_network_may_be_given(saved_float, variables, wanted):
-    table = table_of(Net(), (4, 3, 2), "transition")
-    found = supernet_or_float_variables(table, saved_float, wanted)
+    net = net_of(Net(), (4, 3, 2), "transition")
+    found = supernet_or_float_variables(net, saved_float, wanted)
     assert_same(found, dict(variables))
 
 
@@ -180,37 +182,39 @@ def test_what_comes_out_of_a_real_checkpoint(tmp_path, wanted):
     with checkpoints.open_manager(tmp_path) as manager:
         checkpoints.save(manager, 7, state, metric=0.5)
     _, saved = checkpoints.load_best(tmp_path)
-    table = table_of(Net(), (4, 3, 2), "transition")
-    assert_same(supernet_or_float_variables(table, saved, wanted), state.variables)
+    net = net_of(Net(), (4, 3, 2), "transition")
+    assert_same(supernet_or_float_variables(net, saved, wanted), state.variables)
 
 
 @pytest.mark.parametrize("candidates", [(8, 6, 4, 2), (4, 2), (4,)])
 def test_networks_of_another_number_of_bits_are_refused(wanted, candidates):
     saved = as_loaded(supernet_of(Net(), candidates, "weights"))
-    table = table_of(Net(), (4, 3, 2), "transition")
-    with pytest.raises(ValueError, match="of other bits or bn_banks: these differ: weight_step_sizes"):
-        supernet_or_float_variables(table, saved, wanted)
+    net = net_of(Net(), (4, 3, 2), "transition")
+    with pytest.raises(
+        ValueError, match="of other bits or bn_banks: these differ: weight_step_sizes"
+    ):
+        supernet_or_float_variables(net, saved, wanted)
 
 
 def test_networks_of_other_models_are_refused(wanted):
-    table = table_of(Net(), (4, 3, 2), "transition")
+    net = net_of(Net(), (4, 3, 2), "transition")
     saved = as_loaded(supernet_of(Net(width=4), (4, 3, 2), "weights"))
     with pytest.raises(ValueError, match="of another model than config.model.*conv/kernel"):
-        supernet_or_float_variables(table, saved, wanted)
+        supernet_or_float_variables(net, saved, wanted)
     saved = as_loaded(supernet_of(WithoutNorm(), (4, 3, 2), "weights"))
     with pytest.raises(ValueError, match="of another model"):
-        supernet_or_float_variables(table, saved, wanted)
+        supernet_or_float_variables(net, saved, wanted)
 
 
 @pytest.mark.parametrize(("held", "table_rows"), [("transition", "weights"), ("weights", "shared")])
 def test_networks_of_more_norm_rows_are_refused(wanted, held, table_rows):
     saved = as_loaded(supernet_of(Net(), (4, 3, 2), held))
-    table = table_of(Net(), (4, 3, 2), table_rows)
+    net = net_of(Net(), (4, 3, 2), table_rows)
     with pytest.raises(ValueError, match="norm/"):
-        supernet_or_float_variables(table, saved, wanted)
+        supernet_or_float_variables(net, saved, wanted)
 
 
 def test_neither_a_network_nor_a_float_run(wanted):
-    table = table_of(Net(), (4, 3, 2), "transition")
+    net = net_of(Net(), (4, 3, 2), "transition")
     with pytest.raises(ValueError, match=r"it holds no float run but \['opt_state', 'step'\]"):
-        supernet_or_float_variables(table, {"step": np.int32(1), "opt_state": {}}, wanted)
+        supernet_or_float_variables(net, {"step": np.int32(1), "opt_state": {}}, wanted)

@@ -18,8 +18,9 @@ from mpq_jax.models.vit import ViT
 from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
 from mpq_jax.search import segments
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.supernet import Supernet
 
 SHAPE = (8, 8, 1)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, *SHAPE)), jnp.float32)
@@ -44,6 +45,10 @@ each_way = pytest.mark.parametrize(
 
 def table_of(model):
     return trace_layers(model, SHAPE, rules=bit_rules((4, 2), depthwise_min_bits=3))
+
+
+def net_of(model):
+    return Supernet(model, table_of(model), quantizer=lsq.QUANTIZER)
 
 
 @functools.cache
@@ -139,14 +144,12 @@ def test_bfloat16_is_float32_but_for_rounding(name):
 
 @every_model
 def test_subnets_of_recomputed_bfloat16_models(name):
-    model = TINY[name](dtype="bfloat16", remat=True)
-    table = table_of(model)
+    net = net_of(TINY[name](dtype="bfloat16", remat=True))
+    table = net.table
 
     def subnet(variables, images):
-        made = supernet.init(model, table, variables, images)
-        selected = supernet.select(table, made, table.max_config)
-        out = supernet.apply(model, table, selected, images, train=True)
-        return made, out
+        made = net.init(variables, images)
+        return made, net.forward(net.select(made, table.max_config), images, train=True)
 
     made, out = jax.eval_shape(subnet, variables_of(name), IMAGES)
     leaves = jax.tree.leaves((made.trainable, made.batch_stats, out.logits, out.batch_stats))
@@ -158,28 +161,22 @@ def test_subnets_of_recomputed_bfloat16_models(name):
 @every_model
 def test_recomputed_bfloat16_models_are_cut_like_others(name):
     plain, changed = TINY[name](), TINY[name](dtype="bfloat16", remat=True)
-    found, wanted = (
-        segments.find_segments(model, table_of(model), SHAPE) for model in (changed, plain)
-    )
+    found, wanted = (segments.find_segments(net_of(model), SHAPE) for model in (changed, plain))
     assert found.parts == wanted.parts and len(found.parts) > 1
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_segments_of_recomputed_bfloat16_models_give_what_the_model_gives(name):
-    model = TINY[name](dtype="bfloat16", remat=True)
-    table = table_of(model)
-    cut = segments.find_segments(model, table, SHAPE)
+    net = net_of(TINY[name](dtype="bfloat16", remat=True))
+    cut = segments.find_segments(net, SHAPE)
 
     @jax.jit
     def both(variables, images):
-        made = supernet.init(model, table, variables, images)
-        selected = supernet.select(table, made, table.uniform(2, 4))
+        subnet = net.select(net.init(variables, images), net.table.uniform(2, 4))
         x = images
         for place in range(len(cut.parts)):
-            x = segments.run(
-                model, table, cut, place, selected, x, train=True, quantizer=lsq.QUANTIZER
-            )
-        return x, supernet.apply(model, table, selected, images, train=True).logits
+            x = segments.run(net, cut, place, subnet, x, train=True)
+        return x, net.forward(subnet, images, train=True).logits
 
     found, wanted = both(variables_of(name), IMAGES)
     # XLA may keep more digits than bfloat16 has inside of what it fuses, which segments divide.

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mpq_jax.program import paths
 from mpq_jax.models import MODELS, pretrained
 from mpq_jax.models.efficientnet_lite import Stage as LiteStage
 from mpq_jax.models.mobilenet_v2 import Stage
@@ -21,7 +20,7 @@ from mpq_jax.models.pretrained import (
     importing,
     read_tensors,
 )
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 
 
 class StateDict(dict):
@@ -470,7 +469,7 @@ def test_damaged_and_absent_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.safetensors"):
         read_tensors(path)
     path.write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="no whole safetensors file .* pointer to a file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file .* pointer to a file"):
         read_tensors(path)
     with pytest.raises(ValueError, match=r"called '.npz'; wanted a file of \['.safetensors'"):
         read_tensors(tmp_path / "a.npz")

@@ -1,17 +1,18 @@
-"""train.py starts from files of published weights: config.init_from and config.new_head."""
+"""train.py starts from files of published weights: config.init_from and config.reinit_head."""
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers.program_results import as_run
 from ml_collections import ConfigDict
 
-from configs import digits
-from mpq_jax.program import paths
 from mpq_jax.cli import train
+from mpq_jax.configs import digits
 from mpq_jax.methods import METHODS
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
+from mpq_jax.training import experiment, initial_state
 
 WIDTH, SHAPE, CLASSES = 4, (8, 8, 1), 10  # of a small ResNet-8 for the digits
 
@@ -71,32 +72,33 @@ def assert_same(found, wanted):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted)
 
 
-def test_every_method_starts_from_a_file(tmp_path, capsys):
+def test_every_method_starts_from_a_file(tmp_path):
     path = tmp_path / "weights.safetensors"
     variables = write_weights(path)
     for method in METHODS:
         config = make_config(method, path)
-        train.check_start(config)
-        setup = train.build(config)
-        assert_same(train.starting_variables(setup, setup.method, config), variables)
-    output = capsys.readouterr().out.replace("\n", "")
-    assert output.count(f"starting from the weights in {path}") == len(METHODS)
+        initial_state.check_start(config)
+        setup = experiment.build(config)
+        start, origin = initial_state.load_start(setup, setup.method, config)
+        assert origin == f"the weights in {path}"
+        assert_same(start, variables)
 
 
 def test_training_begins_with_the_weights_of_the_file(tmp_path):
     path = tmp_path / "weights.safetensors"
     variables = write_weights(path)
     config = make_config("plain", path)
-    state = train.initial_state(train.build(config), config)
+    state, _ = initial_state.make_initial_state(experiment.build(config), config)
     assert_same({"params": state.params, "batch_stats": state.batch_stats}, variables)
 
 
-def test_a_new_head_leaves_the_rest_as_it_is(tmp_path):
+def test_a_reinit_head_leaves_the_rest_as_it_is(tmp_path):
     path = tmp_path / "weights.safetensors"
     variables = write_weights(path, classes=7)
-    config = make_config("plain", path, new_head=True)
-    setup = train.build(config)
-    found = jax.device_get(train.starting_variables(setup, setup.method, config))
+    config = make_config("plain", path, reinit_head=True)
+    setup = experiment.build(config)
+    start, _ = initial_state.load_start(setup, setup.method, config)
+    found = jax.device_get(start)
     head = found["params"].pop("head")
     assert head["kernel"].shape == (16, CLASSES) and not head["bias"].any()
     assert 0.2 < np.std(head["kernel"]) < 0.3  # of 16 inputs; the file's numbers have mean 0.55
@@ -111,7 +113,7 @@ def test_a_new_head_leaves_the_rest_as_it_is(tmp_path):
         (
             {"classes": 7},
             {},
-            "its head has 7 classes and digits has 10; --config.new_head=True keeps all but",
+            "its head has 7 classes and digits has 10; --config.reinit_head=True keeps all but",
         ),
         ({"width": 5}, {}, r"weights\.safetensors: these tensors .*'resnet8', width=4, by the .*"),
         ({}, {"model.name": "resnet20"}, r"missing:\s+layer1\.1\.bn1\.bias"),
@@ -119,17 +121,16 @@ def test_a_new_head_leaves_the_rest_as_it_is(tmp_path):
         ({}, {"init_from": "absent.npz"}, "absent.npz.* holds no checkpoint"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(tmp_path, monkeypatch, written, changes, message):
+def test_files_that_do_not_fit_are_refused(tmp_path, written, changes, message):
     path = tmp_path / "weights.safetensors"
     write_weights(path, **written)
     config = make_config("plain", path, **changes)
-    monkeypatch.setattr(train, "start", lambda argv: (config, tmp_path / "run"))
     with pytest.raises(SystemExit, match=rf"(?s)^error: .*{message}"):
-        train.main([])
+        train.train(as_run(config, tmp_path / "run"))
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_supernets_keep_their_head():
-    config = make_config("plain", "runs/multi", new_head=True)
-    with pytest.raises(ValueError, match=r"no float network; config\.new_head is for these"):
-        train.with_fitting_head(train.build(config), config, {"variables": {}})
+    config = make_config("plain", "runs/multi", reinit_head=True)
+    with pytest.raises(ValueError, match=r"no float network; config\.reinit_head is for these"):
+        initial_state.with_fitting_head(experiment.build(config), config, {"variables": {}})

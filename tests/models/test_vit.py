@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.models import make_model
 from mpq_jax.models.vit import ViT, attention
-from mpq_jax.program import linen
+from mpq_jax.program import linen, paths
 from mpq_jax.supernet.layer_table import trace_layers
 
 SHAPE, PATCH, DIM, DEPTH, HEADS = (8, 12, 2), 4, 8, 2, 2

@@ -15,7 +15,7 @@ HEARTBEAT_TIMEOUT = 20  # seconds; a healthy process on a busy machine is never 
 
 def test_joining_after_jax_is_in_use_says_what_to_do():
     jax.devices()
-    with pytest.raises(RuntimeError, match="(?s)before any JAX calls.*process_count=1.*start them"):
+    with pytest.raises(RuntimeError, match="(?s)before any JAX calls.*process_count=1.*Join once"):
         distributed.join("localhost:1", 1, 0)
 
 
@@ -36,7 +36,8 @@ jax.config.update("jax_num_cpu_devices", 1)
 import jax.numpy as jnp
 from mpq_jax.parallel import distributed as processes, mesh as sharding
 
-address, index, mode, heartbeat_timeout = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+address, index, mode, heartbeat_timeout = sys.argv[1:5]
+index, heartbeat_timeout = int(index), int(heartbeat_timeout)
 
 @processes.abort_together()
 def main():

@@ -8,12 +8,13 @@ import pytest
 
 from benchmarks.collectives import Sent, collectives
 from mpq_jax.methods import METHODS
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.parallel import grad_accumulation
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.parallel.grad_accumulation import BatchPartition
+from mpq_jax.parallel.grad_accumulation import BatchPartition, BatchShard
 from mpq_jax.program import linen
-from mpq_jax.supernet.layer_table import FIRST_LAST_8BIT, Rule, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_8BIT, Rule
 
 SHAPE, BATCH = (4, 4, 2), 32
 
@@ -55,7 +56,7 @@ def loss_of(divided):
             {"params": params, "batch_stats": batch_stats},
             examples["image"],
             train=True,
-            part=divided.seen,
+            shard=divided.shard,
         )
         chosen = jnp.take_along_axis(nn.log_softmax(logits), examples["label"][:, None], axis=1)
         value = -scale * jnp.mean(chosen)
@@ -80,7 +81,14 @@ def test_gradient_of_parts_is_that_of_micro_batches_one_after_another(batch, mes
             examples,
             jax.random.key(3),
         )
-        return gradient, grad_accumulation.reduced(divided, gradient), stats, metrics, logits, keys
+        return (
+            gradient,
+            grad_accumulation.reduce_mean(divided, gradient),
+            stats,
+            metrics,
+            logits,
+            keys,
+        )
 
     own, found, stats, metrics, logits, keys = divided_gradient(
         start["params"], start["batch_stats"], sharding.global_batch(batch, mesh)
@@ -112,7 +120,9 @@ def test_micro_batches_are_the_same_images_on_any_number_of_devices():
     examples = jnp.arange(24)
     for count in (1, 2, 3):
         whole = [
-            np.asarray(grad_accumulation.micro_batch(BatchPartition(micro_batches=count), examples, i))
+            np.asarray(
+                grad_accumulation.micro_batch(BatchPartition(micro_batches=count), examples, i)
+            )
             for i in range(count)
         ]
         shares = [
@@ -127,7 +137,8 @@ def test_micro_batches_are_the_same_images_on_any_number_of_devices():
         np.testing.assert_array_equal(whole, shares)
         stacked = jnp.stack([jnp.asarray(part) for part in whole])
         np.testing.assert_array_equal(
-            grad_accumulation.merge_micro_batches(BatchPartition(micro_batches=count), stacked), np.arange(24)
+            grad_accumulation.merge_micro_batches(BatchPartition(micro_batches=count), stacked),
+            np.arange(24),
         )
 
 
@@ -155,12 +166,12 @@ def test_norms_that_have_an_axis_of_their_own_keep_it():
     variables["batch_stats"] = {"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
 
     def forward(x):
-        return linen.forward(Own(), variables, x, train=True, part=BatchShard("other", 2))[0]
+        return linen.forward(Own(), variables, x, train=True, shard=BatchShard("other", 2))[0]
 
     out = jax.vmap(jax.vmap(forward, axis_name="other"), axis_name="mine")(x.reshape(2, 2, 1, 2))
     by_hand = np.asarray(x).reshape(2, 2, 1, 2)
-    centerd = by_hand - by_hand.mean(axis=0, keepdims=True)
-    np.testing.assert_allclose(out, centerd / np.sqrt(by_hand.var(axis=0) + 1e-5), rtol=1e-5)
+    centered = by_hand - by_hand.mean(axis=0, keepdims=True)
+    np.testing.assert_allclose(out, centered / np.sqrt(by_hand.var(axis=0) + 1e-5), rtol=1e-5)
 
 
 def make_step(name, divided, start, batch, **options):
@@ -170,7 +181,7 @@ def make_step(name, divided, start, batch, **options):
     if name.startswith("csq"):
         table = trace_layers(Tiny(), SHAPE, rules=(Rule(weights=(4, 3, 2), acts=(4,)),))
     family = METHODS[name]
-    run = Run(4, 5, lambda batch, key: batch["image"], parts=divided)
+    run = TrainingInfo(4, 5, lambda batch, key: batch["image"], partition=divided)
     method = family.make(Tiny(), table, family.options(**options), run)
     state = method.init(start, jnp.asarray(batch["image"]), jnp.asarray(batch["label"]))
     if divided.mesh is None:

@@ -13,31 +13,32 @@ from helpers.report_pages import (
     MIXED,
     TABLE,
     Page,
-    candidate,
-    content,
+    evaluated,
+    made_report,
     written,
 )
 
-from mpq_jax.reporting.html import Candidate, layers, verdict, write_page
+from mpq_jax.reporting.html import layers, summary
+from mpq_jax.search.cost_metrics import CostMetric
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    return Page(written(tmp_path_factory.mktemp("page"), content()))
+    return Page(written(tmp_path_factory.mktemp("page"), made_report()))
 
 
 def test_the_results_hold_the_given_numbers(page):
     (table,) = [table for table in page.tables if table[0][0] == "configuration"]
     rows = {row[0].removesuffix(" (searched)").removesuffix(" (uniform)"): row for row in table[1:]}
-    by_cost = sorted(content().candidates, key=lambda one: -one.costs["bitops"])
+    by_cost = sorted(made_report().configs, key=lambda one: -one.costs["bitops"])
     assert list(rows) == ["float", *(one.name for one in by_cost)]
     assert rows["float"][1] == "93.75\u00a0%"
-    for one in content().candidates:
+    for one in made_report().configs:
         row = rows[one.name]
         assert row[1] == f"{100 * one.accuracy:.2f}\u00a0%"
-        assert row[2] == ("75.00\u00a0%" if one.name == "A" else "")
+        assert row[2] == "75.00\u00a0%"
         shown = [float(text.replace(",", "")) for text in row[4:]]
         expected = [one.costs["bitops"] / 1e3, one.costs["bytes"], one.costs["mean_bits"]]
         np.testing.assert_allclose(shown, expected, rtol=2e-3)  # of the largest, four digits
@@ -49,18 +50,18 @@ def test_bits_and_shares_of_every_layer_are_given(page):
     rows = {row[0]: row[1:] for row in table[1:]}
     assert rows["weights"] == ["8", "4", "2", "3", ""]  # the last kernel stays float
     assert rows["activations"] == ["", "4", "4", "2", "8"]  # the first input stays float
-    billed = [
+    counted = [
         layer.macs * weights * acts
         for layer, weights, acts in zip(
             TABLE.layers, MIXED.weights.tolist(), MIXED.acts.tolist(), strict=True
         )
     ]
     shown = [float(re.search(r"([\d.]+)\s%", text)[1]) for text in rows["share of cost"]]
-    np.testing.assert_allclose(shown, 100 * np.array(billed) / sum(billed), atol=0.005)
+    np.testing.assert_allclose(shown, 100 * np.array(counted) / sum(counted), atol=0.005)
     titles = [attrs.get("title", "") for _, attrs in page.elements]
     assert "convolution3, weights: 3 bits" in titles
     assert "convolution0, weights: 8 bits, no choice" in titles
-    assert "classifier, weights: float, billed at 8 bits" in titles
+    assert "classifier, weights: float, counted as 8 bits" in titles
 
 
 def test_every_layer_is_listed_in_numbers(page):
@@ -78,7 +79,7 @@ def test_sensitivities_are_those_given_and_shaded_by_their_logarithm(page):
         *("weights", *numbers_of_bits),
         *("activations", *numbers_of_bits),
     ]
-    given = 100 * content().sensitivity
+    given = 100 * made_report().sensitivity
     cells = {
         attrs["title"]: attrs["class"]
         for tag, attrs in page.elements
@@ -106,7 +107,7 @@ def test_headings_facts_and_origin_are_told(page):
         "Bits per layer: net on images",
         "5 layers, 3 with a choice of 4, 3, 2 bits",
         "at most a lot",
-        "Hypervolume of what was found: 0.8125",
+        f"Hypervolume of what was found: {made_report().hypervolume:.4g}",
         "50 configurations by their error",
         "3\u00a0min 12\u00a0s".replace("\u00a0", " "),
         "seed: 17",
@@ -118,8 +119,8 @@ def test_headings_facts_and_origin_are_told(page):
 def test_sizes_are_of_kernels_at_their_bits_and_float_ones_at_32():
     params = [layer.params for layer in TABLE.layers]
     size = (params[0] * 8 + params[1] * 4 + params[2] * 2 + params[3] * 3 + params[4] * 32) / 8
-    assert verdict.kernel_bytes(TABLE, MIXED) == size
-    assert verdict.smaller(TABLE, MIXED) == f"{4 * sum(params) / size:.1f}× smaller than float32"
+    assert summary.kernel_bytes(TABLE, MIXED) == size
+    assert summary.smaller(TABLE, MIXED) == f"{4 * sum(params) / size:.1f}× smaller than float32"
 
 
 HOSTILE = '<script>alert(\'1\')</script>&amp;"x" onload="y'
@@ -127,25 +128,26 @@ HOSTILE = '<script>alert(\'1\')</script>&amp;"x" onload="y'
 
 def test_everything_is_escaped(tmp_path, page):
     renamed = tuple(layer._replace(name=f"{HOSTILE}/{layer.name}") for layer in TABLE.layers)
-    one = content()
-    candidates = [
+    one = made_report()
+    configs = [
         other._replace(name=HOSTILE) if other.group == "searched" else other
-        for other in one.candidates
+        for other in one.configs
     ]
     text = written(
         tmp_path,
-        one._replace(
-            title=HOSTILE,
+        dataclasses.replace(
+            one,
             table=dataclasses.replace(TABLE, layers=renamed),
-            candidates=candidates,
-            chosen={HOSTILE: HOSTILE},
+            configs=tuple(configs),
+            requests={HOSTILE: HOSTILE},
             limits={HOSTILE: LIMIT},
             metric=HOSTILE,
-            config=HOSTILE,
             timings={HOSTILE: 1.0},
             provenance={HOSTILE: HOSTILE},
-            unit=(1e3, HOSTILE),
+            cost=one.cost._replace(unit=(1e3, HOSTILE)),
         ),
+        title=HOSTILE,
+        config=HOSTILE,
     )
     hostile = Page(text)
     names = [tag for tag, _ in page.elements]
@@ -163,7 +165,7 @@ def test_nothing_is_loaded_from_outside(page):
 
 
 def test_the_page_has_no_address_at_all(tmp_path):
-    text = written(tmp_path, content())
+    text = written(tmp_path, made_report())
     assert "http:" not in text and "https:" not in text and "@import" not in text
     assert "url(" not in text
 
@@ -176,8 +178,8 @@ def test_ids_cannot_collide_and_plots_have_names(page):
     assert heads and all("scope" in attrs for attrs in heads)
 
 
-def test_equal_content_gives_equal_bytes(tmp_path):
-    assert written(tmp_path, content()) == written(tmp_path, content())
+def test_equal_reports_give_equal_bytes(tmp_path):
+    assert written(tmp_path, made_report()) == written(tmp_path, made_report())
 
 
 @pytest.mark.parametrize(
@@ -189,50 +191,49 @@ def test_equal_content_gives_equal_bytes(tmp_path):
         ({"float_accuracy": None}, "The most accurate found, A, reaches"),
         ({"scored": np.zeros((0, 2))}, "Accuracy against cost"),
         ({"scored": np.array([[3e4, 0.5]])}, "1 configurations by their error"),
-        ({"hypervolume": None}, "Accuracy against cost"),
-        ({"config": "", "timings": {}, "provenance": {}, "chosen": {}, "limits": {}}, "The run"),
-        ({"metric": "kl", "unit": (1, "mean bits")}, "thousandths of KL divergence"),
+        ({"timings": {}, "provenance": {}, "requests": {}, "limits": {}}, "The run"),
+        ({"metric": "kl"}, "thousandths of KL divergence"),
         ({"found": {}}, "No configuration was searched."),
-        ({"candidates": []}, "No configuration was searched."),
-        ({"candidates": [candidate("A", MIXED, 0.9)]}, "No uniform bits were tested to compare"),
+        ({"configs": ()}, "No configuration was searched."),
+        ({"configs": (evaluated("A", MIXED, 0.9),)}, "No uniform bits were tested to compare"),
     ],
 )
 def test_parts_may_be_missing(tmp_path, changed, told):
-    text = Page(written(tmp_path, content(**changed))).text
+    text = Page(written(tmp_path, made_report(**changed))).text
     assert told in text
     assert not re.search(r"\b(nan|inf|None)\b", text)
 
 
 def test_without_a_float_model_it_is_not_mentioned(tmp_path):
-    text = Page(written(tmp_path, content(float_accuracy=None))).text
+    text = Page(written(tmp_path, made_report(float_accuracy=None))).text
     assert "below float" not in text and "float network" not in text
 
 
 def test_unknown_costs_are_called_unknown(tmp_path):
-    one = content()
+    one = made_report()
     unknown = [
         other._replace(costs=other.costs | {"bitops": math.inf})
         if other.name == "uniform 4/4"
         else other
-        for other in one.candidates
+        for other in one.configs
     ]
     cost = np.where(np.arange(LAYERS)[:, None, None] == 1, np.inf, COST)
-    text = Page(written(tmp_path, one._replace(candidates=unknown, cost=cost))).text
+    cost_metric = one.cost._replace(cost=cost)
+    report = dataclasses.replace(one, configs=tuple(unknown), cost=cost_metric)
+    text = Page(written(tmp_path, report)).text
     assert "unknown: not all of its costs are given" in text
     assert "uniform 4/4: 92.00" not in text  # it has no place in the plot
 
 
-@pytest.mark.parametrize(
-    ("changed", "wrong"),
-    [
-        ({"budget": "latency"}, "none of the budget's kind, 'latency'"),
-        ({"limits": {"A": LIMIT / 2}}, "more than its limit"),
-        ({"candidates": [candidate("A", MIXED, 0.9)._replace(group="found")]}, "is 'found'"),
-    ],
-)
-def test_content_that_contradicts_itself_is_refused(tmp_path, changed, wrong):
-    with pytest.raises(ValueError, match=re.escape(wrong)):
-        write_page(content(**changed), tmp_path / "report.html")
+def test_without_test_images_all_accuracies_are_on_validation_images(tmp_path):
+    configs = [one._replace(test=None) for one in made_report().configs]
+    page = Page(written(tmp_path, made_report(configs=tuple(configs))))
+    (table,) = [table for table in page.tables if table[0][0] == "configuration"]
+    assert table[0][1:3] == ["validation accuracy", "against uniformpoints"]
+    assert all(row[1] == "75.00\u00a0%" for row in table[2:])
+    assert (
+        "Accuracy is top-1 on the validation images" in page.text and "test images" not in page.text
+    )
 
 
 def test_a_wide_network_keeps_every_layer(tmp_path):
@@ -242,10 +243,10 @@ def test_a_wide_network_keeps_every_layer(tmp_path):
     cost = costs.cost_table(table, "bitops")
     bits = table.uniform(3, 2)
     total = {"bitops": costs.total(table, cost, bits)}
-    one = content()._replace(
+    one = made_report(
         table=table,
-        cost=cost,
-        candidates=[Candidate("A", "searched", bits, 0.9, None, total)],
+        cost=CostMetric("bitops", cost, (1e3, "kBitOPs")),
+        configs=(evaluated("A", MIXED, 0.9)._replace(bits=bits, costs=total),),
         limits={},
         sensitivity=np.full((80, 2, 3), 0.01),
     )

@@ -5,9 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from helpers.report_pages import MIXED, content
+from helpers.report_pages import MIXED, made_report
 
 from mpq_jax.reporting.html import charts, numbers
+from mpq_jax.search.cost_metrics import UNITS
 
 
 @pytest.mark.parametrize(
@@ -33,10 +34,10 @@ def test_durations_are_readable(seconds, text):
 
 
 def test_quantities_take_the_largest_unit_that_they_reach():
-    shown = [numbers.quantity(size, numbers.UNITS["bytes"]) for size in (512, 1536, 3 * 2**20)]
+    shown = [numbers.quantity(size, UNITS["bytes"]) for size in (512, 1536, 3 * 2**20)]
     assert shown == ["512\u00a0B", "1.500\u00a0KiB", "3.000\u00a0MiB"]
-    assert numbers.quantity(2.5e-3, numbers.UNITS["latency"]) == "2.500\u00a0ms"
-    assert numbers.quantity(math.inf, numbers.UNITS["latency"]) == "unknown"
+    assert numbers.quantity(2.5e-3, UNITS["latency"]) == "2.500\u00a0ms"
+    assert numbers.quantity(math.inf, UNITS["latency"]) == "unknown"
 
 
 @pytest.mark.parametrize(("low", "high"), [(3.58, 27.17), (1.0, 1000.0), (97.7, 99.5), (7.0, 7.0)])
@@ -54,7 +55,7 @@ def test_a_scale_has_a_few_round_ticks_at_their_true_places(low, high):
 
 
 def test_points_of_the_frontier_are_at_their_places():
-    one = content(three=0.7, mixed=0.8)  # nothing lies below the plot
+    one = made_report(three=0.7, mixed=0.8)  # nothing lies below the plot
     plot = charts.frontier(one, 720, 400)
     across, up = (
         (np.array([float(text) for _, text in ticks]), np.array([place for place, _ in ticks]))
@@ -62,7 +63,7 @@ def test_points_of_the_frontier_are_at_their_places():
     )
     height = np.polynomial.Polynomial.fit(*up, 1)
     place = np.polynomial.Polynomial.fit(*across, 1)
-    for point, other in zip(plot["points"], one.candidates, strict=True):
+    for point, other in zip(plot["points"], one.configs, strict=True):
         assert not point["below"]
         assert point["title"].startswith(f"{other.name}: {100 * other.accuracy:.2f}")
         assert point["y"] == pytest.approx(height(100 * other.accuracy), abs=0.2)
@@ -73,7 +74,7 @@ def test_what_collapsed_is_marked_at_the_edge_with_its_value():
     assert charts.lowest_shown([92.0, 91.5, 91.0, 90.0, 10.0]) == 90.0
     assert charts.lowest_shown([92.0, 91.5, 91.0, 90.0, 88.0]) == 88.0
     assert charts.lowest_shown([92.0, 10.0]) == 10.0
-    plot = charts.frontier(content(three=0.9), 720, 400)
+    plot = charts.frontier(made_report(three=0.9), 720, 400)
     (below,) = [point for point in plot["points"] if point["below"]]
     assert below["label"] == "2/2: 61.00\u00a0%"
     assert all(point["y"] < below["y"] for point in plot["points"] if point is not below)
@@ -82,7 +83,7 @@ def test_what_collapsed_is_marked_at_the_edge_with_its_value():
 def test_labels_stay_inside_and_apart():
     found = {f"a longer name {n}": (MIXED, 0.9 + n / 1000) for n in range(4)}
     for width, height in ((720, 400), (360, 380)):
-        plot = charts.frontier(content(found=found, limits={}), width, height)
+        plot = charts.frontier(made_report(found=found, limits={}), width, height)
         boxes = []
         for point in plot["points"]:
             x, y, anchor = point["label_at"]
@@ -98,7 +99,7 @@ def test_labels_stay_inside_and_apart():
 
 def test_the_cloud_has_a_dot_for_every_place_and_a_line_below_them():
     scored = np.array([[2e4, 0.5], [3e4, 0.6], [4e4, 0.3], [4e4, 0.3], [np.nan, 0.1], [5e4, 0.4]])
-    plot = charts.cloud(content(scored=scored), 360, 380)
+    plot = charts.cloud(made_report(scored=scored), 360, 380)
     assert plot["count"] == 5 and plot["dots"].count("h0") == 4
     dots = re.findall(r"M([\d.]+ [\d.]+)h0", plot["dots"])
     corners = re.findall(r"[ML]([\d.]+) ([\d.]+)", plot["best"])

@@ -1,4 +1,3 @@
-import csv
 import re
 import struct
 import subprocess
@@ -9,11 +8,13 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+from helpers.report_pages import made_report
+from matplotlib.figure import Figure
 
 from mpq_jax.reporting import plots
-from mpq_jax.reporting.plots import Row
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
 
 
 class Net(nn.Module):
@@ -25,13 +26,6 @@ class Net(nn.Module):
 
 
 TABLE = trace_layers(Net(), (4, 4, 1))
-ROWS = [
-    Row("float", "float", 0.9125, None),
-    Row("uniform 4", "uniform", 0.87, 40.0),
-    Row("uniform 2", "uniform", 0.55, 10.0),
-    Row("budget A", "searched", 0.89, 39.0),
-    Row("budget B", "searched", 0.71, 11.0),
-]
 CONFIGS = {"first budget": TABLE.uniform(4, 3), "second budget": TABLE.uniform(2, 6)}
 
 
@@ -46,39 +40,27 @@ GROWN = TABLE.names[1:-1]
 PLANES = np.array([[8, 6, 3], [8, 8, 2], [8, 1, 0], [8, 7, 5], [8, 4, 4]])  # [layers, epochs]
 
 
-def grown_entries(epochs=3):
-    """What a run logs: each epoch a step's losses, then its summary; events in between."""
-    entries = []
-    for epoch in range(epochs):
-        planes = {
-            f"planes/{name}": float(count)
-            for name, count in zip(GROWN, PLANES[:, epoch], strict=True)
-        }
-        entries += [
-            {"step": 10 * epoch + 1, "reachable_least": 2.0},
-            {"step": 10 * epoch + 10, "loss": 0.5},
-            {
-                "step": 10 * epoch + 10,
-                "heldout/hard": 0.75,
-                "mean_planes_by_layer": float(PLANES[:, epoch].mean()),
-                "mean_planes_by_param": 7.0 - epoch,
-                "undecided_masks": 0.5 / (epoch + 1),
-                "undecided_bits": 0.25 / (epoch + 1),
-            }
-            | planes,
-        ]
-    return entries
+def curves_of(epochs=3):
+    """What the plot of a training run takes: bits by layer, and panels of curves."""
+    layers = {name: PLANES[i, :epochs].tolist() for i, name in enumerate(GROWN)}
+    means = {"mean by layer": PLANES[:, :epochs].mean(axis=0), "mean by param": [7.0, 6.0, 5.0]}
+    gates = {"undecided masks": [50.0, 25.0, 12.5], "undecided bits": [25.0, 12.5, 6.25]}
+    cut = {
+        label: {name: list(values)[:epochs] for name, values in curves.items()}
+        for label, curves in {"planes": means, "% of gates": gates}.items()
+    }
+    return layers, cut
 
 
 def draw(kind, path):
     if kind == "frontier":
-        plots.plot_frontier(ROWS, cost_label="GBitOPs per image", path=path)
+        plots.plot_frontier(made_report(), path=path)
     elif kind == "bits":
         plots.plot_bits(TABLE, CONFIGS, path=path)
     elif kind == "scheme":
-        plots.plot_scheme(FLOAT_END, SCHEME, path=path)
+        plots.plot_weight_bits(FLOAT_END, SCHEME, path=path)
     else:
-        plots.plot_growth(TABLE.names, grown_entries(), path=path)
+        plots.plot_bits_over_training(*curves_of(), label="planes", path=path)
 
 
 @pytest.mark.parametrize("kind", ["frontier", "bits", "scheme", "growth"])
@@ -117,39 +99,30 @@ def test_the_plot_of_bits_names_every_layer_and_configuration(tmp_path):
 
 def test_the_frontier_names_every_result_and_its_axes(tmp_path):
     found = texts("frontier", tmp_path)
-    assert {row.name for row in ROWS[1:]} <= set(found)
-    assert {"float 91.25 %", "GBitOPs per image", "searched", "uniform bits"} <= set(found)
+    assert {one.name for one in made_report().configs} <= set(found)
+    assert {"float 93.75 %", "cost (kBitOPs)", "test accuracy (%)"} <= set(found)
+    assert {"searched", "uniform bits"} <= set(found)
 
 
-@pytest.mark.parametrize("rows", [ROWS[:1], ROWS[1:3], ROWS[3:4]])
-def test_the_frontier_does_with_part_of_the_results(tmp_path, rows):
-    plots.plot_frontier(rows, cost_label="bytes", path=tmp_path / "plot.png")
+@pytest.mark.parametrize("configs", [(), made_report().configs[:1], made_report().configs[-1:]])
+def test_the_frontier_does_with_part_of_the_results(tmp_path, configs):
+    plots.plot_frontier(made_report(configs=configs), path=tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_a_scheme_is_written_line_by_line(tmp_path):
-    path = tmp_path / "scheme.csv"
-    layouts = {"convolution1": "1101", "convolution3": "0000"}
-    plots.write_scheme(FLOAT_END, SCHEME, layouts, path)
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows == [
-        ["layer", "weights", "layout", "integers", "planes", "acts"],
-        ["convolution0", "4", "", "8", "8", "8"],
-        ["convolution1", "16", "1101", "5", "3", "8"],
-        ["convolution2", "16", "", "2", "1", "8"],
-        ["convolution3", "16", "0000", "0", "0", "8"],
-        ["convolution4", "16", "", "7", "2", "8"],
-        ["convolution5", "16", "", "3", "2", "8"],
-        ["classifier", "12", "", "32", "32", "8"],
-    ]
+def test_without_test_images_the_frontier_is_one_of_validation_accuracies(figures, tmp_path):
+    configs = tuple(one._replace(test=None) for one in made_report().configs)
+    plots.plot_frontier(made_report(configs=configs), path=tmp_path / "plot.png")
+    (axes,) = figures[0].axes
+    assert axes.get_ylabel() == "validation accuracy (%)"
+    assert set(axes.get_lines()[0].get_ydata()) == {75.0}
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, which are not written."""
     drawn = []
-    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *args, **how: drawn.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **how: drawn.append(figure))
     return drawn
 
 
@@ -175,11 +148,11 @@ def test_the_plot_of_a_scheme_has_a_bar_for_each_number_of_bits(figures, tmp_pat
 
 def test_a_scheme_without_any_plane_is_drawn(tmp_path):
     nothing = scheme(0, 0, 0, 0, 0, 0, 32)
-    plots.plot_scheme(FLOAT_END, {"planes": nothing}, path=tmp_path / "plot.png")
+    plots.plot_weight_bits(FLOAT_END, {"planes": nothing}, path=tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_the_plot_of_growth_names_the_layers_with_planes(tmp_path):
+def test_the_plot_of_a_training_run_names_its_layers_and_curves(tmp_path):
     found = texts("growth", tmp_path)
     assert set(found) & set(TABLE.names) == set(GROWN)
     assert {"planes", "mean by layer", "mean by param", "% of gates", "epoch"} <= set(found)
@@ -195,23 +168,23 @@ def curves(axes):
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_the_plot_of_growth_shows_planes_means_and_gates_of_every_epoch(figures, tmp_path, epochs):
-    plots.plot_growth(TABLE.names, grown_entries(epochs), path=tmp_path / "plot.png")
+def test_the_plot_of_a_training_run_shows_bits_and_curves_of_every_epoch(figures, tmp_path, epochs):
+    given = curves_of(epochs)
+    plots.plot_bits_over_training(*given, label="planes", path=tmp_path / "plot.png")
     layers, means, gates = figures[0].axes[:3]
     (image,) = layers.images
     np.testing.assert_array_equal(image.get_array(), PLANES[:, :epochs])
     assert list(image.get_extent()) == [0.5, epochs + 0.5, len(GROWN) - 0.5, -0.5]
-    by = curves(means)
-    np.testing.assert_allclose(by["mean by layer"], PLANES[:, :epochs].mean(axis=0))
-    np.testing.assert_allclose(by["mean by param"], [7.0, 6.0, 5.0][:epochs])
-    shares = curves(gates)
-    np.testing.assert_allclose(shares["undecided masks"], [50, 25, 50 / 3][:epochs])
-    np.testing.assert_allclose(shares["undecided bits"], [25, 12.5, 25 / 3][:epochs])
+    for axes, wanted in ((means, given[1]["planes"]), (gates, given[1]["% of gates"])):
+        shown = curves(axes)
+        assert list(shown) == list(wanted)
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(shown[name], values)
 
 
-@pytest.mark.parametrize("entries", [grown_entries(1), grown_entries(1)[:2], []])
-def test_growth_of_one_epoch_or_of_none_is_drawn(tmp_path, entries):
-    plots.plot_growth(TABLE.names, entries, path=tmp_path / "plot.png")
+def test_a_training_run_without_an_epoch_is_drawn(tmp_path):
+    panels = {"planes": {"mean by layer": []}}
+    plots.plot_bits_over_training({}, panels, label="planes", path=tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 

@@ -5,34 +5,35 @@ from helpers.search_problems import (
     KEY,
     Recorder,
     all_bits,
-    billed,
     bits_of,
     budget,
+    constraint,
+    exact_cost,
     layer,
-    limit,
     never,
     rugged,
 )
 
-from mpq_jax.search import evolution
+from mpq_jax.search.evolution import evolutionary_search
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.supernet.layer_table import LayerTable
 
 BITS = (6, 5, 4, 3, 2)
 LARGE = LayerTable(tuple(layer(f"layer{i}", BITS, BITS) for i in range(10)))  # 5^20
 OPTIONS = {"population": 12, "generations": 4, "parents": 3, "mutations": 4, "crossovers": 5}
 MOST = 36 * 1000.0 * len(LARGE)
-WIDE = budget("all", limit(LARGE, MOST))
+WIDE = budget("all", constraint(LARGE, MOST))
 
 
 def search(score, budgets=(WIDE,), table=LARGE, **options):
     options = OPTIONS | options
-    return evolution.search(score, table, table.candidates, table.mask, budgets, KEY, **options)
+    return evolutionary_search(score, SearchSpace(table), budgets, KEY, **options)
 
 
 def test_generations_of_the_population_are_scored_and_the_best_one_returned():
     score, steps = Recorder(rugged), []
-    budgets = [budget("half", limit(LARGE, MOST / 2)), WIDE]
-    found = search(score, budgets, watch=steps.append)
+    budgets = [budget("half", constraint(LARGE, MOST / 2)), WIDE]
+    found = search(score, budgets, on_step=steps.append)
     assert [len(call) for call in score.calls] == [12] * 8
     for one, calls in zip(found, (score.calls[:4], score.calls[4:]), strict=True):
         seen = np.concatenate(calls)
@@ -40,7 +41,7 @@ def test_generations_of_the_population_are_scored_and_the_best_one_returned():
         values = np.concatenate([rugged_of(call) for call in calls])
         assert one.score == values.min()
         np.testing.assert_array_equal(bits_of(one.bits), seen[values.argmin()])
-    assert billed(LARGE, np.concatenate(score.calls[:4])).max() <= MOST / 2 * (1 + 1e-6)
+    assert exact_cost(LARGE, np.concatenate(score.calls[:4])).max() <= MOST / 2 * (1 + 1e-6)
     assert [step.phase for step in steps] == [f"generation {i}" for i in (1, 2, 3, 4)] * 2
     assert [step.change for step in steps[:4]] == [f"{n} scored" for n in (12, 24, 36, 48)]
 
@@ -103,8 +104,8 @@ def test_without_parents_generations_are_random():
 
 
 def test_a_small_space_is_scored_once_and_then_the_search_ends():
-    totals = billed(FREE, all_bits(FREE))
-    least = budget("least", limit(FREE, float(totals.min())))
+    totals = exact_cost(FREE, all_bits(FREE))
+    least = budget("least", constraint(FREE, float(totals.min())))
     score = Recorder(rugged)
     (found,) = search(score, [least], FREE)
     assert [len(call) for call in score.calls] == [1]

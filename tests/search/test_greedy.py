@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from helpers.search_problems import KEY, layer
 
-from mpq_jax.search import greedy, ilp
-from mpq_jax.search.problem import Budget, Limit, Space
+from mpq_jax.search.greedy import greedy_search
+from mpq_jax.search.ilp import check_budgets
+from mpq_jax.search.integer_program import reachable_costs
+from mpq_jax.search.problem import Budget, Constraint
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.rules import Rule, bit_rules
 
 
 class Deep(nn.Module):
@@ -91,20 +95,18 @@ def level(bits, kind="bitops"):
 
 
 def reachable(kind="bitops", mask=TABLE.mask):
-    pairs = ilp.pairs_of(Space(TABLE, TABLE.candidates, mask))
-    return ilp.reachable(TABLE, Limit(kind, COST[kind], 0.0), pairs)
+    return reachable_costs(SearchSpace(TABLE, mask), COST[kind])
 
 
 def search(score, amounts, *, kind="bitops", mask=TABLE.mask, **options):
     """Returns what was found for the amounts, and the path."""
     path = []
     budgets = [
-        Budget(f"{place}", (Limit(kind, COST[kind], float(amount)),))
+        Budget(f"{place}", (Constraint(kind, COST[kind], float(amount)),))
         for place, amount in enumerate(amounts)
     ]
-    found = greedy.search(
-        score, TABLE, TABLE.candidates, mask, budgets, KEY, watch=path.append, **options
-    )
+    space = SearchSpace(TABLE, mask)
+    found = greedy_search(score, space, budgets, KEY, on_step=path.append, **options)
     return found, path
 
 
@@ -161,7 +163,7 @@ def test_no_configuration_is_visited_twice(name):
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_the_mask_is_honoured(name):
+def test_the_mask_is_honored(name):
     mask = TABLE.mask.copy()
     column = TABLE.candidates.index
     mask[TABLE.names.index("conv0"), 0, column(2)] = False  # frozen
@@ -174,8 +176,8 @@ def test_the_mask_is_honoured(name):
         scored.append(np.stack([population.weights, population.acts], axis=-1))
         return given(population, key)
 
-    lowest, max_bits = reachable(mask=mask)
-    amounts = [lowest, 0.5 * (lowest + max_bits)]
+    lowest, highest = reachable(mask=mask)
+    amounts = [lowest, 0.5 * (lowest + highest)]
     results, _ = search(score, amounts, mask=mask)
     seen = np.concatenate([*scored, *[np.stack(found.bits, axis=-1)[None] for found in results]])
     choices = (seen[..., None] == np.array(TABLE.candidates)).argmax(-1)
@@ -252,10 +254,8 @@ def test_tied_entries_move_together_and_with_the_weights_if_some_are():
 
     start = PARTLY_TIED.uniform(5, 5)
     most = cost(np.stack([PARTLY_TIED.uniform(3, 3).weights, PARTLY_TIED.uniform(3, 3).acts], 1))
-    one = Budget("3", (Limit("bitops", costs.cost_table(PARTLY_TIED, "bitops"), most),))
-    (found,) = greedy.search(
-        score, PARTLY_TIED, PARTLY_TIED.candidates, PARTLY_TIED.mask, [one], KEY, watch=path.append
-    )
+    one = Budget("3", (Constraint("bitops", costs.cost_table(PARTLY_TIED, "bitops"), most),))
+    (found,) = greedy_search(score, SearchSpace(PARTLY_TIED), [one], KEY, on_step=path.append)
     assert found.costs["bitops"] <= most
     for group in PARTLY_TIED.tied_groups:
         flat = np.concatenate(scored).reshape(-1, 10)[:, list(group)]
@@ -343,10 +343,8 @@ def test_the_score_weighs_error_against_cost(errors, wanted):
         return np.array([table_of_errors.get(tuple(pair), 1e-3) for pair in pairs])
 
     steps = []
-    least = Budget("least", (Limit("bitops", costs.cost_table(TWO, "bitops"), 96.0 * 9),))
-    greedy.search(
-        score, TWO, TWO.candidates, TWO.mask, [least], KEY, start_bits=4, watch=steps.append
-    )
+    least = Budget("least", (Constraint("bitops", costs.cost_table(TWO, "bitops"), 96.0 * 9),))
+    greedy_search(score, SearchSpace(TWO), [least], KEY, start_bits=4, on_step=steps.append)
     name, kind, bits = change_of(steps[0])
     assert (name, bits) == wanted and kind == "weights"
     assert steps[0].score == errors[order.index(wanted)]
@@ -407,10 +405,10 @@ def test_the_cost_of_the_smallest_uniform_subnet_is_within_reach(kind):
                 for i, size in enumerate(sizes)
             )
         )
-        limit = Limit(kind, costs.cost_table(table, kind), float(
+        limit = Constraint(kind, costs.cost_table(table, kind), float(
             costs.COSTS[kind](table, table.uniform(2, 2))
         ))  # fmt: skip
-        ilp.check(Space(table, table.candidates, table.mask), [Budget("2", (limit,))])
+        check_budgets(SearchSpace(table), [Budget("2", (limit,))])
 
 
 def test_scores_that_are_no_numbers_never_win():
@@ -435,7 +433,6 @@ def test_reachable_is_the_range_of_all_configurations():
     rules = [Rule("_1", weights=(4, 2), acts=3), Rule(weights=(4, 3), acts=(6, 2))]
     table = trace_layers(Three(), (8,), rules=rules)
     for kind in ("bitops", "bytes"):
-        limit = Limit(kind, costs.cost_table(table, kind), 0.0)
         choices = [
             itertools.product(layer.weight_candidates, layer.act_candidates)
             for layer in table.layers
@@ -447,5 +444,5 @@ def test_reachable_is_the_range_of_all_configurations():
             )
             for config in itertools.product(*choices)
         ]
-        found = ilp.reachable(table, limit, costs.allowed_pairs(table))
+        found = reachable_costs(SearchSpace(table), costs.cost_table(table, kind))
         assert found == (min(totals), max(totals))

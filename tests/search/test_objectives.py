@@ -7,8 +7,10 @@ import pytest
 from helpers.search_problems import FREE as TABLE
 from helpers.search_problems import KEY, TABLES, Recorder, additive, all_bits, layer, rugged
 
-from mpq_jax.search import ilp, objectives
-from mpq_jax.search.problem import Limit, Space
+from mpq_jax.search import objectives
+from mpq_jax.search.integer_program import solve
+from mpq_jax.search.problem import Constraint
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
@@ -25,17 +27,19 @@ def scores_of(score, bits):
 
 
 @pytest.mark.parametrize("which", TABLES)
-def test_rises_are_those_of_one_entry_alone(which):
+def test_sensitivity_is_that_of_one_entry_alone(which):
     table, score = TABLES[which], Recorder(rugged)
-    space = Space(table, table.candidates, table.mask)
-    rises = objectives.measured_rises(score, space, KEY)
+    space = SearchSpace(table)
+    measured = objectives.measured_sensitivity(score, space, KEY)
     assert len(score.calls) == 1
-    top = BITS[space.largest()]
+    top = BITS[space.max_choices()]
     for index, column, choice in np.ndindex(5, 2, 4):
         moved = top.copy().ravel()
-        group = next((g for g in table.tied_groups if 2 * index + column in g), (2 * index + column,))
+        group = next(
+            (g for g in table.tied_groups if 2 * index + column in g), (2 * index + column,)
+        )
         moved[list(group)] = BITS[choice]
-        found = rises[index, column, choice]
+        found = measured[index, column, choice]
         if not table.mask[index, column, choice]:
             assert np.isnan(found)
         elif table.mask[index, column].sum() == 1:
@@ -51,24 +55,24 @@ def test_entries_without_a_score_have_no_rise():
         return np.where(broken, np.inf, additive(configs))
 
     table = TABLES["groups"]  # the input of last follows
-    space = Space(table, table.candidates, table.mask)
-    rises = objectives.measured_rises(score, space, KEY)
-    missing = np.isnan(rises) & table.mask
+    space = SearchSpace(table)
+    measured = objectives.measured_sensitivity(score, space, KEY)
+    missing = np.isnan(measured) & table.mask
     assert np.argwhere(missing).tolist() == [[1, 0, 3], [4, 1, 3]]
-    total = objectives.additive(space, rises)
+    total = objectives.additive(space, measured)
     assert np.isinf(total[1, 3]).all() and np.isinf(total[4, :, 3]).all()
 
 
 @pytest.mark.parametrize("which", TABLES)
 def test_the_sum_is_the_rise_of_a_score_that_adds_up(which):
     table = TABLES[which]
-    space = Space(table, table.candidates, table.mask)
-    total = objectives.additive(space, objectives.measured_rises(additive, space, KEY))
+    space = SearchSpace(table)
+    total = objectives.additive(space, objectives.measured_sensitivity(additive, space, KEY))
     np.testing.assert_array_equal(np.isfinite(total), costs.allowed_pairs(table))
     bits = all_bits(table)
     place = (bits[..., None] == BITS).argmax(-1)
     sums = total[np.arange(5), place[..., 0], place[..., 1]].sum(-1)
-    wanted = scores_of(additive, bits) - scores_of(additive, BITS[space.largest()][None])
+    wanted = scores_of(additive, bits) - scores_of(additive, BITS[space.max_choices()][None])
     np.testing.assert_allclose(sums, wanted, rtol=1e-9, atol=1e-12)  # differences of float64
 
 
@@ -114,7 +118,11 @@ def test_traces_that_are_no_numbers_are_found_by_the_solver():
     traces = np.where(np.arange(5) == 3, np.nan, TRACES)
     objective = objectives.hawq(TABLE, traces, np.ones((5, 4)))
     with pytest.raises(ValueError, match="objective is NaN .* in 'narrow'"):
-        ilp.solve(TABLE, objective, [Limit("bytes", costs.cost_table(TABLE, "bytes"), 1e9)])
+        solve(
+            SearchSpace(TABLE),
+            objective,
+            [Constraint("bytes", costs.cost_table(TABLE, "bytes"), 1e9)],
+        )
 
 
 def test_the_printed_objective_gives_sensitive_layers_fewer_bits():
@@ -122,8 +130,9 @@ def test_the_printed_objective_gives_sensitive_layers_fewer_bits():
     layers = tuple(layer(name, (4, 3, 2), (4, 3, 2)) for name in ("dull", "sensitive"))
     table, traces = LayerTable(layers), np.array([0.1, 10.0])
     errors = np.broadcast_to(4.0 ** -np.array(table.candidates), (2, 3))
-    budgets = [Limit("mean_bits", costs.cost_table(table, "mean_bits"), 3.0, 3.0)]
+    budgets = [Constraint("mean_bits", costs.cost_table(table, "mean_bits"), 3.0, 3.0)]
+    space = SearchSpace(table)
     for name, bits in (("hawq", [2, 4]), ("paper", [4, 2])):
         objective = objectives.OBJECTIVES[name](table, traces, errors)
-        (found,) = ilp.solve(table, objective, budgets)
-        assert found.bits.weights.tolist() == bits
+        (found,) = solve(space, objective, budgets)
+        assert space.bits_of(found.choices).weights.tolist() == bits

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import weakref
 
@@ -9,17 +10,19 @@ import pytest
 from helpers.call_counts import tick, ticks_of
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
+from mpq_jax.quantizers import lsq
 from mpq_jax.search import greedy, prefix_scoring
 from mpq_jax.search.prefix_scoring import make_fast_score, make_prefix_score, shared_work
 from mpq_jax.search.problem import Budget, Limit
 from mpq_jax.search.segments import find_segments
-from mpq_jax.supernet import costs, supernet
+from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
 from mpq_jax.supernet.scoring import make_score
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training.metrics import CompileCounter
 
 SHAPE, BATCH = (8, 8, 3), 16
@@ -56,18 +59,20 @@ class Net(nn.Module):
 MODEL = Net()
 RULES = bit_rules((4, 3, 2))
 TABLE = trace_layers(MODEL, SHAPE, rules=RULES)
-CUT = find_segments(MODEL, TABLE, SHAPE)
+NET = Supernet(MODEL, TABLE, quantizer=lsq.QUANTIZER)
+TICKING = dataclasses.replace(NET, model=Net(ticking=True))
+INIT = jax.jit(Supernet.init, static_argnums=0)
+CUT = find_segments(NET, SHAPE)
 FREE = [[1], [2], [3]]  # layers with a choice in each segment
 
 
-def supernet_of(table):
+def supernet_of(net):
     """A supernet in which all norm rows differ."""
-    init = jax.jit(supernet.init, static_argnums=(0, 1))
-    made = init(MODEL, table, drawn_variables(MODEL, SHAPE, 1), IMAGES)
+    made = INIT(net, drawn_variables(MODEL, SHAPE, 1), IMAGES)
     generator = np.random.default_rng(2)
 
     def disturbed(path, leaf):
-        if paths.parent(path) not in table.bank_norms:
+        if paths.parent(path) not in net.table.bank_norms:
             return leaf
         return leaf * jnp.asarray(generator.uniform(0.6, 1.5, leaf.shape), jnp.float32)
 
@@ -78,7 +83,7 @@ def supernet_of(table):
 
 @pytest.fixture(scope="module")
 def made():
-    return supernet_of(TABLE)
+    return supernet_of(NET)
 
 
 def config(bits):
@@ -127,9 +132,8 @@ def test_the_model_is_cut_into_its_blocks():
 def naive(metric, norms):
     """The score of all populations at once, one configuration after another."""
     every = config(np.concatenate(list(POPULATIONS.values())))
-    scores = make_score(MODEL, TABLE, supernet_of(TABLE), metric=metric, norms=norms)(
-        every, IMAGES, LABELS
-    )
+    score = make_score(NET, supernet_of(NET), metric=metric, norms=norms)
+    scores = score(every, IMAGES, LABELS)
     ends = np.cumsum([len(bits) for bits in POPULATIONS.values()])[:-1]
     return dict(zip(POPULATIONS, np.split(np.asarray(scores), ends), strict=True))
 
@@ -149,9 +153,7 @@ TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
 )
 def test_scores_are_those_of_one_after_another(made, metric, norms, together):
     before = jax.tree.map(np.array, made)
-    score = make_prefix_score(
-        MODEL, TABLE, made, CUT, metric=metric, norms=norms, together=together
-    )
+    score = make_prefix_score(NET, made, CUT, metric=metric, norms=norms, together=together)
     with CompileCounter() as counter:
         for name, bits in POPULATIONS.items():
             found = score(config(bits), IMAGES, LABELS)
@@ -168,16 +170,16 @@ def test_scores_are_those_of_one_after_another(made, metric, norms, together):
 
 @pytest.fixture(scope="module")
 def score(made):
-    return make_prefix_score(MODEL, TABLE, made, CUT, metric="loss", together=1)
+    return make_prefix_score(NET, made, CUT, metric="loss", together=1)
 
 
 @pytest.mark.parametrize("bn_banks", ["weights", "transition"])
 def test_norms_of_all_kinds(bn_banks):  # "pair" is that of all other tests
-    table = TABLE.with_bn_banks(bn_banks)
-    made, cut = supernet_of(table), find_segments(MODEL, table, SHAPE)
+    net = dataclasses.replace(NET, table=TABLE.with_bn_banks(bn_banks))
+    made, cut = supernet_of(net), find_segments(net, SHAPE)
     bits = np.concatenate([drawn(5, 9), neighbors()])
-    wanted = make_score(MODEL, table, made, metric="loss", norms="stored")
-    found = make_prefix_score(MODEL, table, made, cut, metric="loss", norms="stored")
+    wanted = make_score(net, made, metric="loss", norms="stored")
+    found = make_prefix_score(net, made, cut, metric="loss", norms="stored")
     wanted, found = (one(config(bits), IMAGES, LABELS) for one in (wanted, found))
     np.testing.assert_allclose(found, wanted, **TOLERANCE)
     assert len(np.unique(found)) > len(bits) / 2
@@ -218,16 +220,16 @@ class Stage(nn.Module):
 @pytest.mark.parametrize("model", [SharedLayer(), Nested()], ids=["shared layer", "nested"])
 def test_models_of_a_user(model):
     table = trace_layers(model, SHAPE, rules=RULES)
-    init = jax.jit(supernet.init, static_argnums=(0, 1))
-    made = init(model, table, drawn_variables(model, SHAPE, 1), IMAGES)
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    made = INIT(net, drawn_variables(model, SHAPE, 1), IMAGES)
     free = np.flatnonzero(table.searchable)
     bits = np.full((12, len(table), 2), 8)
     bits[:, free] = np.random.default_rng(4).choice([4, 3, 2], (12, len(free), 2))
     configs = BitConfig(*jnp.asarray(np.moveaxis(bits, -1, 0), jnp.int32))
-    cut = find_segments(model, table, SHAPE)
+    cut = find_segments(net, SHAPE)
     assert len(cut.parts) > 2
-    wanted = make_score(model, table, made, metric="loss")(configs, IMAGES, LABELS)
-    found = make_prefix_score(model, table, made, cut, metric="loss")(configs, IMAGES, LABELS)
+    wanted = make_score(net, made, metric="loss")(configs, IMAGES, LABELS)
+    found = make_prefix_score(net, made, cut, metric="loss")(configs, IMAGES, LABELS)
     np.testing.assert_allclose(found, wanted, **TOLERANCE)
     assert len(np.unique(wanted)) > 6
 
@@ -237,9 +239,7 @@ def test_models_of_a_user(model):
 
 @pytest.mark.parametrize(("together", "memory"), [(1, 1), (2, prefix_scoring.MEMORY)])
 def test_every_beginning_is_computed_once(made, together, memory):
-    score = make_prefix_score(
-        Net(ticking=True), TABLE, made, CUT, metric="loss", together=together, memory=memory
-    )
+    score = make_prefix_score(TICKING, made, CUT, metric="loss", together=together, memory=memory)
     for bits in (POPULATIONS["random"], POPULATIONS["neighbors"], POPULATIONS["repeated"]):
         score(config(bits), IMAGES, LABELS)
         found = ticks_of(lambda bits=bits: score(config(bits), IMAGES, LABELS))
@@ -247,7 +247,7 @@ def test_every_beginning_is_computed_once(made, together, memory):
 
 
 def test_the_teacher_is_computed_once(made):
-    score = make_prefix_score(Net(ticking=True), TABLE, made, CUT, metric="kl", together=1)
+    score = make_prefix_score(TICKING, made, CUT, metric="kl", together=1)
     bits = POPULATIONS["random"]
     score(config(bits), IMAGES, LABELS)
     found = ticks_of(lambda: score(config(bits), IMAGES, LABELS))
@@ -290,9 +290,7 @@ def test_memory_is_kept_within_its_bound(made, score, monkeypatch):
     for memory in (1, 12 * one, prefix_scoring.MEMORY):
         held = Held()
         monkeypatch.setattr(jax, "jit", held.jit)
-        limited = make_prefix_score(
-            MODEL, TABLE, made, CUT, metric="loss", together=1, memory=memory
-        )
+        limited = make_prefix_score(NET, made, CUT, metric="loss", together=1, memory=memory)
         monkeypatch.setattr(jax, "jit", REAL_JIT)
         np.testing.assert_array_equal(limited(config(bits), IMAGES, LABELS), wanted)
         assert held.calls == sum(beginnings(bits))
@@ -309,9 +307,7 @@ def test_images_are_split_over_devices(made, score):
     wanted = score(bits, IMAGES, LABELS)
     mesh = sharding.make_mesh(8)
     batch = sharding.global_batch({"image": np.asarray(IMAGES), "label": np.asarray(LABELS)}, mesh)
-    split = make_prefix_score(
-        MODEL, TABLE, sharding.replicate(made, mesh), CUT, metric="loss", together=1
-    )
+    split = make_prefix_score(NET, sharding.replicate(made, mesh), CUT, metric="loss", together=1)
     with CompileCounter() as counter:
         for _ in range(2):
             found = split(bits, batch["image"], batch["label"])
@@ -328,7 +324,7 @@ def test_images_are_split_over_devices(made, score):
 )
 def test_what_no_score_can_be_made_of_is_refused(made, wrong, message):
     with pytest.raises(ValueError, match=message):
-        make_prefix_score(MODEL, TABLE, made, CUT, **wrong)
+        make_prefix_score(NET, made, CUT, **wrong)
 
 
 # Which one is faster.
@@ -351,7 +347,7 @@ def programs_of(score, bits):
 
 
 def test_beginnings_are_shared_where_it_is_worth_it(made):
-    fast = make_fast_score(MODEL, TABLE, made, SHAPE, metric="loss")
+    fast = make_fast_score(NET, made, SHAPE, metric="loss")
     # In the first layer all differ, so that nothing can be shared.
     different = np.full((9, len(BLOCKS), 2), 4)
     different[:, 0] = np.array(np.meshgrid([4, 3, 2], [4, 3, 2])).reshape(2, -1).T
@@ -364,9 +360,7 @@ def test_beginnings_are_shared_where_it_is_worth_it(made):
 
 
 def test_norms_that_need_other_images_share_nothing(made):
-    fast = make_fast_score(
-        MODEL, TABLE, made, SHAPE, norms="recalibrated", calibration=IMAGES[None]
-    )
+    fast = make_fast_score(NET, made, SHAPE, norms="recalibrated", calibration=IMAGES[None])
     assert programs_of(fast, POPULATIONS["neighbors"]) == {"score_configs"}
 
 
@@ -382,9 +376,9 @@ class Uncut(nn.Module):
 def test_a_model_without_cuts_shares_nothing():
     model = Uncut()
     table = trace_layers(model, SHAPE, rules=RULES)
-    init = jax.jit(supernet.init, static_argnums=(0, 1))
-    made = init(model, table, drawn_variables(model, SHAPE, 1), IMAGES)
-    fast = make_fast_score(model, table, made, SHAPE, metric="loss")
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    made = INIT(net, drawn_variables(model, SHAPE, 1), IMAGES)
+    fast = make_fast_score(net, made, SHAPE, metric="loss")
     several = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *[table.uniform(4, bits) for bits in (4, 3, 2)]
     )
@@ -422,8 +416,8 @@ def test_the_greedy_descent_takes_the_same_path(made):
         return found, path
 
     results = [
-        path_of(make_score(MODEL, TABLE, made, metric="loss")),
-        path_of(make_prefix_score(MODEL, TABLE, made, CUT, metric="loss", together=2)),
+        path_of(make_score(NET, made, metric="loss")),
+        path_of(make_prefix_score(NET, made, CUT, metric="loss", together=2)),
     ]
     (one_by_one, path), (shared, same_path) = results
     assert len(path) >= 8

@@ -7,30 +7,30 @@ from helpers.search_problems import (
     Recorder,
     additive,
     all_bits,
-    billed,
     bits_of,
     budget,
-    limit,
+    constraint,
+    exact_cost,
     never,
     rugged,
 )
 
-from mpq_jax.search import problem as spaces
-from mpq_jax.search import random
-from mpq_jax.search.problem import Space
+from mpq_jax.search import problem, sampling
+from mpq_jax.search.random import random_search
+from mpq_jax.search.space import SearchSpace
 
-TOTALS = billed(FREE, all_bits(FREE))
+TOTALS = exact_cost(FREE, all_bits(FREE))
 HALF = float((TOTALS.min() + TOTALS.max()) / 2)
 
 
 def search(score, *budgets, table=FREE, **options):
-    return random.search(score, table, table.candidates, table.mask, budgets, KEY, **options)
+    return random_search(score, SearchSpace(table), budgets, KEY, **options)
 
 
 def test_the_best_of_the_samples_is_returned():
     score, steps = Recorder(rugged), []
-    half = budget("half", limit(FREE, HALF))
-    (found,) = search(score, half, samples=150, window=1.0, watch=steps.append)
+    half = budget("half", constraint(FREE, HALF))
+    (found,) = search(score, half, samples=150, window=1.0, on_step=steps.append)
     assert [len(call) for call in score.calls] == [64, 64, 22]
     seen = score.seen
     assert len({bits.tobytes() for bits in seen}) == 150  # nothing twice
@@ -42,29 +42,29 @@ def test_the_best_of_the_samples_is_returned():
 
 
 def rugged_of(bits):
-    return rugged(Space(FREE, FREE.candidates, FREE.mask).config(states_of(bits)))
+    return rugged(SearchSpace(FREE).bits_of(choices_of(bits)))
 
 
-def states_of(bits):
+def choices_of(bits):
     return (bits[..., None] == np.array(FREE.candidates)).argmax(-1)
 
 
 def test_what_is_drawn_uses_the_budget():
     score = Recorder()
-    search(score, budget("half", limit(FREE, HALF)), samples=100, window=0.05)
-    used = billed(FREE, score.seen) / HALF
+    search(score, budget("half", constraint(FREE, HALF)), samples=100, window=0.05)
+    used = exact_cost(FREE, score.seen) / HALF
     assert used.max() <= 1 + 1e-6
     assert np.mean(used >= 0.95) > 0.8  # where the last step is not too large
     assert len(np.unique(score.seen, axis=0)) == 100
     everything = Recorder()
-    search(everything, budget("half", limit(FREE, HALF)), samples=100, window=1.0)
-    assert billed(FREE, everything.seen).mean() < billed(FREE, score.seen).mean()
+    search(everything, budget("half", constraint(FREE, HALF)), samples=100, window=1.0)
+    assert exact_cost(FREE, everything.seen).mean() < exact_cost(FREE, score.seen).mean()
 
 
 def test_a_wide_budget_leaves_draws_alone():
     """Uniform by entry, then: all 972 configurations are about equally likely."""
     score = Recorder()
-    search(score, budget("all", limit(FREE, 1e9)), samples=900, window=1.0)
+    search(score, budget("all", constraint(FREE, 1e9)), samples=900, window=1.0)
     assert len(np.unique(score.seen, axis=0)) > 700
     for index, column in [(1, 0), (4, 1)]:
         shares = [np.mean(score.seen[:, index, column] == bits) for bits in (4, 3, 2)]
@@ -72,7 +72,7 @@ def test_a_wide_budget_leaves_draws_alone():
 
 
 def test_there_may_be_fewer_configurations_than_samples():
-    cheapest = budget("least", limit(FREE, float(TOTALS.min())))
+    cheapest = budget("least", constraint(FREE, float(TOTALS.min())))
     score = Recorder()
     (found,) = search(score, cheapest, samples=20)
     assert len(score.seen) == 1 and found.costs["bitops"] == TOTALS.min()
@@ -81,18 +81,18 @@ def test_there_may_be_fewer_configurations_than_samples():
 def test_enough_samples_find_the_best():
     table = TABLES["tied"]
     bits = all_bits(table)
-    totals = billed(table, bits)
+    totals = exact_cost(table, bits)
     most = float(np.median(totals))
     (found,) = search(
-        additive, budget("half", limit(table, most)), table=table, samples=300, window=1.0
+        additive, budget("half", constraint(table, most)), table=table, samples=300, window=1.0
     )
-    config = Space(table, table.candidates, table.mask).config(states_of(bits[totals <= most]))
+    config = SearchSpace(table).bits_of(choices_of(bits[totals <= most]))
     assert found.score == additive(config).min()
 
 
 def test_samples_are_counted():
     with pytest.raises(ValueError, match="samples is 0; wanted at least 1"):
-        search(never, budget("half", limit(FREE, HALF)), samples=0)
+        search(never, budget("half", constraint(FREE, HALF)), samples=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -101,19 +101,24 @@ def test_states_are_moved_into_budgets_that_no_descent_meets(seed):
     bits = all_bits(FREE)
     chosen = bits[np.random.default_rng(seed).integers(len(bits))]
     limits = [
-        limit(FREE, billed(FREE, chosen, kind), kind, at_least=float(billed(FREE, chosen, kind)))
+        constraint(
+            FREE,
+            exact_cost(FREE, chosen, kind),
+            kind,
+            lower_bound=float(exact_cost(FREE, chosen, kind)),
+        )
         for kind in ("bitops", "bytes", "act_bytes")
     ]
     wanted = budget("window", *limits)
-    space, generator = Space(FREE, FREE.candidates, FREE.mask), np.random.default_rng(0)
+    space, generator = SearchSpace(FREE), np.random.default_rng(0)
     for _ in range(3):
-        state = random.into_budget(space, wanted, space.drawn(generator), generator, window=0.05)
-        assert spaces.excess(wanted, state) == 0
+        state = sampling.repair(space, wanted, space.sample(generator), generator, window=0.05)
+        assert problem.violation(wanted, state) == 0
 
 
 def test_the_first_different_states_are_taken():
     states = [np.array([i % 3]) for i in range(10)]
-    assert [s.tolist() for s in random.distinct(states, 2)] == [[0], [1]]
-    assert len(random.distinct(states, 5)) == 3
+    assert [s.tolist() for s in sampling.distinct(states, 2)] == [[0], [1]]
+    assert len(sampling.distinct(states, 5)) == 3
     endless = (np.array([i]) for i in iter(int, 1))
-    assert len(random.distinct(endless, 1)) == 1
+    assert len(sampling.distinct(endless, 1)) == 1

@@ -10,15 +10,16 @@ from helpers.search_problems import (
     QUICK,
     Recorder,
     all_bits,
-    billed,
     bits_of,
     budget,
-    limit,
+    constraint,
+    exact_cost,
     never,
     rugged,
 )
 
-from mpq_jax.search.score_cache import History
+from mpq_jax.search.score_cache import ScoreCache
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.search.strategies import STRATEGIES
 from mpq_jax.supernet.bits import BitConfig
 
@@ -42,19 +43,19 @@ def path(tmp_path):
 
 def test_only_what_is_new_is_asked_for_and_all_is_answered_in_order(path):
     score = Recorder(weights_sum)
-    history = History(path, OF)
-    remembered = history.remember(score)
+    cache = ScoreCache(path, OF)
+    remembered = cache.remember(score)
     first = remembered(configs([1, 2], [3, 4], [1, 2]), KEY)
     second = remembered(configs([5, 6], [3, 4], [7, 8], [1, 2]), KEY)
     np.testing.assert_array_equal(first, np.array([3, 7, 3]) / 3)
     np.testing.assert_array_equal(second, np.array([11, 7, 15, 3]) / 3)
     asked = [call[..., 0].tolist() for call in score.calls]
     assert [sorted(rows) for rows in asked] == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
-    assert (history.known, history.scored) == (0, 4)
+    assert (cache.known, cache.scored) == (0, 4)
     remembered(configs([1, 2]), OTHER_KEY)  # other images: another score
-    assert history.scored == 5 and len(score.calls) == 3
-    assert [value for _, value in history.configs][-1] == 1.0
-    assert len(history.configs) == 5
+    assert cache.scored == 5 and len(score.calls) == 3
+    assert [value for _, value in cache.configs][-1] == 1.0
+    assert len(cache.configs) == 5
 
 
 def test_a_file_opened_again_gives_the_same_scores_to_the_last_bit(path):
@@ -64,8 +65,8 @@ def test_a_file_opened_again_gives_the_same_scores_to_the_last_bit(path):
     def score(given, key):
         return np.array([values[int(row[0])] for row in given.weights])
 
-    wanted = History(path, OF).remember(score)(configs(*rows), KEY)
-    again = History(path, OF)
+    wanted = ScoreCache(path, OF).remember(score)(configs(*rows), KEY)
+    again = ScoreCache(path, OF)
     assert (again.known, again.scored) == (6, 0)
     np.testing.assert_array_equal(again.remember(never)(configs(*rows), KEY), wanted)
     assert again.scored == 0
@@ -77,26 +78,26 @@ def test_a_file_opened_again_gives_the_same_scores_to_the_last_bit(path):
 
 @pytest.mark.parametrize("cut", [1, 2, 20, 60])
 def test_a_last_line_that_was_cut_off_is_scored_again(path, cut):
-    History(path, OF).remember(weights_sum)(configs([1, 2], [3, 4], [5, 6]), KEY)
+    ScoreCache(path, OF).remember(weights_sum)(configs([1, 2], [3, 4], [5, 6]), KEY)
     whole = path.read_text()
     path.write_text(whole[:-cut])
     score = Recorder(weights_sum)
-    history = History(path, OF)
-    assert history.known == 2
-    found = history.remember(score)(configs([5, 6], [3, 4], [1, 2]), KEY)
+    cache = ScoreCache(path, OF)
+    assert cache.known == 2
+    found = cache.remember(score)(configs([5, 6], [3, 4], [1, 2]), KEY)
     np.testing.assert_array_equal(found, np.array([11, 7, 3]) / 3)
     assert score.seen[..., 0].tolist() == [[5, 6]]
     assert path.read_text() == whole
 
 
 def test_who_may_not_write_writes_nothing(path):
-    silent = History(path, OF, write=False)
+    silent = ScoreCache(path, OF, write=False)
     silent.remember(weights_sum)(configs([1, 2]), KEY)
     assert not path.exists() and silent.scored == 1
-    History(path, OF).remember(weights_sum)(configs([1, 2]), KEY)
+    ScoreCache(path, OF).remember(weights_sum)(configs([1, 2]), KEY)
     torn = path.read_text()[:-1]
     path.write_text(torn)
-    reader = History(path, OF, write=False)
+    reader = ScoreCache(path, OF, write=False)
     reader.remember(weights_sum)(configs([1, 2], [3, 4]), KEY)
     assert path.read_text() == torn and reader.scored == 2
 
@@ -115,20 +116,20 @@ def test_foreign_files_are_refused_and_left_alone(path, text, message):
     path.parent.mkdir()
     path.write_text(text)
     with pytest.raises(ValueError, match=message + ".* move it away"):
-        History(path, OF)
+        ScoreCache(path, OF)
     assert path.read_text() == text
 
 
 @pytest.mark.parametrize("change", [{"supernet": "abd"}, {"metric": "error"}, {"images": [2, 1]}])
 def test_scores_of_something_else_are_refused(path, change):
-    History(path, OF).remember(weights_sum)(configs([1, 2]), KEY)
-    History(path, dict(reversed(OF.items())))  # the order of names says nothing
+    ScoreCache(path, OF).remember(weights_sum)(configs([1, 2]), KEY)
+    ScoreCache(path, dict(reversed(OF.items())))  # the order of names says nothing
     with pytest.raises(ValueError, match="of something else: .*abc.*; wanted .*; move it away"):
-        History(path, OF | change)
+        ScoreCache(path, OF | change)
     header = json.loads(path.read_text().splitlines()[0])
     path.write_text(json.dumps(header | {"version": 2}) + "\n")
     with pytest.raises(ValueError, match="of something else"):
-        History(path, OF)
+        ScoreCache(path, OF)
 
 
 class Killed(Exception):
@@ -150,20 +151,19 @@ def killed_after(calls):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_killed_search_goes_on_and_ends_alike(name, tmp_path):
-    totals = billed(FREE, all_bits(FREE))
+    totals = exact_cost(FREE, all_bits(FREE))
     budgets = [
-        budget(str(part), limit(FREE, totals.min() + part * np.ptp(totals)))
+        budget(str(part), constraint(FREE, totals.min() + part * np.ptp(totals)))
         for part in (0.8, 0.6, 0.4, 0.2)
     ]
 
     def run(score):
-        return STRATEGIES[name](
-            score, FREE, FREE.candidates, FREE.mask, budgets, KEY, **QUICK.get(name, {})
-        )
+        options = QUICK.get(name, {})
+        return STRATEGIES[name].search(score, SearchSpace(FREE), budgets, KEY, **options)
 
     direct, once = Recorder(rugged), Recorder(rugged)
     wanted = run(direct)
-    whole = History(tmp_path / "whole", OF)
+    whole = ScoreCache(tmp_path / "whole", OF)
     run(whole.remember(once))
     distinct = {(*pair,) for pair in zip(once.keys, (c.tobytes() for c in once.calls), strict=True)}
     assert len(distinct) == len(once.calls)
@@ -171,13 +171,13 @@ def test_a_killed_search_goes_on_and_ends_alike(name, tmp_path):
 
     path, scored = tmp_path / "killed", 0
     for calls in (len(once.calls) // 3, len(once.calls) // 3):
-        history = History(path, OF)
-        assert history.known == scored
+        cache = ScoreCache(path, OF)
+        assert cache.known == scored
         with pytest.raises(Killed):
-            run(history.remember(killed_after(calls)))
-        scored += history.scored
+            run(cache.remember(killed_after(calls)))
+        scored += cache.scored
     path.write_text(path.read_text()[:-3])  # while it was writing
-    last = History(path, OF)
+    last = ScoreCache(path, OF)
     assert last.known == scored - 1 > 0
     for found, one in zip(run(last.remember(rugged)), wanted, strict=True):
         np.testing.assert_array_equal(bits_of(found.bits), bits_of(one.bits))
@@ -185,6 +185,6 @@ def test_a_killed_search_goes_on_and_ends_alike(name, tmp_path):
         np.testing.assert_array_equal(found.score, one.score)
     assert last.known + last.scored == whole.scored  # nothing was scored twice
     assert path.read_text() == (tmp_path / "whole").read_text()
-    finished = History(path, OF)
+    finished = ScoreCache(path, OF)
     run(finished.remember(never))
     assert finished.scored == 0

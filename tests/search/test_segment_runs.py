@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.random_variables import drawn_variables
-from helpers.segmented_models import BATCH, MODELS, SHAPE, USERS, table_of
+from helpers.segmented_models import BATCH, MODELS, SHAPE, USERS, net_of
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
-from mpq_jax.quantizers import lsq
 from mpq_jax.search import segments
 from mpq_jax.search.segments import find_segments
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.supernet import SupernetState, TrainableParams
 
 
 def drawn_images(shape):
@@ -32,8 +30,9 @@ IMAGES = drawn_images(SHAPE)
 # Running them.
 
 
-def supernet_of(model, table, shape=SHAPE):
+def supernet_of(net, shape=SHAPE):
     """A supernet of drawn numbers in which all norm rows differ; nothing is computed."""
+    table = net.table
     generator, rows = np.random.default_rng(2), (len(table.bank_bits),) * len(table.bank_axes)
 
     def widened(path, leaf):
@@ -42,14 +41,14 @@ def supernet_of(model, table, shape=SHAPE):
         return leaf * jnp.asarray(generator.uniform(0.6, 1.5, (*rows, *leaf.shape)), jnp.float32)
 
     with jax.numpy_rank_promotion("allow"):
-        variables = drawn_variables(model, shape, 1)
+        variables = drawn_variables(net.model, shape, 1)
         params, stats = (
             paths.map_leaves(variables.get(kind, {}), widened) for kind in ("params", "batch_stats")
         )
     step = 2.0 ** -np.array(table.candidates) * generator.uniform(0.7, 1.4, (2, len(table), 1))
     weight_step_sizes, act_step_sizes = jnp.asarray(step * [[[1.0]], [[2.0]]], jnp.float32)
-    trainable = supernet.TrainableParams(params, weight_step_sizes, act_step_sizes)
-    return supernet.SupernetState(trainable, stats, jnp.ones(len(table), bool))
+    trainable = TrainableParams(params, weight_step_sizes, act_step_sizes)
+    return SupernetState(trainable, stats, jnp.ones(len(table), bool))
 
 
 def drawn_bits(table, seed):
@@ -61,14 +60,12 @@ def drawn_bits(table, seed):
     return BitConfig(*jnp.asarray(both.T, jnp.int32))
 
 
-def run(model, table, cut, place, made, bits, x, train):
-    selected = supernet.select(table, made, bits)
-    return segments.run(model, table, cut, place, selected, x, train=train, quantizer=lsq.QUANTIZER)
+def run(net, cut, place, made, bits, x, train):
+    return segments.run(net, cut, place, net.select(made, bits), x, train=train)
 
 
-def own_logits(model, table, made, bits, x, train):
-    selected = supernet.select(table, made, bits)
-    return supernet.apply(model, table, selected, x, train=train).logits
+def own_logits(net, made, bits, x, train):
+    return net.forward(net.select(made, bits), x, train=train).logits
 
 
 CASES = MODELS | {name: (model, SHAPE) for name, (model, _) in USERS.items()}
@@ -77,18 +74,18 @@ CASES = MODELS | {name: (model, SHAPE) for name, (model, _) in USERS.items()}
 @pytest.mark.parametrize("name", list(CASES)[1:])
 def test_segments_one_after_another_are_the_model(name):
     model, shape = CASES[name]
-    table = table_of(model, shape)
-    cut = find_segments(model, table, shape)
-    made, bits = supernet_of(model, table, shape), drawn_bits(table, 5)
+    net = net_of(model, shape)
+    cut = find_segments(net, shape)
+    made, bits = supernet_of(net, shape), drawn_bits(net.table, 5)
     images = drawn_images(shape)
     train = name not in ("another program in evaluation", "vgg", "nested")
 
     @jax.jit
     def both(made, bits, x):
-        own = own_logits(model, table, made, bits, x, train)
+        own = own_logits(net, made, bits, x, train)
         for place, segment in enumerate(cut.parts):
             assert x.size == BATCH * segment.size
-            x = run(model, table, cut, place, made, bits, x, train)
+            x = run(net, cut, place, made, bits, x, train)
         return own, x
 
     own, found = both(made, bits, images)
@@ -98,15 +95,15 @@ def test_segments_one_after_another_are_the_model(name):
 
 def test_segments_that_are_compiled_apart_are_the_model():
     model, shape = CASES["cifar resnet"]
-    table = table_of(model, shape)
-    cut = find_segments(model, table, shape)
-    made, bits = supernet_of(model, table, shape), drawn_bits(table, 5)
-    part = jax.jit(run, static_argnums=(0, 1, 2, 3, 7))
-    own = jax.jit(own_logits, static_argnums=(0, 1, 5))
+    net = net_of(model, shape)
+    cut = find_segments(net, shape)
+    made, bits = supernet_of(net, shape), drawn_bits(net.table, 5)
+    part = jax.jit(run, static_argnums=(0, 1, 2, 6))
+    own = jax.jit(own_logits, static_argnums=(0, 4))
     x = IMAGES
     for place in range(len(cut.parts)):
-        x = part(model, table, cut, place, made, bits, x, True)
-    np.testing.assert_array_equal(x, own(model, table, made, bits, IMAGES, True))
+        x = part(net, cut, place, made, bits, x, True)
+    np.testing.assert_array_equal(x, own(net, made, bits, IMAGES, True))
 
 
 @pytest.mark.parametrize(
@@ -120,13 +117,12 @@ def test_segments_that_are_compiled_apart_are_the_model():
 def test_a_segment_depends_on_the_bits_of_its_layers_alone(name, bn_banks):
     """Changes every tensor of every layer, and looks at what each segment makes of it."""
     model, _ = USERS[name]
-    table = table_of(model, bn_banks=bn_banks)
-    cut = find_segments(model, table, SHAPE)
-    made = supernet_of(model, table)
+    net = net_of(model, bn_banks=bn_banks)
+    table, cut, made = net.table, find_segments(net, SHAPE), supernet_of(net)
 
     @functools.partial(jax.jit, static_argnums=0)
     def part(place, bits, x):
-        return run(model, table, cut, place, made, bits, x, False)
+        return run(net, cut, place, made, bits, x, False)
 
     base, x = np.stack(table.uniform(3, 3), axis=-1), IMAGES
     for place, segment in enumerate(cut.parts):

@@ -1,25 +1,27 @@
 """Cuts of models into segments."""
 
 import pytest
-from helpers.segmented_models import MODELS, SHAPE, STAGES, USERS, Nested, Normed, Whole, table_of
+from helpers.segmented_models import MODELS, SHAPE, STAGES, USERS, Nested, Normed, Whole, net_of
 
 from mpq_jax.models.mobilenet_v2 import MobileNetV2
 from mpq_jax.models.resnet import BasicBlock, BottleneckBlock, ResNet
 from mpq_jax.models.resnet_cifar import ResNetCifar
 from mpq_jax.models.vgg import VGG
+from mpq_jax.quantizers import lsq
 from mpq_jax.search.segments import find_segments
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.supernet import Supernet
 
 
 def starts(model, shape=SHAPE):
-    return [part.start for part in find_segments(model, table_of(model, shape), shape).parts]
+    return [part.start for part in find_segments(net_of(model, shape), shape).parts]
 
 
 def layers_of(model, bn_banks="pair"):
     """The layers of each segment, by name."""
-    table = table_of(model, bn_banks=bn_banks)
-    parts = find_segments(model, table, SHAPE).parts
-    return [[table.names[i] for i in part.layers] for part in parts]
+    net = net_of(model, bn_banks=bn_banks)
+    return [[net.table.names[i] for i in part.layers] for part in find_segments(net, SHAPE).parts]
 
 
 # The models of this library. Only shapes are traced.
@@ -64,8 +66,8 @@ def test_mobilenet_is_cut_inside_blocks_without_a_shortcut():
 def test_norms_stay_with_their_layers(name):
     """A segment begins with what a norm has scaled, and depends on no bits of another's layer."""
     model, shape = MODELS[name]
-    table = table_of(model, shape)
-    parts = find_segments(model, table, shape).parts
+    net = net_of(model, shape)
+    table, parts = net.table, find_segments(net, shape).parts
     assert len(parts) >= 2
     found = [i for part in parts for i in part.layers]
     assert found == list(range(len(table)))  # each layer in one segment, in order
@@ -92,13 +94,12 @@ def test_a_row_that_bits_of_the_layer_before_name_belongs_to_both():
 
 
 def test_segments_say_what_they_begin_with():
-    model = Whole(Nested())
-    table = table_of(model)
-    found = find_segments(model, table, SHAPE)
+    net = net_of(Whole(Nested()))
+    found = find_segments(net, SHAPE)
     assert [part.size for part in found.parts] == [8 * 8 * 3, 8 * 8 * 4, 8 * 8 * 4, 8 * 8 * 6]
     assert found.image_shape == SHAPE
-    assert found == find_segments(model, table, (12, *SHAPE))  # with a batch axis
-    assert hash(found) == hash(find_segments(model, table, SHAPE))
+    assert found == find_segments(net, (12, *SHAPE))  # with a batch axis
+    assert hash(found) == hash(find_segments(net, SHAPE))
 
 
 def test_layers_without_a_choice_start_no_segment():
@@ -106,4 +107,5 @@ def test_layers_without_a_choice_start_no_segment():
     rules = bit_rules((4, 3, 2), first=[*bit_rules((8,), first_last=())[-1:]])
     table = trace_layers(model, SHAPE, rules=rules)
     assert not table.searchable.any()
-    assert len(find_segments(model, table, SHAPE).parts) == 1
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    assert len(find_segments(net, SHAPE).parts) == 1

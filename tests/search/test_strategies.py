@@ -1,5 +1,6 @@
 """The contract that every strategy keeps."""
 
+import inspect
 import math
 
 import jax
@@ -14,28 +15,32 @@ from helpers.search_problems import (
     Recorder,
     additive,
     all_bits,
-    billed,
     bits_of,
     budget,
     constant,
+    constraint,
     cost_table,
-    limit,
+    exact_cost,
     never,
     rugged,
 )
 
-from mpq_jax.search.problem import Limit
+from mpq_jax.search.ilp import check_budgets
+from mpq_jax.search.problem import Constraint
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.search.strategies import STRATEGIES
 from mpq_jax.supernet.bits import BitConfig
 
 SCORES = {"rugged": rugged, "constant": constant}
-DESCENTS = ("greedy", "exchange")  # which take no lower bounds
+DESCENTS = ("greedy", "tabu")  # which take no lower bounds
 
 
 def search(name, score, budgets, *, table=FREE, mask=None, key=KEY, **options):
-    mask = table.mask if mask is None else mask
+    """Checks the budgets and searches, as `run.search` does."""
+    space = SearchSpace(table, mask)
+    check_budgets(space, budgets)
     options = QUICK.get(name, {}) | options
-    return STRATEGIES[name](score, table, table.candidates, mask, budgets, key, **options)
+    return STRATEGIES[name].search(score, space, budgets, key, **options)
 
 
 def config_of(bits):
@@ -44,7 +49,7 @@ def config_of(bits):
 
 def share(table, part, kind="bitops", mask=None):
     """Returns a part of the way from the least to the largest cost."""
-    totals = billed(table, all_bits(table, mask), kind)
+    totals = exact_cost(table, all_bits(table, mask), kind)
     return float(totals.min() + part * (totals.max() - totals.min()))
 
 
@@ -56,7 +61,7 @@ def test_every_budget_is_kept_and_answered_in_its_order(name, which, score):
     table = TABLES[which]
     amounts = {"half": 0.5, "least": 0.0, "most": 1.0, "tight": 0.15}
     amounts = {key: share(table, part) for key, part in amounts.items()}
-    budgets = [budget(key, limit(table, amount)) for key, amount in amounts.items()]
+    budgets = [budget(key, constraint(table, amount)) for key, amount in amounts.items()]
     results = search(name, SCORES[score], budgets, table=table)
     assert [found.budget for found in results] == list(amounts)
     for found, amount in zip(results, amounts.values(), strict=True):
@@ -64,8 +69,10 @@ def test_every_budget_is_kept_and_answered_in_its_order(name, which, score):
         bits = bits_of(found.bits)
         assert found.bits.weights.dtype == found.bits.acts.dtype == np.int32
         assert list(found.costs) == ["bitops"]
-        np.testing.assert_allclose(found.costs["bitops"], billed(table, bits), rtol=1e-12)  # sums
-        assert billed(table, bits) <= amount * (1 + 1e-6)
+        np.testing.assert_allclose(
+            found.costs["bitops"], exact_cost(table, bits), rtol=1e-12
+        )  # sums
+        assert exact_cost(table, bits) <= amount * (1 + 1e-6)
         for one in FIXED[which]:
             place = table.names.index(one)
             assert bits[place].tolist() == [table.layers[place].max_bits] * 2
@@ -78,7 +85,7 @@ def test_every_budget_is_kept_and_answered_in_its_order(name, which, score):
 def test_a_limit_is_kept_to_a_millionth(name, miss):
     """Costs are integers here; the least is 1e-7 above one limit and 1e-5 above the other."""
     least = share(FREE, 0.0)
-    budgets = [budget("edge", limit(FREE, least / (1 + miss)))]
+    budgets = [budget("edge", constraint(FREE, least / (1 + miss)))]
     if miss > 1e-6:
         with pytest.raises(ValueError, match="cannot be met"):
             search(name, never, budgets)
@@ -96,30 +103,32 @@ def test_several_limits_are_kept_at_once(name, which):
     budgets = []
     for seed in range(3):  # what some configuration costs: that one is within, few others are
         chosen = configs[np.random.default_rng(seed).integers(len(configs))]
-        limits = [limit(table, billed(table, chosen, kind), kind) for kind in kinds]
+        limits = [constraint(table, exact_cost(table, chosen, kind), kind) for kind in kinds]
         budgets.append(budget(f"like {seed}", *limits))
     results = search(name, rugged, budgets, table=table)
     for found, wanted in zip(results, budgets, strict=True):
         table.check(found.bits)
         assert list(found.costs) == list(kinds)
-        for kind, one in zip(kinds, wanted.limits, strict=True):
-            assert billed(table, bits_of(found.bits), kind) <= one.limit * (1 + 1e-6)
+        for kind, one in zip(kinds, wanted.constraints, strict=True):
+            assert exact_cost(table, bits_of(found.bits), kind) <= one.limit * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("most", [math.inf, 1400.0])
 @pytest.mark.parametrize("name", sorted(set(STRATEGIES) - set(DESCENTS)))
 def test_lower_bounds_are_kept(name, most):
     """Even by a score that wants few bits."""
-    one = budget("window", limit(FREE, most, "bytes", at_least=1200.0), limit(FREE, 4.5e5))
+    one = budget(
+        "window", constraint(FREE, most, "bytes", lower_bound=1200.0), constraint(FREE, 4.5e5)
+    )
     (found,) = search(name, lambda configs, key: -rugged(configs), [one])
-    assert 1200 <= billed(FREE, bits_of(found.bits), "bytes") <= most
+    assert 1200 <= exact_cost(FREE, bits_of(found.bits), "bytes") <= most
     assert found.costs["bitops"] <= 4.5e5
 
 
 @pytest.mark.parametrize("name", DESCENTS)
 def test_descents_refuse_lower_bounds(name):
     with pytest.raises(ValueError, match="bytes has a lower bound, 1300, .*search with ilp"):
-        search(name, never, [budget("window", limit(FREE, 1400, "bytes", at_least=1300.0))])
+        search(name, never, [budget("window", constraint(FREE, 1400, "bytes", lower_bound=1300.0))])
 
 
 @pytest.mark.parametrize("name", DESCENTS)
@@ -127,10 +136,10 @@ def test_descents_refuse_costs_that_fall_with_more_bits(name):
     cost = cost_table(FREE)
     cost[1, FREE.candidates.index(3)] *= 10
     with pytest.raises(ValueError, match="by bitops, 'first' costs more with fewer bits; mask"):
-        search(name, never, [budget("any", Limit("bitops", cost, 1e9))])
+        search(name, never, [budget("any", Constraint("bitops", cost, 1e9))])
     mask = FREE.mask.copy()
     mask[1, 0, FREE.candidates.index(3)] = False
-    search(name, additive, [budget("any", Limit("bitops", cost, 3.5e5))], mask=mask)
+    search(name, additive, [budget("any", Constraint("bitops", cost, 3.5e5))], mask=mask)
 
 
 def narrowed(table):
@@ -144,12 +153,14 @@ def narrowed(table):
 
 @pytest.mark.parametrize("which", TABLES)
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_masks_and_ties_are_honoured_in_all_that_is_scored(name, which):
+def test_masks_and_ties_are_honored_in_all_that_is_scored(name, which):
     table = TABLES[which]
     mask = narrowed(table)
     allowed = {bits.tobytes() for bits in all_bits(table, mask)}
     score = Recorder(rugged)
-    budgets = [budget(str(p), limit(table, share(table, p, mask=mask))) for p in (0.7, 0.2, 0.0)]
+    budgets = [
+        budget(str(p), constraint(table, share(table, p, mask=mask))) for p in (0.7, 0.2, 0.0)
+    ]
     results = search(name, score, budgets, table=table, mask=mask)
     assert score.calls
     for bits in [*score.seen, *(bits_of(found.bits) for found in results)]:
@@ -157,21 +168,17 @@ def test_masks_and_ties_are_honoured_in_all_that_is_scored(name, which):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_masks_that_leave_nothing_or_do_not_fit_are_refused(name):
-    budgets = [budget("any", limit(FREE, 1e9))]
-    mask = FREE.mask.copy()
-    mask[2, 1] = False
-    with pytest.raises(ValueError, match="leaves no bits to mixed"):
-        search(name, never, budgets, mask=mask)
-    with pytest.raises(ValueError, match=r"shape \(4, 2, 4\); the table has .* \(5, 2, 4\)"):
-        search(name, never, budgets, mask=mask[1:])
-    with pytest.raises(ValueError, match=r"candidates are \(4, 3, 2\) and .* \(8, 4, 3, 2\)"):
-        STRATEGIES[name](never, FREE, (4, 3, 2), FREE.mask, budgets, KEY)
+def test_options_are_the_keyword_arguments_with_defaults(name):
+    strategy = STRATEGIES[name]
+    parameters = inspect.signature(strategy.search).parameters.values()
+    own = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+    assert set(strategy.options) == own - {"on_step", "objective"}
+    assert all(one.default is not one.empty for one in parameters if one.name in own)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_equal_keys_give_equal_searches(name):
-    budgets = [budget(str(part), limit(FREE, share(FREE, part))) for part in (0.6, 0.2)]
+    budgets = [budget(str(part), constraint(FREE, share(FREE, part))) for part in (0.6, 0.2)]
     scores = [Recorder(rugged) for _ in range(2)]
     one, other = (search(name, score, budgets) for score in scores)
     for score in zip(scores[0].calls, scores[1].calls, strict=True):
@@ -185,33 +192,39 @@ def test_equal_keys_give_equal_searches(name):
         assert len(set(scores[0].keys)) == len(scores[0].keys) > 1
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_budgets_out_of_reach_are_refused_before_anything_is_scored(name):
+def test_budgets_out_of_reach_are_refused_with_the_range():
     low, high = share(FREE, 0.0), share(FREE, 1.0)
-    fine = budget("fine", limit(FREE, high))
+    fine = budget("fine", constraint(FREE, high))
     with pytest.raises(ValueError) as error:
-        search(name, never, [fine, budget("too small", limit(FREE, low * 0.99))])
+        check_budgets(SearchSpace(FREE), [fine, budget("too small", constraint(FREE, low * 0.99))])
     message = str(error.value)
     assert message.startswith("too small: ") and "fine" not in message
     assert f"bitops should be -inf to {low * 0.99:.6g}" in message
     assert f"range is {low:.6g} to {high:.6g}" in message
     assert "largest parts are stem (1.92e+05), narrow (5.6e+04), first (3.6e+04)" in message
-    both = budget("both", limit(FREE, share(FREE, 0.1)), limit(FREE, 700, "bytes"))
+    both = budget("both", constraint(FREE, share(FREE, 0.1)), constraint(FREE, 700, "bytes"))
     with pytest.raises(ValueError, match="both: .*bytes cannot be met"):
-        search(name, never, [both])
+        check_budgets(SearchSpace(FREE), [both])
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+def test_budgets_that_nobody_checked_are_refused_as_well(name):
+    too_small = budget("too small", constraint(FREE, share(FREE, 0.0) * 0.99))
+    with pytest.raises(ValueError, match="bitops cannot be met"):
+        STRATEGIES[name].search(
+            additive, SearchSpace(FREE), [too_small], KEY, **QUICK.get(name, {})
+        )
+
+
 @pytest.mark.parametrize("names", [[], ["a", "b", "a"]])
-def test_budgets_need_names_of_their_own(name, names):
+def test_budgets_need_names_of_their_own(names):
     with pytest.raises(ValueError, match="give one or more, each with a name of its own"):
-        search(name, never, [budget(one, limit(FREE, 1e9)) for one in names])
+        check_budgets(SearchSpace(FREE), [budget(one, constraint(FREE, 1e9)) for one in names])
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_budget_needs_a_limit(name):
-    with pytest.raises(ValueError, match=r"the limits are \[\]; give one or more"):
-        search(name, never, [budget("empty")])
+def test_a_budget_needs_a_constraint():
+    with pytest.raises(ValueError, match=r"the constraints are \[\]; give one or more"):
+        check_budgets(SearchSpace(FREE), [budget("empty")])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -226,13 +239,13 @@ def test_scores_that_are_no_numbers_never_win(name, bad):
     def score(configs, key):
         return np.where(broken(configs), bad, rugged(configs))
 
-    budgets = [budget(str(part), limit(FREE, share(FREE, part))) for part in (0.8, 0.6)]
+    budgets = [budget(str(part), constraint(FREE, share(FREE, part))) for part in (0.8, 0.6)]
     for found in search(name, score, budgets):
         assert not broken(found.bits)
         assert not np.isinf(found.score)
 
 
-@pytest.mark.parametrize("name", ["greedy", "exchange", "evolution", "random"])
+@pytest.mark.parametrize("name", ["greedy", "tabu", "evolution", "random"])
 def test_where_the_largest_bits_have_no_score_others_win(name):
     def broken(configs):
         return (bits_of(configs)[..., 1:, :] == 4).sum((-2, -1)) >= 6
@@ -240,7 +253,7 @@ def test_where_the_largest_bits_have_no_score_others_win(name):
     def score(configs, key):
         return np.where(broken(configs), np.nan, rugged(configs))
 
-    (found,) = search(name, score, [budget("half", limit(FREE, share(FREE, 0.4)))])
+    (found,) = search(name, score, [budget("half", constraint(FREE, share(FREE, 0.4)))])
     assert not broken(found.bits) and np.isfinite(found.score)
 
 
@@ -250,7 +263,7 @@ def test_nothing_is_measured_against_largest_bits_without_a_score(name):
         return np.full(len(configs.weights), np.nan)
 
     with pytest.raises(ValueError, match="largest"):
-        search(name, score, [budget("half", limit(FREE, share(FREE, 0.5)))])
+        search(name, score, [budget("half", constraint(FREE, share(FREE, 0.5)))])
 
 
 HOLES = {  # latencies as they are measured: same speed at several bits, pairs without a kernel
@@ -278,7 +291,9 @@ def test_costs_may_have_plateaus_and_holes(name, hole):
     totals = cost[np.arange(5), place[..., 0], place[..., 1]].sum(-1)
     possible = np.unique(totals[np.isfinite(totals)])
     amounts = [possible[0], possible[len(possible) // 3], possible[-1]]
-    budgets = [budget(f"{amount}", Limit("latency", cost, float(amount))) for amount in amounts]
+    budgets = [
+        budget(f"{amount}", Constraint("latency", cost, float(amount))) for amount in amounts
+    ]
     for found, amount in zip(search(name, rugged, budgets, table=table), amounts, strict=True):
         table.check(found.bits)
         assert found.costs["latency"] <= amount * (1 + 1e-6)
@@ -290,9 +305,9 @@ def test_programs_find_the_best_where_losses_add_up(name, which):
     table = TABLES[which]
     bits = all_bits(table)
     scores = additive(config_of(bits))
-    totals = {kind: billed(table, bits, kind) for kind in ("bitops", "bytes")}
+    totals = {kind: exact_cost(table, bits, kind) for kind in ("bitops", "bytes")}
     for part in (0.1, 0.3, 0.5, 0.8):
-        limits = [limit(table, share(table, part, kind), kind) for kind in totals]
+        limits = [constraint(table, share(table, part, kind), kind) for kind in totals]
         within = np.all([totals[one.name] <= one.limit for one in limits], axis=0)
         assert within.any()
         (found,) = search(name, additive, [budget("one", *limits)], table=table)
@@ -303,16 +318,16 @@ def test_programs_find_the_best_where_losses_add_up(name, which):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_table_without_choices_is_its_own_answer(name):
     mask = FREE.mask & (np.arange(4) == FREE.mask.argmax(-1)[..., None])
-    (found,) = search(name, additive, [budget("any", limit(FREE, 1e9))], mask=mask)
+    (found,) = search(name, additive, [budget("any", constraint(FREE, 1e9))], mask=mask)
     np.testing.assert_array_equal(bits_of(found.bits), bits_of(FREE.max_config))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_who_watches_hears_of_every_step(name):
+def test_every_step_is_reported(name):
     steps = []
-    budgets = [budget(str(part), limit(FREE, share(FREE, part))) for part in (0.6, 0.2)]
-    search(name, rugged, budgets, watch=steps.append)
-    totals = set(billed(FREE, all_bits(FREE)).tolist())
+    budgets = [budget(str(part), constraint(FREE, share(FREE, part))) for part in (0.6, 0.2)]
+    search(name, rugged, budgets, on_step=steps.append)
+    totals = set(exact_cost(FREE, all_bits(FREE)).tolist())
     assert len(steps) >= 2
     assert all(step.phase and step.change and step.cost in totals for step in steps)
     assert all(type(step.score) is float for step in steps)

@@ -9,30 +9,29 @@ from helpers.search_problems import (
     Recorder,
     additive,
     all_bits,
-    billed,
     bits_of,
     budget,
-    limit,
+    constraint,
+    exact_cost,
     rugged,
     scores_of,
     shifted,
 )
 
-from mpq_jax.search import tabu
+from mpq_jax.search.space import SearchSpace
+from mpq_jax.search.tabu import tabu_search
 
 PARTS = (0.75, 0.5, 0.25)
 
 
 def budgets_of(table, parts=PARTS):
-    totals = billed(table, all_bits(table))
+    totals = exact_cost(table, all_bits(table))
     ends = totals.min(), np.ptp(totals)
-    return [budget(str(part), limit(table, ends[0] + part * ends[1])) for part in parts]
+    return [budget(str(part), constraint(table, ends[0] + part * ends[1])) for part in parts]
 
 
 def search(score, table=FREE, parts=PARTS, **options):
-    return tabu.search(
-        score, table, table.candidates, table.mask, budgets_of(table, parts), KEY, **options
-    )
+    return tabu_search(score, SearchSpace(table), budgets_of(table, parts), KEY, **options)
 
 
 def lowered(table, bits):
@@ -51,20 +50,20 @@ def lowered(table, bits):
 
 @pytest.mark.parametrize("proposals", [1, 8])
 @pytest.mark.parametrize("which", TABLES)
-def test_the_descent_takes_the_least_rise_per_saving(which, proposals):
+def test_the_descent_takes_the_least_increase_per_saving(which, proposals):
     """Where losses add up; there, what was scored once need not be scored again."""
     table, steps = TABLES[which], []
-    results = search(additive, table, rounds=0, proposals=proposals, watch=steps.append)
+    results = search(additive, table, rounds=0, proposals=proposals, on_step=steps.append)
     bits, wanted = bits_of(table.max_config), []
     for one, found in zip(budgets_of(table), results, strict=True):
-        most = one.limits[0].limit
-        while billed(table, bits) > most * (1 + 1e-6):
+        most = one.constraints[0].limit
+        while exact_cost(table, bits) > most * (1 + 1e-6):
             moves = lowered(table, bits)
-            over = billed(table, bits) - most
-            saved = np.array([over - max(billed(table, move) - most, 0) for move in moves])
-            rises = scores_of(additive, moves) - scores_of(additive, bits[None])
-            bits = moves[int(np.argmin(rises / saved))]
-            wanted.append(billed(table, bits))
+            over = exact_cost(table, bits) - most
+            saved = np.array([over - max(exact_cost(table, move) - most, 0) for move in moves])
+            increases = scores_of(additive, moves) - scores_of(additive, bits[None])
+            bits = moves[int(np.argmin(increases / saved))]
+            wanted.append(exact_cost(table, bits))
         np.testing.assert_array_equal(bits_of(found.bits), bits)
         assert found.score == scores_of(additive, bits[None])[0]
     assert [step.cost for step in steps] == wanted
@@ -97,8 +96,8 @@ def test_the_best_that_was_scored_within_the_budget_is_returned(seed, proposals)
     search(before, parts=(0.4,), rounds=0, proposals=proposals)
     (found,) = search(score, parts=(0.4,), rounds=6, proposals=proposals)
     score.calls = score.calls[len(before.calls) :]
-    most = budgets_of(FREE, (0.4,))[0].limits[0].limit
-    within = score.seen[billed(FREE, score.seen) <= most]
+    most = budgets_of(FREE, (0.4,))[0].constraints[0].limit
+    within = score.seen[exact_cost(FREE, score.seen) <= most]
     assert found.score <= scores_of(shifted(seed), within).min()
 
 
@@ -116,7 +115,7 @@ def test_what_was_exchanged_stays_for_its_tenure(tenure):
     repeated = 0
     for seed in range(4):
         steps = []
-        search(shifted(seed), parts=(0.4,), rounds=7, tenure=tenure, watch=steps.append)
+        search(shifted(seed), parts=(0.4,), rounds=7, tabu_tenure=tenure, on_step=steps.append)
         moves = exchanged(steps)
         assert all(1 <= len(move) <= 2 for move in moves)
         for distance in range(1, len(moves)):
@@ -130,7 +129,7 @@ def test_what_was_exchanged_stays_for_its_tenure(tenure):
 def test_no_configuration_is_exchanged_for_twice_within_a_budget():
     for seed in range(4):
         steps = []
-        search(shifted(seed), parts=(0.4,), rounds=10, tenure=0, watch=steps.append)
+        search(shifted(seed), parts=(0.4,), rounds=10, tabu_tenure=0, on_step=steps.append)
         entries: dict[str, int] = {}
         states = []
         for step in steps:  # descent and exchanges: what changed so far says where we are
@@ -148,16 +147,16 @@ def test_exchanges_stay_within_all_limits():
     table = FREE
     bits = all_bits(table)
     limits = [
-        limit(table, float(np.quantile(billed(table, bits, kind), 0.5)), kind)
+        constraint(table, float(np.quantile(exact_cost(table, bits, kind), 0.5)), kind)
         for kind in ("bitops", "bytes", "act_bytes")
     ]
     steps = []
-    (found,) = tabu.search(
-        rugged, table, table.candidates, table.mask, [budget("all", *limits)], KEY,
-        watch=steps.append,
+    (found,) = tabu_search(
+        rugged, SearchSpace(table), [budget("all", *limits)], KEY,
+        on_step=steps.append,
     )  # fmt: skip
     for one in limits:
-        assert billed(table, bits_of(found.bits), one.name) <= one.limit * (1 + 1e-6)
+        assert exact_cost(table, bits_of(found.bits), one.name) <= one.limit * (1 + 1e-6)
     assert all(s.cost <= limits[0].limit * (1 + 1e-6) for s in steps if s.phase == "exchange")
 
 

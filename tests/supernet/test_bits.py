@@ -9,11 +9,9 @@ from mpq_jax.supernet.bits import (
     BitConfig,
     check_mask,
     from_json,
-    largest,
-    roulette,
-    roulette_probabilities,
+    max_config,
+    min_config,
     sample,
-    smallest,
     to_json,
 )
 
@@ -79,7 +77,11 @@ def test_choice_functions_trace_mask_and_candidates_and_compile_once():
     @jax.jit
     def choose(key, candidates, mask):
         traces.append(mask)
-        return sample(key, candidates, mask), largest(candidates, mask), smallest(candidates, mask)
+        return (
+            sample(key, candidates, mask),
+            max_config(candidates, mask),
+            min_config(candidates, mask),
+        )
 
     random = np.random.default_rng(0)
     for seed in range(5):
@@ -89,26 +91,26 @@ def test_choice_functions_trace_mask_and_candidates_and_compile_once():
         given = choose(key, jnp.array(CANDIDATES), mask)
         plain = (
             sample(key, CANDIDATES, mask),
-            largest(CANDIDATES, mask),
-            smallest(CANDIDATES, mask),
+            max_config(CANDIDATES, mask),
+            min_config(CANDIDATES, mask),
         )
         jax.tree.map(np.testing.assert_array_equal, given, plain)
     assert len(traces) == 1
 
 
 @pytest.mark.parametrize("candidates", [CANDIDATES, (2, 3, 4, 5, 6, 8), (4, 8, 2, 6, 3, 5)])
-def test_largest_and_smallest(candidates):
+def test_max_config_and_min_config(candidates):
     values = np.array(candidates)
     top = np.max(np.where(MASK, values, 0), axis=-1)
     bottom = np.min(np.where(MASK, values, 99), axis=-1)
-    np.testing.assert_array_equal(stacked(largest(candidates, MASK)), top)
-    np.testing.assert_array_equal(stacked(smallest(candidates, MASK)), bottom)
-    assert largest(candidates, MASK).weights.dtype == jnp.int32
+    np.testing.assert_array_equal(stacked(max_config(candidates, MASK)), top)
+    np.testing.assert_array_equal(stacked(min_config(candidates, MASK)), bottom)
+    assert max_config(candidates, MASK).weights.dtype == jnp.int32
 
 
 def test_mask_axis_may_be_mapped():
     masks = jnp.stack([MASK, MASK[::-1]])
-    mapped = stacked(jax.vmap(lambda mask: smallest(CANDIDATES, mask))(masks))
+    mapped = stacked(jax.vmap(lambda mask: min_config(CANDIDATES, mask))(masks))
     np.testing.assert_array_equal(mapped[1], mapped[0][::-1])
 
 
@@ -177,10 +179,13 @@ def with_layer(entry):
         (with_content(version=2), "version 2.*reads version 1.*update mpq_jax"),
         (with_content(version=None), "version None"),
         (with_content(layers=[]), "layers"),
-        (with_content(layers={"stem": {}}), r"lacks \['head', 'stage0/conv1'\] and has nothing"),
+        (
+            with_content(layers={"stem": {}}),
+            r"missing layers: \['head', 'stage0/conv1'\]; unexpected layers: none",
+        ),
         (
             with_layer({"weights": 1, "acts": 1}).replace("head", "tail"),
-            r"another model.*lacks \['head'\] and has \['tail'\]",
+            r"another model.*missing layers: \['head'\]; unexpected layers: \['tail'\]",
         ),
         (with_layer({"weights": 2}), "acts of layer 'head' is None"),
         (with_layer({"acts": 2}), "weights of layer 'head' is None"),
@@ -206,132 +211,3 @@ def test_check_mask_names_every_empty_row():
     mask[0, 1] = mask[2, 0] = False
     with pytest.raises(ValueError, match=r"for stem \(activations\), head \(weights\); allow"):
         check_mask(jnp.asarray(mask), NAMES)
-
-
-ROULETTE = (8, 6, 4, 2)
-TRACES = np.array([0.5, 3.0, 2.0, 10.0, -1.0], np.float32)  # mean 2.9
-CHOICES = np.array(
-    [[0, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0], [1, 1, 0, 0]], bool
-)  # layer 3 is fixed: the mean of the others is 1.125
-RULES = ("published", "smooth", "uniform")
-
-
-def mixture(share, bits):
-    bits = np.array(bits, np.float64)
-    return (1 - share) / len(bits) + share * bits / bits.sum()
-
-
-def test_published_roulette_has_a_mean_of_5_or_6_bits():
-    given = roulette_probabilities(ROULETTE, TRACES)
-    assert given.dtype == jnp.float32
-    np.testing.assert_allclose(given[0], [0.25, 0.25, 0.25, 0.25], rtol=1e-6)
-    np.testing.assert_allclose(given[1], [0.4, 0.3, 0.2, 0.1], rtol=1e-6)
-    np.testing.assert_allclose(given @ np.array(ROULETTE, np.float32), [5, 6, 5, 6, 5], rtol=1e-6)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_roulette_with_a_mask_is_the_formula_over_the_allowed_bits(rule):
-    mean = TRACES[[0, 1, 2, 4]].mean()
-    smooth_mean = np.maximum(TRACES, 0)[[0, 1, 2, 4]].mean()
-    clipped = np.maximum(TRACES, 0)
-    share = {
-        "published": TRACES >= mean,
-        "smooth": clipped / (clipped + smooth_mean),
-        "uniform": np.zeros(5),
-    }[rule]
-    given = roulette_probabilities(ROULETTE, TRACES, rule=rule, mask=CHOICES)
-    for row, allowed, r in zip(given, CHOICES, share, strict=True):
-        np.testing.assert_allclose(row[allowed], mixture(r, np.array(ROULETTE)[allowed]), rtol=1e-6)
-        assert not row[~allowed].any()
-
-
-@pytest.mark.parametrize("mask", [None, CHOICES])
-@pytest.mark.parametrize("rule", RULES)
-def test_roulette_draws_by_its_probabilities(rule, mask):
-    keys = jax.random.split(jax.random.key(1), DRAWS)
-    draw = jax.jit(jax.vmap(lambda key: roulette(key, ROULETTE, TRACES, rule=rule, mask=mask)))
-    drawn = draw(keys)
-    assert drawn.dtype == jnp.int32
-    frequencies = np.mean(np.asarray(drawn)[..., None] == np.array(ROULETTE), axis=0)
-    p = np.asarray(roulette_probabilities(ROULETTE, TRACES, rule=rule, mask=mask), np.float64)
-    sigma = np.sqrt(np.maximum(p * (1 - p), 0) / DRAWS)
-    assert np.all(np.abs(frequencies - p) <= 5 * sigma + 1e-6)  # float32 probabilities; fixed key
-
-
-@pytest.mark.parametrize(("rule", "share"), [("published", 1), ("smooth", 0.5), ("uniform", 0)])
-@pytest.mark.parametrize("trace", [0.1, 7.3e-8, 3.3e5, 0.0])
-@pytest.mark.parametrize("layers", [1, 3, 7])
-def test_equal_traces_give_equal_probabilities(layers, trace, rule, share):
-    traces = np.full(layers, trace, np.float32)
-    given = roulette_probabilities(ROULETTE, traces, rule=rule)
-    expected = np.tile(mixture(share, ROULETTE), (layers, 1))
-    np.testing.assert_allclose(given, expected, rtol=1e-6)
-
-
-def mean_bits(traces, rule):
-    given = roulette_probabilities(ROULETTE, np.asarray(traces, np.float32), rule=rule)
-    return np.asarray(given) @ np.array(ROULETTE, np.float32)
-
-
-def test_smooth_roulette_rises_with_the_trace():
-    means = mean_bits(np.arange(40), "smooth")
-    assert np.all(np.diff(means) > 0)
-    assert means[0] == pytest.approx(5) and 5 < means[-1] < 6
-
-
-def test_only_the_published_roulette_has_a_cliff_at_the_mean():
-    alike = 1 + 1e-4 * np.array([-1, 1, -2, 2])
-    assert np.ptp(mean_bits(alike, "published")) == pytest.approx(1)
-    assert np.ptp(mean_bits(alike, "smooth")) < 2e-4
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_roulette_does_not_depend_on_the_unit_of_the_traces(rule):
-    given = [
-        roulette_probabilities(ROULETTE, TRACES * np.float32(scale), rule=rule)
-        for scale in (1, 1e-12, 1e12)
-    ]
-    np.testing.assert_allclose(given[1], given[0], rtol=1e-6)
-    np.testing.assert_allclose(given[2], given[0], rtol=1e-6)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_fixed_layers_do_not_count_whatever_their_trace(rule):
-    wild = np.where(np.arange(5) == 3, np.float32(np.nan), TRACES)
-    given, expected = (
-        roulette_probabilities(ROULETTE, traces, rule=rule, mask=CHOICES)
-        for traces in (wild, TRACES)
-    )
-    np.testing.assert_array_equal(given, expected)
-    fixed = np.array([[0, 1, 0, 0], [1, 0, 0, 0]], bool)
-    bits = roulette(jax.random.key(0), ROULETTE, TRACES[:2], rule=rule, mask=fixed)
-    np.testing.assert_array_equal(bits, [6, 8])
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_roulette_traces_everything_and_compiles_once(rule):
-    traced = []
-
-    @jax.jit
-    def draw(key, candidates, traces, mask):
-        traced.append(mask)
-        return roulette(key, candidates, traces, rule=rule, mask=mask)
-
-    random = np.random.default_rng(0)
-    for seed in range(4):
-        key, traces = jax.random.key(seed), random.normal(size=5).astype(np.float32)
-        mask = np.roll(CHOICES, seed, axis=0)
-        given = draw(key, jnp.array(ROULETTE), traces, mask)
-        plain = roulette(key, ROULETTE, traces, rule=rule, mask=mask)
-        np.testing.assert_array_equal(given, plain)
-    assert len(traced) == 1
-
-
-def test_an_unknown_rule_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'rank'; known rules are .*'published'.*'uniform'"):
-        roulette(jax.random.key(0), ROULETTE, TRACES, rule="rank")
-
-
-def test_a_mask_of_other_choices_is_refused():
-    with pytest.raises(ValueError, match=r"shape \(5, 4\); wanted .*\(5, 3\)"):
-        roulette_probabilities((8, 6, 4), TRACES, mask=CHOICES)

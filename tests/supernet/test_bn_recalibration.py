@@ -6,11 +6,11 @@ import pytest
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
-from mpq_jax.supernet import supernet
+from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.bn_recalibration import recalibrate
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.supernet import Supernet
 
 BITS = BitConfig(jnp.array([8, 3, 8], jnp.int32), jnp.array([8, 2, 8], jnp.int32))
 SHAPE = (8, 8, 2)
@@ -44,10 +44,9 @@ def make(model):
     table = trace_layers(model, SHAPE, rules=bit_rules((4, 3, 2)))
 
     images = np.random.default_rng(1).normal(size=(8, *SHAPE))
-    init = jax.jit(supernet.init, static_argnums=(0, 1))
-    return table, init(
-        model, table, drawn_variables(model, SHAPE, 0), jnp.asarray(images, jnp.float32)
-    )
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    init = jax.jit(Supernet.init, static_argnums=0)
+    return net, init(net, drawn_variables(model, SHAPE, 0), jnp.asarray(images, jnp.float32))
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +59,16 @@ MODEL = Net()
 
 
 @pytest.fixture(scope="module")
-def net():
+def bound():
+    """The supernet and its state."""
     return make(MODEL)
 
 
 @pytest.fixture(scope="module")
-def found(net, images):
+def found(bound, images):
     """The recalibrated supernet, from four batches of eight images."""
-    return recalibrate(MODEL, *net, BITS, images.reshape(4, 8, 8, 8, 2))
+    net, made = bound
+    return net.recalibrate(made, BITS, images.reshape(4, 8, 8, 8, 2))
 
 
 def conv(x, kernel, strides=1):
@@ -81,19 +82,19 @@ def conv(x, kernel, strides=1):
     return np.asarray(out, np.float64)
 
 
-def norm_inputs(net, images):
+def norm_inputs(bound, images):
     """Returns the inputs of both norms, each batch normalized by its own statistics."""
-    table, made = net
-    selected = jax.tree.map(np.asarray, supernet.select(table, made, BITS))
-    first = [conv(batch, selected.params["stem"]["kernel"]) for batch in images]
+    net, made = bound
+    subnet = jax.tree.map(np.asarray, net.select(made, BITS))
+    first = [conv(batch, subnet.params["stem"]["kernel"]) for batch in images]
     second = []
     for y in first:
         moments = y.mean((0, 1, 2)), y.var((0, 1, 2))
-        affine = selected.params["first"]
+        affine = subnet.params["first"]
         x = (y - moments[0]) / np.sqrt(moments[1] + 1e-5) * affine["scale"] + affine["bias"]
-        step = selected.act_step_sizes[1]
+        step = subnet.act_step_sizes[1]
         x = np.clip(np.round(np.maximum(x, 0) / step), 0, 3) * step
-        second.append(conv(x, selected.params["conv"]["kernel"], strides=2))
+        second.append(conv(x, subnet.params["conv"]["kernel"], strides=2))
     return np.stack(first), np.stack(second)
 
 
@@ -109,15 +110,16 @@ def assert_moments(found, x):
         np.testing.assert_allclose(found[name], wanted, rtol=2e-5, atol=1e-6)
 
 
-def test_statistics_are_the_moments_of_all_images(net, found, images):
-    first, second = norm_inputs(net, images.reshape(4, 8, 8, 8, 2))
+def test_statistics_are_the_moments_of_all_images(bound, found, images):
+    first, second = norm_inputs(bound, images.reshape(4, 8, 8, 8, 2))
     assert_moments(found.batch_stats["first"], first)
     assert_moments(jax.tree.map(lambda leaf: leaf[ROW], found.batch_stats["second"]), second)
 
 
-def test_the_first_norm_does_not_depend_on_how_images_are_split(net, found, images):
+def test_the_first_norm_does_not_depend_on_how_images_are_split(bound, found, images):
     # Only the first: from there on, every batch is normalized by its own statistics.
-    split = recalibrate(MODEL, *net, BITS, images[None])
+    net, made = bound
+    split = net.recalibrate(made, BITS, images[None])
     for name in ("mean", "var"):
         np.testing.assert_allclose(
             split.batch_stats["first"][name],
@@ -127,22 +129,22 @@ def test_the_first_norm_does_not_depend_on_how_images_are_split(net, found, imag
         )
 
 
-def test_spreading_each_batch_over_devices_changes_nothing(net, found, images):
+def test_spreading_each_batch_over_devices_changes_nothing(bound, found, images):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     spread = jax.device_put(
         images.reshape(4, 8, 8, 8, 2), jax.sharding.NamedSharding(mesh, spec(None, "data"))
     )
-    table, made = net
+    net, made = bound
     made = jax.device_put(made, jax.sharding.NamedSharding(mesh, spec()))
-    stats = recalibrate(MODEL, table, made, BITS, spread).batch_stats
+    stats = net.recalibrate(made, BITS, spread).batch_stats
     for path, leaf in paths.flatten(stats).items():
         wanted = paths.flatten(found.batch_stats)[path]
         np.testing.assert_allclose(leaf, wanted, rtol=1e-5, atol=1e-6)  # sums in another order
 
 
-def test_only_the_statistics_of_the_configuration_change(net, found):
-    _, made = net
+def test_only_the_statistics_of_the_configuration_change(bound, found):
+    _, made = bound
     assert found.signed.tolist() == made.signed.tolist()
     jax.tree.map(np.testing.assert_array_equal, found.trainable, made.trainable)
     for name in ("mean", "var"):
@@ -152,11 +154,11 @@ def test_only_the_statistics_of_the_configuration_change(net, found):
         np.testing.assert_array_equal(new, old)
 
 
-def test_old_statistics_do_not_enter_and_the_input_is_left_alone(net, found, images):
-    table, made = net
+def test_old_statistics_do_not_enter_and_the_input_is_left_alone(bound, found, images):
+    net, made = bound
     nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), made.batch_stats)
     given = made._replace(batch_stats=nothing)
-    again = recalibrate(MODEL, table, given, BITS, images.reshape(4, 8, 8, 8, 2)).batch_stats
+    again = net.recalibrate(given, BITS, images.reshape(4, 8, 8, 8, 2)).batch_stats
     for name in ("mean", "var"):
         np.testing.assert_array_equal(again["first"][name], found.batch_stats["first"][name])
         wanted = np.full((3, 3, 4), np.nan, np.float32)
@@ -166,14 +168,13 @@ def test_old_statistics_do_not_enter_and_the_input_is_left_alone(net, found, ima
 
 
 def test_dropout_is_off(found, images):
-    model = Net(dropout=0.5)
-    stats = recalibrate(model, *make(model), BITS, images.reshape(4, 8, 8, 8, 2)).batch_stats
+    net, made = make(Net(dropout=0.5))
+    stats = net.recalibrate(made, BITS, images.reshape(4, 8, 8, 8, 2)).batch_stats
     jax.tree.map(np.testing.assert_array_equal, stats, found.batch_stats)
 
 
 def test_a_model_without_norms_comes_back_as_it_is(images):
-    model = NoNorm()
-    table, made = make(model)
-    again = recalibrate(model, table, made, BITS, images.reshape(4, 8, 8, 8, 2))
+    net, made = make(NoNorm())
+    again = net.recalibrate(made, BITS, images.reshape(4, 8, 8, 8, 2))
     assert jax.tree.structure(again) == jax.tree.structure(made)
     jax.tree.map(np.testing.assert_array_equal, again, made)

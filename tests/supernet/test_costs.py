@@ -21,7 +21,8 @@ from mpq_jax.supernet.costs import (
     model_bytes,
     total,
 )
-from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule, bit_rules
 
 GIGA, MIB = 1e9, 2**20
 
@@ -168,7 +169,9 @@ def test_bytes_of_activations_by_hand(small, resnet18):
     layers = {layer.name: layer.inputs for layer in resnet18.layers}
     assert resnet18.layers[0].inputs == 224 * 224 * 3
     reads = [
-        n for n, one in zip(layers, resnet18.layers, strict=True) if one.shares_input_with is not None
+        n
+        for n, one in zip(layers, resnet18.layers, strict=True)
+        if one.shares_input_with is not None
     ]
     assert any(layers[name] == 56 * 56 * 64 for name in reads)
     assert list(layers.values())[-1] == 512

@@ -10,14 +10,8 @@ from helpers.traced_models import Separable, make_table
 
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import (
-    FIRST_LAST,
-    FIRST_LAST_8BIT,
-    FIRST_LAST_FLOAT,
-    Rule,
-    bit_rules,
-    trace_layers,
-)
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST, FIRST_LAST_8BIT, FIRST_LAST_FLOAT, Rule, bit_rules
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +162,9 @@ def test_tied_entries_have_the_bits_that_all_of_them_may_take():
     table = tied_table()
     bits = np.array(table.candidates)
     free = dataclasses.replace(table, tied_groups=())
-    np.testing.assert_array_equal(table.group_leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]])
+    np.testing.assert_array_equal(
+        table.group_leaders, [[0, 1], [2, 3], [4, 2], [6, 7], [8, 8], [10, 11]]
+    )
     np.testing.assert_array_equal(free.group_leaders.ravel(), np.arange(12))
     common = {(1, 0): [4, 2], (2, 1): [4, 2], (4, 0): [4, 2], (4, 1): [4, 2]}
     for index, kind in np.ndindex(6, 2):

@@ -9,10 +9,8 @@ import pytest
 from helpers.traced_models import ANY, Block, Perceptron, Separable, column
 
 from mpq_jax.models import make_model
-from mpq_jax.supernet.layer_table import (
-    DEFAULT_CANDIDATES,
-    trace_layers,
-)
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import DEFAULT_CANDIDATES
 
 
 class SetUp(nn.Module):

@@ -5,12 +5,8 @@ import pytest
 from helpers.traced_models import ANY, Separable, make_table
 
 from mpq_jax.models import make_model
-from mpq_jax.supernet.layer_table import (
-    FIRST_LAST_FLOAT,
-    Rule,
-    bit_rules,
-    trace_layers,
-)
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, Rule, bit_rules
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,17 @@ from helpers.tiny_supernets import (
     SHAPE,
     TABLE,
     make_float_variables,
+    net_of,
     numbered_supernet,
     quantize,
 )
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.quantizers import QUANTIZERS, lsq
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import (
-    Rule,
-    trace_layers,
-)
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule
+from mpq_jax.supernet.supernet import Supernet, TrainableParams
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +34,9 @@ OTHER_HIGHEST = [
     Rule("^stem$", weights=8, acts=32, float_acts=True),
     Rule(weights=4, acts=8),
 ]
-QUANTIZE = jax.jit(supernet.quantize_kernels, static_argnames=("table", "quantizer"))
-SELECT = jax.jit(supernet.select, static_argnums=0, static_argnames="quantizer")
-SELECT_QUANTIZED = jax.jit(supernet.select_quantized, static_argnums=0)
+QUANTIZE = jax.jit(Supernet.quantize_kernels, static_argnums=0)
+SELECT = jax.jit(Supernet.select, static_argnums=0)
+SELECT_QUANTIZED = jax.jit(Supernet.select_quantized, static_argnums=0)
 
 
 def rowed_supernet(table, float_variables, seed):
@@ -53,7 +51,7 @@ def rowed_supernet(table, float_variables, seed):
     for path in params:
         if path.endswith("kernel"):
             params[path] = paths.flatten(float_variables["params"])[path]
-    return made._replace(trainable=supernet.TrainableParams(paths.unflatten(params), *steps))
+    return made._replace(trainable=TrainableParams(paths.unflatten(params), *steps))
 
 
 def allowed_configs(table, seed, count=6):
@@ -81,9 +79,9 @@ QUANTIZED_TABLES = {
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("kind", QUANTIZED_TABLES)
 def test_kernels_that_were_quantized_before_make_the_same_subnets(float_variables, kind, name):
-    table, quantizer = QUANTIZED_TABLES[kind], QUANTIZERS[name]
-    made = rowed_supernet(table, float_variables, 7)
-    quantized = QUANTIZE(table, made.trainable, quantizer=quantizer)
+    table = QUANTIZED_TABLES[kind]
+    net, made = net_of(table, QUANTIZERS[name]), rowed_supernet(table, float_variables, 7)
+    quantized = QUANTIZE(net, made.trainable)
     assert {path: len(kernels) for path, kernels in quantized.items()} == {
         layer.name: len(layer.weight_candidates)
         for layer in table.layers
@@ -91,8 +89,8 @@ def test_kernels_that_were_quantized_before_make_the_same_subnets(float_variable
     }
     for bits in allowed_configs(table, 8):
         table.check(bits)
-        found = SELECT_QUANTIZED(table, made, quantized, bits)
-        wanted = SELECT(table, made, bits, quantizer=quantizer)
+        found = SELECT_QUANTIZED(net, made, quantized, bits)
+        wanted = SELECT(net, made, bits)
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
@@ -100,7 +98,7 @@ def test_kernels_that_were_quantized_before_make_the_same_subnets(float_variable
 def test_quantized_kernels_are_in_the_order_of_the_candidates(float_variables):
     table = QUANTIZED_TABLES["other highest"]
     made = rowed_supernet(table, float_variables, 7)
-    quantized = QUANTIZE(table, made.trainable, quantizer=lsq.QUANTIZER)
+    quantized = QUANTIZE(net_of(table, lsq.QUANTIZER), made.trainable)
     for index, layer in enumerate(table.layers):
         w = paths.flatten(float_variables["params"])[f"{layer.name}/kernel"]
         for kernel, bits in zip(quantized[layer.name], layer.weight_candidates, strict=True):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -10,11 +11,12 @@ from helpers.random_variables import drawn_variables
 
 from mpq_jax.parallel import mesh as sharding
 from mpq_jax.quantizers import QUANTIZERS
-from mpq_jax.supernet import scoring, supernet
+from mpq_jax.supernet import scoring
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.bn_recalibration import recalibrate
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
 from mpq_jax.supernet.scoring import make_score
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training.metrics import CompileCounter
 
 
@@ -36,6 +38,9 @@ class Net(nn.Module):
 
 MODEL, SHAPE, BATCH = Net(), (8, 8, 1), 16
 TABLE = trace_layers(MODEL, SHAPE, rules=bit_rules((4, 3, 2)))
+NET = Supernet(MODEL, TABLE, quantizer=QUANTIZERS["lsq"])
+TICKING = dataclasses.replace(NET, model=Net(ticking=True))
+INIT = jax.jit(Supernet.init, static_argnums=0)
 LABELS = jnp.arange(BATCH, dtype=jnp.int32) % 3
 
 
@@ -51,8 +56,7 @@ CALIBRATION = drawn_images(1, 3, 8)
 @pytest.fixture(scope="module")
 def made():
     """A supernet whose norm rows all differ."""
-    init = jax.jit(supernet.init, static_argnums=(0, 1))
-    made = init(MODEL, TABLE, drawn_variables(MODEL, SHAPE, 1), IMAGES)
+    made = INIT(NET, drawn_variables(MODEL, SHAPE, 1), IMAGES)
     generator = np.random.default_rng(2)
 
     def disturb(leaf):
@@ -69,18 +73,14 @@ def configs(seed, count=5):
 
 
 @functools.cache
-def forward(norms, quantizer):
+def forward(net, norms):
     """The logits of one subnet, by `select` and `recalibrate`."""
 
     @jax.jit
     def logits(made, bits):
         if norms == "recalibrated":
-            made = recalibrate(MODEL, TABLE, made, bits, CALIBRATION, quantizer=quantizer)
-        selected = supernet.select(TABLE, made, bits, quantizer=quantizer)
-        train = norms == "batch"
-        return supernet.apply(
-            MODEL, TABLE, selected, IMAGES, train=train, quantizer=quantizer
-        ).logits
+            made = net.recalibrate(made, bits, CALIBRATION)
+        return net.forward(net.select(made, bits), IMAGES, train=norms == "batch").logits
 
     return logits
 
@@ -89,9 +89,9 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def naive(made, population, metric, norms="batch", quantizer=QUANTIZERS["lsq"]):
+def naive(made, population, metric, norms="batch", net=NET):
     """One configuration at a time; the metrics in NumPy, in float64."""
-    logits = functools.partial(forward(norms, quantizer), made)
+    logits = functools.partial(forward(net, norms), made)
     teacher = log_softmax(np.asarray(logits(TABLE.max_config), np.float64))
     found = []
     for index in range(len(population.weights)):
@@ -118,23 +118,15 @@ def naive(made, population, metric, norms="batch", quantizer=QUANTIZERS["lsq"]):
     ],
 )
 def test_scores_are_those_of_one_forward_for_each_configuration(made, metric, norms, quantizer):
-    quantizer = QUANTIZERS[quantizer]
+    net = dataclasses.replace(NET, quantizer=QUANTIZERS[quantizer])
     calibration = CALIBRATION if norms == "recalibrated" else None
     before = jax.tree.map(np.array, made)
-    score = make_score(
-        MODEL,
-        TABLE,
-        made,
-        metric=metric,
-        norms=norms,
-        calibration=calibration,
-        quantizer=quantizer,
-    )
+    score = make_score(net, made, metric=metric, norms=norms, calibration=calibration)
     with CompileCounter() as counter:
         found = [score(configs(seed), IMAGES, LABELS) for seed in (1, 2, 1)]
     assert counter.counts["score_configs"] == 1
     for scores, seed in zip(found, (1, 2, 1), strict=True):
-        wanted = naive(made, configs(seed), metric, norms, quantizer)
+        wanted = naive(made, configs(seed), metric, norms, net)
         # Means in float32; a divergence is a difference of numbers of order 1.
         np.testing.assert_allclose(scores, wanted, rtol=1e-5, atol=2e-7)
     assert len(set(np.asarray(found[0]).tolist())) > 1
@@ -144,7 +136,7 @@ def test_scores_are_those_of_one_forward_for_each_configuration(made, metric, no
 
 @pytest.fixture(scope="module")
 def score(made):
-    return make_score(MODEL, TABLE, made, metric="loss")
+    return make_score(NET, made, metric="loss")
 
 
 def test_any_number_of_configurations_is_one_compilation(made, score):
@@ -170,7 +162,7 @@ def test_bits_of_numpy_and_other_images_compile_nothing(made, score):
 
 
 def test_room_that_is_left_over_computes_nothing(made):
-    score = make_score(Net(ticking=True), TABLE, made, metric="loss")
+    score = make_score(TICKING, made, metric="loss")
     score(configs(1), IMAGES, LABELS)
     assert ticks_of(lambda: score(configs(1, 7), IMAGES, LABELS)) == {"forward": 7}
 
@@ -178,7 +170,7 @@ def test_room_that_is_left_over_computes_nothing(made):
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_configurations_are_split_over_devices(made, score, devices):
     mesh = sharding.make_mesh(devices)
-    split = make_score(MODEL, TABLE, made, metric="loss", mesh=mesh)
+    split = make_score(NET, made, metric="loss", mesh=mesh)
     images, labels = sharding.replicate((IMAGES, LABELS), mesh)
     many = configs(5, scoring.PER_CALL + 3)  # neither number is a multiple of the devices
     found = split(many, images, labels)
@@ -189,14 +181,14 @@ def test_configurations_are_split_over_devices(made, score, devices):
 
 def test_every_device_gets_its_part_of_the_configurations(made):
     mesh = sharding.make_mesh(4)
-    split = make_score(Net(ticking=True), TABLE, made, metric="loss", mesh=mesh)
+    split = make_score(TICKING, made, metric="loss", mesh=mesh)
     images, labels = sharding.replicate((IMAGES, LABELS), mesh)
     assert ticks_of(lambda: split(configs(1, 9), images, labels)) == {"forward": 9}
 
 
 @pytest.mark.parametrize("norms", ["batch", "stored"])
 def test_images_are_split_over_devices(made, norms):
-    split_score = make_score(MODEL, TABLE, made, metric="loss", norms=norms)
+    split_score = make_score(NET, made, metric="loss", norms=norms)
     found = split_score(configs(1), IMAGES, LABELS)
     mesh = sharding.make_mesh(8)
     batch = sharding.global_batch({"image": np.asarray(IMAGES), "label": np.asarray(LABELS)}, mesh)
@@ -211,12 +203,13 @@ def test_images_are_split_over_devices(made, norms):
 def test_scoring_switches_dropout_off(made, score):
     model = Net(dropout=0.5)
     assert trace_layers(model, SHAPE, rules=bit_rules((4, 3, 2))) == TABLE
-    found = make_score(model, TABLE, made, metric="loss")(configs(1), IMAGES, LABELS)
+    dropping = make_score(dataclasses.replace(NET, model=model), made, metric="loss")
+    found = dropping(configs(1), IMAGES, LABELS)
     np.testing.assert_array_equal(found, score(configs(1), IMAGES, LABELS))
 
 
 def test_the_largest_subnet_does_not_diverge_from_itself(made):
-    score = make_score(MODEL, TABLE, made, metric="kl")
+    score = make_score(NET, made, metric="kl")
     largest = jax.tree.map(lambda leaf: leaf[None], TABLE.max_config)
     np.testing.assert_allclose(score(largest, IMAGES, LABELS), 0, atol=1e-7)  # of float32 terms
 
@@ -233,10 +226,10 @@ class HalfPrecision(nn.Module):
 def test_logits_may_have_less_precision(metric):
     model = HalfPrecision()
     table = trace_layers(model, SHAPE, rules=bit_rules((4, 3, 2)))
-    init = jax.jit(supernet.init, static_argnums=(0, 1))
-    made = init(model, table, drawn_variables(model, SHAPE, 1), IMAGES)
+    net = Supernet(model, table, quantizer=NET.quantizer)
+    made = INIT(net, drawn_variables(model, SHAPE, 1), IMAGES)
     configs = jax.tree.map(lambda leaf: leaf[None], table.uniform(2, 3))
-    found = make_score(model, table, made, metric=metric)(configs, IMAGES, LABELS)
+    found = make_score(net, made, metric=metric)(configs, IMAGES, LABELS)
     assert found.dtype == jnp.float32 and np.all(np.isfinite(found))
 
 
@@ -252,4 +245,4 @@ def test_logits_may_have_less_precision(metric):
 )
 def test_what_no_score_can_be_made_of_is_refused(made, wrong, message):
     with pytest.raises(ValueError, match=message):
-        make_score(MODEL, TABLE, made, **wrong)
+        make_score(NET, made, **wrong)

@@ -8,13 +8,13 @@ import optax
 import pytest
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
 from mpq_jax.supernet.sensitivity import hessian_trace, instability, layer_traces, weight_errors
+from mpq_jax.supernet.supernet import Supernet, TrainableParams
 from mpq_jax.training.metrics import CompileCounter
 
 BITS = np.array([6, 5, 4, 3, 2])
@@ -312,7 +312,8 @@ def test_layer_traces_are_those_of_the_kernels_in_the_order_of_the_table():
     model = Net()
     table, variables = trace_layers(model, SHAPE), drawn_variables(model, SHAPE, 0)
     kernels = [variables["params"][name]["kernel"] for name in NET_LAYERS]
-    given = layer_traces(model, table, variables, IMAGES, KEY, probes=4)
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    given = layer_traces(net, variables, IMAGES, KEY, probes=4)
 
     def loss(kernels, images):
         return net_loss(model, variables, dict(zip(NET_LAYERS, kernels, strict=True)), images)
@@ -331,10 +332,8 @@ def test_layer_traces_compile_once_for_equal_models_and_need_no_norm():
         for probes, variables in zip((2, 3), draws, strict=True):
             model = Net(norm=False)
             batches = [batch | {"index": np.arange(probes)} for batch in IMAGES]
-            table = trace_layers(model, SHAPE)
-            given = layer_traces(
-                model, table, variables, batches, KEY, probes=probes, probes_per_call=2
-            )
+            net = Supernet(model, trace_layers(model, SHAPE), quantizer=lsq.QUANTIZER)
+            given = layer_traces(net, variables, batches, KEY, probes=probes, probes_per_call=2)
             assert np.isfinite(given.mean).all()
     assert counter.counts["_probe"] == 1
 
@@ -388,8 +387,8 @@ def test_weight_errors_equal_a_loop_over_kernels(name, quantizer, rules):
     params = drawn_variables(model, SHAPE, 3)["params"]
     grid = (len(table), len(table.candidates))
     steps = np.random.default_rng(0).uniform(0.01, 0.2, grid).astype(np.float32)
-    trainable = supernet.TrainableParams(params, jnp.asarray(steps), jnp.ones(grid))
-    given = weight_errors(table, trainable, quantizer=quantizer)
+    trainable = TrainableParams(params, jnp.asarray(steps), jnp.ones(grid))
+    given = weight_errors(Supernet(model, table, quantizer=quantizer), trainable)
     assert given.shape == grid and given.dtype == jnp.float32
     for index, layer in enumerate(table.layers):
         w = np.asarray(paths.flatten(params)[f"{layer.name}/kernel"], np.float64)
@@ -405,10 +404,11 @@ def test_weight_errors_equal_a_loop_over_kernels(name, quantizer, rules):
 def test_weight_errors_compile_once_for_a_table():
     model = Net()
     table = trace_layers(model, SHAPE, rules=bit_rules((7, 6)))
+    net = Supernet(model, table, quantizer=double_rounding.QUANTIZER)
     grid = (len(table), len(table.candidates))
     with CompileCounter() as counter:
         for seed in (0, 1):
             params = drawn_variables(model, SHAPE, seed)["params"]
-            trainable = supernet.TrainableParams(params, jnp.full(grid, 0.1), jnp.ones(grid))
-            weight_errors(table, trainable, quantizer=double_rounding.QUANTIZER)
+            trainable = TrainableParams(params, jnp.full(grid, 0.1), jnp.ones(grid))
+            weight_errors(net, trainable)
     assert counter.counts["weight_errors"] == 1

@@ -15,17 +15,15 @@ from helpers.tiny_supernets import (
     MODEL,
     STEM,
     make_float_variables,
+    net_of,
 )
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.quantizers import QUANTIZERS, double_rounding
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import (
-    Rule,
-    trace_layers,
-)
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule
+from mpq_jax.supernet.supernet import kernels
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def double_rounded(w, step, bits, max_bits):
 @pytest.fixture(scope="module")
 def float_ends(float_variables):
     """A supernet with float ends, of different step sizes everywhere."""
-    made = INIT(MODEL, FLOAT_ENDS, float_variables, IMAGES)
+    made = INIT(net_of(FLOAT_ENDS), float_variables, IMAGES)
     factors = np.random.default_rng(3).uniform(0.7, 1.3, (2, *made.trainable.act_step_sizes.shape))
     trainable = made.trainable._replace(
         weight_step_sizes=made.trainable.weight_step_sizes * jnp.asarray(factors[0], jnp.float32),
@@ -61,41 +59,39 @@ def float_ends_config(w, d):
 
 @pytest.mark.parametrize(("w", "d"), [(4, 4), (3, 2), (2, 3)])
 def test_double_rounding_takes_the_step_size_of_the_highest_bits(float_ends, w, d):
-    quantizer = double_rounding.QUANTIZER
-    bits = float_ends_config(w, d)
-    selected = supernet.select(FLOAT_ENDS, float_ends, bits, quantizer=quantizer)
-    kernels = supernet.kernels(FLOAT_ENDS, float_ends.trainable.params)
-    found = supernet.kernels(FLOAT_ENDS, selected.params)
+    net, bits = net_of(FLOAT_ENDS, double_rounding.QUANTIZER), float_ends_config(w, d)
+    given = kernels(FLOAT_ENDS, float_ends.trainable.params)
+    found = kernels(FLOAT_ENDS, net.select(float_ends, bits).params)
     max_bits = FLOAT_ENDS.candidates.index(4)
     for layer, own in ((CONV, w), (DEPTHWISE, d)):
         step = float_ends.trainable.weight_step_sizes[layer, max_bits]
-        wanted = double_rounded(kernels[layer], step, own, 4)
+        wanted = double_rounded(given[layer], step, own, 4)
         np.testing.assert_allclose(found[layer], wanted, rtol=1e-6)  # float32 products
         assert len(np.unique(found[layer])) <= 2**own
     for layer in (STEM, HEAD):  # float
-        np.testing.assert_array_equal(found[layer], kernels[layer])
-    steps = supernet.chosen_weight_steps(
-        FLOAT_ENDS, float_ends.trainable, bits.weights, quantizer=quantizer
+        np.testing.assert_array_equal(found[layer], given[layer])
+    steps = net.weight_step_sizes(float_ends.trainable, bits.weights)
+    np.testing.assert_array_equal(
+        steps[CONV], float_ends.trainable.weight_step_sizes[CONV, max_bits]
     )
-    np.testing.assert_array_equal(steps[CONV], float_ends.trainable.weight_step_sizes[CONV, max_bits])
-    np.testing.assert_array_equal(steps[DEPTHWISE], float_ends.trainable.weight_step_sizes[2, max_bits])
+    np.testing.assert_array_equal(
+        steps[DEPTHWISE], float_ends.trainable.weight_step_sizes[2, max_bits]
+    )
 
 
 @pytest.mark.parametrize("name", ["double_rounding", "double_rounding_unshared", "lsq"])
 def test_only_the_step_sizes_that_serve_get_a_gradient_and_are_marked(float_ends, name):
-    quantizer, bits = QUANTIZERS[name], float_ends_config(3, 2)
+    net, bits = net_of(FLOAT_ENDS, QUANTIZERS[name]), float_ends_config(3, 2)
 
     @jax.jit
     @jax.grad
     def gradient(trainable):
         variables = float_ends._replace(trainable=trainable)
-        selected = supernet.select(FLOAT_ENDS, variables, bits, quantizer=quantizer)
-        out = supernet.apply(MODEL, FLOAT_ENDS, selected, IMAGES, train=True, quantizer=quantizer)
-        return jnp.sum(out.logits**2)
+        return jnp.sum(net.forward(net.select(variables, bits), IMAGES, train=True).logits ** 2)
 
     found = gradient(float_ends.trainable)
     one = jax.tree.map(lambda leaf: leaf[None], bits)
-    used = supernet.update_mask(FLOAT_ENDS, float_ends.trainable.params, one, quantizer=quantizer)
+    used = net.update_mask(float_ends.trainable.params, one)
     index = FLOAT_ENDS.candidates.index
     serving = (4, 4) if name == "double_rounding" else (3, 2)
     wanted = [[CONV, index(serving[0])], [DEPTHWISE, index(serving[1])]]
@@ -112,25 +108,22 @@ def test_only_the_step_sizes_that_serve_get_a_gradient_and_are_marked(float_ends
 def test_the_highest_bits_are_those_of_the_layer(float_variables):
     rules = [Rule("^depthwise$", weights=(3, 2), acts=(4, 3, 2)), Rule(weights=CHOICES, acts=8)]
     table = trace_layers(MODEL, (8, 8, 2), rules=rules)
-    made = INIT(MODEL, table, float_variables, IMAGES)
+    made = INIT(net_of(table), float_variables, IMAGES)
     bits = BitConfig(jnp.full(4, 2, jnp.int32), jnp.array([8, 8, 2, 8], jnp.int32))
-    selected = supernet.select(table, made, bits, quantizer=double_rounding.QUANTIZER)
-    kernels = supernet.kernels(table, made.trainable.params)
+    subnet = net_of(table, double_rounding.QUANTIZER).select(made, bits)
+    found, given = kernels(table, subnet.params), kernels(table, made.trainable.params)
     for layer, max_bits in enumerate((4, 4, 3, 4)):
         step = made.trainable.weight_step_sizes[layer, table.candidates.index(max_bits)]
-        wanted = double_rounded(kernels[layer], step, 2, max_bits)
-        found = supernet.kernels(table, selected.params)[layer]
-        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        wanted = double_rounded(given[layer], step, 2, max_bits)
+        np.testing.assert_allclose(found[layer], wanted, rtol=1e-6)
 
 
 def test_float_layers_do_not_read_their_step_sizes(float_ends):
+    net = net_of(FLOAT_ENDS, double_rounding.QUANTIZER)
+
     @jax.jit
     def logits(trainable):
-        variables = float_ends._replace(trainable=trainable)
-        selected = supernet.select(
-            FLOAT_ENDS, variables, float_ends_config(4, 2), quantizer=double_rounding.QUANTIZER
-        )
-        return supernet.apply(MODEL, FLOAT_ENDS, selected, IMAGES, train=False).logits
+        return net.apply(float_ends._replace(trainable=trainable), float_ends_config(4, 2), IMAGES)
 
     trainable = float_ends.trainable
     ends = jnp.array([STEM, HEAD])

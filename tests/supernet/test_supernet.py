@@ -14,24 +14,22 @@ from helpers.tiny_supernets import (
     IMAGES,
     INIT,
     MODEL,
+    NET,
     SHAPE,
     STEM,
     TABLE,
     make_float_variables,
+    net_of,
     quantize,
 )
 
 from mpq_jax.program import paths
-from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
-from mpq_jax.supernet import supernet
+from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import (
-    FIRST_LAST_8BIT,
-    Rule,
-    bit_rules,
-    trace_layers,
-)
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_8BIT, Rule, bit_rules
+from mpq_jax.supernet.supernet import Supernet, TrainableParams, kernels
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def disturb(tree, seed):
 
 @pytest.fixture(scope="module")
 def made(float_variables):
-    return INIT(MODEL, TABLE, float_variables, IMAGES)
+    return INIT(NET, float_variables, IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +65,10 @@ def distinct(made):
     params = paths.map_leaves(
         made.trainable.params, lambda path, x: disturb(x, 5) if "norm" in path else x
     )
-    trainable = supernet.TrainableParams(
-        params, made.trainable.weight_step_sizes * steps[0], made.trainable.act_step_sizes * steps[1]
+    trainable = TrainableParams(
+        params,
+        made.trainable.weight_step_sizes * steps[0],
+        made.trainable.act_step_sizes * steps[1],
     )
     return made._replace(trainable=trainable, batch_stats=disturb(made.batch_stats, 6))
 
@@ -155,8 +155,7 @@ class Forward:
 
     def _call(self, variables, bits, *, train):
         self.traces += 1
-        selected = supernet.select(TABLE, variables, bits)
-        return supernet.apply(MODEL, TABLE, selected, IMAGES, train=train)
+        return NET.forward(NET.select(variables, bits), IMAGES, train=train)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +167,7 @@ def test_init_takes_step_sizes_from_kernels_and_from_inputs_of_the_float_model(
     made, float_variables
 ):
     _, inputs, _ = reference(float_variables, None, train=True)
-    for i, kernel in enumerate(supernet.kernels(TABLE, float_variables["params"])):
+    for i, kernel in enumerate(kernels(TABLE, float_variables["params"])):
         w, x = np.asarray(kernel, np.float64), np.asarray(inputs[i], np.float64)
         reach = max(abs(w.mean() - 3 * w.std(ddof=1)), abs(w.mean() + 3 * w.std(ddof=1)))
         for bits in TABLE.candidates:
@@ -188,13 +187,14 @@ def test_signedness_comes_from_the_calibration_images(made):
 @pytest.mark.parametrize("signed", [True, False])
 def test_a_rule_overrides_the_signedness(float_variables, signed):
     rules = bit_rules(CHOICES, first=[Rule("conv|head", signed=signed)])
-    table = trace_layers(MODEL, (8, 8, 2), rules=rules)
-    made = INIT(MODEL, table, float_variables, IMAGES)
+    made = INIT(net_of(trace_layers(MODEL, (8, 8, 2), rules=rules)), float_variables, IMAGES)
     assert made.signed.tolist() == [True, signed, True, signed]
     high = 2**3 - 1 if signed else 2**4 - 1
     _, inputs, _ = reference(float_variables, None, train=True)
     wanted = 2 * np.abs(inputs[CONV]).mean() / np.sqrt(high)
-    np.testing.assert_allclose(made.trainable.act_step_sizes[CONV, 1], wanted, rtol=1e-5)  # float32 sum
+    np.testing.assert_allclose(
+        made.trainable.act_step_sizes[CONV, 1], wanted, rtol=1e-5
+    )  # float32 sum
 
 
 def test_all_norm_rows_start_as_copies_of_the_float_norm(made, float_variables):
@@ -211,9 +211,9 @@ def test_all_norm_rows_start_as_copies_of_the_float_norm(made, float_variables):
 
 @pytest.mark.parametrize(("w", "a"), PAIRS)
 def test_select_quantizes_kernels_and_picks_rows(distinct, w, a):
-    selected = supernet.select(TABLE, distinct, config(w, a))
+    subnet = NET.select(distinct, config(w, a))
     params = paths.flatten(distinct.trainable.params)
-    chosen = paths.flatten(selected.params)
+    chosen = paths.flatten(subnet.params)
     for i, (name, bits) in enumerate(zip(TABLE.names, (8, w, a, 8), strict=True)):
         step = distinct.trainable.weight_step_sizes[i, column(bits)]
         wanted = lsq.fake_quant(params[f"{name}/kernel"], step, bits, signed=True)
@@ -224,14 +224,14 @@ def test_select_quantizes_kernels_and_picks_rows(distinct, w, a):
             np.testing.assert_array_equal(chosen[f"{path}/{name}"], params[f"{path}/{name}"][place])
         for name in ("mean", "var"):
             stats = paths.flatten(distinct.batch_stats)[f"{path}/{name}"]
-            found = paths.flatten(selected.batch_stats)[f"{path}/{name}"]
+            found = paths.flatten(subnet.batch_stats)[f"{path}/{name}"]
             np.testing.assert_array_equal(found, stats[place])
     for name in ("stem/bias", "head/bias"):
         np.testing.assert_array_equal(chosen[name], params[name])
     columns = [column(bits) for bits in (8, a, w, 8)]
     wanted = distinct.trainable.act_step_sizes[np.arange(4), np.array(columns)]
-    np.testing.assert_array_equal(selected.act_step_sizes, wanted)
-    np.testing.assert_array_equal(selected.act_bits, [8, a, w, 8])
+    np.testing.assert_array_equal(subnet.act_step_sizes, wanted)
+    np.testing.assert_array_equal(subnet.act_bits, [8, a, w, 8])
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +241,8 @@ def gradients(distinct):
     def gradient(scale):
         def loss(trainable):
             variables = distinct._replace(trainable=trainable)
-            selected = supernet.select(TABLE, variables, config(3, 2), scale_step_gradient=scale)
-            out = supernet.apply(
-                MODEL, TABLE, selected, IMAGES, train=True, scale_step_gradient=scale
-            )
+            subnet = NET.select(variables, config(3, 2), scale_step_gradient=scale)
+            out = NET.forward(subnet, IMAGES, train=True, scale_step_gradient=scale)
             return jnp.sum(out.logits**2)
 
         return jax.jit(jax.grad(loss))(distinct.trainable)
@@ -316,12 +314,15 @@ def test_input_of_a_float_layer_is_left_alone(distinct, forward):
 
 def test_evaluation_mode_keeps_statistics_and_training_mode_moves_them(distinct, forward):
     bits = config(4, 2)
-    before = supernet.select(TABLE, distinct, bits).batch_stats
+    before = NET.select(distinct, bits).batch_stats
     after = forward.call(distinct, bits, train=False).batch_stats
     jax.tree.map(np.testing.assert_array_equal, after, before)
     x = reference(distinct, bits, train=True)[1][CONV]
-    kernel = supernet.select(TABLE, distinct, bits).params["block"]["conv"]["kernel"]
-    y = conv(quantize(x, np.asarray(distinct.trainable.act_step_sizes)[CONV, column(2)], 2, False), kernel)
+    kernel = NET.select(distinct, bits).params["block"]["conv"]["kernel"]
+    y = conv(
+        quantize(x, np.asarray(distinct.trainable.act_step_sizes)[CONV, column(2)], 2, False),
+        kernel,
+    )
     moved = forward.call(distinct, bits, train=True).batch_stats["block"]["norm"]
     # momentum 0.99 is nn.BatchNorm's; its variance is a difference of float32 means
     for name, value in {"mean": y.mean((0, 1, 2)), "var": y.var((0, 1, 2))}.items():
@@ -329,22 +330,10 @@ def test_evaluation_mode_keeps_statistics_and_training_mode_moves_them(distinct,
         np.testing.assert_allclose(moved[name], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_scatter_writes_only_the_rows_of_the_bits(distinct):
-    before = supernet.select(TABLE, distinct, config(4, 2)).batch_stats
-    plain = jax.tree.map(lambda leaf: leaf + 7, before)
-    banked = supernet.scatter_batch_stats(TABLE, distinct.batch_stats, config(4, 2), plain)
-    new, old = paths.flatten(banked), paths.flatten(distinct.batch_stats)
-    for path, place in {"block/norm": row(4, 2), "norm": row(2, 4)}.items():
-        for name in ("mean", "var"):
-            wanted = np.array(old[f"{path}/{name}"])
-            wanted[place] += np.float32(7)
-            np.testing.assert_array_equal(new[f"{path}/{name}"], wanted)
-
-
 def test_used_rows_marks_what_some_configuration_names(made):
     pairs = [(4, 4), (3, 2), (3, 2), (2, 4)]
     configs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[config(w, a) for w, a in pairs])
-    used = supernet.update_mask(TABLE, made.trainable.params, configs)
+    used = NET.update_mask(made.trainable.params, configs)
     flat = paths.flatten(used.params)
     for path, crossed in {"block/norm": False, "norm": True}.items():
         wanted = np.zeros((3, 3), bool)
@@ -362,21 +351,21 @@ def test_used_rows_marks_what_some_configuration_names(made):
 
 
 def test_without_banks_all_bits_share_one_norm(float_variables):
-    table = TABLE.with_bn_banks("shared")
-    made = INIT(MODEL, table, float_variables, IMAGES)
+    net = net_of(TABLE.with_bn_banks("shared"))
+    made = INIT(net, float_variables, IMAGES)
     shapes = jax.tree.map(jnp.shape, (made.trainable.params, made.batch_stats))
     plain = jax.tree.map(jnp.shape, (float_variables["params"], float_variables["batch_stats"]))
     assert shapes == plain
     for bits in (config(4, 4), config(2, 3)):
-        selected = supernet.select(table, made, bits)
+        subnet = net.select(made, bits)
         jax.tree.map(
-            np.testing.assert_array_equal, selected.batch_stats, float_variables["batch_stats"]
+            np.testing.assert_array_equal, subnet.batch_stats, float_variables["batch_stats"]
         )
-    out = supernet.apply(MODEL, table, selected, IMAGES, train=True)
+    out = net.forward(subnet, IMAGES, train=True)
     assert set(out.features) == {"block", "block/norm", "norm"}
-    stats = supernet.scatter_batch_stats(table, made.batch_stats, config(2, 3), out.batch_stats)
+    stats = bn_banks.scatter(net.table, made.batch_stats, config(2, 3), out.batch_stats)
     jax.tree.map(np.testing.assert_array_equal, stats, out.batch_stats)
-    used = supernet.update_mask(table, made.trainable.params, jax.tree.map(lambda b: b[None], bits))
+    used = net.update_mask(made.trainable.params, jax.tree.map(lambda b: b[None], bits))
     assert jax.tree.all(jax.tree.map(lambda leaf: leaf.shape == () and bool(leaf), used.params))
 
 
@@ -434,13 +423,14 @@ class KeywordCalls(nn.Module):
 def test_a_users_own_model_works_unchanged(model, eval_mode):
     table = trace_layers(model, (8, 8, 2), rules=[Rule(weights=(16, 2), acts=(16, 2))])
     variables = drawn_variables(model, SHAPE, 0)
-    made = INIT(model, table, variables, IMAGES)
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    made = INIT(net, variables, IMAGES)
 
     @jax.jit
     def predict(bits):
-        selected = supernet.select(table, made, bits)
-        trained = supernet.apply(model, table, selected, IMAGES, train=True, dropout_key=KEY)
-        tested = supernet.apply(model, table, selected, IMAGES, train=False)
+        subnet = net.select(made, bits)
+        trained = net.forward(subnet, IMAGES, train=True, dropout_key=KEY)
+        tested = net.forward(subnet, IMAGES, train=False)
         return tested.logits, trained.logits
 
     wanted = model.apply(variables, IMAGES, **eval_mode)

@@ -73,7 +73,8 @@ def test_costs_of_tied_layers_are_those_of_equal_bits(kind):
 
 def test_layers_of_a_pattern_share_weight_bits_and_input_bits():
     table = tie_matching(TABLE, ["conv|head", "side$"])
-    assert table.tied_groups == ((2, 6, 10), (3, 11), (5, 9))  # conv: one input is fixed; side: one kernel
+    # Of the convolutions one input is fixed, of the side layers one kernel.
+    assert table.tied_groups == ((2, 6, 10), (3, 11), (5, 9))
     left = bits_of(table)
     assert left[1, 0] == left[3, 0] == left[5, 0] == (4, 2)
     assert left[1, 1] == left[5, 1] == (4, 2)
@@ -113,7 +114,7 @@ def test_configurations_follow_the_first_of_each_group():
 @pytest.mark.parametrize(
     ("tie", "message"),
     [
-        (lambda table: tie_matching(table, ["("]), "'\\(' is no regular expression"),
+        (lambda table: tie_matching(table, ["("]), "'\\(' is not a regular expression"),
         (lambda table: tie_matching(table, ["head"]), "'head' matches 1 layers and ties none"),
         (lambda table: tie_matching(table, ["conv", "x"]), "'x' matches 0 layers .*block0/conv"),
         (lambda table: tie_matching(table, ["block1"]), "'block1' matches 2 layers and ties none"),
@@ -132,10 +133,10 @@ def test_entries_without_common_bits_are_named():
     )
     table = LayerTable(layers)
     message = "weights of apart (6, 4); acts of apart (3, 2)"
-    with pytest.raises(ValueError, match="none in common: " + re.escape(message)):
+    with pytest.raises(ValueError, match="no candidate in common: " + re.escape(message)):
         tie_acts_to_weights(table)
     message = "acts of fine (4, 2); acts of apart (3, 2); acts of third (8, 6)"
     with pytest.raises(ValueError, match=re.escape(message)):
         tie_shared_inputs(table)
-    with pytest.raises(ValueError, match="none in common: weights of fine"):
+    with pytest.raises(ValueError, match="no candidate in common: weights of fine"):
         tie_matching(table, ["."])  # each two have some, not all three

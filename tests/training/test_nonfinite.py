@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mpq_jax.parallel.mesh import batch_sharded, make_mesh
-from mpq_jax.training.nonfinite import nonfinite_leaves, first_bad_step, shorten
+from mpq_jax.training.nonfinite import first_bad_step, nonfinite_leaves, shorten
 
 
 def scalars(**values: float) -> dict[str, np.ndarray]:

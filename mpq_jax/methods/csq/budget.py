@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import LinearConstraint
 
 from mpq_jax.quantizers import bit_planes
 from mpq_jax.quantizers.bit_planes import BitPlanes
+from mpq_jax.search import milp
 
 DECIDED = 4.0  # |temperature x logit| from which a gate counts as decided: f is 0.018 or 0.982
 MARGIN = 0.1  # least logit of a mask once the scheme is fixed: decided from temperature 40 on
@@ -190,16 +191,18 @@ def _nearest_scheme(cost, worth, layers, budget: Budget) -> np.ndarray:
         rows.append(LinearConstraint(_order(layers), -np.inf, 0.0))
     if budget.least:
         rows.append(LinearConstraint(_counts(layers), budget.least, np.inf))
-    kinds = np.append(np.ones(count), 0.0)
+    is_plane = np.append(np.ones(count, bool), False)
 
-    def solve(objective, most: float):
-        bounds = Bounds(np.zeros(count + 1), np.append(np.ones(count), most))  # pyright: ignore[reportArgumentType]
-        return milp(objective, constraints=rows, integrality=kinds, bounds=bounds).x
+    def solve(objective: np.ndarray, most: float) -> np.ndarray | None:
+        upper = np.append(np.ones(count), most)
+        return milp.minimize(objective, rows, upper=upper, integral=is_plane)
 
     best = solve(np.append(cost, 0.0), TOLERANCE)
     if best is None:
-        nearest = solve(np.append(np.zeros(count), 1.0), np.inf)[-1]
-        best = solve(np.append(cost, 0.0), nearest * (1 + 1e-6))
+        nearest = solve(np.append(np.zeros(count), 1.0), np.inf)
+        assert nearest is not None  # any distance from the target is allowed
+        best = solve(np.append(cost, 0.0), nearest[-1] * (1 + 1e-6))
+        assert best is not None
     return best[:-1] > 0.5
 
 

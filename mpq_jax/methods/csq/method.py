@@ -1,6 +1,8 @@
-"""CSQ: the scheme grows and the bits become binary by themselves, in one training run."""
+"""CSQ: one training run learns the scheme and makes the bits binary."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -12,11 +14,12 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mpq_jax.methods import optim
-from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo, Variant
 from mpq_jax.methods.csq import budget as budgets
 from mpq_jax.methods.csq import network as networks
 from mpq_jax.methods.csq import phases as times
 from mpq_jax.methods.csq.budget import Budget
+from mpq_jax.methods.csq.curves import training_curves
 from mpq_jax.methods.csq.network import CsqParams, CsqVariables, Gates, Network
 from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
 from mpq_jax.methods.csq.phases import Phases
@@ -30,23 +33,23 @@ from mpq_jax.supernet.supernet import TrainableParams, clip_step_sizes
 from mpq_jax.tasks import classification
 
 PyTree = Any
-SOFT, HARD = "soft", "hard"  # what evaluation may ask for: soft bits, or everything decided
+SOFT, HARD = "soft", "hard"  # names of the evaluations: with soft bits, with all gates hard
 OPEN = 100.0  # logit of a gate that is open at any temperature: f is exactly one
-LEAST_STEP = 1e-12  # of a code: clips at 32 bits are 2^32 of them wide
-WARN_AT = (10.0, 20.0)  # temperatures at which a budget that is out of reach is told of
+MIN_STEP_SIZE = 1e-12  # far below usual, as clipping bounds at 32 bits are 2^32 step sizes
+WARN_AT = (10.0, 20.0)  # temperatures at which an unreachable budget is reported
 
 
 class TrainState(NamedTuple):
-    """Everything a run needs to go on.
+    """Everything that a run needs to resume.
 
     Attributes:
-        step: training steps done.
+        step: number of completed training steps.
         trainable: parameters, step sizes and bit planes.
         batch_stats: norm statistics.
         signed: bool [layers], whether the codes of a layer's input are signed.
-        opt_state: of all optimizers.
-        fixed: whether the scheme is fixed.
-        hard: whether the bits are.
+        opt_state: state of all optimizers.
+        fixed: whether the scheme is frozen.
+        hard: whether the bits are fixed.
     """
 
     step: Int[Array, ""]
@@ -59,11 +62,11 @@ class TrainState(NamedTuple):
 
 
 class SchemeLearning(NamedTuple):
-    """What makes a scheme grow.
+    """Configuration of a scheme that is learned.
 
     Attributes:
         options: hyperparameters.
-        budget: how planes are counted, and how many there may be.
+        budget: budget of planes.
     """
 
     options: Options
@@ -71,14 +74,14 @@ class SchemeLearning(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the pieces of a run are put together.
+    """Constants of a run.
 
     Attributes:
-        network: what is trained.
+        network: network to train.
         options: hyperparameters that both families share.
-        run: the length of the run.
-        phases: what happens when.
-        learning: what makes the scheme grow; None: it is given.
+        run: length of the run and preparation of its batches.
+        phases: phases of the run.
+        learning: configuration of the scheme's learning; None: the scheme is given.
     """
 
     network: Network
@@ -89,17 +92,17 @@ class Plan(NamedTuple):
 
     @property
     def partition(self) -> grad_accumulation.BatchPartition:
-        """Division of a batch; scales of a whole batch leave it to the compiler."""
+        """Division of a batch; the compiler does it if a quantizer scales by the whole batch."""
         return self.run.partition._replace(by_device=not self.network.acts.batch_scale)
 
 
 def sizes_of(table: LayerTable) -> dict[str, int]:
-    """Returns the number of weights of every layer with planes, by path."""
+    """Lists the number of weights of every layer with planes, by path."""
     return {layer.name: layer.params for layer in table.layers if layer.searchable}
 
 
 def most_planes(table: LayerTable, shares: dict[str, float]) -> float:
-    """Returns the mean number of planes when all are on."""
+    """Computes the mean number of planes if all are on."""
     return sum(shares[layer.name] * layer.max_bits for layer in table.layers if layer.searchable)
 
 
@@ -122,7 +125,7 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
 
 
 def make_budget(table: LayerTable, options: Options) -> Budget:
-    """Returns the budget of layers with planes; raises ValueError if no scheme can meet it."""
+    """Makes the budget of the layers with planes; raises ValueError if no scheme can meet it."""
     shares = budgets.shares(sizes_of(table), average=options.average)
     most = most_planes(table, shares)
     if options.target > most:
@@ -133,7 +136,7 @@ def make_budget(table: LayerTable, options: Options) -> Budget:
     least = options.least_planes
     if least > options.target + budgets.TOLERANCE:
         raise ValueError(
-            f"least_planes is {least}, and so is the mean at least, but target is "
+            f"least_planes is {least}, and the mean is at least as large, but target is "
             f"{options.target}; raise target or lower least_planes (0: layers may vanish)"
         )
     for layer in table.layers:
@@ -145,7 +148,7 @@ def make_budget(table: LayerTable, options: Options) -> Budget:
 def make_uniform(
     model: linen.Model, table: LayerTable, options: UniformOptions, run: TrainingInfo
 ) -> Method:
-    """Builds the baseline: the same training, with a scheme that is uniform and given."""
+    """Builds the baseline: the same training with a given, uniform scheme."""
     grown = networks.with_planes(
         table, act_bits=options.act_bits, float_acts=options.float_acts, planes=options.planes
     )
@@ -190,7 +193,7 @@ def _method(plan: Plan) -> Method:
 
     def variables_of(state: TrainState) -> CsqVariables:
         if plan.learning is not None and state.step >= plan.phases.end and not state.fixed:
-            state, _ = _freeze_scheme(plan.learning, state)  # of runs that end before it
+            state, _ = _freeze_scheme(plan.learning, state)  # the run ended before it
         variables = CsqVariables(
             state.trainable,
             state.batch_stats,
@@ -214,17 +217,18 @@ def _method(plan: Plan) -> Method:
         load_warm_start=float_variables,
         summary=make_summary(plan),
         scheme=functools.partial(networks.learned_scheme, network),
+        curves=functools.partial(training_curves, network.table.names),
     )
 
 
 def gates_at(plan: Plan, state: TrainState, step: Int[Array, ""]) -> Gates:
-    """Returns how decided the gates are at a step."""
+    """Computes the gates at a step."""
     final = plan.options.temperature
     return Gates(times.temperature_at(plan.phases, step, final=final), state.fixed, state.hard)
 
 
 def gates_of(plan: Plan, state: TrainState) -> Gates:
-    """Returns how decided the gates were when the state was last moved."""
+    """Computes the gates of the last update."""
     return gates_at(plan, state, jnp.maximum(state.step - 1, 0))
 
 
@@ -239,7 +243,7 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
     gates = gates_at(plan, state, state.step)
 
     def loss_of(trainable: CsqParams, shared, batch_stats, examples, dropout_key):
-        signed, gates, weight, wanted = shared
+        signed, gates, weight, target_mean = shared
         subnet = networks.select(
             network, trainable, batch_stats, signed, gates, scale_step_gradient=True
         )
@@ -256,18 +260,20 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
         metrics = {"loss": task, "accuracy": classification.accuracy(out.logits, labels)}
         if learning is not None:
             planes = trainable.by_layer
-            task += weight * budgets.regularizer(planes, learning.budget, wanted, gates.temperature)
+            task += weight * budgets.regularizer(
+                planes, learning.budget, target_mean, gates.temperature
+            )
         return task, (out.batch_stats, metrics, ())
 
-    wanted, weight = jnp.zeros(()), jnp.zeros(())
+    target_mean, weight = jnp.zeros(()), jnp.zeros(())
     if learning is not None:
-        wanted = wanted_mean(plan, learning, state.step)
+        target_mean = wanted_mean(plan, learning, state.step)
         weight = jnp.where(state.fixed, 0.0, learning.options.budget_weight)
     gradient, batch_stats, metrics, _ = grad_accumulation.partitioned_gradient(
         partition,
         loss_of,
         grad_accumulation.all_gather_params(partition, state.trainable),
-        (state.signed, gates, weight, wanted),
+        (state.signed, gates, weight, target_mean),
         state.batch_stats,
         {"image": plan.run.prepare(batch, image_key), "label": batch["label"]},
         dropout_key,
@@ -275,26 +281,28 @@ def _train_step(plan: Plan, optimizer, state: TrainState, batch: Batch, key: Key
     updates, opt_state = optimizer.update(
         grad_accumulation.reduce_mean(partition, gradient), state.opt_state, state.trainable
     )
-    moved = jax.tree.map(jnp.add, state.trainable, _thawed(updates, state))
-    trainable = _kept_positive(moved)
-    new = state._replace(
-        step=state.step + 1, trainable=trainable, batch_stats=batch_stats, opt_state=opt_state
+    trainable = jax.tree.map(jnp.add, state.trainable, _without_fixed(updates, state))
+    new_state = state._replace(
+        step=state.step + 1,
+        trainable=_clip_positive(trainable),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
     )
-    return grad_accumulation.constrain_state(partition, new), metrics | {
+    return grad_accumulation.constrain_state(partition, new_state), metrics | {
         "temperature": gates.temperature
     }
 
 
 def wanted_mean(plan: Plan, learning: SchemeLearning, step: Int[Array, ""]) -> Float[Array, ""]:
-    """Returns the mean number of planes that the regularizer steers to at a step."""
+    """Computes the mean number of planes that the regularizer targets at a step."""
     most = most_planes(plan.network.table, learning.budget.shares)
     until = learning.options.budget_anneal * plan.phases.freeze_scheme
-    part = jnp.minimum(step.astype(jnp.float32) / until, 1.0) if until else jnp.float32(1)
-    return budgets.annealed(learning.budget, part, most=most)
+    progress = jnp.minimum(step.astype(jnp.float32) / until, 1.0) if until else jnp.float32(1)
+    return budgets.annealed(learning.budget, progress, most=most)
 
 
-def _thawed(updates: CsqParams, state: TrainState) -> CsqParams:
-    """Returns the updates without those of what is fixed: masks, later bits."""
+def _without_fixed(updates: CsqParams, state: TrainState) -> CsqParams:
+    """Zeroes the updates of masks and bits once they are fixed."""
 
     def of_layer(planes: bit_planes.BitPlanes) -> bit_planes.BitPlanes:
         return planes._replace(
@@ -303,22 +311,22 @@ def _thawed(updates: CsqParams, state: TrainState) -> CsqParams:
             mask=jnp.where(state.fixed, 0, planes.mask),
         )
 
-    planes = {name: of_layer(one) for name, one in updates.by_layer.items()}
+    planes = {name: of_layer(layer_planes) for name, layer_planes in updates.by_layer.items()}
     return updates._replace(planes=paths.unflatten(planes))
 
 
-def _kept_positive(trainable: CsqParams) -> CsqParams:
-    """Returns what was learned with positive scales and step sizes."""
+def _clip_positive(trainable: CsqParams) -> CsqParams:
+    """Keeps scales and step sizes positive."""
     planes = {
-        name: one._replace(scale=jnp.maximum(one.scale, bit_planes.SMALLEST_SCALE))
-        for name, one in trainable.by_layer.items()
+        name: layer_planes._replace(scale=jnp.maximum(layer_planes.scale, bit_planes.MIN_SCALE))
+        for name, layer_planes in trainable.by_layer.items()
     }
-    around = clip_step_sizes(trainable.around, least=LEAST_STEP)
+    around = clip_step_sizes(trainable.around, least=MIN_STEP_SIZE)
     return CsqParams(around, paths.unflatten(planes))
 
 
 def _on_epoch(plan: Plan, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
-    """Fixes the scheme at the freeze, the bits at the hardening; tells of a hopeless budget."""
+    """Freezes the scheme and binarizes the bits at their time; warns of an unreachable budget."""
     step, events = epoch * plan.phases.steps_per_epoch, {}
     if plan.learning is not None and step == plan.phases.freeze_scheme:
         state, events = _freeze_scheme(plan.learning, state)
@@ -334,15 +342,15 @@ def _freeze_scheme(
     learning: SchemeLearning, state: TrainState
 ) -> tuple[TrainState, dict[str, float]]:
     budget, planes = learning.budget, state.trainable.by_layer
-    masks = mesh.to_host({name: one.mask for name, one in planes.items()})
+    masks = mesh.to_host({name: layer_planes.mask for name, layer_planes in planes.items()})
     met = budgets.meet(masks, budget)
     before, after = (
-        {name: budgets.scheme(mask, contiguous=budget.contiguous) for name, mask in both.items()}
-        for both in (masks, met)
+        {name: budgets.scheme(mask, contiguous=budget.contiguous) for name, mask in side.items()}
+        for side in (masks, met)
     )
     changed = sum(int(np.sum(before[name] != after[name])) for name in masks)
-    made = {name: _fixed(learning.options, one, met[name]) for name, one in planes.items()}
-    fixed = jax.tree.map(_placed_like, planes, made)
+    new_planes = {name: _fixed(learning.options, planes[name], met[name]) for name in planes}
+    fixed = jax.tree.map(_placed_like, planes, new_planes)
     trainable = state.trainable._replace(planes=paths.unflatten(fixed))
     state = state._replace(trainable=trainable, fixed=jnp.ones_like(state.fixed))
     mean = budgets.mean_planes(fixed, budget.shares, contiguous=budget.contiguous)
@@ -354,28 +362,28 @@ def _freeze_scheme(
 
 
 def _placed_like(old: Array, new: Array) -> Array:
-    """Returns new values where the old ones were put, if they were: else jit compiles anew."""
+    """Places new values like committed old ones, so that jit does not compile again."""
     return jax.device_put(new, old.sharding) if old.committed else jnp.asarray(new)
 
 
 def _fixed(
     options: Options, planes: bit_planes.BitPlanes, mask: np.ndarray
 ) -> bit_planes.BitPlanes:
-    """Returns a layer's planes with the masks of its scheme, and with the bits that it starts from.
+    """Sets the masks of a layer to its scheme, and with `rewind` the bits to new initial values.
 
-    When the temperature starts anew, so do the bits: from the weights that all planes together
-    name, as the scheme can name them.
+    If the temperature starts again, the weights that all planes together represent are re-quantized
+    onto the remaining planes.
     """
     if not (options.rewind and options.rewind_bits):
         return planes._replace(mask=jnp.asarray(mask))
-    whole = bit_planes.hard_weights(planes._replace(mask=jnp.ones_like(planes.mask)))
-    return bit_planes.on_scheme(mesh.to_host(whole), mask)
+    weights = bit_planes.hard_weights(planes._replace(mask=jnp.ones_like(planes.mask)))
+    return bit_planes.on_scheme(mesh.to_host(weights), mask)
 
 
 def _warn_unreachable(
     plan: Plan, learning: SchemeLearning, state: TrainState, step: int
 ) -> dict[str, float]:
-    """Says, before all gates are decided, if what is decided already misses the budget."""
+    """Warns, while some gates are undecided, if the decided ones already miss the budget."""
     budget, final = learning.budget, plan.options.temperature
     now, before = (
         float(times.temperature_at(plan.phases, jnp.int32(at), final=final))
@@ -383,14 +391,16 @@ def _warn_unreachable(
     )
     if not any(before < at <= now for at in WARN_AT):
         return {}
-    masks = mesh.to_host({name: one.mask for name, one in state.trainable.by_layer.items()})
+    planes = state.trainable.by_layer
+    masks = mesh.to_host({name: layer_planes.mask for name, layer_planes in planes.items()})
     low, high = budgets.reachable(masks, budget.shares, now, contiguous=budget.contiguous)
     if low - budgets.TOLERANCE <= budget.target <= high + budgets.TOLERANCE:
         return {}
     logging.warning(
         "the budget of %g planes is out of reach of training: at temperature %.3g the gates that "
-        "are still undecided leave a mean of %.2f to %.2f; the freeze will switch the rest by "
-        "force. Raise budget_weight (now %g), mask_learning_rate or epochs, or lower mask_start",
+        "are still undecided leave a mean of %.2f to %.2f; freezing the scheme will switch the "
+        "rest by force. Raise budget_weight (now %g), mask_learning_rate or epochs, or lower "
+        "mask_start",
         budget.target,
         now,
         low,
@@ -401,7 +411,7 @@ def _warn_unreachable(
 
 
 def make_summary(plan: Plan) -> Callable[[TrainState], dict[str, float]]:
-    """Returns `state -> numbers`: the scheme, and how decided the gates are."""
+    """Makes `state -> numbers`: the scheme, and the fraction of undecided gates."""
     network, table = plan.network, plan.network.table
 
     @jax.jit
@@ -417,15 +427,15 @@ def make_summary(plan: Plan) -> Callable[[TrainState], dict[str, float]]:
 
     def summary(state: TrainState) -> dict[str, float]:
         gates = gates_of(plan, state)
-        found = jax.device_get(numbers(state.trainable, gates.temperature))
+        values = jax.device_get(numbers(state.trainable, gates.temperature))
         decided = {"undecided_masks": bool(state.fixed), "undecided_bits": bool(state.hard)}
-        return {name: 0.0 if decided.get(name) else float(value) for name, value in found.items()}
+        return {name: 0.0 if decided.get(name) else float(value) for name, value in values.items()}
 
     return summary
 
 
 def make_optimizer(plan: Plan) -> optax.GradientTransformation:
-    """Returns one optimizer for each kind of parameter; only kernels are decayed."""
+    """Makes one optimizer for each kind of parameter; only kernels have weight decay."""
     options = plan.options
     shape = times.rate_shape(plan.phases, warmup=options.warmup, tuning=options.tuning_rate)
 
@@ -438,15 +448,15 @@ def make_optimizer(plan: Plan) -> optax.GradientTransformation:
     def adam(peak: float) -> optax.GradientTransformation:
         return optax.chain(optim.scale_by_adam(), at(peak))
 
-    of_planes = {"sgd": sgd, "adam": adam}[options.plane_optimizer]
-    of_acts = adam(options.step_learning_rate)
+    plane_optimizer = {"sgd": sgd, "adam": adam}[options.plane_optimizer]
+    act_optimizer = adam(options.step_learning_rate)
     if options.acts != "lsq":
-        of_acts = sgd(options.learning_rate)  # learned clips move with the weights, as published
+        act_optimizer = sgd(options.learning_rate)  # clipping bounds: as the weights, as published
     groups: dict[Hashable, optax.GradientTransformation] = {
-        "planes": of_planes(options.plane_learning_rate),
+        "planes": plane_optimizer(options.plane_learning_rate),
         "masks": sgd(0.0 if plan.learning is None else plan.learning.options.mask_learning_rate),
         "scales": sgd(options.scale_learning_rate),
-        "acts": of_acts,
+        "acts": act_optimizer,
         "steps": adam(options.step_learning_rate),
         "kernels": optax.chain(
             optax.add_decayed_weights(options.weight_decay), sgd(options.learning_rate)
@@ -467,5 +477,14 @@ def _labels(trainable: CsqParams) -> Any:
     return CsqParams(TrainableParams(params, "steps", "acts"), paths.unflatten(planes))
 
 
+def derive_uniform(grown: Options) -> dict[str, Any]:
+    """Derives the options of the uniform baseline: the target, rounded up, in every layer."""
+    names = (field.name for field in dataclasses.fields(SharedOptions))
+    shared = {name: getattr(grown, name) for name in names}
+    return shared | {"planes": math.ceil(grown.target)}
+
+
 FAMILY = MethodFamily(options=Options, make=make)
-UNIFORM_FAMILY = MethodFamily(options=UniformOptions, make=make_uniform)
+UNIFORM_FAMILY = MethodFamily(
+    options=UniformOptions, make=make_uniform, variant=Variant("csq", "uniform", derive_uniform)
+)

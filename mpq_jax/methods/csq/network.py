@@ -1,4 +1,4 @@
-"""The network that CSQ trains: an ordinary model whose kernels are made of bit planes."""
+"""The network that CSQ trains: an ordinary model with kernels computed from bit planes."""
 
 from typing import Any, NamedTuple
 
@@ -30,11 +30,11 @@ class Network(NamedTuple):
     """Constants of the network; hashable.
 
     Attributes:
-        model: the Linen model.
-        table: its layers; the candidates of a growing layer's weights are its numbers of planes,
-            from all to none.
+        model: Linen model.
+        table: layers of the model; the weight candidates of a layer with planes are the possible
+            numbers of active planes, from all to none.
         acts: quantizer of the inputs.
-        contiguous: see `bit_planes.plane_gates`.
+        contiguous: whether active planes are contiguous, see `bit_planes.plane_gates`.
     """
 
     model: linen.Model
@@ -44,7 +44,7 @@ class Network(NamedTuple):
 
     @property
     def net(self) -> Supernet:
-        """The supernet around the planes: the same layers, those with planes as float kernels."""
+        """Supernet with the same layers, in which kernels with planes count as float kernels."""
         layers = [
             layer._replace(weight_candidates=(FLOAT_BITS,), float_weights=True)
             if layer.searchable
@@ -59,12 +59,12 @@ class Network(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """How decided the gates are.
+    """State of the gates: soft or hard.
 
     Attributes:
-        temperature: sharpness (beta).
-        fixed: whether masks are zeros and ones: the scheme is fixed.
-        hard: whether bits are as well.
+        temperature: sharpness of soft gates (beta).
+        fixed: whether masks are zeros and ones, so that the scheme is fixed.
+        hard: whether bits are zeros and ones too.
     """
 
     temperature: Float[Array, ""]
@@ -76,7 +76,7 @@ class CsqParams(NamedTuple):
     """Parameters that the optimizer updates.
 
     Attributes:
-        around: everything but the kernels made of planes.
+        around: parameters and step sizes, without the kernels that have planes.
         planes: bit planes of these kernels, nested by the paths of their layers.
     """
 
@@ -85,19 +85,19 @@ class CsqParams(NamedTuple):
 
     @property
     def by_layer(self) -> dict[str, BitPlanes]:
-        """The bit planes by the path of their layer."""
+        """Bit planes by the path of their layer."""
         return paths.flatten(self.planes)
 
 
 class CsqVariables(NamedTuple):
-    """The network as evaluation takes it.
+    """Variables of the network for evaluation.
 
     Attributes:
         trainable: parameters, step sizes and bit planes.
         batch_stats: norm statistics of training.
-        hard_stats: norm statistics of the network with every gate decided.
+        hard_stats: norm statistics of the network with hard gates.
         signed: bool [layers], whether the codes of a layer's input are signed.
-        gates: as they are in training.
+        gates: gates of training.
     """
 
     trainable: CsqParams
@@ -110,29 +110,29 @@ class CsqVariables(NamedTuple):
 def with_planes(
     table: LayerTable, *, act_bits: int, float_acts: bool, planes: int | None = None
 ) -> LayerTable:
-    """Returns the layers with numbers of planes as candidates of the weights that have a choice.
+    """Replaces the weight candidates of layers with a choice by their numbers of planes.
 
     Args:
-        table: the layers as rules made them; the largest candidate is the number of planes.
-        act_bits: of the inputs that no rule fixes.
-        float_acts: leaves these inputs float.
-        planes: number of planes of every layer with a choice, instead.
+        table: layers as assigned by rules; the largest candidate is the number of planes.
+        act_bits: bits of the inputs that no rule fixes.
+        float_acts: whether these inputs stay float.
+        planes: number of planes of every layer with a choice; None: the largest candidate.
     """
     if not any(len(layer.weight_candidates) > 1 for layer in table.layers):
         raise ValueError(
-            "the weights of no layer have a choice of bits, so no scheme can grow; give "
-            "config.bits.candidates at least two, the first is the number of planes"
+            "the weights of no layer have a choice of bits, so no scheme can grow; list at least "
+            "two values in config.bits.candidates, of which the largest is the number of planes"
         )
     layers = []
     for layer in table.layers:
         if len(layer.weight_candidates) > 1:
-            most = planes or layer.max_bits
-            if most >= MAX_BITS:
+            max_planes = planes or layer.max_bits
+            if max_planes >= MAX_BITS:
                 raise ValueError(
-                    f"{layer.name!r} would have {most} planes; wanted at most {MAX_BITS - 1}, as "
-                    f"integers have up to {MAX_BITS} bits, the sign counted"
+                    f"{layer.name!r} would have {max_planes} planes; wanted at most "
+                    f"{MAX_BITS - 1}, as integers have up to {MAX_BITS} bits including the sign"
                 )
-            layer = layer._replace(weight_candidates=tuple(range(most, -1, -1)))
+            layer = layer._replace(weight_candidates=tuple(range(max_planes, -1, -1)))
         if len(layer.act_candidates) > 1:
             layer = layer._replace(
                 act_candidates=(act_bits,), float_acts=layer.float_acts or float_acts
@@ -150,18 +150,18 @@ def init(
     mask_start: float,
     clip_rms: float | None,
 ) -> tuple[CsqParams, PyTree, Bool[Array, " layers"]]:
-    """Returns what is learned, norm statistics and signs, from the float model's variables.
+    """Initializes parameters, norm statistics and signs from the float model's variables.
 
     Args:
-        network: what is trained.
+        network: the network to train.
         variables: `{"params": ..., "batch_stats": ...}` of the float model.
         images: normalized calibration images.
-        literal: how planes start, see `csq.from_float`, as for the other two.
-        mask_start: logit of all masks.
-        clip_rms: in root mean squares; of the preserving start.
+        literal: whether planes are initialized as published, see `bit_planes.from_float`.
+        mask_start: initial logit of all masks, not used if `literal`.
+        clip_rms: clipping threshold as a multiple of the root mean square, not used if `literal`.
     """
-    made = network.net.init(variables, images)
-    params = paths.flatten(made.trainable.params)
+    state = network.net.init(variables, images)
+    params = paths.flatten(state.trainable.params)
     planes = {
         layer.name: bit_planes.from_float(
             params.pop(f"{layer.name}/kernel"),
@@ -173,16 +173,17 @@ def init(
         for layer in network.table.layers
         if layer.searchable
     }
-    around = made.trainable._replace(params=paths.unflatten(params))
-    return CsqParams(around, paths.unflatten(planes)), made.batch_stats, made.signed
+    around = state.trainable._replace(params=paths.unflatten(params))
+    return CsqParams(around, paths.unflatten(planes)), state.batch_stats, state.signed
 
 
 def kernel(planes: BitPlanes, gates: Gates, *, contiguous: bool) -> Array:
-    """Returns a layer's weights, as far as its gates are decided; one program for all phases."""
+    """Computes a layer's weights with soft or hard gates; one program serves all phases."""
     soft = bit_planes.plane_gates(planes.mask, gates.temperature, contiguous=contiguous)
     on = bit_planes.active_planes(planes, contiguous=contiguous).astype(soft.dtype)
-    made = bit_planes.combine(planes, jnp.where(gates.fixed, on, soft), gates.temperature)
-    return jnp.where(gates.hard, bit_planes.hard_weights(planes, contiguous=contiguous), made)
+    soft_weights = bit_planes.combine(planes, jnp.where(gates.fixed, on, soft), gates.temperature)
+    hard_weights = bit_planes.hard_weights(planes, contiguous=contiguous)
+    return jnp.where(gates.hard, hard_weights, soft_weights)
 
 
 def select(
@@ -194,30 +195,30 @@ def select(
     *,
     scale_step_gradient: bool = False,
 ) -> Subnet:
-    """Makes all kernels; returns the argument of `network.net.forward`."""
+    """Computes all kernels; returns the argument of `network.net.forward`."""
     params = paths.flatten(trainable.around.params)
     for name, planes in trainable.by_layer.items():
         params[f"{name}/kernel"] = kernel(planes, gates, contiguous=network.contiguous)
-    whole = trainable.around._replace(params=paths.unflatten(params))
+    with_kernels = trainable.around._replace(params=paths.unflatten(params))
     net = network.net
     return net.select(
-        SupernetState(whole, batch_stats, signed),
+        SupernetState(with_kernels, batch_stats, signed),
         net.table.max_config,
         scale_step_gradient=scale_step_gradient,
     )
 
 
 def decided(gates: Gates) -> Gates:
-    """Returns the gates with everything decided."""
+    """Makes all gates hard."""
     return gates._replace(fixed=jnp.array(True), hard=jnp.array(True))
 
 
 def predict(
     network: Network, variables: CsqVariables, hard: Bool[Array, ""], images: Any
 ) -> Float[Array, "batch classes"]:
-    """Returns logits in evaluation mode, with all gates decided (hard) or with soft bits.
+    """Computes logits in evaluation mode, with all gates hard or with soft bits.
 
-    Soft bits come with masks as training has them: soft while the scheme grows.
+    With soft bits, masks are those of training: soft until the scheme is frozen.
     """
     soft = variables.gates._replace(hard=jnp.array(False))
     gates, stats = jax.tree.map(
@@ -232,7 +233,7 @@ def predict(
 def hard_statistics(
     network: Network, variables: CsqVariables, images: Float[Array, "batches batch ..."]
 ) -> PyTree:
-    """Returns the norm statistics of the network with every gate decided, on training images."""
+    """Computes the norm statistics of the network with hard gates on training images."""
     subnet = select(
         network,
         variables.trainable,
@@ -244,7 +245,7 @@ def hard_statistics(
 
 
 def plane_bits(network: Network, trainable: CsqParams) -> BitConfig:
-    """Returns the active planes of each layer; of a layer that is not made of planes, its bits."""
+    """Counts the active planes of each layer; layers without planes keep their bits."""
     counts = {
         name: jnp.sum(
             bit_planes.active_planes(planes, contiguous=network.contiguous), dtype=jnp.int32
@@ -256,13 +257,13 @@ def plane_bits(network: Network, trainable: CsqParams) -> BitConfig:
 
 
 def layout(network: Network, planes: BitPlanes) -> str:
-    """Returns which planes are active, the most significant first: "11010000"."""
+    """Describes the active planes, the most significant first, as in "11010000"."""
     on = np.asarray(bit_planes.active_planes(planes, contiguous=network.contiguous))
-    return "".join("01"[int(one)] for one in on[::-1])
+    return "".join("01"[int(is_on)] for is_on in on[::-1])
 
 
 def code_bits(codes: Int[Array, "*shape"]) -> int:
-    """Returns the bits of a signed integer that holds all codes and their negatives; 0 of zeros."""
+    """Computes the bits of a signed integer for all codes and their negatives; 0 for zeros only."""
     largest = int(np.max(np.abs(np.asarray(codes)), initial=0))
     return (2 * largest).bit_length() if largest else 0
 
@@ -270,11 +271,10 @@ def code_bits(codes: Int[Array, "*shape"]) -> int:
 def learned_scheme(network: Network, variables: CsqVariables) -> LearnedScheme:
     """Converts the binarized network into an ordinary supernet with fixed bits.
 
-    Its kernels are multiples of their step sizes, so quantizing them at the bits of their
-    integers, sign included, changes nothing: costs, recalibration and exports take it like any
-    other supernet. The ways to count its bits are "planes" (active planes, as published; layers
-    without planes keep their bits) and "integers" (what the codes need, sign included: the bits
-    of the table).
+    Its kernels are multiples of their step sizes, so quantizing them to the bits of their integers,
+    including the sign, changes nothing: costs, recalibration and export treat it like any other
+    supernet. Bits are counted as "planes" (active planes, as published; layers without planes keep
+    their bits) and as "integers" (bits of the codes, including the sign: those of the table).
     """
     table, trainable, net = network.table, variables.trainable, network.net
     integers = {
@@ -298,7 +298,7 @@ def learned_scheme(network: Network, variables: CsqVariables) -> LearnedScheme:
     columns = choice_index(net.table, jnp.asarray(max_config.acts))
     act_step_sizes = trainable.around.act_step_sizes[jnp.arange(len(table)), columns]
 
-    def for_all_bits(step_sizes):  # every layer has one candidate and so one step size
+    def for_all_bits(step_sizes):  # each layer has one candidate and therefore one step size
         return jnp.broadcast_to(step_sizes[:, None], (len(table), len(final.candidates)))
 
     state = SupernetState(
@@ -325,8 +325,8 @@ def learned_scheme(network: Network, variables: CsqVariables) -> LearnedScheme:
 def _integer_quantizer(acts: ActQuantizer) -> Quantizer:
     """Combines integer kernels with the quantizer of the inputs.
 
-    A learned clip has become a step size by the end of training, so the usual quantizer serves it;
-    scales of each batch need their own.
+    A learned clipping bound is stored as a step size, so it needs no quantizer of its own; scales
+    computed from each batch do.
     """
     if acts.batch_scale:
         return Quantizer(double_rounding.QUANTIZER.weights, acts)

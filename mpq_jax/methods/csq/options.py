@@ -1,4 +1,4 @@
-"""Hyperparameters of CSQ, and of its baseline with a fixed scheme."""
+"""Hyperparameters of CSQ and of its baseline with a fixed scheme."""
 
 import dataclasses
 
@@ -16,35 +16,40 @@ STARTS, AVERAGES, OPTIMIZERS = ("preserving", "literal"), ("layer", "param"), ("
 
 @dataclasses.dataclass(frozen=True)
 class SharedOptions:
-    """What CSQ and its baseline have in common.
+    """Hyperparameters that CSQ and its baseline have in common.
 
     Attributes:
-        binarize: when bits become zeros and ones for good, as a fraction of the run; from then on
-            only scales, norms, biases and what is no bit plane are tuned. 1: at the end alone.
-        temperature: sharpness of all gates at the end of a rise (T); it rises exponentially
-            from 1, step by step, and stays there.
-        contiguous: a plane is on only as far as all more significant ones are.
-        start: "preserving" starts from the given weights; "literal" takes bits 0 and 1 as logits,
-            as published, which shrinks the weights to 0.12 times theirs.
-        clip_rms: at the preserving start, weights beyond so many root mean squares of a layer are
-            clipped, so that the planes are for the others; 0: the largest weight sets the scale.
-        acts: how inputs of layers are quantized: "lsq" (learned step size), "pact" (learned
-            clipping) or "batch_max" (the largest input of the batch, as published for more than 3
+        binarize: time at which the bits are fixed as zeros and ones, as a fraction of the run;
+            afterwards, only scales, norms, biases and kernels without bit planes are tuned. 1: at
+            the end.
+        temperature: final sharpness of all gates (T), to which it rises exponentially from 1, step
+            by step.
+        contiguous: whether the gate of a plane is multiplied by those of all more significant
+            planes.
+        start: "preserving" starts from the given weights; "literal" uses the bit values 0 and 1 as
+            logits, as published, which scales the weights by 0.12.
+        clip_rms: clipping threshold of the weights at the preserving start, as a multiple of their
+            root mean square in a layer, so that outliers do not determine the scale; 0: the largest
+            weight does.
+        acts: quantizer of the layers' inputs: "lsq" (learned step size), "pact" (learned clipping)
+            or "batch_max" (scaled by the largest input of the batch, as published for more than 3
             bits; cannot be exported).
-        act_bits: of the inputs of all layers that no rule fixes; 32 leaves them float ("pact" then
-            clips without rounding).
-        learning_rate: of SGD with momentum for kernels that are no planes, norms and biases;
-            cosine to 0 over each phase, see `tuning_rate`.
-        plane_learning_rate: of the bits.
-        scale_learning_rate: of SGD for the scales of the planes; before a norm they do not matter.
-        step_learning_rate: of Adam for step sizes.
-        plane_optimizer: of the bits: "sgd" (as published) or "adam". Masks always take SGD: Adam
-            makes the steps of all masks alike, and with them the planes.
-        tuning_rate: factor of all rates after `binarize`.
-        momentum: of SGD.
-        warmup: linear warm-up from zero, as a fraction of the first phase.
-        weight_decay: of kernels that are no bit planes; gates are never decayed.
-        label_smoothing: in the cross-entropy.
+        act_bits: bits of the inputs of all layers that no rule fixes; 32 leaves them float ("pact"
+            then clips without rounding).
+        learning_rate: learning rate of SGD with momentum for kernels without planes, norms and
+            biases, a cosine to 0 over each phase; see `tuning_rate`.
+        plane_learning_rate: learning rate of the bits.
+        scale_learning_rate: learning rate of SGD for the scales of the planes; before a norm, the
+            scales have no effect.
+        step_learning_rate: learning rate of Adam for step sizes.
+        plane_optimizer: optimizer of the bits: "sgd" (as published) or "adam". Masks always use
+            SGD, because Adam gives all masks steps of the same size, so that planes do not
+            differentiate.
+        tuning_rate: factor of all learning rates after `binarize`.
+        momentum: momentum of SGD.
+        warmup: length of the linear warm-up from zero, as a fraction of the first phase.
+        weight_decay: weight decay of kernels without bit planes; gates are never decayed.
+        label_smoothing: label smoothing of the cross-entropy, 0 to 1.
     """
 
     binarize: float = 0.9
@@ -66,7 +71,7 @@ class SharedOptions:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        """Refuses invalid values and names the valid ones."""
+        """Raises ValueError, listing the valid values, for an invalid one."""
         choices = {
             "start": STARTS,
             "acts": tuple(ACT_QUANTIZERS),
@@ -79,7 +84,7 @@ class SharedOptions:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
         if not 0 < self.binarize <= 1:
-            raise ValueError(f"harden is {self.binarize}; wanted a fraction of the run, above 0")
+            raise ValueError(f"binarize is {self.binarize}; wanted a fraction of the run, above 0")
         if self.clip_rms < 0:
             raise ValueError(f"clip_rms is {self.clip_rms}; wanted root mean squares, or 0")
         if self.temperature <= 1:
@@ -91,12 +96,12 @@ class SharedOptions:
 
     @property
     def act_quantizer(self) -> ActQuantizer:
-        """The quantizer of the layers' inputs."""
+        """Quantizer of the layers' inputs."""
         return ACT_QUANTIZERS[self.acts]
 
     @property
     def float_acts(self) -> bool:
-        """Whether nothing at all happens to the inputs of layers."""
+        """Whether the inputs of layers are neither rounded nor clipped."""
         return self.act_bits == FLOAT_BITS and self.acts != "pact"
 
 
@@ -107,24 +112,25 @@ class Options(SharedOptions):
     Attributes:
         target: mean number of planes to reach, without the sign.
         average: weighting of the mean: "layer" counts every layer once (as published), "param"
-            weighs it by its number of weights, which is what storage pays for.
-        least_planes: least planes of every layer in the frozen scheme; 0: layers may vanish, as
-            published.
+            weights it by its number of weights, as storage does.
+        least_planes: smallest number of planes of any layer in the frozen scheme; 0: layers may
+            vanish, as published.
         budget_weight: weight of the budget-aware regularizer (lambda), with the error of the mean
             in bits. The published code measures it as a fraction of the bits, so its 0.01 is
             0.00125 here.
-        budget_anneal: part of the time until `freeze_scheme` during which the budget falls
-            linearly from all planes to the target, so that planes leave one by one. 0: at once,
-            as published. Near 1 is too late: most gates are decided above temperature 10.
+        budget_anneal: fraction of the time until `freeze_scheme` during which the budget falls
+            linearly from all planes to the target, so that planes are dropped one by one. 0: at
+            once, as published. A value near 1 is too late, because most gates are decided above
+            temperature 10.
         mask_learning_rate: learning rate of the masks.
-        mask_start: logit of all masks at the preserving start.
+        mask_start: initial logit of all masks at the preserving start.
         freeze_scheme: time at which the scheme is frozen, as a fraction of the run: masks become
             zeros and ones, with the fewest changes that meet the budget.
-        rewind: whether the temperature reaches its end at `freeze_scheme` and then, until
-            `binarize`, temperature and learning rates go through their schedules once more, as in
-            the paper's ImageNet runs; otherwise there is one schedule until `binarize`.
+        rewind: whether the temperature reaches its final value at `freeze_scheme`, and temperature
+            and learning rates then repeat their schedules until `binarize`, as in the paper's
+            ImageNet runs; otherwise there is one schedule until `binarize`.
         rewind_bits: whether, with `rewind`, the weights are re-quantized onto the remaining bit
-            planes when the scheme is frozen; otherwise bits go on as they are.
+            planes when the scheme is frozen; otherwise bits are kept.
     """
 
     target: float = 3.0
@@ -139,7 +145,7 @@ class Options(SharedOptions):
     rewind_bits: bool = True
 
     def __post_init__(self):
-        """Refuses invalid values and names the valid ones."""
+        """Raises ValueError, listing the valid values, for an invalid one."""
         super().__post_init__()
         if self.average not in AVERAGES:
             raise ValueError(f"average is {self.average!r}; wanted one of {AVERAGES}")
@@ -167,13 +173,13 @@ class UniformOptions(SharedOptions):
     """Hyperparameters of the baseline: the same training with the same planes in every layer.
 
     Attributes:
-        planes: of every layer, all on from the first step to the last; the sign not counted.
+        planes: number of planes of every layer, without the sign; all are on during the whole run.
     """
 
     planes: int = 3
 
     def __post_init__(self):
-        """Refuses invalid values and names the valid ones."""
+        """Raises ValueError, listing the valid values, for an invalid one."""
         super().__post_init__()
         if not 1 <= self.planes < MAX_BITS:
             raise ValueError(f"planes is {self.planes}; wanted 1 to {MAX_BITS - 1}")

@@ -1,4 +1,4 @@
-"""What happens when: the phases of a run, the temperature and the learning rates along them."""
+"""Phases of a run, with the schedules of the temperature and the learning rates."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from mpq_jax.methods.base import TrainingInfo
 
 
 class Phases(NamedTuple):
-    """The phases of a run, in steps; each begins with an epoch.
+    """Phases of a run, in steps; each starts with an epoch.
 
     Attributes:
-        freeze_scheme: step from which the scheme is fixed; masks learn before it.
+        freeze_scheme: step from which the scheme is frozen; masks are trained before it.
         binarize: step from which the bits are fixed.
-        end: steps of the run.
-        steps_per_epoch: of the run.
-        rewind: whether the temperature rises anew from `freeze_scheme` to `binarize`.
+        end: number of steps in the run.
+        steps_per_epoch: number of steps in an epoch.
+        rewind: whether the temperature rises a second time, from `freeze_scheme` to `binarize`.
     """
 
     freeze_scheme: int
@@ -30,9 +30,9 @@ class Phases(NamedTuple):
 def make_phases(
     run: TrainingInfo, *, freeze_scheme: float, binarize: float, rewind: bool = False
 ) -> Phases:
-    """Returns the phases of a run from fractions of it, rounded to whole epochs.
+    """Converts fractions of a run to phases, rounded to whole epochs.
 
-    A ticket above 0 leaves at least one epoch to the masks, and rewinding one to the bits.
+    A `freeze_scheme` above 0 leaves at least one epoch to the masks, and rewinding one to the bits.
     """
     first = 0
     if freeze_scheme > 0:
@@ -43,10 +43,10 @@ def make_phases(
 
 
 def temperature_at(phases: Phases, step: Int[Array, ""], *, final: float) -> Float[Array, ""]:
-    """Returns the temperature of the gates (beta): exponential from 1 to `final`, not beyond it.
+    """Computes the temperature of the gates (beta), which rises exponentially from 1 to `final`.
 
-    It rises until the bits are fixed; with `rewind`, once while the scheme grows and once more
-    while only bits are learned.
+    It reaches `final` when the bits are fixed, and stays there. With `rewind`, it rises twice: once
+    while the scheme is learned, and once more while only bits are learned.
 
     References:
         CSQ, https://arxiv.org/abs/2212.02770: beta = T^(t / end), here by step instead of epoch.
@@ -59,15 +59,15 @@ def temperature_at(phases: Phases, step: Int[Array, ""], *, final: float) -> Flo
 
 
 def _part(step: Int[Array, ""], start: int, stop: int) -> Float[Array, ""]:
-    """Returns how much of the steps from start to stop is over, 0 to 1."""
+    """Computes the completed fraction of the steps from start to stop, 0 to 1."""
     return jnp.clip((step - start).astype(jnp.float32) / max(stop - start, 1), 0.0, 1.0)
 
 
 def rate_shape(phases: Phases, *, warmup: float, tuning: float):
-    """Returns `step -> factor` of all learning rates: a cosine from 1 to 0 over each phase.
+    """Makes `step -> factor` of all learning rates: a cosine from 1 to 0 over each phase.
 
-    Growing and, without rewinding, learning bits at the last temperature are one phase. Tuning
-    what is left after hardening is another, which starts at `tuning`.
+    Learning the scheme and learning the bits are one phase, with rewinding two. Tuning the other
+    parameters after `binarize` is another phase, which starts at `tuning`.
     """
     first = phases.freeze_scheme if phases.rewind else phases.binarize
 
@@ -82,16 +82,16 @@ def rate_shape(phases: Phases, *, warmup: float, tuning: float):
             change="step",
         )
 
-    growing, learning = cosine(1.0, first, warmup), cosine(1.0, phases.binarize - first)
-    tuned = cosine(tuning, phases.end - phases.binarize)
+    first_phase, second_phase = cosine(1.0, first, warmup), cosine(1.0, phases.binarize - first)
+    tuning_phase = cosine(tuning, phases.end - phases.binarize)
 
     def shape(step) -> Array:
         step = jnp.asarray(step, jnp.int32)
         later = jnp.where(
             step < phases.binarize,
-            learning(jnp.maximum(step - first, 0)),
-            tuned(jnp.maximum(step - phases.binarize, 0)),
+            second_phase(jnp.maximum(step - first, 0)),
+            tuning_phase(jnp.maximum(step - phases.binarize, 0)),
         )
-        return jnp.where(step < first, growing(step), later)
+        return jnp.where(step < first, first_phase(step), later)
 
     return shape

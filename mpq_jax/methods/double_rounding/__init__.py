@@ -2,7 +2,7 @@
 
 References:
     Nearly Lossless Adaptive Bit Switching, https://arxiv.org/abs/2502.01565.
-    docs/double_rounding.md lists what the paper leaves open and what is decided here.
+    docs/double_rounding.md lists the questions that the paper leaves open, with the answers here.
 """
 
 from mpq_jax.methods.double_rounding.mixed import MIXED_FAMILY

@@ -1,4 +1,4 @@
-"""One update: the gradient at one configuration, and the optimizers that apply it."""
+"""One update: the gradient at a configuration, and the optimizers that apply it."""
 
 import functools
 from collections.abc import Callable, Hashable
@@ -41,10 +41,10 @@ class Gradient(NamedTuple):
     """Result of one forward and backward pass.
 
     Attributes:
-        trainable: gradient of everything that is learned, with a leading axis of devices
+        trainable: gradient of parameters and step sizes, with a leading axis of devices
             (`grad_accumulation.reduce_mean`).
         batch_stats: banks of norm statistics after the pass.
-        used: parameters that the configuration uses, see `Supernet.update_mask`.
+        used: mask of the parameters that the configuration uses, see `Supernet.update_mask`.
     """
 
     trainable: TrainableParams
@@ -60,7 +60,7 @@ class Learner(NamedTuple):
         gradient: `(variables, example, bits, teacher logits or None)` -> `(Gradient, logits,
             scalars)`.
         apply_update: `(variables, opt_state, gradient, base bits, step)` -> `(variables, opt_state,
-            scalars)`; it consumes the variables and the optimizer state.
+            scalars)`; variables and optimizer state are donated.
         init_optimizer: `trainable -> opt_state`.
     """
 
@@ -71,7 +71,7 @@ class Learner(NamedTuple):
 
 
 def make_learner(net: Supernet, options: Options, run: TrainingInfo, *, max_bits: int) -> Learner:
-    """Builds the functions of an update; `max_bits` is the precision with the full rate."""
+    """Builds the functions of an update; precision `max_bits` has the full learning rate."""
     optimizer = make_optimizer(net.table, options, max_bits=max_bits)
     partition = run.partition
     rates = functools.partial(_rates, options, run)
@@ -105,9 +105,9 @@ def _gradient(
     def loss_of(trainable, shared, batch_stats, examples, dropout_key):
         bits, signed = shared
         images, labels, teacher = examples
-        own = SupernetState(trainable, batch_stats, signed)
+        local_state = SupernetState(trainable, batch_stats, signed)
         out = net.forward(
-            net.select(own, bits, scale_step_gradient=scale),
+            net.select(local_state, bits, scale_step_gradient=scale),
             images,
             train=True,
             scale_step_gradient=scale,
@@ -131,8 +131,8 @@ def _gradient(
         (example.images, example.labels, teacher),
         example.dropout_key,
     )
-    one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], bits)
-    used = net.update_mask(state.trainable.params, one)
+    configs = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], bits)
+    used = net.update_mask(state.trainable.params, configs)
     return Gradient(gradient, stats, used), logits, metrics
 
 
@@ -183,20 +183,20 @@ def _apply_update(
         scale_rate=rate.scales,
     )
     trainable = clip_step_sizes(jax.tree.map(jnp.add, variables.trainable, updates))
-    moved = variables._replace(trainable=trainable, batch_stats=gradient.batch_stats)
+    variables = variables._replace(trainable=trainable, batch_stats=gradient.batch_stats)
     scalars = {
         "scale_rate": optax.tree_utils.tree_get(opt_state, "learning_rate"),
         "scale_gradient": optax.tree_utils.tree_get(opt_state, "mean_gradient"),
     }
-    return *grad_accumulation.constrain_state(partition, (moved, opt_state)), scalars
+    return *grad_accumulation.constrain_state(partition, (variables, opt_state)), scalars
 
 
 def make_optimizer(
     table: LayerTable, options: Options, *, max_bits: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns Adam for parameters (with weight decay on kernels) and Adam under ALRS for scales.
+    """Makes Adam for parameters, with weight decay on kernels, and Adam with ALRS for scales.
 
-    Rows of norms and step sizes that a configuration does not use stay as they are. `update`
+    Rows of norm banks and step sizes that a configuration does not use do not change. `update`
     takes `used` (`Supernet.update_mask`), `bits` (the precision of this update), `learning_rate`
     and `scale_rate` (the scheduled rates).
     """
@@ -218,7 +218,7 @@ def make_optimizer(
 def _scale_optimizer(
     table: LayerTable, options: Options, *, max_bits: int
 ) -> optax.GradientTransformationExtraArgs:
-    # A joint update is called "of the highest precision"; it has factor 1 there.
+    # A joint update counts as one of the highest precision, whose factor is 1.
     by_variant = optim.alrs(
         optim.skip_unused_rows(optim.scale_by_adam()),
         max_bits=max_bits,
@@ -240,7 +240,7 @@ def _scale_optimizer(
 
 
 def _largest_per_layer(table: LayerTable, gradients: PyTree) -> Float[Array, " quantized"]:
-    """Returns the largest absolute gradient among the step sizes of each quantized layer."""
+    """Computes the largest absolute gradient among the step sizes of each quantized layer."""
     quantized = [not (layer.float_weights and layer.float_acts) for layer in table.layers]
     columns = jnp.concatenate(jax.tree.leaves(gradients), axis=1)
     return jnp.max(jnp.abs(columns), axis=1)[np.flatnonzero(quantized)]

@@ -1,5 +1,6 @@
-"""HASB: a supernet of mixed precisions, sampled with an eye on the Hessian."""
+"""HASB: a mixed-precision supernet with Hessian-aware sampling."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
+from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo, Variant
 from mpq_jax.methods.double_rounding import multi, roulette
 from mpq_jax.methods.double_rounding.learner import make_learner
-from mpq_jax.methods.double_rounding.options import MixedOptions
+from mpq_jax.methods.double_rounding.options import MixedOptions, Options
 from mpq_jax.methods.warm_start import supernet_or_float_variables
 from mpq_jax.program import linen
 from mpq_jax.supernet import sensitivity
@@ -23,16 +24,16 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-    """Everything a mixed-precision run needs to go on.
+    """Everything that a mixed-precision run needs to resume.
 
     Attributes:
-        step: training steps done.
-        variables: the supernet.
-        opt_state: of all optimizers.
-        probabilities: float32 [layers, choices], what a layer that leaves the base precision
-            draws its bits from.
-        traces: float32 [layers], the Hessian traces they were made from ...
-        trace_errors: ... and their standard errors.
+        step: number of completed training steps.
+        variables: state of the supernet.
+        opt_state: state of all optimizers.
+        probabilities: float32 [layers, choices], probabilities of the bits of a layer that leaves
+            the base precision.
+        traces: float32 [layers], Hessian traces from which the probabilities were computed.
+        trace_errors: float32 [layers], standard errors of the traces.
     """
 
     step: Int[Array, ""]
@@ -44,10 +45,10 @@ class TrainState(NamedTuple):
 
 
 def make(model: linen.Model, table: LayerTable, options: MixedOptions, run: TrainingInfo) -> Method:
-    """Builds the supernet's training for a model, its layer table and the length of a run."""
+    """Builds the training of the supernet for a model, its layer table and the length of a run."""
     table = table.with_bn_banks(options.bn_banks)
     if not table.searchable.any():
-        raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
+        raise ValueError("no layer of the table has a choice of bits; add candidates to the rules")
     common = common_choices(table)
     levels = multi.levels_of(table)
     net = Supernet(model, table, quantizer=options.quantizer)
@@ -58,13 +59,13 @@ def make(model: linen.Model, table: LayerTable, options: MixedOptions, run: Trai
         variables: PyTree, images: Float[Array, "batch ..."], traces: sensitivity.Trace
     ) -> TrainState:
         if isinstance(variables, SupernetState):
-            made = jax.tree.map(jnp.array, expand_bn_banks(table, variables))
+            state = jax.tree.map(jnp.array, expand_bn_banks(table, variables))
         else:
-            made = net.init(variables, images)
+            state = net.init(variables, images)
         return TrainState(
             jnp.zeros((), jnp.int32),
-            made,
-            learner.init_optimizer(made.trainable),
+            state,
+            learner.init_optimizer(state.trainable),
             roulette.roulette_probabilities(
                 table.candidates, traces.mean, rule=options.roulette, mask=common
             ),
@@ -96,8 +97,8 @@ def make(model: linen.Model, table: LayerTable, options: MixedOptions, run: Trai
         variables, opt_state, metrics = multi.updated(
             learner, options, state.variables, state.opt_state, example, configs, state.step
         )
-        moved = state._replace(step=state.step + 1, variables=variables, opt_state=opt_state)
-        return moved, metrics
+        new_state = state._replace(step=state.step + 1, variables=variables, opt_state=opt_state)
+        return new_state, metrics
 
     def on_epoch(state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
         return state, {} if epoch else _sensitivities(table, state)
@@ -116,19 +117,20 @@ def make(model: linen.Model, table: LayerTable, options: MixedOptions, run: Trai
 
 
 def common_choices(table: LayerTable) -> Bool[np.ndarray, "layers choices"]:
-    """Returns which bits each layer may draw: those of its weights and its input at once.
+    """Finds the bits that each layer may draw: those allowed for both its weights and its input.
 
-    A layer that leaves the base gives both the same bits; one of them that is fixed stays.
+    A layer that leaves the base precision gives both the same bits. If one of them is fixed, only
+    the other one changes.
     """
     weights, acts = table.mask[:, 0], table.mask[:, 1]
     only_weights = (acts.sum(axis=1) == 1)[:, None]
     only_acts = (weights.sum(axis=1) == 1)[:, None] & ~only_weights
     common = np.where(only_weights, weights, np.where(only_acts, acts, weights & acts))
-    lacking = [layer.name for layer, row in zip(table.layers, common, strict=True) if not row.any()]
-    if lacking:
+    empty = [layer.name for layer, row in zip(table.layers, common, strict=True) if not row.any()]
+    if empty:
         raise ValueError(
-            f"weights and input of {', '.join(lacking)} have no bits in common; HASB gives both "
-            "the same, so let the rules allow some for both"
+            f"weights and input of {', '.join(empty)} have no bits in common; HASB gives both "
+            "the same bits, so allow some bits for both in the rules"
         )
     return common
 
@@ -140,7 +142,7 @@ def leave_base(
     probabilities: Float[Array, "layers choices"],
     sigma: Float[Array, ""],
 ) -> BitConfig:
-    """Lets every layer leave the base precision with probability sigma, by the roulette.
+    """Draws new bits by the roulette for each layer, with probability sigma.
 
     References:
         Algorithm A.3.
@@ -149,7 +151,7 @@ def leave_base(
     leaves = jax.random.bernoulli(leave_key, sigma, (len(table),))
     choice = jax.random.categorical(bits_key, jnp.log(probabilities), axis=-1)
     drawn = jnp.array(table.candidates, jnp.int32)[choice]
-    free = table.mask.sum(axis=-1) > 1  # [layers, 2]: what has a choice; the rest keeps its bits
+    free = table.mask.sum(axis=-1) > 1  # [layers, 2]; slots without a choice keep their bits
     drawn_bits = BitConfig(
         jnp.where(leaves & free[:, 0], drawn, jnp.asarray(base.weights)),
         jnp.where(leaves & free[:, 1], drawn, jnp.asarray(base.acts)),
@@ -158,7 +160,7 @@ def leave_base(
 
 
 def _sensitivities(table: LayerTable, state: TrainState) -> dict[str, float]:
-    """Returns each layer's trace, its standard error and the mean bits of its roulette, by name."""
+    """Lists trace, standard error and mean bits of the roulette of each layer, by name."""
     bits = np.array(table.candidates)
     columns = {
         "trace": np.asarray(state.traces),
@@ -177,8 +179,8 @@ def hessian_traces(
 ) -> sensitivity.Trace:
     """Estimates the Hessian trace of every layer of the float model.
 
-    Of a multi-precision network, the float model is its kernels, not quantized, with the norms of
-    the highest precision.
+    The float model of a multi-precision network has its kernels without quantization and the norms
+    of the highest precision.
     """
     if isinstance(variables, SupernetState):
         variables = net.float_variables(variables, net.table.max_config)
@@ -192,9 +194,17 @@ def hessian_traces(
     )
 
 
+def derive_options(multi: Options) -> dict[str, Any]:
+    """Returns the options that the supernet derives from those of its multi-precision network."""
+    shared = dataclasses.asdict(multi)
+    del shared["bn_banks"]  # has more choices in the supernet
+    return shared
+
+
 MIXED_FAMILY = MethodFamily(
     options=MixedOptions,
     make=make,
     warm_starts_from="double_rounding",
     must_match=("scales", "switch"),
+    variant=Variant("double_rounding", "mixed", derive_options),
 )

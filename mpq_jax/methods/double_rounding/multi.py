@@ -1,4 +1,4 @@
-"""Multi-precision training: one network that runs at any of several precisions."""
+"""Multi-precision training: one network that can run at any of several precisions."""
 
 from typing import Any, NamedTuple
 
@@ -19,12 +19,12 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-    """Everything a multi-precision run needs to go on.
+    """Everything that a multi-precision run needs to resume.
 
     Attributes:
-        step: training steps done; each has one update for every precision, or a joint one.
-        variables: the network.
-        opt_state: of all optimizers.
+        step: number of completed training steps; each has one update per precision, or a joint one.
+        variables: state of the network.
+        opt_state: state of all optimizers.
     """
 
     step: Int[Array, ""]
@@ -33,9 +33,9 @@ class TrainState(NamedTuple):
 
 
 def levels_of(table: LayerTable) -> dict[int, BitConfig]:
-    """Returns the uniform configuration of every precision, the highest first."""
+    """Lists the uniform configuration of every precision, the highest first."""
     if not table.precisions:
-        raise ValueError("no layer of the table has quantized weights; give the rules candidates")
+        raise ValueError("no layer of the table has quantized weights; add candidates to the rules")
     return {bits: table.uniform(bits, bits) for bits in table.precisions}
 
 
@@ -49,9 +49,9 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
     @jax.jit
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
         del labels
-        made = net.init(variables, images)
-        opt_state = learner.init_optimizer(made.trainable)
-        return TrainState(jnp.zeros((), jnp.int32), made, opt_state)
+        state = net.init(variables, images)
+        opt_state = learner.init_optimizer(state.trainable)
+        return TrainState(jnp.zeros((), jnp.int32), state, opt_state)
 
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
         example = learner.prepare(batch, key)
@@ -74,9 +74,9 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
 
 
 def updated(learner: Learner, options: Options, *arguments):
-    """Takes a step in the way that the options name; arguments as of `sequential_updates`."""
-    ways = {"sequential": sequential_updates, "joint": joint_update}
-    return ways[options.update](learner, options, *arguments)
+    """Takes the step that the options select; arguments as in `sequential_updates`."""
+    steps = {"sequential": sequential_updates, "joint": joint_update}
+    return steps[options.update](learner, options, *arguments)
 
 
 def sequential_updates(
@@ -88,15 +88,15 @@ def sequential_updates(
     configs: dict[int, BitConfig],
     step: Int[Array, ""],
 ) -> tuple[SupernetState, PyTree, dict[str, Array]]:
-    """Goes through the configurations, the highest base precision first, updating after each.
+    """Updates after each configuration in turn, from the highest base precision down.
 
     Args:
-        learner: compiled pieces.
+        learner: compiled functions of an update.
         options: hyperparameters.
-        variables: the network; consumed.
-        opt_state: of its optimizers; consumed.
-        example: the batch.
-        configs: by their base precision, which scales the learning rate of the step sizes.
+        variables: state of the network; donated.
+        opt_state: state of its optimizers; donated.
+        example: prepared batch.
+        configs: configurations by base precision, which scales the learning rate of step sizes.
         step: training step, for the schedules.
 
     Returns:
@@ -135,7 +135,7 @@ def joint_update(
         if options.distill_weight and teacher is None:
             teacher = logits
         variables = variables._replace(batch_stats=gradient.batch_stats)
-        total = gradient if total is None else _added(total, gradient)
+        total = gradient if total is None else _add(total, gradient)
     assert total is not None  # there is at least one precision
     variables, opt_state, _ = learner.apply_update(
         variables, opt_state, total, jnp.int32(max(configs)), step
@@ -144,10 +144,10 @@ def joint_update(
 
 
 @jax.jit
-def _added(total: Gradient, one: Gradient) -> Gradient:
-    return one._replace(
-        trainable=jax.tree.map(jnp.add, total.trainable, one.trainable),
-        used=jax.tree.map(jnp.logical_or, total.used, one.used),
+def _add(total: Gradient, gradient: Gradient) -> Gradient:
+    return gradient._replace(
+        trainable=jax.tree.map(jnp.add, total.trainable, gradient.trainable),
+        used=jax.tree.map(jnp.logical_or, total.used, gradient.used),
     )
 
 

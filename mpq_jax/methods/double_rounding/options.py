@@ -12,31 +12,33 @@ QUANTIZERS: dict[tuple[str, str], Quantizer] = {
     ("shared", "floor"): double_rounding.FLOORED,
     ("unshared", "round"): double_rounding.UNSHARED,
 }
-PLAIN_RATE = "off"  # scales move by the scheduled rate, whatever the precision
+PLAIN_RATE = "off"  # scales are updated at the scheduled rate at every precision
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Every element of the method; each can be switched off.
+    """Hyperparameters of all elements of the method; each element can be switched off.
 
     Attributes:
-        update: "sequential" updates weights and scales after each precision (as published);
-            "joint" accumulates the gradients of all precisions and updates once (the ablation;
-            needs scale_rate "off", since one update has no one precision).
-        scales: "shared": one learned step size of a layer's weights serves all precisions, and
-            integers alone are stored; "unshared": one for each ("Ours*"), floats are stored.
-        switch: how lower precisions follow from the stored integers: "round", or "floor" (an
-            arithmetic shift; the ablation).
-        scale_rate: reading of adaptive learning-rate scaling, see `optim.alrs`; "off": without.
-        distill_weight: share of the KL to the highest precision's logits in the loss of the lower
-            precisions; 0: off.
-        label_smoothing: in every cross-entropy.
-        learning_rate, end_learning_rate: of Adam for the weights, cosine.
-        scale_learning_rate: of the step sizes (lambda), cosine to 0.
-        warmup: linear warm-up from zero, as a fraction of the run.
-        weight_decay: of kernels, added to their gradients before Adam.
-        scale_step_gradient: LSQ's gradient scale for step sizes.
-        bn_banks: norms kept once per precision ("weights") or shared by all ("shared").
+        update: "sequential" updates weights and scales after each precision (as published); "joint"
+            accumulates the gradients of all precisions and updates once (ablation; needs
+            scale_rate "off", because the update is not for a single precision).
+        scales: "shared": one learned step size per weight tensor serves all precisions, and only
+            integers are stored; "unshared": each precision has its own ("Ours*"), and floats are
+            stored.
+        switch: derivation of lower precisions from the stored integers: "round", or "floor"
+            (arithmetic shift; ablation).
+        scale_rate: variant of adaptive learning-rate scaling, see `optim.alrs`; "off": none.
+        distill_weight: weight of the KL divergence to the highest precision's logits in the loss of
+            the lower precisions, 0 to 1; 0: off.
+        label_smoothing: label smoothing of every cross-entropy, 0 to 1.
+        learning_rate: highest learning rate of Adam for the weights, followed by a cosine.
+        end_learning_rate: learning rate of the weights at the end.
+        scale_learning_rate: learning rate of the step sizes (lambda), a cosine to 0.
+        warmup: length of the linear warm-up from zero, as a fraction of the run.
+        weight_decay: weight decay of kernels, added to their gradients before Adam.
+        scale_step_gradient: whether gradients of step sizes are scaled as in LSQ.
+        bn_banks: norms kept separately for each precision ("weights") or shared by all ("shared").
     """
 
     update: str = "sequential"
@@ -56,7 +58,7 @@ class Options:
     BN_BANKS = ("weights", "shared")
 
     def __post_init__(self):
-        """Refuses invalid values and names the valid ones."""
+        """Raises ValueError, listing the valid values, for an invalid one."""
         choices = {
             "update": ("sequential", "joint"),
             "scales": ("shared", "unshared"),
@@ -77,28 +79,29 @@ class Options:
             )
         if self.update == "joint" and self.scale_rate != PLAIN_RATE:
             raise ValueError(
-                f'update is "joint" and scale_rate is {self.scale_rate!r}: a joint update is of no '
-                f'one precision; set scale_rate to "{PLAIN_RATE}"'
+                f'update is "joint" and scale_rate is {self.scale_rate!r}, but a joint update is '
+                f'not for a single precision; set scale_rate to "{PLAIN_RATE}"'
             )
 
     @property
     def quantizer(self) -> Quantizer:
-        """The quantizer that these options ask for."""
+        """Quantizer selected by the options."""
         return QUANTIZERS[self.scales, self.switch]
 
 
 @dataclasses.dataclass(frozen=True)
 class MixedOptions(Options):
-    """Of the mixed-precision supernet, whose start is a multi-precision network.
+    """Hyperparameters of the mixed-precision supernet, which starts from a multi-precision network.
 
     Attributes:
-        bn_banks: "transition" keeps norms per (bits of the layer, bits of the layer before it);
-            "weights" per bits of the layer; "shared" once.
-        switch_probability: sigma, the probability at the end of the run that a layer leaves the
-            base precision; it grows linearly from epoch to epoch. The paper gives no value.
-        roulette: how a leaving layer's bits are drawn: "published", "smooth" or "uniform".
-        trace_probes: random vectors of the estimate of the Hessian traces.
-        trace_batch: images of one of its batches; it takes the calibration images.
+        bn_banks: norms kept separately for each pair of the bits of a layer and of the layer before
+            it ("transition"), for the bits of the layer ("weights"), or shared by all ("shared").
+        switch_probability: probability at the end of the run that a layer leaves the base precision
+            (sigma); it grows linearly from epoch to epoch. The paper gives no value.
+        roulette: rule by which the bits of such a layer are drawn, a key of
+            `roulette.ROULETTE_RULES`.
+        trace_probes: number of random vectors for the Hessian traces.
+        trace_batch: number of images in a batch for the Hessian traces, of the calibration images.
     """
 
     bn_banks: str = "transition"
@@ -110,7 +113,7 @@ class MixedOptions(Options):
     BN_BANKS = ("transition", "weights", "shared")
 
     def __post_init__(self):
-        """Refuses invalid values and names the valid ones."""
+        """Raises ValueError, listing the valid values, for an invalid one."""
         super().__post_init__()
         if self.roulette not in roulette.ROULETTE_RULES:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The Hessian-aware roulette (HASB): bits drawn with an eye on each layer's sensitivity."""
+"""The Hessian-aware roulette (HASB): sensitive layers draw high bits more often."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,17 +16,17 @@ def roulette(
     rule: str = "published",
     mask: Bool[AnyArray, "layers choices"] | None = None,
 ) -> Int[Array, " layers"]:
-    """Draws the bits of every layer independently, sensitive layers rather high (HASB).
+    """Draws the bits of every layer independently; sensitive layers tend to get high bits (HASB).
 
     Args:
         key: random key; the same key gives the same bits on every device.
         candidates: bits of each choice.
         traces: Hessian trace of every layer.
-        rule: how traces become probabilities, a name in `ROULETTE_RULES`.
-        mask: what is allowed; see `roulette_probabilities`.
+        rule: rule from traces to probabilities, a key of `ROULETTE_RULES`.
+        mask: allowed choices, see `roulette_probabilities`.
 
     Returns:
-        int32 [layers].
+        Bits, int32 [layers].
 
     References:
         Nearly Lossless Adaptive Bit Switching, https://arxiv.org/abs/2502.01565, Hessian-aware
@@ -44,27 +44,28 @@ def roulette_probabilities(
     rule: str = "published",
     mask: Bool[AnyArray, "layers choices"] | None = None,
 ) -> Float[Array, "layers choices"]:
-    """Returns how likely each layer takes each of its bits: (1 - r) / |B| + r b / sum(B).
+    """Computes the probability of each bit-width b in every layer, (1 - r) / |B| + r b / sum(B).
 
-    B are the bits that the layer may take, and r in [0, 1], which `rule` finds from the traces, is
-    its share of the draw that favors high bits: for B = (8, 6, 4, 2) the mean is 5 + r bits.
+    B is the set of bits that the layer may take. The weight r in [0, 1] mixes a uniform draw with
+    one that favors high bits; `rule` computes it from the traces. For B = (8, 6, 4, 2), the mean is
+    5 + r bits.
 
     Args:
         candidates: bits of each choice.
-        traces: Hessian trace t of every layer, in any one unit; all must be finite, which is not
-            checked, as they may be traced.
-        rule: "published": r is 0 where t is below the mean trace, else 1; so where all traces are
-            equal, all layers are sensitive. "smooth" (ours): r = t / (t + mean trace), negative
-            traces taken for 0: it has no cliff, passes 1/2 at the mean, where the published rule
-            jumps, and gives alike layers alike probabilities. "uniform": r = 0.
-        mask: what each layer may take, at least one choice (default: everything). A layer with one
-            choice takes it, and its trace does not count in the mean.
+        traces: Hessian trace t of every layer, all in the same unit and finite; not checked,
+            because they may be traced.
+        rule: "published": r is 0 if t is below the mean trace, otherwise 1; if all traces are
+            equal, r is 1 for all layers. "smooth" (ours): r = t / (t + mean trace), with negative
+            traces counted as 0; it is continuous, equals 1/2 at the mean, where the published rule
+            jumps, and gives similar layers similar probabilities. "uniform": r = 0.
+        mask: allowed choices, at least one per layer; None: all. A layer with a single choice takes
+            it, and its trace does not count in the mean.
 
     Returns:
-        float32 [layers, choices], each row of sum 1.
+        Probabilities, float32 [layers, choices]; each row sums to 1.
 
     Raises:
-        ValueError: an unknown rule, or a mask of another shape.
+        ValueError: the rule is unknown, or the mask has the wrong shape.
     """
     if rule not in ROULETTE_RULES:
         raise ValueError(f"the rule is {rule!r}; known rules are {sorted(ROULETTE_RULES)}")
@@ -83,8 +84,8 @@ def roulette_probabilities(
 def _published_share(
     traces: Float[Array, " layers"], counted: Bool[Array, " layers"]
 ) -> Float[Array, " layers"]:
-    """Returns 0 below the mean of the counted traces and 1 from it on."""
-    # Taken from the largest trace, equal traces are exactly zero and so not below their mean.
+    """Returns 0 for traces below the mean of the counted traces, otherwise 1."""
+    # Relative to the largest trace, equal traces are exactly zero, so none is below the mean.
     offset = traces - jnp.max(traces, where=counted, initial=-jnp.inf)
     return (~(offset < _mean(offset, counted))).astype(jnp.float32)
 
@@ -92,7 +93,7 @@ def _published_share(
 def _smooth_share(
     traces: Float[Array, " layers"], counted: Bool[Array, " layers"]
 ) -> Float[Array, " layers"]:
-    """Returns t / (t + mean of the counted t), and 1/2 everywhere where all are zero."""
+    """Computes t / (t + mean of the counted t); 1/2 for all layers if all traces are zero."""
     traces = jnp.where(counted, jnp.maximum(traces, 0.0), 0.0)
     total = traces + _mean(traces, counted)
     return jnp.where(total > 0, traces / jnp.where(total > 0, total, 1.0), 0.5)
@@ -101,7 +102,7 @@ def _smooth_share(
 def _no_share(
     traces: Float[Array, " layers"], counted: Bool[Array, " layers"]
 ) -> Float[Array, " layers"]:
-    """Returns 0: every layer draws uniformly, the ablation."""
+    """Returns 0, so that every layer draws uniformly (ablation)."""
     return jnp.zeros_like(traces)
 
 

@@ -2,7 +2,7 @@
 
 References:
     Tang et al., Retraining-free Model Quantization via One-Shot Weight-Coupling Learning,
-    CVPR 2024, https://arxiv.org/abs/2401.01543. docs/rfquant.md lists where this differs.
+    CVPR 2024, https://arxiv.org/abs/2401.01543. docs/rfquant.md lists the differences.
 """
 
 from mpq_jax.methods.rfquant.method import FAMILY, TrainState, make

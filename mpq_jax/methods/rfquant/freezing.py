@@ -1,4 +1,4 @@
-"""RFQuant's dynamic bit-width scheduler: which layers lose their lowest bits, and when."""
+"""RFQuant's dynamic bit-width scheduler, which freezes the lowest bits of unstable layers."""
 
 import math
 
@@ -14,11 +14,11 @@ from mpq_jax.supernet.supernet import kernels as layer_kernels
 
 
 def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:
-    """Returns the share of layers to freeze at the start of an epoch; None: no event.
+    """Computes the fraction of layers to freeze at the start of an epoch; None: no event.
 
-    Events lie where `epoch > start` and `epoch + 1` is a multiple of the period, with a longer
-    period late in the run; the ratio follows a cosine from its start to its end value. All
-    periods are at least one epoch, so that short runs work.
+    There is an event if `epoch > start` and `epoch + 1` is a multiple of the period, which is
+    longer late in the run. The ratio follows a cosine from its start to its end value. Periods are
+    at least one epoch, so that short runs work.
 
     References:
         RFQuant's published code. At 150 epochs: 54 events, at epochs 7, 9, ..., 107, 119, 134
@@ -44,7 +44,7 @@ def instabilities(
     *,
     options: Options,
 ) -> Float[Array, " freezable"]:
-    """Returns the instability of every layer that can be frozen, in the table's order."""
+    """Computes the instability of every layer that can be frozen, in the order of the table."""
     rows = freezable(table)
     common = table.mask[rows, 0].all(axis=0)
     use_common = options.freeze_scores == "common" and common.any()
@@ -65,27 +65,28 @@ def instabilities(
 
 
 def freezable(table: LayerTable) -> list[int]:
-    """Returns the indices of the layers with a choice of weight bits."""
+    """Lists the indices of the layers with a choice of weight bits."""
     return [i for i, layer in enumerate(table.layers) if len(layer.weight_candidates) > 1]
 
 
 def freeze(
     table: LayerTable, scores: Float[Array, " freezable"], count: Array, *, options: Options
 ) -> Bool[Array, "layers 2 choices"]:
-    """Returns the mask in which the `count` most unstable layers lack their lowest bits.
+    """Masks the lowest bits of the `count` most unstable layers.
 
-    All other layers get back what the rules allow, so that at most one candidate is missing.
-    Layers that score alike are taken in the table's order.
+    All other layers get back every choice that the rules allow, so at most one candidate of a layer
+    is masked. Ties are broken by the order of the table.
     """
     full = table.mask
     rank = jnp.argsort(jnp.argsort(-scores, stable=True), stable=True)
     frozen = jnp.zeros(len(table), bool).at[np.array(freezable(table))].set(rank < count)
     has_choice = full.sum(-1, keepdims=True) > 1
+    # Candidates descend: the lowest allowed one is the first from the right.
     lowest = full & has_choice & (np.cumsum(full[..., ::-1], axis=-1)[..., ::-1] == 1)
     if not options.freeze_acts:
         lowest[:, 1] = False
     mask = jnp.asarray(full) & ~(jnp.asarray(lowest) & frozen[:, None, None])
     flat = mask.reshape(-1, mask.shape[-1])
-    for group in table.tied_groups:  # what one of a group lacks, all do
+    for group in table.tied_groups:  # a choice masked for one slot is masked for its group
         flat = flat.at[np.array(group)].set(flat[np.array(group)].all(axis=0))
     return flat.reshape(mask.shape)

@@ -1,4 +1,4 @@
-"""RFQuant: one training step over the max subnet and random subnets, as a `Method`."""
+"""RFQuant as a `Method`: each training step covers the max subnet and random subnets."""
 
 import functools
 from collections.abc import Hashable
@@ -34,12 +34,12 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-    """Everything an RFQuant run needs to go on.
+    """Everything that an RFQuant run needs to resume.
 
     Attributes:
-        step: optimizer steps done.
-        variables: the supernet.
-        average: its exponential moving average; None: it is switched off.
+        step: number of completed optimizer steps.
+        variables: state of the supernet.
+        average: exponential moving average of the supernet; None: switched off.
         opt_state: state of all optimizers.
         mask: bool [layers, 2, choices], choices that are not frozen.
     """
@@ -64,13 +64,13 @@ class StepPlan(NamedTuple):
     dropout_key: Key[Array, ""]
     max_config: BitConfig
     configs: BitConfig  # with a leading axis of random subnets
-    min_weight_bits: Int[Array, " layers"]  # weight bits
+    min_weight_bits: Int[Array, " layers"]
     qe_weight: Float[Array, ""]
     two_bit_weights: Float[Array, " layers"]
 
 
 class Teacher(NamedTuple):
-    """Outputs of the max subnet that the random subnets learn from, for one micro-batch."""
+    """Outputs of the max subnet for one micro-batch, from which the random subnets learn."""
 
     logits: Float[Array, "batch classes"]
     features: dict[str, Array]
@@ -80,7 +80,7 @@ class Carry(NamedTuple):
     """State passed from subnet to subnet within a step.
 
     Attributes:
-        gradient: sum so far, with a leading axis of devices.
+        gradient: sum of the gradients so far, with a leading axis of devices.
         batch_stats: banks of norm statistics.
     """
 
@@ -113,7 +113,7 @@ class Context(NamedTuple):
 def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds RFQuant for a model, its layer table and the length of a run."""
     if not any(layer.searchable for layer in table.layers):
-        raise ValueError("no layer of the table has a choice of bits; give the rules candidates")
+        raise ValueError("no layer of the table has a choice of bits; add candidates to the rules")
     table = table.with_bn_banks("pair" if options.norm_banks else "shared")
     optimizer = make_optimizer(table, options, run)
     net = Supernet(model, table, quantizer=lsq.QUANTIZER)
@@ -151,11 +151,11 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
 
     def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
         del labels
-        made = net.init(variables, images)
-        average = jax.tree.map(jnp.array, made) if options.ema_decay > 0 else None
-        opt_state = optimizer.init(made.trainable)
+        state = net.init(variables, images)
+        average = jax.tree.map(jnp.array, state) if options.ema_decay > 0 else None
+        opt_state = optimizer.init(state.trainable)
         return TrainState(
-            jnp.zeros((), jnp.int32), made, average, opt_state, jnp.asarray(table.mask)
+            jnp.zeros((), jnp.int32), state, average, opt_state, jnp.asarray(table.mask)
         )
 
     @jax.jit
@@ -185,7 +185,7 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
 
 
 def _eval_bits(table: LayerTable) -> dict[str, BitConfig | None]:
-    """Names the uniform configurations of the most, the middle and the fewest bits."""
+    """Names uniform configurations of the largest, the middle and the smallest bits."""
     choices = table.bank_bits
     levels = sorted({choices[0], choices[len(choices) // 2], choices[-1]}, reverse=True)
     return {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in levels}
@@ -203,7 +203,7 @@ def _compiled_step(step_fns: StepFns, context: Context):
             jax.jit(step_fns.finish, donate_argnums=0),
         )
         return functools.partial(_step, compiled, context, grad_accumulation.called)
-    # The name shows in the count of compilations.
+    # Wrapped to keep the name, by which compilations are counted.
     step = functools.wraps(_step)(
         functools.partial(_step, step_fns, context, grad_accumulation.LOOPS[loop])
     )
@@ -226,11 +226,11 @@ def _step(
         def subnet(carry: Carry, index: Int[Array, ""]):
             return step_fns.random_subnet(carry, variables, plan, examples, teacher, part, index)
 
-        carry, of_subnets = loop(subnet, carry, context.options.random_subnets)
-        return carry, (metrics, of_subnets)
+        carry, subnet_metrics = loop(subnet, carry, context.options.random_subnets)
+        return carry, (metrics, subnet_metrics)
 
-    carry, (metrics, of_subnets) = loop(micro_batch, carry, context.partition.micro_batches)
-    means = {name: jnp.mean(values) for name, values in {**metrics, **of_subnets}.items()}
+    carry, (metrics, subnet_metrics) = loop(micro_batch, carry, context.partition.micro_batches)
+    means = {name: jnp.mean(values) for name, values in {**metrics, **subnet_metrics}.items()}
     return step_fns.finish(state, carry, plan, means)
 
 
@@ -366,7 +366,7 @@ def _random_subnet(
         if options.two_bit_weight > 0:
             metrics["two_bit"] = terms.two_bit_norm(table, trainable, bits, plan.two_bit_weights)
             difference = options.two_bit_decay - options.weight_decay
-            # Weight decay is not divided by the number of subnets, so this must not be either.
+            # The mean gradient is divided by the number of subnets, but weight decay is not.
             share = options.random_subnets + 1 if options.gradient == "mean" else 1
             loss += options.two_bit_weight * difference * share * metrics["two_bit"]
         return loss, (stats, metrics)
@@ -382,10 +382,10 @@ def _finish(context: Context, optimizer, state: TrainState, carry: Carry, plan: 
     gradient = grad_accumulation.reduce_mean(context.partition, carry.gradient)
     if options.gradient == "mean":
         gradient = jax.tree.map(lambda leaf: leaf / (options.random_subnets + 1), gradient)
-    every = jax.tree.map(
-        lambda one, rest: jnp.concatenate([one[None], rest]), plan.max_config, plan.configs
+    all_configs = jax.tree.map(
+        lambda first, rest: jnp.concatenate([first[None], rest]), plan.max_config, plan.configs
     )
-    used = context.net.update_mask(gradient.params, every)
+    used = context.net.update_mask(gradient.params, all_configs)
     trainable = state.variables.trainable
     updates, opt_state = optimizer.update(gradient, state.opt_state, trainable, used=used)
     trainable = clip_step_sizes(jax.tree.map(jnp.add, trainable, updates))
@@ -397,8 +397,8 @@ def _finish(context: Context, optimizer, state: TrainState, carry: Carry, plan: 
             trainable=_ema(average.trainable, variables.trainable, decay),
             batch_stats=_ema(average.batch_stats, variables.batch_stats, decay),
         )
-    moved = TrainState(state.step + 1, variables, average, opt_state, state.mask)
-    return grad_accumulation.constrain_state(context.partition, moved), metrics
+    new_state = TrainState(state.step + 1, variables, average, opt_state, state.mask)
+    return grad_accumulation.constrain_state(context.partition, new_state), metrics
 
 
 def _ema(old: PyTree, new: PyTree, decay: Array) -> PyTree:
@@ -410,8 +410,8 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the optimizer: clipping, SGD-Nesterov or AdamW for parameters, Adam for step sizes.
 
-    Weight decay acts on convolution kernels only. Rows of norms and step sizes that no subnet of
-    the step used stay as they are; `update` takes them as `used` (`Supernet.update_mask`).
+    Weight decay acts on convolution kernels only. Rows of norm banks and step sizes that no subnet
+    of the step used do not change; `update` takes the mask `used` (`Supernet.update_mask`).
     """
     rate = optim.warmup_cosine(
         peak=options.learning_rate,
@@ -446,10 +446,12 @@ def make_optimizer(
             optim.skip_unused_rows(optax.scale_by_adam()), optax.scale_by_learning_rate(step_rate)
         ),
     }
-    parted = optax.partition(
+    optimizer = optax.partition(
         groups, functools.partial(_group, table), mask_compatible_extra_args=True
     )
-    return optax.chain(optax.clip(options.clip_value), parted) if options.clip_value else parted
+    if not options.clip_value:
+        return optimizer
+    return optax.chain(optax.clip(options.clip_value), optimizer)
 
 
 def _group(table: LayerTable, trainable: TrainableParams) -> TrainableParams:

@@ -6,53 +6,59 @@ from typing import Any
 OPTIMIZERS = ("sgd", "adamw")
 LOOPS = ("auto", "calls", "unrolled", "scan")
 FEATURES = ("norm_output", "post_activation", "block_output")
-EPOCHS = 150  # of the published runs: k / EPOCHS gives the published epoch k at 150 epochs
+EPOCHS = 150  # length of the published runs: k / EPOCHS is the published epoch k
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Every element of the method; each can be switched off.
+    """Hyperparameters of all elements of the method; each element can be switched off.
 
     Attributes:
-        random_subnets: randomly drawn subnets per step, beside the max subnet.
-        subnet_loop: how they are run: "calls" (one compiled function called again and again,
-            least memory on a CPU), "unrolled", "scan", or "auto" ("calls" on a CPU, else "scan").
-        gradient: "sum" over the subnets' losses as published, or their "mean" (but for the 2-bit
-            term, as weight decay is not averaged).
-        soft_label_weight: share of the KL to the max subnet in a random subnet's loss; 0: off.
-        label_smoothing: in every cross-entropy.
-        idm_weight: of information-distortion mitigation; 0: off.
-        idm_features: where distortion is measured; see `terms.information_distortion`.
-        freeze_ratio_start, freeze_ratio_end: share of the layers that lose their lowest bits at
-            the first and the last scheduler event; both 0: off.
-        freeze_start: no event before.
-        freeze_period: time between events (at least an epoch) ...
-        freeze_late_from, freeze_late_period: ... and from when on it is another.
-        freeze_scores: bits that the instability is taken over: "common" (those that every layer
-            may have, so that layers compare; if there are none, as "current") or "current" (as
-            published: what is not frozen).
-        freeze_proportion: part of each half bin that counts as unstable.
-        freeze_acts: a frozen layer's lowest activation bits go too.
+        random_subnets: number of randomly drawn subnets per step, in addition to the max subnet.
+        subnet_loop: implementation of the loop over subnets: "calls" (one compiled function called
+            repeatedly, least memory on CPU), "unrolled", "scan", or "auto" ("calls" on CPU,
+            otherwise "scan").
+        gradient: "sum" of the subnets' losses, as published, or their "mean" (except for the 2-bit
+            term, since weight decay is not averaged).
+        soft_label_weight: weight of the KL divergence to the max subnet in a random subnet's loss,
+            0 to 1; 0: off.
+        label_smoothing: label smoothing of every cross-entropy, 0 to 1.
+        idm_weight: weight of information-distortion mitigation; 0: off.
+        idm_features: features that distortion is measured on, see `terms.pick_features`.
+        freeze_ratio_start: fraction of the layers that are frozen, which masks their lowest bits,
+            at the first scheduler event; 0 for both ratios: off.
+        freeze_ratio_end: fraction of the layers that are frozen at the last event.
+        freeze_start: time before the first event.
+        freeze_period: time between events, at least one epoch.
+        freeze_late_from: time from which `freeze_late_period` applies.
+        freeze_late_period: time between late events, at least one epoch.
+        freeze_scores: bits over which instability is averaged: "common" (those that every layer may
+            have, so that layers are comparable; if there are none, like "current") or "current"
+            (those that are not frozen, as published).
+        freeze_proportion: fraction of each half bin that counts as unstable.
+        freeze_acts: whether the lowest activation bits of a frozen layer are masked too.
         qe_weight: final weight of the quantization-error loss; 0: off.
-        qe_start: when it starts to grow.
-        two_bit_weight: factor of the 2-bit term, which gives weights inside the 2-bit range
-            another decay: (two_bit_decay - weight_decay) / 2 |w|^2 in the loss; 0: off.
-        two_bit_decay: weight decay that they shall feel.
-        two_bit_count: "once" a step however many subnets drew 2 bits, or "each" of them.
+        qe_start: time at which that weight starts to grow.
+        two_bit_weight: factor of the 2-bit term, (two_bit_decay - weight_decay) / 2 |w|^2 in the
+            loss, which changes the weight decay inside the 2-bit range; 0: off.
+        two_bit_decay: weight decay inside the 2-bit range.
+        two_bit_count: "once" per step, however many subnets draw 2 bits, or "each" of them.
         clip_value: bound of every gradient element; 0: off.
-        optimizer: of parameters: "sgd", with Nesterov momentum, as published, or "adamw", which
-            transformers want.
-        learning_rate, end_learning_rate: of parameters, cosine.
-        warmup, warmup_learning_rate: linear warm-up.
-        rate_change: "step" or, as published, "epoch": when learning rates change.
-        momentum: of SGD.
-        weight_decay: of convolution kernels; "adamw" adds it to their updates, where the 2-bit
-            term cannot take it back.
-        step_learning_rate: of Adam for the step sizes, cosine to 0.
-        scale_step_gradient: LSQ's gradient scale for step sizes.
-        ema_decay: of the averaged copy that evaluation and search use; 0: off.
-        ema_warmup: let the average forget faster in the beginning.
-        norm_banks: keep norms once per pair of (weight bits, activation bits).
+        optimizer: optimizer of the parameters: "sgd", with Nesterov momentum, as published, or
+            "adamw", for transformers.
+        learning_rate: highest learning rate of the parameters, followed by a cosine.
+        end_learning_rate: learning rate of the parameters at the end.
+        warmup: length of the linear warm-up.
+        warmup_learning_rate: learning rate at the start of the warm-up.
+        rate_change: unit at which learning rates change, "step" or, as published, "epoch".
+        momentum: momentum of SGD.
+        weight_decay: weight decay of convolution kernels; "adamw" adds it to their updates, where
+            the 2-bit term cannot cancel it.
+        step_learning_rate: learning rate of Adam for step sizes, a cosine to 0.
+        scale_step_gradient: whether gradients of step sizes are scaled as in LSQ.
+        ema_decay: decay of the averaged copy that evaluation and search use; 0: off.
+        ema_warmup: whether the average forgets faster at the beginning.
+        norm_banks: whether norms are kept separately for each pair of weight and activation bits.
     """
 
     random_subnets: int = 3
@@ -92,7 +98,7 @@ class Options:
     norm_banks: bool = True
 
     def __post_init__(self):
-        """Refuses invalid values and names the valid ones."""
+        """Raises ValueError, listing the valid values, for an invalid one."""
         choices = {
             "subnet_loop": LOOPS,
             "optimizer": OPTIMIZERS,
@@ -118,12 +124,16 @@ class Options:
 
 
 def published(**changes: Any) -> Options:
-    """Returns the options under which the published code runs, where it had a choice.
+    """Returns the options of the published code.
 
-    At 150 epochs every duration equals the published number of epochs. These differ from the
-    defaults: learning rates held during an epoch, instability over the unfrozen bits, distortion
-    at the block outputs, the 2-bit term once per subnet, no warm-up of the average, and frozen
-    layers losing activation bits as well (ResNet-18; not in the published MobileNetV2 run).
+    At 150 epochs, every duration equals the published number of epochs. Differences from the
+    defaults: learning rates are constant within an epoch, instability is averaged over the unfrozen
+    bits, distortion is measured at block outputs, the 2-bit term is added once per subnet, the
+    average has no warm-up, and frozen layers lose activation bits too (for ResNet-18; not in the
+    published MobileNetV2 run).
+
+    Args:
+        **changes: options that replace the published ones.
     """
     literal = Options(
         rate_change="epoch",

@@ -1,4 +1,4 @@
-"""RFQuant's additional loss terms, each for one subnet."""
+"""Additional loss terms of RFQuant, each for one subnet."""
 
 from typing import Any
 
@@ -22,17 +22,18 @@ def quantization_error(
     bits: BitConfig,
     lowest: Int[Array, " layers"],
 ) -> Float[Array, ""]:
-    """Pulls weights to their quantized values, where that helps the lowest bits as well.
+    """Computes the loss that pulls weights to quantized values shared with the lowest bits.
 
-    Per layer, the squared distance between the clipped weights and their codes' values, summed
-    over output channels and averaged over the rest. With more bits than the layer's lowest, only
-    weights whose code lies on the lowest bits' grid count. Gradients reach weights only.
+    For each layer, this is the squared distance between the clipped weights and their quantized
+    values, summed over output channels and averaged over the other axes. If the layer has more than
+    its lowest bits, only weights whose code is on the grid of the lowest bits count. Gradients
+    reach weights only.
 
     Args:
         table: the layers.
-        trainable: the supernet's parameters and step sizes.
-        bits: the subnet.
-        lowest: int32 [layers], lowest weight bits that each layer may have at present.
+        trainable: parameters and step sizes of the supernet.
+        bits: bits of the subnet.
+        lowest: int32 [layers], lowest weight bits currently allowed for each layer.
 
     References:
         `auxiliary_quantized_loss` of RFQuant's code, after oscillation dampening (Nagel et al.,
@@ -60,23 +61,23 @@ def two_bit_norm(
     bits: BitConfig,
     layer_weights: Float[Array, " layers"],
 ) -> Float[Array, ""]:
-    """Returns half the squared norm of the weights inside the 2-bit range of 2-bit convolutions.
+    """Computes half the squared norm of weights clipped to the 2-bit range, for 2-bit convolutions.
 
-    With a negative coefficient it takes back weight decay there, so that 2-bit weights are not
-    pulled to zero ("fairness" regularizer).
+    With a negative coefficient, it cancels weight decay inside that range, so that 2-bit weights
+    are not pulled to zero (the "fairness" regularizer).
 
     Args:
         table: the layers.
-        trainable: the supernet's parameters and step sizes.
-        bits: the subnet.
-        layer_weights: float32 [layers], factor of each layer's part.
+        trainable: parameters and step sizes of the supernet.
+        bits: bits of the subnet.
+        layer_weights: float32 [layers], factor of each layer's term.
     """
     weights, steps = _chosen_kernels(table, trainable, bits)
     low, high = lsq.code_range(TWO_BITS, signed=True)
     total = jnp.zeros(())
     for index, w in weights.items():
         if table.layers[index].kind == "dense":
-            continue  # has no weight decay to take back
+            continue  # dense kernels have no weight decay to cancel
         inside = jnp.clip(w, low * steps[index], high * steps[index])
         drawn = (bits.weights[index] == TWO_BITS).astype(jnp.float32)
         total += 0.5 * drawn * layer_weights[index] * jnp.sum(inside**2)
@@ -94,10 +95,10 @@ def information_distortion(
 
     Args:
         table: the layers.
-        features: of the subnet, by path, from `pick_features`.
-        reference: of the max subnet; constant.
-        bits: the subnet.
-        lowest: int32 [layers], lowest weight bits that each layer may have at present.
+        features: features of the subnet by path, from `pick_features`.
+        reference: features of the max subnet, without gradient.
+        bits: bits of the subnet.
+        lowest: int32 [layers], lowest weight bits currently allowed for each layer.
     """
     total = jnp.zeros(())
     for name, index in table.features.items():
@@ -108,8 +109,8 @@ def information_distortion(
 
 @jax.custom_vjp
 def _distance_if(gate, feature, reference):
-    # A branch, not a factor: most layers are not at their lowest bits, and features are large.
-    # Features may be bfloat16; they are kept so, and the distance is float32.
+    # A branch instead of a factor, as most layers are not at their lowest bits and features are
+    # large. bfloat16 features stay bfloat16 in the residuals; the distance is float32.
     return jax.lax.cond(
         gate, lambda: jnp.mean(_difference(feature, reference) ** 2), lambda: jnp.zeros(())
     )
@@ -139,16 +140,16 @@ _distance_if.defvjp(_distance_forward, _distance_backward)
 
 
 def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> dict[str, Array]:
-    """Returns one feature for each layer with a choice, by the paths of `table.features`.
+    """Selects one feature for each layer with a choice, by the paths of `table.features`.
 
     Args:
         table: the layers.
         captured: `Output.features` of `Supernet.forward`.
         place: "norm_output"; "post_activation", its ReLU; or "block_output", the output of the
-            module around the norm where the norm is the last one inside it, else its ReLU (what
-            the published code measures, because its in-place operations overwrite the norms'
-            outputs; there the norms of 1x1 shortcuts stay raw). A layer without a norm gives its
-            own output in any case.
+            module around the norm if this is the last norm in the module, otherwise its ReLU. The
+            last is what the published code measures, since its in-place operations overwrite the
+            norms' outputs (except norms of 1x1 shortcuts, which it leaves raw). For a layer without
+            a norm, it is the output of the layer in any case.
     """
     picked = {name: captured[name] for name in table.features}
     if place == "norm_output":
@@ -164,7 +165,7 @@ def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> 
 def _chosen_kernels(
     table: LayerTable, trainable: TrainableParams, bits: BitConfig
 ) -> tuple[dict[int, Array], Any]:
-    """Returns the kernels of layers with a choice by index, and each layer's constant step."""
+    """Returns kernels of layers with a choice, by index, and step sizes, without gradient."""
     choice = choice_index(table, jnp.asarray(bits.weights))
     steps = jax.lax.stop_gradient(trainable.weight_step_sizes)[jnp.arange(len(table)), choice]
     kernels = layer_kernels(table, trainable.params)

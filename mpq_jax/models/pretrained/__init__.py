@@ -1,8 +1,7 @@
-"""Weights that others published for PyTorch, as variables of the models here.
+"""Published PyTorch weights, converted to the variables of the models of this package.
 
-Reading is three things, each in files of its own: the tensors of a file (`files`), where every
-array of a model stands in it (`naming`, and one module for each family of models), and the
-comparison of the two (`importing`). No PyTorch is needed, except to open its pickled files.
+`files` reads the tensors of a file, `naming` and one module per family of models map every array of
+a model to a tensor, and `importing` checks and converts. PyTorch is needed only for pickled files.
 """
 
 from mpq_jax.models.pretrained.files import SUFFIXES, read_tensors

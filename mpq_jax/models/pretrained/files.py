@@ -1,4 +1,4 @@
-"""Files of PyTorch weights as NumPy arrays by name; no code of a file is ever run."""
+"""PyTorch weight files read as named NumPy arrays, without running any code of the file."""
 
 import os
 import pathlib
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import safetensors
 
-PICKLED = (".pth", ".pt", ".bin", ".th", ".tar")  # of torch.save
+PICKLED = (".pth", ".pt", ".bin", ".th", ".tar")  # written by torch.save
 SUFFIXES = (".safetensors", *PICKLED)
-# What training scripts put around the tensors, the first found is taken: averaged weights (timm),
-# then the weights themselves (torchvision and timm, DeiT, pytorch-cifar).
+# Keys under which training scripts save the weights; the first one present wins: averaged weights
+# (timm), then the weights themselves (torchvision and timm, DeiT, pytorch-cifar).
 ENVELOPES = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
-WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile, before every name
+WRAPPERS = ("module.", "_orig_mod.")  # name prefixes added by DataParallel and torch.compile
 
 Tensors = dict[str, np.ndarray]
 
@@ -23,18 +23,18 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     """Reads every tensor of a file.
 
     Args:
-        path: a safetensors file, or one of torch.save, which needs PyTorch and may hold only
-            tensors and plain values (it is loaded with `weights_only=True`). Of several sets of
-            weights in it, those averaged over training are taken.
+        path: path of a safetensors file, or of a torch.save file, which needs PyTorch and may hold
+            only tensors and plain values (it is loaded with `weights_only=True`). If it holds
+            several sets of weights, those averaged over training are read.
 
     Returns:
-        Floats as float32, other types as they are; without the prefixes of DataParallel and
-        torch.compile.
+        Arrays by name, without the prefixes of DataParallel and torch.compile. Floats are
+        converted to float32; other dtypes stay.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ModuleNotFoundError: the file needs PyTorch, which is not installed.
-        ValueError: the file is damaged, of another kind, or holds more than weights.
+        ValueError: the file is damaged, has another format, or holds more than weights.
     """
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
@@ -46,7 +46,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
 
 
 def without_wrappers(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Returns the tensors without the prefixes that all their names share, of `WRAPPERS`."""
+    """Removes the prefixes in `WRAPPERS` that all names of the tensors share."""
     for prefix in WRAPPERS:
         if tensors and all(name.startswith(prefix) for name in tensors):
             return without_wrappers(
@@ -56,7 +56,7 @@ def without_wrappers(tensors: Mapping[str, np.ndarray]) -> Tensors:
 
 
 def open_envelope(content: Any) -> dict[str, Any] | None:
-    """Returns the dict of tensors in what was saved; None if there is none."""
+    """Finds the dict of tensors in saved content; None if there is no dict."""
     while isinstance(content, Mapping):
         inside = [content[name] for name in ENVELOPES if isinstance(content.get(name), Mapping)]
         if not inside:
@@ -71,8 +71,8 @@ def _read_safetensors(path: pathlib.Path) -> Tensors:
             return {name: _to_float32(file.get_tensor(name)) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path} is no whole safetensors file ({error}); it may have been cut off, or be a "
-            "pointer to a file elsewhere: fetch it again"
+            f"{path} is not a complete safetensors file ({error}); it may be truncated, or a "
+            "pointer to a file elsewhere: download it again"
         ) from error
 
 
@@ -82,18 +82,19 @@ def _read_pickled(path: pathlib.Path) -> Tensors:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors and plain values, which is not loaded "
-            "since that can run any code. If you trust the file, load it in PyTorch and write its "
-            f"state dict with safetensors.torch.save_file. PyTorch says: {error}"
+            f"{path} is damaged, or holds more than tensors and plain values; such a file is not "
+            "loaded, because it could run arbitrary code. If you trust it, load it in PyTorch and "
+            f"write its state dict with safetensors.torch.save_file. PyTorch says: {error}"
         ) from error
     state = open_envelope(content)
     others = None if state is None else [k for k, v in state.items() if not torch.is_tensor(v)]
     if state is None or others:
+        kind = f"a dict in which these are not tensors: {others}" if others else str(type(content))
         raise ValueError(
-            f"{path} holds no state dict but {type(content).__name__}, with {others or 'no names'} "
-            f"that are no tensors; wanted a dict of tensors, or one below a name of {ENVELOPES}"
+            f"{path} holds no state dict but {kind}; wanted a dict of tensors, at the top or under "
+            f"one of {ENVELOPES}"
         )
-    # NumPy has no bfloat16 of PyTorch's, so floats are widened before they are handed over.
+    # PyTorch cannot convert bfloat16 to NumPy, so floats are converted to float32 first.
     return {
         name: (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
         for name, tensor in state.items()
@@ -105,8 +106,8 @@ def _import_torch(path: pathlib.Path) -> Any:
         import torch  # pyright: ignore[reportMissingImports]  # an optional extra
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path.name} is a file of torch.save, which needs PyTorch to be read: install "
-            "mpq_jax[torch], or take the publisher's .safetensors file, which does not"
+            f"{path.name} was written by torch.save, and reading it needs PyTorch: install "
+            "mpq_jax[torch], or take the publisher's .safetensors file, which needs no PyTorch"
         ) from error
     return torch
 

@@ -1,4 +1,4 @@
-"""Published weights as the variables of a model, complete and of the right shapes, or refused."""
+"""Conversion of published weights to a model's variables; names and shapes must all match."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,16 @@ from mpq_jax.models.pretrained.naming import Naming, Source
 from mpq_jax.program import linen, paths
 
 IMAGENET_SHAPE = (224, 224, 3)
-HEAD = "params/head"  # of every model; its last axis are the classes
-IGNORED = "num_batches_tracked"  # counters of BatchNorm without a meaning here
-SHOWN = 20  # an error shows so many tensors of each kind, and holds the names of all
-ADVICE = (
-    "Name the model that the file is of, with the options that it was made with (docs/weights.md)"
-)
+HEAD = "params/head"  # last layer of every model; the last axis of its arrays is the classes
+IGNORED = "num_batches_tracked"  # counters of PyTorch's BatchNorm, not needed here
+SHOWN = 20  # most tensors of a kind in an error message; its attributes hold all names
+ADVICE = "Give the name and the options of the model that the file was saved from (docs/weights.md)"
 
 _CIFAR_RESNET = (resnets.PYTORCH_RESNET_CIFAR10, resnets.PYTORCH_CIFAR_MODELS)
 _IMAGENET_RESNET = (resnets.TORCHVISION,)
 _EFFICIENTNET_LITE = (inverted_residuals.EFFICIENTNET_LITE_PYTORCH, inverted_residuals.TIMM)
 _VIT = (vit.TIMM,)
-NAMINGS: dict[str, tuple[Naming, ...]] = {  # of every model
+NAMINGS: dict[str, tuple[Naming, ...]] = {  # model -> known publishers
     "resnet8": _CIFAR_RESNET,
     "resnet20": _CIFAR_RESNET,
     "resnet32": _CIFAR_RESNET,
@@ -48,12 +46,12 @@ NAMINGS: dict[str, tuple[Naming, ...]] = {  # of every model
 
 
 class MismatchedWeightsError(ValueError):
-    """A file does not hold the weights of the model; the message lists tensors by name.
+    """The tensors of a file do not match the model; the message lists them by name.
 
     Attributes:
         missing: names of tensors that the model needs and the file lacks.
-        unexpected: names of tensors that the model has no place for.
-        misshaped: tensors of another shape than the model's: what is wrong, by name.
+        unexpected: names of tensors that the model does not use.
+        misshaped: tensors of the wrong shape, with a description of the mismatch.
     """
 
     def __init__(
@@ -64,11 +62,11 @@ class MismatchedWeightsError(ValueError):
         unexpected: Sequence[str],
         misshaped: Mapping[str, str],
     ) -> None:
-        """Writes the lists below the message."""
+        """Appends the lists to the message."""
         kinds = {
             "missing": missing,
             "unexpected": unexpected,
-            "wrongly shaped": [f"{name} {wrong}" for name, wrong in misshaped.items()],
+            "wrongly shaped": [f"{name} {mismatch}" for name, mismatch in misshaped.items()],
         }
         lines = [_list(kind, entries) for kind, entries in kinds.items() if entries]
         super().__init__("\n".join([message, *lines, ADVICE]))
@@ -87,25 +85,25 @@ def import_torch(
     image_shape: Sequence[int] = IMAGENET_SHAPE,
     **options: Any,
 ) -> dict[str, Any]:
-    """Reads published PyTorch weights as the variables of a model.
+    """Converts published PyTorch weights to the variables of a model.
 
     The number of classes is that of the file. docs/weights.md lists publishers, options and the
     normalization of images.
 
     Args:
         model_name: a key of `models.MODELS`.
-        path: a safetensors file; or one of torch.save, which needs PyTorch and is loaded without
-            running any code of it.
-        image_shape: (height, width, channels) of the images that the model is for. Position
-            embeddings depend on the size, the first layer on the channels, nothing else.
-        **options: arguments of `models.make_model`, such as `shortcut="B"` of a ResNet-20.
+        path: path of a safetensors file, or of a torch.save file, which needs PyTorch and is
+            loaded without running any of its code.
+        image_shape: height, width and channels of the model's images. Only position embeddings
+            depend on the size, only the first layer on the channels.
+        **options: arguments of `models.make_model`, such as `shortcut="B"` for a ResNet-20.
 
     Returns:
         NumPy arrays `{"params", "batch_stats"}`, ready for `model.apply` and for `Method.init`.
 
     Raises:
-        MismatchedWeightsError: the file lacks tensors, has others, or of other shapes; they are
-            listed by name.
+        MismatchedWeightsError: tensors are missing, unexpected or of the wrong shape; the message
+            lists them by name.
         FileNotFoundError, ModuleNotFoundError, ValueError: as in `files.read_tensors`.
 
     Example:
@@ -127,29 +125,29 @@ def from_tensors(
     origin: str = "",
     **options: Any,
 ) -> dict[str, Any]:
-    """Makes a model's variables of a state dict of PyTorch; see `import_torch`.
+    """Converts a PyTorch state dict to a model's variables; see `import_torch`.
 
     Args:
         model_name: a key of `models.MODELS`.
-        tensors: arrays by PyTorch's names.
+        tensors: arrays by their PyTorch names.
         image_shape: as for `import_torch`.
-        origin: what errors begin with, such as the name of a file.
+        origin: prefix of error messages, such as the name of a file.
         **options: as for `import_torch`.
     """
-    wanted = _leaf_shapes(model_name, image_shape, options)
-    naming, sources = _closest(model_name, list(wanted), tensors)
-    there = {path: source for path, source in sources.items() if source.tensor in tensors}
-    found = {path: source.read(tensors) for path, source in there.items()}
-    used = {name for source in there.values() for name in source.used(tensors)}
+    shapes = _leaf_shapes(model_name, image_shape, options)
+    naming, sources = _closest(model_name, list(shapes), tensors)
+    available = {path: source for path, source in sources.items() if source.tensor in tensors}
+    arrays = {path: source.read(tensors) for path, source in available.items()}
+    used = {name for source in available.values() for name in source.used(tensors)}
     counters = {name for name in tensors if name.rpartition(".")[2] == IGNORED}
     missing = sorted({source.tensor for source in sources.values()} - set(tensors))
     unexpected = sorted(set(tensors) - used - counters)
-    wanted = _with_classes(wanted, found)
+    shapes = _with_classes(shapes, arrays)
     misshaped = {
         sources[path].tensor: f"{tensors[sources[path].tensor].shape} makes {path} {array.shape}, "
-        f"wanted {wanted[path]}"
-        for path, array in found.items()
-        if array.shape != wanted[path]
+        f"wanted {shapes[path]}"
+        for path, array in arrays.items()
+        if array.shape != shapes[path]
     }
     if missing or unexpected or misshaped:
         raise MismatchedWeightsError(
@@ -159,13 +157,13 @@ def from_tensors(
             unexpected=unexpected,
             misshaped=misshaped,
         )
-    return {"params": {}, "batch_stats": {}} | paths.unflatten(found)
+    return {"params": {}, "batch_stats": {}} | paths.unflatten(arrays)
 
 
 def _leaf_shapes(
     model_name: str, image_shape: Sequence[int], options: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every array of a model with one class, by path."""
+    """Computes the shape of every array of the model with one class, by path."""
     model = make_model(model_name, num_classes=1, **options)
     variables = jax.eval_shape(
         lambda key: linen.init_variables(model, key, image_shape), jax.random.key(0)
@@ -174,20 +172,20 @@ def _leaf_shapes(
 
 
 def _with_classes(
-    wanted: dict[str, tuple[int, ...]], found: Mapping[str, np.ndarray]
+    shapes: dict[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the wanted shapes with as many classes as the head has that was found."""
-    kernel = found.get(f"{HEAD}/kernel", np.zeros(1))
+    """Sets the number of classes in the shapes of the head to that of the file's head."""
+    kernel = arrays.get(f"{HEAD}/kernel", np.zeros(1))
     return {
         path: (*shape[:-1], *kernel.shape[-1:]) if paths.parent(path) == HEAD else shape
-        for path, shape in wanted.items()
+        for path, shape in shapes.items()
     }
 
 
 def _closest(
     model_name: str, paths: Sequence[str], tensors: Mapping[str, np.ndarray]
 ) -> tuple[Naming, dict[str, Source]]:
-    """Returns the naming that shares the most names with the file, and its sources by path."""
+    """Finds the naming that shares the most names with the file, and its sources by path."""
     by_naming = [(naming, naming.sources(paths)) for naming in NAMINGS[model_name]]
     return max(by_naming, key=lambda pair: len({s.tensor for s in pair[1].values()} & set(tensors)))
 
@@ -199,4 +197,4 @@ def _show_call(model_name: str, options: dict[str, Any]) -> str:
 
 def _show_others(model_name: str, naming: Naming) -> str:
     others = [other.publisher for other in NAMINGS[model_name] if other is not naming]
-    return f" (known as well: those of {', '.join(others)})" if others else ""
+    return f" (also known: those of {', '.join(others)})" if others else ""

@@ -1,6 +1,6 @@
 """Names of MobileNetV2 and EfficientNet-Lite: torchvision's, timm's, efficientnet_lite_pytorch's.
 
-Our stages are the rows of the papers' tables, as timm's are; the others count blocks through.
+Stages are the rows of the papers' tables here and in timm; the others number blocks consecutively.
 """
 
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ from mpq_jax.models.pretrained.naming import Naming, Source, module_in, renamed,
 def torchvision(paths: Iterable[str]) -> dict[str, Source]:
     """Returns the sources in torchvision's MobileNetV2.
 
-    The stem is `features.0`, then come the blocks, each a sequence of (convolution, norm,
-    activation) triples, of which the last is not a triple but two modules, then the last
-    convolution.
+    The stem is `features.0`. The blocks follow, then the last convolution. A block is a sequence of
+    (convolution, norm, activation) triples, except that the last convolution and its norm are two
+    separate modules of the sequence.
     """
     paths = list(paths)
     numbers, widened = _number_blocks(paths), _widened_blocks(paths)
@@ -30,8 +30,8 @@ def torchvision(paths: Iterable[str]) -> dict[str, Source]:
         if inside is None:
             return outside[module]
         stage, block, part = inside
-        second = 1 if (stage, block) in widened else 0
-        place = {
+        second = 1 if (stage, block) in widened else 0  # index of the depthwise convolution
+        position = {
             "expand": "0.0",
             "expand_norm": "0.1",
             "depthwise": f"{second}.0",
@@ -39,7 +39,7 @@ def torchvision(paths: Iterable[str]) -> dict[str, Source]:
             "project": f"{second + 1}",
             "project_norm": f"{second + 2}",
         }[part]
-        return f"features.{numbers[stage, block] + 1}.conv.{place}"
+        return f"features.{numbers[stage, block] + 1}.conv.{position}"
 
     return renamed(paths, name)
 
@@ -47,8 +47,9 @@ def torchvision(paths: Iterable[str]) -> dict[str, Source]:
 def timm(paths: Iterable[str]) -> dict[str, Source]:
     """Returns the sources in timm's MobileNetV2 and EfficientNet-Lite.
 
-    A block that widens nothing is another class there: its last convolution is called `conv_pw`,
-    which is the first one's name elsewhere, and its norms count from the depthwise one.
+    A block without expansion is another class there: its last convolution is called `conv_pw`, the
+    name of the first convolution in other blocks, and its norms are numbered from the depthwise
+    convolution's on.
     """
     paths = list(paths)
     widened = _widened_blocks(paths)
@@ -86,7 +87,7 @@ def timm(paths: Iterable[str]) -> dict[str, Source]:
 
 
 def efficientnet_lite_pytorch(paths: Iterable[str]) -> dict[str, Source]:
-    """Returns the sources in the EfficientNet-Lite of the package of this name."""
+    """Returns the sources in the package efficientnet_lite_pytorch."""
     paths = list(paths)
     numbers = _number_blocks(paths)
     outside = {
@@ -121,9 +122,9 @@ def _blocks(paths: Iterable[str]) -> set[tuple[int, int, str]]:
 
 
 def _number_blocks(paths: Iterable[str]) -> dict[tuple[int, int], int]:
-    """Counts the blocks through: {(stage, block): number from 0}."""
-    places = sorted({(stage, block) for stage, block, _ in _blocks(paths)})
-    return {place: number for number, place in enumerate(places)}
+    """Numbers all blocks consecutively: {(stage, block): number from 0}."""
+    blocks = sorted({(stage, block) for stage, block, _ in _blocks(paths)})
+    return {block: number for number, block in enumerate(blocks)}
 
 
 def _widened_blocks(paths: Iterable[str]) -> set[tuple[int, int]]:

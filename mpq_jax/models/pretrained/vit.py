@@ -16,7 +16,7 @@ from mpq_jax.models.pretrained.naming import (
 )
 
 PART = re.compile(r"block(\d+)/(\w+)")
-FUSED = ("query", "key", "value")  # one matrix there, in this order
+FUSED = ("query", "key", "value")  # one fused matrix in timm, in this order
 PARTS = {
     "norm1": "norm1",
     "out": "attn.proj",
@@ -49,7 +49,7 @@ def _source(path: str) -> Source:
 
 
 def _take(fused: np.ndarray, *, third: int) -> np.ndarray:
-    """Returns a third of the outputs [3 * channels, ...] of the fused matrix or bias."""
+    """Takes one third of the outputs of a fused matrix or bias, [3 * channels, ...]."""
     return kernel_from_weight(np.array_split(fused, len(FUSED))[third])
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
-from mpq_jax.reporting.html.content import Candidate, Content
+from mpq_jax import extras
 from mpq_jax.reporting.html.numbers import minus, percent, quantity
+from mpq_jax.search.report import EvaluatedConfig, SearchReport
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 MARGINS = (54.0, 14.0, 16.0, 46.0)  # left, top, right, bottom: room for the axes' labels
@@ -47,6 +47,8 @@ class Scale(NamedTuple):
 
     def ticks(self, most: int) -> list[tuple[float, str]]:
         """Returns coordinates of round values, and the values as text."""
+        with extras.needs("report", "drawing a chart"):
+            from matplotlib.ticker import MaxNLocator
         locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10])
         values = [float(x) for x in locator.tick_values(self.low, self.high)]
         if self.logarithmic:
@@ -78,20 +80,20 @@ def fitting(values: Sequence[float], start: float, end: float) -> Scale:
     return Scale(low / room, high * room, True, start, end)
 
 
-def frontier(content: Content, width: int, height: int) -> dict[str, Any] | None:
+def frontier(report: SearchReport, width: int, height: int) -> dict[str, Any] | None:
     """Returns the plot of accuracy against cost, or None where nothing has a cost."""
-    shown = [one for one in content.candidates if math.isfinite(content.cost_of(one))]
+    shown = [one for one in report.configs if math.isfinite(report.cost_of(one))]
     if not shown:
         return None
-    float_line = [] if content.float_accuracy is None else [100 * content.float_accuracy]
+    float_line = [] if report.float_accuracy is None else [100 * report.float_accuracy]
     floor = lowest_shown([100 * one.accuracy for one in shown] + float_line)
-    scaled = [content.cost_of(one) / content.unit[0] for one in shown]
+    scaled = [report.cost_of(one) / report.cost.unit[0] for one in shown]
     inside = [100 * one.accuracy for one in shown if 100 * one.accuracy >= floor]
     left, top, right, bottom = MARGINS
     x = fitting(scaled, left, width - right)
     y = linear(inside + float_line, height - bottom, top, least=1.0)
     points = [
-        _point(content, one, x(cost), y, below=100 * one.accuracy < floor)
+        _point(report, one, x(cost), y, below=100 * one.accuracy < floor)
         for one, cost in zip(shown, scaled, strict=True)
     ]
     lines = {
@@ -110,7 +112,9 @@ def frontier(content: Content, width: int, height: int) -> dict[str, Any] | None
     }
 
 
-def _point(content: Content, one: Candidate, x: float, y: Scale, *, below: bool) -> dict[str, Any]:
+def _point(
+    report: SearchReport, one: EvaluatedConfig, x: float, y: Scale, *, below: bool
+) -> dict[str, Any]:
     reached = percent(one.accuracy)
     label = one.name.removeprefix("uniform ")
     return {
@@ -119,7 +123,7 @@ def _point(content: Content, one: Candidate, x: float, y: Scale, *, below: bool)
         "below": below,
         "group": one.group,
         "label": f"{label}: {reached}" if below else label,
-        "title": f"{one.name}: {reached} at {quantity(content.cost_of(one), [content.unit])}",
+        "title": f"{one.name}: {reached} at {quantity(report.cost_of(one), [report.cost.unit])}",
     }
 
 
@@ -175,13 +179,15 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{'L' if index else 'M'}{x:g} {y:g}" for index, (x, y) in enumerate(points))
 
 
-def cloud(content: Content, width: int, height: int) -> dict[str, Any] | None:
+def cloud(report: SearchReport, width: int, height: int) -> dict[str, Any] | None:
     """Returns the plot of all that was scored and of the best score at each cost."""
-    finite = content.scored[np.isfinite(content.scored).all(axis=1)]
+    finite = report.scored[np.isfinite(report.scored).all(axis=1)]
     if not len(finite):
         return None
-    factor = 100.0 if content.metric == "error" else 1.0
-    pairs = sorted({(cost / content.unit[0], score * factor) for cost, score in finite.tolist()})
+    factor = 100.0 if report.metric == "error" else 1.0
+    pairs = sorted(
+        {(cost / report.cost.unit[0], score * factor) for cost, score in finite.tolist()}
+    )
     left, top, right, bottom = MARGINS
     x = fitting([cost for cost, _ in pairs], left, width - right)
     y = fitting([score for _, score in pairs], height - bottom, top)

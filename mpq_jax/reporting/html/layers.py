@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax.reporting.html.content import Content
 from mpq_jax.reporting.html.numbers import COUNTS, METRICS, minus, percent, plain, quantity
+from mpq_jax.search.report import SEARCHED, SearchReport
+from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import Layer, LayerTable
 
@@ -28,7 +29,7 @@ class Cell(NamedTuple):
 
 
 def headings(table: LayerTable) -> list[dict[str, str]]:
-    """Returns each layer's name, a short one, and what is known of the layer."""
+    """Returns each layer's name, a short one, and a description."""
     return [
         {"short": short_name(layer.name), "title": f"{layer.name}: {_about(layer)}"}
         for layer in table.layers
@@ -50,16 +51,16 @@ def short_name(path: str) -> str:
     return short if len(short) <= LONGEST_NAME else "…" + short[1 - LONGEST_NAME :]
 
 
-def bit_rows(content: Content) -> list[dict[str, Any]]:
+def bit_rows(report: SearchReport) -> list[dict[str, Any]]:
     """Returns for each searched configuration its bits and its shares of the cost, by layer."""
-    layers, found = content.table.layers, content.ranked("searched")
-    shares = [_shares(content, one.bits) for one in found]
+    layers, found = report.table.layers, report.ranked(SEARCHED)
+    shares = [_shares(report, one.bits) for one in found]
     top = max((share.max() for share in shares if share is not None), default=0.0)
     rows = []
     for one, share in zip(found, shares, strict=True):
         cells = {
             tensor: [
-                _bit_cell(content.table, layer, index, bits)
+                _bit_cell(report.table, layer, index, bits)
                 for layer, bits in enumerate(np.asarray(values).tolist())
             ]
             for index, (tensor, values) in enumerate(zip(TENSORS, one.bits, strict=True))
@@ -68,15 +69,13 @@ def bit_rows(content: Content) -> list[dict[str, Any]]:
             {"height": f"{100 * part / top:.1f}", "text": f"{layer.name}: {percent(part)}"}
             for layer, part in zip(layers, [] if share is None else share.tolist(), strict=False)
         ]
-        rows.append({"candidate": one, "cells": cells, "bars": bars, "top": percent(top)})
+        rows.append({"config": one, "cells": cells, "bars": bars, "top": percent(top)})
     return rows
 
 
-def _shares(content: Content, bits: BitConfig) -> np.ndarray | None:
+def _shares(report: SearchReport, bits: BitConfig) -> np.ndarray | None:
     """Returns each layer's share of a configuration's cost, or None where that is not known."""
-    place = {n: index for index, n in enumerate(content.table.candidates)}
-    weights, acts = ([place[n] for n in np.asarray(values).tolist()] for values in bits)
-    cost = content.cost[np.arange(len(content.table)), weights, acts]
+    cost = costs.layer_costs(report.cost.cost, costs.choices_of(report.table, bits))
     return cost / cost.sum() if np.isfinite(cost).all() and cost.sum() > 0 else None
 
 
@@ -84,7 +83,7 @@ def _bit_cell(table: LayerTable, layer: int, index: int, bits: int) -> Cell:
     one, tensor = table.layers[layer], TENSORS[index]
     about = f"{one.name}, {tensor}: "
     if (one.float_weights, one.float_acts)[index]:
-        return Cell("", "float", f"{about}float, billed at {bits} bits")
+        return Cell("", "float", f"{about}float, counted as {bits} bits")
     if table.mask[layer, index].sum() == 1:
         return Cell(str(bits), "fixed", f"{about}{bits} bits, no choice")
     return Cell(str(bits), f"b{_shade(table, bits)}", f"{about}{bits} bits")
@@ -101,62 +100,62 @@ def bits_legend(table: LayerTable) -> list[Cell]:
     return [Cell(str(bits), f"b{_shade(table, bits)}", "") for bits in reversed(table.bank_bits)]
 
 
-def sensitivity(content: Content) -> dict[str, Any] | None:
-    """Returns the rows of a heat map, the ends of its scale, and the largest rises in words."""
-    if content.sensitivity is None or not np.isfinite(content.sensitivity).any():
+def sensitivity(report: SearchReport) -> dict[str, Any] | None:
+    """Returns the rows of a heat map, the ends of its scale, and the largest increases in words."""
+    if report.sensitivity is None or not np.isfinite(report.sensitivity).any():
         return None
-    factor, unit = _rise_unit(content.metric, content.sensitivity)
-    rises = content.sensitivity * factor
-    positive = rises[np.isfinite(rises) & (rises > 0)]
+    factor, unit = _increase_unit(report.metric, report.sensitivity)
+    increases = report.sensitivity * factor
+    positive = increases[np.isfinite(increases) & (increases > 0)]
     high = float(positive.max(initial=0.0))
     low = max(float(positive.min(initial=high)), high / 10**DECADES)
     rows: dict[str, list[dict[str, Any]]] = {}
     for (index, tensor), (choice, bits) in itertools.product(
-        enumerate(TENSORS), enumerate(content.table.candidates)
+        enumerate(TENSORS), enumerate(report.table.candidates)
     ):
-        column = rises[:, index, choice]
+        column = increases[:, index, choice]
         if np.isfinite(column).any():
             cells = [
-                _rise_cell(f"{name}, {tensor} at {bits} bits: ", rise, unit, low, high)
-                for name, rise in zip(content.table.names, column.tolist(), strict=True)
+                _increase_cell(f"{name}, {tensor} at {bits} bits: ", increase, unit, low, high)
+                for name, increase in zip(report.table.names, column.tolist(), strict=True)
             ]
             rows.setdefault(tensor, []).append({"bits": bits, "cells": cells})
-    largest = _largest(content.table, rises)
+    largest = _largest(report.table, increases)
     ends = {"low": plain(low, wanted=2), "high": plain(high, wanted=2)}
     return {"rows": rows, "unit": unit, "largest": largest, **ends}
 
 
-def _rise_unit(metric: str, rises: np.ndarray) -> tuple[float, str]:
-    """Returns what rises of the score are multiplied by, and what their unit is then."""
+def _increase_unit(metric: str, increases: np.ndarray) -> tuple[float, str]:
+    """Returns a factor for score increases, and the unit of what it makes of them."""
     if metric == "error":
         return 100.0, "points"
     name = METRICS.get(metric, metric)
-    small = np.max(rises, where=np.isfinite(rises), initial=0.0) < 1
+    small = np.max(increases, where=np.isfinite(increases), initial=0.0) < 1
     return (1000.0, f"thousandths of {name}") if small else (1.0, name)
 
 
-def _largest(table: LayerTable, rises: np.ndarray) -> list[str]:
-    """Returns in words the tensors whose largest rises are the largest, and these."""
-    worst = np.where(np.isfinite(rises), rises, -np.inf)
+def _largest(table: LayerTable, increases: np.ndarray) -> list[str]:
+    """Returns the most sensitive tensors with their largest increases, in words."""
+    worst = np.where(np.isfinite(increases), increases, -np.inf)
     order = np.argsort(-worst.max(axis=2), axis=None, kind="stable")[:WORST]
     found = []
     for layer, index in (divmod(flat, len(TENSORS)) for flat in order.tolist()):
         choice = int(worst[layer, index].argmax())
-        rise = float(worst[layer, index, choice])
-        if rise > 0:
+        increase = float(worst[layer, index, choice])
+        if increase > 0:
             where = f"{TENSORS[index]} of {table.names[layer]} at {table.candidates[choice]} bits"
-            found.append(f"{where} (+{plain(rise, wanted=3)})")
+            found.append(f"{where} (+{plain(increase, wanted=3)})")
     return found
 
 
-def _rise_cell(about: str, rise: float, unit: str, low: float, high: float) -> Cell:
-    if not math.isfinite(rise):
+def _increase_cell(about: str, increase: float, unit: str, low: float, high: float) -> Cell:
+    if not math.isfinite(increase):
         return Cell("", "none", f"{about}not measured")
     shade = 0
-    if rise > low:
-        shade = round((SHADES - 1) * math.log(rise / low) / math.log(high / low))
-    sign = "+" if rise > 0 else ""
-    return Cell(_brief(rise), f"s{shade}", f"{about}{sign}{plain(rise)} {unit}")
+    if increase > low:
+        shade = round((SHADES - 1) * math.log(increase / low) / math.log(high / low))
+    sign = "+" if increase > 0 else ""
+    return Cell(_brief(increase), f"s{shade}", f"{about}{sign}{plain(increase)} {unit}")
 
 
 def _brief(value: float) -> str:

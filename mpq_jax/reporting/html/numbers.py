@@ -3,22 +3,14 @@
 import math
 from collections.abc import Iterable
 
-Number = float | int
-_BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
-UNITS: dict[str, tuple[tuple[Number, str], ...]] = {
-    "bitops": ((1e12, "TBitOPs"), (1e9, "GBitOPs"), (1e6, "MBitOPs"), (1e3, "kBitOPs")),
-    "bytes": _BYTES,
-    "act_bytes": _BYTES,
-    "mean_bits": ((1, "bits"),),
-    "latency": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
-}
-"""Units of each kind of cost, the largest first."""
+from mpq_jax.search.cost_metrics import Number, Unit, fitting_unit
+
 COUNTS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
 TITLES = {
     "bitops": "bit operations per image",
     "bytes": "size of weights",
     "act_bytes": "size of activations",
-    "mean_bits": "mean weight bits",
+    "mean_bits": "weight bits",
     "latency": "latency",
 }
 METRICS = {"kl": "KL divergence"}  # other names are words
@@ -51,17 +43,11 @@ def digits(value: Number, *, wanted: int = 4) -> int:
     return min(8, max(0, wanted - 1 - place))
 
 
-def fitting(value: Number, units: Iterable[tuple[Number, str]]) -> tuple[Number, str]:
-    """Returns the largest of the units that a value reaches; they come the largest first."""
-    every = list(units)
-    return next((unit for unit in every if unit[0] <= value), every[-1])
-
-
-def quantity(value: Number, units: Iterable[tuple[Number, str]]) -> str:
+def quantity(value: Number, units: Iterable[Unit]) -> str:
     """Returns a value in the largest of the units that it reaches: "1.050 MiB"."""
     if not math.isfinite(value):
         return "unknown"
-    size, name = fitting(value, units)
+    size, name = fitting_unit(value, units)
     number = value / size
     whole = size == 1 and float(number).is_integer()
     return f"{f'{number:,.0f}' if whole else plain(number)}\u00a0{name}".rstrip("\u00a0")

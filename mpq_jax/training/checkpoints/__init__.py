@@ -1,6 +1,6 @@
 """Checkpoints with checksums: written in the background, verified when restored."""
 
-from mpq_jax.training.checkpoints.errors import FailedSaveError
+from mpq_jax.training.checkpoints.errors import FailedSaveError, Manager
 from mpq_jax.training.checkpoints.files import DamagedCheckpointError
 from mpq_jax.training.checkpoints.manager import (
     MismatchedCheckpointError,
@@ -18,6 +18,7 @@ from mpq_jax.training.checkpoints.manager import (
 __all__ = [
     "DamagedCheckpointError",
     "FailedSaveError",
+    "Manager",
     "MismatchedCheckpointError",
     "abstract",
     "load_best",

@@ -11,7 +11,8 @@ from mpq_jax import models
 from mpq_jax.methods.csq import budget, method, network
 from mpq_jax.methods.csq.budget import Budget
 from mpq_jax.quantizers.bit_planes import BitPlanes
-from mpq_jax.supernet.layer_table import FIRST_LAST_SAME, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_SAME, bit_rules
 
 
 def sigmoid(x):
@@ -124,9 +125,9 @@ def test_gates_close_above_the_wanted_mean_open_below_it_and_rest_on_it():
             assert (np.sign(one.mask) == sign).all()
 
 
-def test_the_budget_tightens_along_a_line_from_all_planes_to_the_target():
+def test_the_budget_is_annealed_along_a_line_from_all_planes_to_the_target():
     given = Budget(2.0, SHARES, False, least=0)
-    found = [budget.tightened(given, jnp.float32(part), most=8.0) for part in (0, 0.25, 0.5, 1)]
+    found = [budget.annealed(given, jnp.float32(part), most=8.0) for part in (0, 0.25, 0.5, 1)]
     assert found == [8.0, 6.5, 5.0, 2.0]
 
 

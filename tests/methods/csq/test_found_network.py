@@ -36,8 +36,9 @@ from mpq_jax.quantizers import batch_max, double_rounding
 from mpq_jax.quantizers import bit_planes as quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import costs, supernet
-from mpq_jax.supernet.layer_table import Rule, trace_layers
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule
 
 MLP_GROWN = ("inner/dense", "twice")
 
@@ -75,7 +76,7 @@ CASES: dict[str, tuple[dict[str, Any], dict]] = {
 
 @functools.cache
 def found_case(case):
-    """Returns (method, state, its variables, Found) of a case."""
+    """Returns (method, state, its variables, LearnedScheme) of a case."""
     changes: Any
     changes, masks = CASES[case]
     made_method = make(**changes)
@@ -85,7 +86,7 @@ def found_case(case):
     variables = made_method.variables(state)
     different = jax.tree.map(lambda x: 1.1 * x + 0.01, variables.hard_stats)
     variables = variables._replace(hard_stats=different)
-    return made_method, state, variables, made_method.found(variables)
+    return made_method, state, variables, made_method.scheme(variables)
 
 
 def hard_logits(case, images):
@@ -98,7 +99,7 @@ def is_planes(node):
 
 
 @jax.jit
-def hardened(planes):
+def binarized(planes):
     """The kernels as compiled programs make them, which may round otherwise than eager ones."""
     return jax.tree.map(quantizer.hard_weights, planes, is_leaf=is_planes)
 
@@ -114,7 +115,7 @@ def test_compiled_programs_agree_on_the_step_of_the_integers(planes):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_found_network_predicts_as_the_hardened_one(case):
+def test_the_found_network_predicts_as_the_binarized_one(case):
     found = found_case(case)[3]
     images = batch_of(2)["image"]
     logits = hard_logits(case, images)
@@ -126,13 +127,13 @@ def test_the_found_network_predicts_as_the_hardened_one(case):
 def test_the_found_kernels_are_integers_by_hand(case):
     made_method, state, _, found = found_case(case)
     contiguous = CASES[case][0].get("contiguous", False)
-    table, trainable = layers_of(found.table), found.variables.trainable
+    table, trainable = layers_of(found.net.table), found.state.trainable
     kernels = flatten(trainable.params)
     for name, (codes, step) in hard_kernels(state, contiguous=contiguous).items():
         bits = int(np.ceil(np.log2(2 * np.abs(codes).max() + 1)))
         assert table[name].weight_candidates == (bits,)
         np.testing.assert_allclose(kernels[f"{name}/kernel"], codes * step, rtol=1e-6)
-        place = found.table.names.index(name)
+        place = found.net.table.names.index(name)
         np.testing.assert_allclose(trainable.weight_step_sizes[place], step, rtol=1e-6)
     assert table["stem"].weight_candidates == table["head"].weight_candidates == (8,)
     assert table["wide"].weight_candidates == (32,) and table["wide"].float_weights
@@ -140,11 +141,11 @@ def test_the_found_kernels_are_integers_by_hand(case):
         np.testing.assert_array_equal(
             kernels[f"{name}/kernel"], state.trainable.around.params[name]["kernel"]
         )
-    assert found.quantizer.acts is (
+    assert found.net.quantizer.acts is (
         batch_max.ACTS if case == "batch_max" else double_rounding.QUANTIZER.acts
     )
-    assert not found.table.searchable.any()
-    assert [layer.act_candidates for layer in found.table.layers] == [
+    assert not found.net.table.searchable.any()
+    assert [layer.act_candidates for layer in found.net.table.layers] == [
         layer.act_candidates for layer in made_method.table.layers
     ]
 
@@ -152,7 +153,7 @@ def test_the_found_kernels_are_integers_by_hand(case):
 def test_found_bits_and_layouts_by_hand():
     """grown1 has the planes 8 and 1, so codes to 9: 5 bits; grown2 8 and 2, in units of 2: 4."""
     found = found_case("lsq")[3]
-    assert found.table.names == ("stem", "grown1", "grown2", "wide", "head")
+    assert found.net.table.names == ("stem", "grown1", "grown2", "wide", "head")
     assert found.bits["integers"].weights.tolist() == [8, 5, 4, 32, 8]
     assert found.bits["planes"].weights.tolist() == [8, 2, 2, 32, 8]
     for bits in found.bits.values():
@@ -170,20 +171,20 @@ def test_layers_without_planes_take_no_bits():
     assert found.bits["planes"].weights.tolist() == [8, 0, 2, 32, 8]
     assert found.bits["integers"].weights.tolist() == [8, 0, 3, 32, 8]
     assert found.layouts == {"grown1": "0000", "grown2": "0110"}
-    assert not np.asarray(found.variables.trainable.params["grown1"]["kernel"]).any()
+    assert not np.asarray(found.state.trainable.params["grown1"]["kernel"]).any()
 
 
 @pytest.mark.parametrize("case", ["lsq", "lsq no plane", "lsq contiguous"])
 def test_found_bits_are_billed_and_written(case):
     made_method, state, _, found = found_case(case)
     sizes = np.array([3 * 3 * 2 * 4, 3 * 3 * 4 * 4, 144, 64 * 8, 8 * 3])
-    found.table.check(found.bits["integers"])
+    found.net.table.check(found.bits["integers"])
     made_method.table.check(found.bits["planes"]._replace(acts=made_method.table.max_config.acts))
     for bits in found.bits.values():
         by_hand = np.sum(sizes * np.asarray(bits.weights)) / 8
-        assert float(costs.model_bytes(found.table, bits)) == by_hand
-        text = bit_configs.to_json(bits, found.table.names)
-        back = bit_configs.from_json(text, found.table.names)
+        assert float(costs.model_bytes(found.net.table, bits)) == by_hand
+        text = bit_configs.to_json(bits, found.net.table.names)
+        back = bit_configs.from_json(text, found.net.table.names)
         for one, other in zip(bits, back, strict=True):
             np.testing.assert_array_equal(one, other, strict=True)
     summary = made_method.summary(state)
@@ -191,19 +192,19 @@ def test_found_bits_are_billed_and_written(case):
         mean = costs.mean_bits(made_method.table, found.bits["planes"], by=by)
         assert summary[f"mean_planes_by_{by}"] == float(mean)
     for name in GROWN:
-        place = found.table.names.index(name)
+        place = found.net.table.names.index(name)
         assert summary[f"planes/{name}"] == int(found.bits["planes"].weights[place])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "batch_max"])
-def test_stored_integers_predict_as_the_hardened_network(case, tmp_path):
+def test_stored_integers_predict_as_the_binarized_network(case, tmp_path):
     found, path = found_case(case)[3], tmp_path / "network.safetensors"
     integers.save(
         path,
-        found.table,
-        jax.device_get(found.variables),
+        found.net.table,
+        jax.device_get(found.state),
         model=integers.ModelSpec(None, 3),
-        quantizer=found.quantizer,
+        quantizer=found.net.quantizer,
     )
     artifact = integers.load(path, model=MODEL)
     images = batch_of(2)["image"]
@@ -214,12 +215,12 @@ def test_stored_integers_predict_as_the_hardened_network(case, tmp_path):
 
 def test_the_precision_of_stored_integers_is_one_that_kernels_have(tmp_path):
     found = found_case("lsq")[3]
-    assert found.table.precisions == (8,)  # stem and head; 5 and 4 bits occur once
+    assert found.net.table.precisions == (8,)  # stem and head; 5 and 4 bits occur once
 
 
 def test_scales_of_the_batch_cannot_be_stored(tmp_path):
     found = found_case("batch_max")[3]
-    assert not integers.can_store(found.quantizer)
+    assert not integers.can_store(found.net.quantizer)
 
 
 # Models of one's own.
@@ -252,10 +253,9 @@ def test_any_linen_model_can_be_trained_and_found(model, rules, names):
     assert abs(made_method.summary(last)["mean_planes_by_layer"] - 1.5) <= 0.1
     variables = made_method.variables(copied(last))
     assert variables.hard_stats == {}
-    found, images = made_method.found(variables), batch_of(3)["image"]
+    found, images = made_method.scheme(variables), batch_of(3)["image"]
     hard = jax.jit(made_method.predict)(variables, made_method.eval_bits["hard"], images)
     np.testing.assert_array_equal(logits_of_found(found, images, model), hard)
-    select = functools.partial(supernet.select, found.table, quantizer=found.quantizer)
-    kernels = flatten(jax.jit(select)(found.variables, bits=found.bits["integers"]).params)
-    for name, kernel in hardened(variables.trainable.by_layer).items():
+    kernels = flatten(jax.jit(found.net.select)(found.state, found.bits["integers"]).params)
+    for name, kernel in binarized(variables.trainable.by_layer).items():
         np.testing.assert_array_equal(kernels[f"{name}/kernel"], kernel)

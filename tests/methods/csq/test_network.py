@@ -29,13 +29,13 @@ from helpers.csq_networks import (
     with_masks,
 )
 
-from mpq_jax.program import paths
 from mpq_jax.methods.csq import network
 from mpq_jax.methods.csq.network import Gates
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.quantizers import bit_planes as quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, Rule, bit_rules
 
 FLOAT_RULES = [
     Rule("wide", weights=32, acts=32, float_weights=True, float_acts=True),
@@ -96,7 +96,7 @@ def test_a_target_that_the_layers_do_not_reach_together_is_refused():
 def test_least_planes_above_the_target_are_refused(average):
     with pytest.raises(ValueError, match="least_planes is 3, and .*, but target is 2.9; raise"):
         make(least_planes=3, target=2.9, average=average)
-    make(least_planes=3, target=2.96, average=average)  # the ticket may miss it by 0.05
+    make(least_planes=3, target=2.96, average=average)  # the freeze may miss it by 0.05
 
 
 def test_least_planes_that_a_layer_does_not_have_are_refused():
@@ -203,7 +203,7 @@ def test_training_starts_from_the_quantized_float_model(build, changes, factor):
 def test_weights_far_from_zero_are_no_outliers(mean, spread):
     """They deviate little from each other, but all of them are needed."""
     w = mean + spread * np.random.default_rng(0).uniform(-1, 1, (3, 3, 4))
-    planes = quantizer.from_float(jnp.asarray(w, jnp.float32), planes=8, reach=2.5)
+    planes = quantizer.from_float(jnp.asarray(w, jnp.float32), planes=8, clip_rms=2.5)
     found = quantizer.weights(planes, jnp.float32(1.0))
     np.testing.assert_allclose(found, w, rtol=1 / 255)  # half a code of the largest weight
 

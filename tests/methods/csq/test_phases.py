@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.csq import phases
 
 
 def a_run(epochs, steps_per_epoch=7):
-    return Run(epochs, steps_per_epoch, prepare=lambda batch, key: batch["image"])
+    return TrainingInfo(epochs, steps_per_epoch, prepare=lambda batch, key: batch["image"])
 
 
 @pytest.mark.parametrize(
-    ("epochs", "ticket", "harden", "rewind", "wanted"),
+    ("epochs", "freeze_scheme", "binarize", "rewind", "wanted"),
     [
         (10, 0.3, 0.8, False, (3, 8)),
         (10, 0.32, 0.78, True, (3, 8)),  # to the nearest epoch
@@ -27,19 +27,23 @@ def a_run(epochs, steps_per_epoch=7):
     ],
 )
 def test_phases_begin_with_whole_epochs(epochs, freeze_scheme, binarize, rewind, wanted):
-    found = phases.make_phases(a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind)
+    found = phases.make_phases(
+        a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind
+    )
     assert (found.freeze_scheme, found.binarize) == tuple(7 * epoch for epoch in wanted)
     assert (found.end, found.steps_per_epoch, found.rewind) == (7 * epochs, 7, rewind)
 
 
 @pytest.mark.parametrize(
-    ("ticket", "harden", "rewind"),
+    ("freeze_scheme", "binarize", "rewind"),
     [(0.5, 0.95, True), (0.9, 0.95, True), (0.9, 1.0, True), (0.9, 0.95, False), (1.0, 1.0, False)],
 )
 def test_no_phase_begins_after_the_run(freeze_scheme, binarize, rewind):
     """Rounding to epochs moves no phase out of the run, however short it is."""
     for epochs in range(2, 30):
-        found = phases.make_phases(a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind)
+        found = phases.make_phases(
+            a_run(epochs), freeze_scheme=freeze_scheme, binarize=binarize, rewind=rewind
+        )
         assert found.freeze_scheme + rewind <= found.binarize <= found.end, epochs
 
 
@@ -48,7 +52,7 @@ def temperatures(found, final, steps):
     return np.asarray(at(jnp.arange(steps, dtype=jnp.int32)))
 
 
-def test_the_temperature_rises_exponentially_to_the_hardening_and_stays():
+def test_the_temperature_rises_exponentially_to_the_binarization_and_stays():
     found = phases.make_phases(a_run(10), freeze_scheme=0.5, binarize=0.6)
     values = temperatures(found, 200.0, 80)  # beyond the end of the run, too
     wanted = 200.0 ** np.minimum(np.arange(80) / 42, 1)
@@ -59,7 +63,7 @@ def test_the_temperature_rises_exponentially_to_the_hardening_and_stays():
     np.testing.assert_array_equal(temperatures(given, 200.0, 80), values)
 
 
-def test_rewinding_rises_once_to_the_ticket_and_once_more_to_the_hardening():
+def test_rewinding_rises_once_to_the_freeze_and_once_more_to_the_binarization():
     found = phases.make_phases(a_run(10), freeze_scheme=0.4, binarize=0.9, rewind=True)
     values = temperatures(found, 50.0, 75)
     steps = np.arange(75)
@@ -78,7 +82,7 @@ def cosine(steps, length):
     return 0.5 * (1 + np.cos(np.pi * steps / length))
 
 
-def test_the_rate_falls_until_the_hardening_and_is_tuned_after_it():
+def test_the_rate_falls_until_the_binarization_and_is_tuned_after_it():
     found = phases.make_phases(a_run(10), freeze_scheme=0.5, binarize=0.8)
     wanted = np.concatenate([cosine(np.arange(56), 56), 0.2 * cosine(np.arange(14), 14)])
     np.testing.assert_allclose(rates(found, warmup=0.0, tuning=0.2), wanted, atol=1e-6)  # float32

@@ -31,11 +31,10 @@ from helpers.csq_networks import (
     with_planes_of,
 )
 
-from mpq_jax.program import paths
 from mpq_jax.methods import csq
 from mpq_jax.methods.csq import Options
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 
 
 def test_a_step_on_eight_devices_equals_one_on_one():
@@ -120,7 +119,7 @@ PHASES = {"growing": (False, False), "fixed": (True, False), "hard": (True, True
 STILL = {"growing": (), "fixed": ("mask",), "hard": ("mask", "positive", "negative")}
 MLP_SIZES = {"inner/dense": 40, "twice": 25}
 MLP_MASKS = {"inner/dense": [0.15, -0.1, 0.25], "twice": [-0.2, 0.1, 0.3]}
-AT_STEP = 3  # of 10 until the ticket and 15 until the hardening
+AT_STEP = 3  # of 10 until the freeze and 15 until the binarization
 
 
 def mlp_state(made_method, phase):
@@ -182,7 +181,8 @@ def naive_gradient(trainable, options, phase):
         planes = trainable.by_layer
         params = flatten(trainable.around.params)
         params |= {f"{name}/kernel": kernel(name, one) for name, one in planes.items()}
-        step = trainable.around.weight_step_sizes[0, 1]  # of "entry", the first layer; bits are 32, 8
+        # Of "entry", the first layer, at the second candidate: 32 and 8 bits.
+        step = trainable.around.weight_step_sizes[0, 1]
         params["entry/kernel"] = of_8_bits(params["entry/kernel"], step)
         logits = MLP.apply({"params": paths.unflatten(params)}, batch["image"])
         target = 0.9 * jax.nn.one_hot(batch["label"], 3) + 0.1 / 3
@@ -250,4 +250,6 @@ def test_a_step_follows_the_gradient_of_the_whole_loss(changes, phase):
             np.testing.assert_allclose(taken, value, rtol=1e-4, atol=3e-7 / RATES[part])
     used = np.zeros_like(steps, bool)
     used[0, 1] = True  # the kernel of "entry" alone is quantized by a step size
-    np.testing.assert_array_equal(steps != np.asarray(state.trainable.around.weight_step_sizes), used)
+    np.testing.assert_array_equal(
+        steps != np.asarray(state.trainable.around.weight_step_sizes), used
+    )

@@ -1,4 +1,4 @@
-"""Whole runs of CSQ, from the start to the hardened network."""
+"""Whole runs of CSQ, from the start to the binarized network."""
 
 import functools
 import itertools
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.csq_networks import (
+    BINARIZE,
     DATA,
+    FREEZE,
     GROWN,
-    HARDEN,
     MODEL,
     PLANES,
     RUN,
-    TICKET,
     batch_of,
     copied,
     make,
@@ -75,29 +75,29 @@ def test_the_scheme_grows_to_the_budget():
 def test_the_temperature_rises_twice():
     found = [metrics["temperature"] for _, metrics, _ in trained().steps]
     steps = np.arange(RUN.steps)
-    again = np.minimum((steps - TICKET) / (HARDEN - TICKET), 1)
-    wanted = 200.0 ** np.where(steps < TICKET, steps / TICKET, again)
+    again = np.minimum((steps - FREEZE) / (BINARIZE - FREEZE), 1)
+    wanted = 200.0 ** np.where(steps < FREEZE, steps / FREEZE, again)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)  # a power of float32
 
 
 def test_what_is_fixed_rests_and_everything_else_moves():
     run = trained()
     states = [run.first] + [state for state, _, _ in run.steps]
-    ends = [0, TICKET, HARDEN, RUN.steps]
+    ends = [0, FREEZE, BINARIZE, RUN.steps]
     for phase, (start, stop) in enumerate(itertools.pairwise(ends)):
         still = ((), (".mask",), (".mask", ".positive", ".negative"))[phase]
-        after_ticket = states[start + 1]  # it may switch masks
-        for path, change in moved(after_ticket.trainable, states[stop].trainable).items():
+        after_freeze = states[start + 1]  # it may switch masks
+        for path, change in moved(after_freeze.trainable, states[stop].trainable).items():
             if not path.endswith(".scale"):  # norms take it out: it has no gradient here
                 assert change != path.endswith(still), (path, phase)
         for state in states[start + 2 : stop]:  # not even there and back
-            changes = moved(after_ticket.trainable, state.trainable)
+            changes = moved(after_freeze.trainable, state.trainable)
             assert not any(change for path, change in changes.items() if path.endswith(still))
 
 
 def test_momentum_of_what_is_fixed_moves_nothing():
-    """The masks' gradient is zero from the ticket on, but their momentum is not."""
-    before, after = (trained().steps[at][0] for at in (TICKET - 1, TICKET))
+    """The masks' gradient is zero from the freeze on, but their momentum is not."""
+    before, after = (trained().steps[at][0] for at in (FREEZE - 1, FREEZE))
     traces = jax.tree.leaves(after.opt_state.inner_states["masks"])
     assert max(np.abs(trace).max() for trace in traces if trace.dtype == np.float32) > 0
     for name in GROWN:
@@ -111,28 +111,28 @@ def test_flags_and_events_of_a_run():
     assert not run.first.fixed and not run.first.hard
     for at, (state, _, events) in enumerate(run.steps):
         assert state.step == at + 1
-        assert state.fixed == (at >= TICKET) and state.hard == (at >= HARDEN)
-        assert ("planes_switched_at_ticket" in events) == (at == TICKET)
-        assert events.get("hardened", 0.0) == float(at == HARDEN)
+        assert state.fixed == (at >= FREEZE) and state.hard == (at >= BINARIZE)
+        assert ("planes_switched_at_freeze" in events) == (at == FREEZE)
+        assert events.get("binarized", 0.0) == float(at == BINARIZE)
 
 
 def test_a_uniform_scheme_stays_as_given():
     run = trained(make_uniform)
     for at, (state, _, events) in enumerate(run.steps):
-        assert state.fixed and state.hard == (at >= HARDEN)
-        assert events == ({"hardened": 1.0} if at == HARDEN else {})
+        assert state.fixed and state.hard == (at >= BINARIZE)
+        assert events == ({"binarized": 1.0} if at == BINARIZE else {})
         for name in GROWN:
             masks = (one.trainable.by_layer[name].mask for one in (state, run.first))
             np.testing.assert_array_equal(*masks)
     summary = run.method.summary(run.last)
     assert summary["mean_planes_by_layer"] == summary["mean_planes_by_param"] == PLANES
-    assert run.method.found is not None
-    found = run.method.found(run.method.variables(copied(run.last)))
+    assert run.method.scheme is not None
+    found = run.method.scheme(run.method.variables(copied(run.last)))
     assert found.bits["planes"].weights.tolist() == [8, PLANES, PLANES, 32, 8]
     assert found.layouts == dict.fromkeys(GROWN, "1" * PLANES)
 
 
-@pytest.mark.parametrize("stop", [3, TICKET, TICKET + 1, HARDEN, RUN.steps - 1])
+@pytest.mark.parametrize("stop", [3, FREEZE, FREEZE + 1, BINARIZE, RUN.steps - 1])
 def test_an_interrupted_run_goes_on_bit_for_bit(stop):
     """From a copy on the host, taken to pieces; the epoch's first call comes after the copy."""
     run = trained()

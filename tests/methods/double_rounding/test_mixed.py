@@ -25,11 +25,11 @@ from helpers.double_rounding_training import (
     snapshot,
 )
 
-from mpq_jax.program import paths
 from mpq_jax.methods import double_rounding
 from mpq_jax.methods.double_rounding import mixed, multi
-from mpq_jax.program import linen
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.program import paths
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
 from mpq_jax.training import metrics as recording
 
 
@@ -118,7 +118,7 @@ def test_traces_are_those_of_the_float_kernels_with_the_norms_of_the_highest_bit
 
     def traces(row):
         return mixed.hessian_traces(
-            MODEL, made(MIXED).table, MIXED, float_model(row), batch["image"], batch["label"]
+            made(MIXED).net, MIXED, float_model(row), batch["image"], batch["label"]
         )
 
     np.testing.assert_array_equal(state.traces, traces(0).mean)
@@ -138,9 +138,9 @@ def test_mixed_training_is_the_loop_written_by_hand(mixed_start, several, batch,
     reference = Reference(MIXED)
     drawn, update = [], multi.sequential_updates
 
-    def record(parts, options, variables, opt_state, example, configs, step):
+    def record(learner, options, variables, opt_state, example, configs, step):
         drawn.append({base: snapshot(bits) for base, bits in configs.items()})
-        return update(parts, options, variables, opt_state, example, configs, step)
+        return update(learner, options, variables, opt_state, example, configs, step)
 
     monkeypatch.setattr(multi, "sequential_updates", record)
     programs, mixes = [], set()
@@ -162,7 +162,7 @@ def test_mixed_training_is_the_loop_written_by_hand(mixed_start, several, batch,
             wanted,
         )
     assert len(mixes) > 3 and any(first != second for first, second in mixes)
-    assert programs[0]["_gradient"] == programs[0]["_move"] == 1
+    assert programs[0]["_gradient"] == programs[0]["_apply_update"] == 1
     assert not any(programs[1:])
     assert jax.tree.all(jax.tree.map(np.array_equal, snapshot(several[1]), given))
     before, after = mixed_start[1], state
@@ -174,9 +174,7 @@ def test_start_from_a_float_model(variables, batch):
     method = made(MIXED)
     given = snapshot(variables)
     state = method.init(variables, batch["image"], batch["label"])
-    traces = mixed.hessian_traces(
-        MODEL, made(MIXED).table, MIXED, variables, batch["image"], batch["label"]
-    )
+    traces = mixed.hessian_traces(made(MIXED).net, MIXED, variables, batch["image"], batch["label"])
     np.testing.assert_array_equal(state.traces, traces.mean)
     for tree, source in (
         (state.variables.trainable.params, variables["params"]),

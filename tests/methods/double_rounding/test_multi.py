@@ -31,13 +31,12 @@ from helpers.double_rounding_training import (
 )
 from helpers.random_variables import drawn_variables
 
-from mpq_jax.program import paths
 from mpq_jax.methods import double_rounding
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.double_rounding import Options, learner, multi
-from mpq_jax.program import linen
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
+from mpq_jax.program import paths
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, Rule, bit_rules
 from mpq_jax.training import metrics as recording
 
 
@@ -113,7 +112,7 @@ def test_one_program_serves_all_steps_and_precisions(trained):
     options, programs = trained[0], trained[4]
     forwards = 2 if options.distill_weight else 1  # without a teacher, and with one
     assert programs[0]["_gradient"] == forwards
-    assert programs[0]["_move"] == 1
+    assert programs[0]["_apply_update"] == 1
     assert not programs[1] and not programs[2]
 
 
@@ -125,13 +124,13 @@ def test_callers_variables_survive_and_epochs_bring_no_events(trained):
     assert state.step == 3
     assert list(method.eval_bits) == ["w4a4", "w3a3", "w2a2"]
     np.testing.assert_array_equal(method.eval_bits["w3a3"].acts, [32, 3, 3, 32])
-    assert method.quantizer is double_rounding.Options.quantizer.fget(trained[0])
+    assert method.net.quantizer is trained[0].quantizer
 
 
 def test_steps_stay_positive_however_large_their_rate(variables, batch):
     options = dataclasses.replace(BASE, scale_learning_rate=5.0, scale_rate="constant")
     start = made(BASE).init(variables, batch["image"]).variables
-    parts = learner.make_learner(MODEL, made(BASE).table, options, RUN, max_bits=HIGHEST)
+    own = learner.make_learner(made(BASE).net, options, RUN, max_bits=HIGHEST)
     everywhere = jax.tree.map(lambda leaf: jnp.ones(leaf.shape[:1], bool), start.trainable)
     uphill = learner.Gradient(
         jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape)), start.trainable),
@@ -141,8 +140,8 @@ def test_steps_stay_positive_however_large_their_rate(variables, batch):
             act_step_sizes=jnp.ones_like(start.trainable.act_step_sizes, bool),
         ),
     )
-    opt_state = parts.init_optimizer(start.trainable)
-    after, *_ = parts.apply_update(start, opt_state, uphill, jnp.int32(4), jnp.int32(0))
+    opt_state = own.init_optimizer(start.trainable)
+    after, *_ = own.apply_update(start, opt_state, uphill, jnp.int32(4), jnp.int32(0))
     for steps in (after.trainable.weight_step_sizes, after.trainable.act_step_sizes):
         assert np.all((np.asarray(steps) > 0) & (np.asarray(steps) < 1e-6))
 
@@ -154,14 +153,14 @@ def test_steps_stay_positive_however_large_their_rate(variables, batch):
 def two_updates(variables, batch):
     """Returns state before and after an update at 3 bits that follows one at all precisions."""
     method = made(BASE)
-    table, levels = method.table, multi.levels_of(method.table)
-    parts = learner.make_learner(MODEL, table, BASE, RUN, max_bits=HIGHEST)
+    levels = multi.levels_of(method.table)
+    own = learner.make_learner(method.net, BASE, RUN, max_bits=HIGHEST)
     start = method.init(variables, batch["image"]).variables
-    example = parts.prepare(batch, KEY)
-    state = start, parts.init_optimizer(start.trainable)
+    example = own.prepare(batch, KEY)
+    state = start, own.init_optimizer(start.trainable)
     snapshots = []
     for configs in (levels, {3: levels[3]}):
-        *state, _ = multi.sequential_updates(parts, BASE, *state, example, configs, jnp.int32(0))
+        *state, _ = multi.sequential_updates(own, BASE, *state, example, configs, jnp.int32(0))
         snapshots.append(snapshot(tuple(state)))
     return snapshots
 
@@ -203,12 +202,8 @@ def test_precision_that_has_one_column_of_unshared_scales_moves_it_alone(variabl
     method = made(options)
     state = method.init(variables, batch["image"])
     bits = multi.levels_of(method.table)[2]
-    used = supernet.update_mask(
-        method.table,
-        state.variables.trainable.params,
-        jax.tree.map(lambda leaf: leaf[None], bits),
-        quantizer=method.quantizer,
-    )
+    one = jax.tree.map(lambda leaf: leaf[None], bits)
+    used = method.net.update_mask(state.variables.trainable.params, one)
     wanted = [[place, TABLE.candidates.index(2)] for place in PLACE.values()]
     assert np.argwhere(used.weight_step_sizes).tolist() == wanted
     assert np.argwhere(used.act_step_sizes).tolist() == wanted
@@ -221,7 +216,7 @@ def test_digits_are_learned_at_every_precision():
     data = sklearn.datasets.load_digits()
     images = jnp.asarray(data.images[:128, ..., None] / 8 - 1, jnp.float32)
     batch = {"image": images, "label": jnp.asarray(data.target[:128] % 3, jnp.int32)}
-    run = Run(epochs=1, steps_per_epoch=25, prepare=lambda batch, key: batch["image"])
+    run = TrainingInfo(epochs=1, steps_per_epoch=25, prepare=lambda batch, key: batch["image"])
     table = trace_layers(MODEL, (8, 8, 1), rules=RULES)
     options = Options(learning_rate=0.02, scale_learning_rate=1e-3)
     method = double_rounding.FAMILY.make(MODEL, table, options, run)

@@ -1,173 +1,137 @@
-"""The draws of the mixed-precision supernet."""
+"""The Hessian-aware roulette: its probabilities in closed form, and its draws."""
 
-import dataclasses
-import functools
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.double_rounding_training import KEY, SHAPE, roulette_by_hand, snapshot
 
-from mpq_jax.methods import double_rounding
-from mpq_jax.methods.base import Run
-from mpq_jax.methods.double_rounding import MixedOptions, mixed, multi
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, Rule, bit_rules, trace_layers
+from mpq_jax.methods.double_rounding.roulette import roulette, roulette_probabilities
 
-
-class Deep(nn.Module):
-    """Many layers of two kinds, for what needs a table only."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(4, (3, 3), name="stem")(x)
-        for index in range(4):
-            x = nn.Conv(4, (1, 1), name=f"conv{index}")(x)
-            x = nn.Conv(4, (3, 3), feature_group_count=4, name=f"depthwise{index}")(x)
-        return nn.Dense(3, name="head")(x.mean((1, 2)))
+DRAWS = 6000
+ROULETTE = (8, 6, 4, 2)
+TRACES = np.array([0.5, 3.0, 2.0, 10.0, -1.0], np.float32)  # mean 2.9
+CHOICES = np.array(
+    [[0, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0], [1, 1, 0, 0]], bool
+)  # layer 3 is fixed: the mean of the others is 1.125
+RULES = ("published", "smooth", "uniform")
 
 
-DEEP_RULES = bit_rules((8, 6, 4, 2), depthwise_min_bits=4, first_last=FIRST_LAST_FLOAT)
-DEEP = trace_layers(Deep(), SHAPE, rules=DEEP_RULES)
-TRACES = np.array([99.0, 1.0, 5.0, 2.0, 8.0, 1.0, 6.0, 0.5, 4.5, -50.0], np.float32)
-
-PROBABILITIES = roulette_by_hand(DEEP, TRACES)
+def mixture(share, bits):
+    bits = np.array(bits, np.float64)
+    return (1 - share) / len(bits) + share * bits / bits.sum()
 
 
-def test_common_choices():
-    found = mixed.common_choices(DEEP)
-    np.testing.assert_array_equal(found, PROBABILITIES > 0)
-    rules = [
-        Rule("conv0", weights=(8, 4, 2), acts=(8, 6, 2)),
-        Rule("conv1", weights=(8, 4), acts=(6, 2)),
-        Rule("conv2", weights=(8, 4), acts=6),
-        *DEEP_RULES,
+def test_published_roulette_has_a_mean_of_5_or_6_bits():
+    given = roulette_probabilities(ROULETTE, TRACES)
+    assert given.dtype == jnp.float32
+    np.testing.assert_allclose(given[0], [0.25, 0.25, 0.25, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(given[1], [0.4, 0.3, 0.2, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(given @ np.array(ROULETTE, np.float32), [5, 6, 5, 6, 5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_roulette_with_a_mask_is_the_formula_over_the_allowed_bits(rule):
+    mean = TRACES[[0, 1, 2, 4]].mean()
+    smooth_mean = np.maximum(TRACES, 0)[[0, 1, 2, 4]].mean()
+    clipped = np.maximum(TRACES, 0)
+    share = {
+        "published": TRACES >= mean,
+        "smooth": clipped / (clipped + smooth_mean),
+        "uniform": np.zeros(5),
+    }[rule]
+    given = roulette_probabilities(ROULETTE, TRACES, rule=rule, mask=CHOICES)
+    for row, allowed, r in zip(given, CHOICES, share, strict=True):
+        np.testing.assert_allclose(row[allowed], mixture(r, np.array(ROULETTE)[allowed]), rtol=1e-6)
+        assert not row[~allowed].any()
+
+
+@pytest.mark.parametrize("mask", [None, CHOICES])
+@pytest.mark.parametrize("rule", RULES)
+def test_roulette_draws_by_its_probabilities(rule, mask):
+    keys = jax.random.split(jax.random.key(1), DRAWS)
+    draw = jax.jit(jax.vmap(lambda key: roulette(key, ROULETTE, TRACES, rule=rule, mask=mask)))
+    drawn = draw(keys)
+    assert drawn.dtype == jnp.int32
+    frequencies = np.mean(np.asarray(drawn)[..., None] == np.array(ROULETTE), axis=0)
+    p = np.asarray(roulette_probabilities(ROULETTE, TRACES, rule=rule, mask=mask), np.float64)
+    sigma = np.sqrt(np.maximum(p * (1 - p), 0) / DRAWS)
+    assert np.all(np.abs(frequencies - p) <= 5 * sigma + 1e-6)  # float32 probabilities; fixed key
+
+
+@pytest.mark.parametrize(("rule", "share"), [("published", 1), ("smooth", 0.5), ("uniform", 0)])
+@pytest.mark.parametrize("trace", [0.1, 7.3e-8, 3.3e5, 0.0])
+@pytest.mark.parametrize("layers", [1, 3, 7])
+def test_equal_traces_give_equal_probabilities(layers, trace, rule, share):
+    traces = np.full(layers, trace, np.float32)
+    given = roulette_probabilities(ROULETTE, traces, rule=rule)
+    expected = np.tile(mixture(share, ROULETTE), (layers, 1))
+    np.testing.assert_allclose(given, expected, rtol=1e-6)
+
+
+def mean_bits(traces, rule):
+    given = roulette_probabilities(ROULETTE, np.asarray(traces, np.float32), rule=rule)
+    return np.asarray(given) @ np.array(ROULETTE, np.float32)
+
+
+def test_smooth_roulette_rises_with_the_trace():
+    means = mean_bits(np.arange(40), "smooth")
+    assert np.all(np.diff(means) > 0)
+    assert means[0] == pytest.approx(5) and 5 < means[-1] < 6
+
+
+def test_only_the_published_roulette_has_a_cliff_at_the_mean():
+    alike = 1 + 1e-4 * np.array([-1, 1, -2, 2])
+    assert np.ptp(mean_bits(alike, "published")) == pytest.approx(1)
+    assert np.ptp(mean_bits(alike, "smooth")) < 2e-4
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_roulette_does_not_depend_on_the_unit_of_the_traces(rule):
+    given = [
+        roulette_probabilities(ROULETTE, TRACES * np.float32(scale), rule=rule)
+        for scale in (1, 1e-12, 1e12)
     ]
-    with pytest.raises(ValueError, match="weights and input of conv1 have no bits in common"):
-        mixed.common_choices(trace_layers(Deep(), SHAPE, rules=rules))
-    table = trace_layers(Deep(), SHAPE, rules=[rules[0], *DEEP_RULES])
-    bits = np.array(table.candidates)
-    assert bits[mixed.common_choices(table)[1]].tolist() == [8, 2]
-    table = trace_layers(Deep(), SHAPE, rules=[rules[2], *DEEP_RULES])  # its weights alone choose
-    bits = np.array(table.candidates)
-    assert bits[mixed.common_choices(table)[table.names.index("conv2")]].tolist() == [8, 4]
+    np.testing.assert_allclose(given[1], given[0], rtol=1e-6)
+    np.testing.assert_allclose(given[2], given[0], rtol=1e-6)
 
 
-DRAWS = 4000
-
-
-@jax.jit
-@functools.partial(jax.vmap, in_axes=(0, None, None))
-def left_base(key, base, sigma):
-    probabilities = jnp.asarray(PROBABILITIES, jnp.float32)
-    return mixed.leave_base(key, DEEP, base, probabilities, sigma)
-
-
-@pytest.mark.parametrize("sigma", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("base", [8, 2])
-def test_share_of_layers_that_leave_the_base(base, sigma):
-    keys = jax.random.split(jax.random.key(base), DRAWS)
-    drawn = snapshot(left_base(keys, DEEP.uniform(base, base), jnp.float32(sigma)))
-    np.testing.assert_array_equal(drawn.weights, drawn.acts)
-    at_base = np.asarray(DEEP.uniform(base, base).weights)
-    for place, layer in enumerate(DEEP.layers):
-        for choice, bits in enumerate(DEEP.candidates):
-            wanted = (1 - sigma * layer.searchable) * (bits == at_base[place])
-            wanted += sigma * layer.searchable * PROBABILITIES[place, choice]
-            found = np.mean(drawn.weights[:, place] == bits)
-            spread = np.sqrt(wanted * (1 - wanted) / DRAWS)
-            assert abs(found - wanted) <= 4.5 * spread + 1e-6
-    for place, layer in enumerate(DEEP.layers):  # and none that its rules forbid
-        assert set(drawn.weights[:, place]) <= set(layer.weight_candidates)
-
-
-def test_layers_leave_independently():
-    base = DEEP.uniform(2, 2)
-    drawn = snapshot(left_base(jax.random.split(KEY, DRAWS), base, jnp.float32(0.5)))
-    left = drawn.weights != np.asarray(base.weights)
-    correlation = np.corrcoef(left[:, 1:-1].T)
-    assert np.abs(correlation - np.eye(8)).max() < 4.5 / np.sqrt(DRAWS)
-
-
-def draws_of(options, run, steps, monkeypatch):
-    """Returns what the training draws at some steps, without training: {step: [configs]}."""
-    recorded = []
-
-    def record(parts, options, variables, opt_state, example, configs, step):
-        recorded.append((int(step), {base: snapshot(bits) for base, bits in configs.items()}))
-        return variables, opt_state, {}
-
-    monkeypatch.setattr(multi, "sequential_updates", record)
-    method = double_rounding.MIXED_FAMILY.make(Deep(), DEEP, options, run)
-    batch = {"image": jnp.zeros((1, *SHAPE)), "label": jnp.zeros(1, jnp.int32)}
-    probabilities = jnp.asarray(PROBABILITIES, jnp.float32)
-    for step in steps:
-        for seed in range(40):
-            traces = jnp.asarray(TRACES, jnp.float32)
-            state = mixed.TrainState(
-                jnp.int32(step), {}, {}, probabilities, traces, jnp.zeros_like(traces)
-            )
-            state, _ = method.train_step(state, batch, jax.random.key(seed))
-            assert state.step == step + 1
-    return recorded
-
-
-def test_sigma_grows_linearly_from_epoch_to_epoch(monkeypatch):
-    run = Run(epochs=4, steps_per_epoch=3, prepare=lambda batch, key: batch["image"])
-    options = MixedOptions(switch_probability=0.8)
-    steps = (0, 2, 3, 11)
-    recorded = draws_of(options, run, steps, monkeypatch)
-    assert all(list(configs) == [8, 6, 4, 2] for _, configs in recorded)
-    for step in steps:
-        sigma = 0.8 * (step // 3 + 1) / 4
-        left, wanted, variance = 0, 0.0, 0.0
-        for at, configs in recorded:
-            if at != step:
-                continue
-            for base, bits in configs.items():
-                at_base = np.asarray(DEEP.uniform(base, base).weights)
-                np.testing.assert_array_equal(bits.weights, bits.acts)
-                np.testing.assert_array_equal(bits.weights[[0, -1]], [32, 32])
-                left += np.sum(bits.weights != at_base)
-                for place in range(1, len(DEEP) - 1):
-                    stays = PROBABILITIES[place, DEEP.candidates.index(at_base[place])]
-                    leaves = sigma * (1 - stays)
-                    wanted, variance = wanted + leaves, variance + leaves * (1 - leaves)
-        assert abs(left - wanted) < 4.5 * np.sqrt(variance)
-    drawn = {bits.weights.tobytes() for _, configs in recorded for bits in configs.values()}
-    assert len(drawn) > 200  # steps and bases have draws of their own
-
-
-def test_without_switching_every_layer_stays_at_its_base(monkeypatch):
-    run = Run(epochs=1, steps_per_epoch=1, prepare=lambda batch, key: batch["image"])
-    for _, configs in draws_of(MixedOptions(switch_probability=0.0), run, [0], monkeypatch):
-        for base, bits in configs.items():
-            np.testing.assert_array_equal(bits.weights, DEEP.uniform(base, base).weights)
-
-
-@pytest.mark.parametrize("sigma", [0.3, 1.0])
-def test_layers_leave_the_base_together_where_they_are_tied(sigma):
-    entry = {name: 2 * index for index, name in enumerate(DEEP.names)}
-    ties = (
-        (entry["conv0"], entry["conv0"] + 1, entry["depthwise1"] + 1),
-        (entry["conv1"], entry["conv3"]),
+@pytest.mark.parametrize("rule", RULES)
+def test_fixed_layers_do_not_count_whatever_their_trace(rule):
+    wild = np.where(np.arange(5) == 3, np.float32(np.nan), TRACES)
+    given, expected = (
+        roulette_probabilities(ROULETTE, traces, rule=rule, mask=CHOICES)
+        for traces in (wild, TRACES)
     )
-    table = dataclasses.replace(DEEP, tied_groups=ties)
-    probabilities = mixed.common_choices(table) / mixed.common_choices(table).sum(1, keepdims=True)
+    np.testing.assert_array_equal(given, expected)
+    fixed = np.array([[0, 1, 0, 0], [1, 0, 0, 0]], bool)
+    bits = roulette(jax.random.key(0), ROULETTE, TRACES[:2], rule=rule, mask=fixed)
+    np.testing.assert_array_equal(bits, [6, 8])
 
-    def draw(key):
-        base = table.uniform(8, 8)
-        shares = jnp.asarray(probabilities, jnp.float32)
-        return mixed.leave_base(key, table, base, shares, jnp.float32(sigma))
 
-    drawn = np.stack(jax.vmap(draw)(jax.random.split(KEY, 500)), axis=-1)
-    place = (drawn[..., None] == np.array(table.candidates)).argmax(-1)
-    assert table.mask[np.arange(len(table))[:, None], np.arange(2), place].all()
-    for group in ties:
-        flat = drawn.reshape(500, -1)[:, list(group)]
-        assert (flat == flat[:, :1]).all()
-        share = np.mean(flat[:, 0] != 8)
-        allowed = table.mask.reshape(-1, len(table.candidates))[group[0]].sum()
-        wanted = sigma * (1 - 1 / allowed)
-        assert abs(share - wanted) < 4.5 * np.sqrt(wanted * (1 - wanted) / 500)
+@pytest.mark.parametrize("rule", RULES)
+def test_roulette_traces_everything_and_compiles_once(rule):
+    traced = []
+
+    @jax.jit
+    def draw(key, candidates, traces, mask):
+        traced.append(mask)
+        return roulette(key, candidates, traces, rule=rule, mask=mask)
+
+    random = np.random.default_rng(0)
+    for seed in range(4):
+        key, traces = jax.random.key(seed), random.normal(size=5).astype(np.float32)
+        mask = np.roll(CHOICES, seed, axis=0)
+        given = draw(key, jnp.array(ROULETTE), traces, mask)
+        plain = roulette(key, ROULETTE, traces, rule=rule, mask=mask)
+        np.testing.assert_array_equal(given, plain)
+    assert len(traced) == 1
+
+
+def test_an_unknown_rule_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'rank'; known rules are .*'published'.*'uniform'"):
+        roulette(jax.random.key(0), ROULETTE, TRACES, rule="rank")
+
+
+def test_a_mask_of_other_choices_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(5, 4\); wanted .*\(5, 3\)"):
+        roulette_probabilities((8, 6, 4), TRACES, mask=CHOICES)

@@ -11,8 +11,9 @@ from helpers.rfquant_networks import KEY, RUN
 
 from mpq_jax.methods.rfquant import freezing, method
 from mpq_jax.methods.rfquant.options import Options, published
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule, bit_rules
+from mpq_jax.supernet.supernet import TrainableParams
 
 
 class Deep(nn.Module):
@@ -137,7 +138,7 @@ def test_instabilities_are_taken_over_common_or_current_bits(mode):
         for name, w in zip(DEEP.names, kernels, strict=True)
     }
     steps = jnp.asarray(steps, jnp.float32)
-    trainable = supernet.TrainableParams(params, steps, steps)
+    trainable = TrainableParams(params, steps, steps)
     mask = freeze([0.1, 0.9, 0.5, 0.2, 0.8, 0.3], 2)
     found = freezing.instabilities(
         DEEP, trainable, jnp.asarray(mask), options=Options(freeze_scores=mode)
@@ -163,7 +164,10 @@ def test_instabilities_of_layers_without_a_common_bit_are_numbers():
     }
     steps = jnp.full((len(table), len(table.candidates)), 0.3)
     scores = freezing.instabilities(
-        table, supernet.TrainableParams(params, steps, steps), jnp.asarray(table.mask), options=Options()
+        table,
+        TrainableParams(params, steps, steps),
+        jnp.asarray(table.mask),
+        options=Options(),
     )
     assert np.all(np.isfinite(scores))
 
@@ -198,7 +202,7 @@ def test_what_is_drawn_honours_ties_and_what_is_frozen(layer, freeze_acts):
         flat = drawn.reshape(200, -1)[:, list(group)]
         assert (flat == flat[:, :1]).all()
         assert len(np.unique(flat)) == mask.reshape(-1, 6)[group[0]].sum() > 1
-    table.check(plan.max_bits)
-    np.testing.assert_array_equal(plan.lowest, drawn[..., 0].min(0))
+    table.check(plan.max_config)
+    np.testing.assert_array_equal(plan.min_weight_bits, drawn[..., 0].min(0))
     frozen = np.argwhere(table.mask & ~np.asarray(mask))
     assert len(frozen) and {table.names[i] for i, *_ in frozen} >= {layer}

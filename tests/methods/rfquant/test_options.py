@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from helpers.rfquant_networks import RUN, TABLE, with_kernel
 
-from mpq_jax.program import paths
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.rfquant import method
 from mpq_jax.methods.rfquant.options import Options, published
-from mpq_jax.program import linen
-from mpq_jax.supernet import supernet
+from mpq_jax.program import paths
+from mpq_jax.supernet.supernet import TrainableParams
 
 
 @pytest.mark.parametrize(
@@ -79,11 +78,11 @@ def test_published_options_are_those_of_the_published_run():
 def test_learning_rates_of_the_published_run(steps_per_epoch):
     """Reads the rates off the optimizer's moves under a gradient of one, epoch by epoch."""
     options = published(momentum=0.0, weight_decay=0.0)
-    run = Run(150, steps_per_epoch, RUN.prepare)
+    run = TrainingInfo(150, steps_per_epoch, RUN.prepare)
     trainable = with_kernel(np.ones((3, 3, 4, 4)), 1.0)
     optimizer = method.make_optimizer(TABLE.with_bn_banks("shared"), options, run)
     used = jax.tree.map(lambda _: jnp.array(True), trainable.params)
-    used = supernet.TrainableParams(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
+    used = TrainableParams(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
     fresh = optimizer.init(trainable)
 
     @jax.jit
@@ -119,7 +118,7 @@ def test_adamw_moves_by_signs_and_decays_convolutions_alone(norms):
         params,
         lambda path, _: jnp.arange(9).reshape(3, 3) < 4 if "norm" in path else jnp.array(True),
     )
-    used = supernet.TrainableParams(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
+    used = TrainableParams(used, jnp.ones((3, 4), bool), jnp.ones((3, 4), bool))
     gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.01), trainable)
     updates, _ = optimizer.update(gradient, optimizer.init(trainable), trainable, used=used)
     moved = paths.flatten(updates.params)

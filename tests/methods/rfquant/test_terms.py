@@ -19,9 +19,11 @@ from helpers.rfquant_networks import (
 
 from mpq_jax.methods.rfquant import method, terms
 from mpq_jax.methods.rfquant.options import Options, published
-from mpq_jax.supernet import supernet
+from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule, bit_rules
+from mpq_jax.supernet.supernet import Supernet, TrainableParams
 
 
 def lowest(bits):
@@ -70,6 +72,7 @@ class TwoKinds(nn.Module):
 def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
     """Through the optimizer: without other gradients, weights inside stay where they are."""
     table = trace_layers(TwoKinds(), (8, 8, 1), rules=[Rule(weights=CHOICES, acts=CHOICES)])
+    net = Supernet(TwoKinds(), table, quantizer=lsq.QUANTIZER)
     index = table.names.index(layer)
     options = Options(
         weight_decay=0.25, learning_rate=1.0, end_learning_rate=1.0, warmup=0.0, momentum=0.0
@@ -79,7 +82,7 @@ def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
     shapes = [spec.kernel_shape for spec in table.layers]
     kernels = [np.float32(v.reshape(shape)) for v, shape in zip(values, shapes, strict=True)]
     params = {n: {"kernel": jnp.array(w)} for n, w in zip(table.names, kernels, strict=True)}
-    trainable = supernet.TrainableParams(params, jnp.full((2, 3), 0.5), jnp.ones((2, 3)))
+    trainable = TrainableParams(params, jnp.full((2, 3), 0.5), jnp.ones((2, 3)))
     bits = table.uniform(2, 2)
     once = jnp.full(2, 1.0 / subnets)
 
@@ -88,7 +91,7 @@ def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
         return subnets * (options.two_bit_decay - options.weight_decay) * one
 
     optimizer = method.make_optimizer(table, options, RUN)
-    used = supernet.update_mask(table, params, jax.tree.map(lambda leaf: leaf[None], bits))
+    used = net.update_mask(params, jax.tree.map(lambda leaf: leaf[None], bits))
 
     def moved(weights):
         gradient = jax.grad(term)(trainable, weights)
@@ -207,13 +210,14 @@ def test_layers_without_a_norm_speak_for_themselves(place):
     table = trace_layers(model, SHAPE, rules=bit_rules(CHOICES))
     assert table.features == {"mix": 1, "wide": 2} and not table.searchable_norms
 
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+
     @jax.jit
     def distance(variables, bits):
-        made = supernet.init(model, table, variables, images)
+        made = net.init(variables, images)
 
         def features(bits):
-            selected = supernet.select(table, made, bits)
-            out = supernet.apply(model, table, selected, images, train=True)
+            out = net.forward(net.select(made, bits), images, train=True)
             return terms.pick_features(table, out.features, place)
 
         found, wanted = features(bits), features(table.max_config)

@@ -13,6 +13,7 @@ from helpers.rfquant_networks import (
     HEAD,
     KEY,
     MODEL,
+    NET,
     RUN,
     SHAPE,
     STEM,
@@ -21,14 +22,15 @@ from helpers.rfquant_networks import (
     pulled_codes,
 )
 
-from mpq_jax.program import paths
 from mpq_jax.methods import rfquant
-from mpq_jax.methods.base import Run
+from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.rfquant.options import Options
-from mpq_jax.program import linen
+from mpq_jax.program import paths
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import Rule, trace_layers
+from mpq_jax.supernet import bn_banks
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule
+from mpq_jax.supernet.supernet import SupernetState, TrainableParams
 from mpq_jax.training import metrics as recording
 
 # Constant rates, and every term large enough to matter from the first steps on.
@@ -220,21 +222,18 @@ def summed_loss(trainable, variables, batch, pairs, options, step):
     total, taken_back, teacher = jnp.zeros(()), jnp.zeros(()), None
     for b, a in [(4, 4), *pairs]:
         bits = config(b, a)
-        selected = supernet.select(
-            TABLE,
-            supernet.SupernetState(trainable, stats, variables.signed),
+        subnet = NET.select(
+            SupernetState(trainable, stats, variables.signed),
             bits,
             scale_step_gradient=options.scale_step_gradient,
         )
-        out = supernet.apply(
-            MODEL,
-            TABLE,
-            selected,
+        out = NET.forward(
+            subnet,
             batch["image"],
             train=True,
             scale_step_gradient=options.scale_step_gradient,
         )
-        stats = supernet.scatter_batch_stats(TABLE, stats, bits, out.batch_stats)
+        stats = bn_banks.scatter(TABLE, stats, bits, out.batch_stats)
         place = "block/norm" if options.idm_features == "norm_output" else "block"
         hard = cross_entropy(out.logits, batch["label"], options.label_smoothing)
         if teacher is None:
@@ -270,7 +269,7 @@ def first_update(trainable, gradient, options):
         return s - options.step_learning_rate * g / (jnp.abs(g) + 1e-8)
 
     flat = paths.flatten(gradient.params)
-    return supernet.TrainableParams(
+    return TrainableParams(
         paths.map_leaves(trainable.params, lambda path, w: sgd(path, w, flat[path])),
         adam(trainable.weight_step_sizes, gradient.weight_step_sizes),
         adam(trainable.act_step_sizes, gradient.act_step_sizes),
@@ -345,7 +344,9 @@ def test_a_step_follows_one_gradient_of_the_summed_loss(history, variables, batc
             after.variables.trainable,
         )
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.average.trainable, average
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+            after.average.trainable,
+            average,
         )
 
 
@@ -439,14 +440,14 @@ def test_with_all_elements_off_a_step_is_plain_quantized_training(variables, bat
     before = snapshot(state)
     after, metrics = made.train_step(state, batch, KEY)
     start = jax.tree.map(jnp.array, before.variables)
-    table = TABLE.with_bn_banks("shared")
+    net = dataclasses.replace(NET, table=TABLE.with_bn_banks("shared"))
 
     @jax.jit
     def gradient(params):
         def loss(params):
             trainable = start.trainable._replace(params=params)
-            selected = supernet.select(table, start._replace(trainable=trainable), config(4, 4))
-            out = supernet.apply(MODEL, table, selected, batch["image"], train=True)
+            subnet = net.select(start._replace(trainable=trainable), config(4, 4))
+            out = net.forward(subnet, batch["image"], train=True)
             return cross_entropy(out.logits, batch["label"], 0.0)
 
         return jax.value_and_grad(loss)(params)
@@ -463,7 +464,7 @@ def test_with_all_elements_off_a_step_is_plain_quantized_training(variables, bat
 
 @pytest.mark.parametrize("epochs", [1, 2, 40])
 def test_runs_of_any_length_can_be_made_and_traced(variables, batch, epochs):
-    run = Run(epochs, 1, RUN.prepare)
+    run = TrainingInfo(epochs, 1, RUN.prepare)
     made = rfquant.make(MODEL, TABLE, Options(), run)
     state = jax.eval_shape(made.init, variables, batch["image"])
     jax.eval_shape(made.train_step, state, batch, KEY)

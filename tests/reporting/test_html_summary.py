@@ -1,10 +1,12 @@
 """What the page says of budgets and uniform bits."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
-from helpers.report_pages import COST, MIXED, TABLE, UNIFORM, Page, content, written
+from helpers.report_pages import COST, MIXED, TABLE, UNIFORM, Page, made_report, written
 
-from mpq_jax.reporting.html import verdict
+from mpq_jax.reporting.html import summary
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 
@@ -23,9 +25,9 @@ def searched_budgets(*gains):
         (0.87, "0.25 points less accurate than uniform 3/3, within the same budget."),
     ],
 )
-def test_the_verdict_on_one_budget_is_true(tmp_path, accuracy, headline):
-    one = content(mixed=accuracy)
-    assert verdict.verdict(one, verdict.compare(one))[0] == headline
+def test_the_summary_on_one_budget_is_true(tmp_path, accuracy, headline):
+    one = made_report(mixed=accuracy)
+    assert summary.summarize(one, summary.compare(one))[0] == headline
     assert f'class="headline">{headline}<' in written(tmp_path, one)
 
 
@@ -54,9 +56,9 @@ def test_the_verdict_on_one_budget_is_true(tmp_path, accuracy, headline):
         ),
     ],
 )
-def test_the_verdict_on_several_budgets_is_true(gains, sentences):
-    one = content(found=searched_budgets(*gains))
-    said = verdict.verdict(one, verdict.compare(one))
+def test_the_summary_on_several_budgets_is_true(gains, sentences):
+    one = made_report(found=searched_budgets(*gains))
+    said = summary.summarize(one, summary.compare(one))
     assert said[:-1] == sentences
     best = max(range(len(gains)), key=lambda index: gains[index])
     assert said[-1].startswith(f"The most accurate found, budget {best}, reaches ")
@@ -68,22 +70,22 @@ def test_a_rival_is_the_largest_uniform_one_within_the_limit():
     costs_of = {name: costs.total(TABLE, COST, bits) for name, bits in UNIFORM.items()}
     assert costs_of["uniform 2/2"] < costs.total(TABLE, COST, cheaper) < costs_of["uniform 3/3"]
     found = {"A": (cheaper, 0.9)}
-    limited = content(found=found, limits={"A": costs_of["uniform 3/3"]})
-    (standing,) = verdict.compare(limited)
-    assert standing.rival.name == "uniform 3/3" and standing.gain == pytest.approx(2.75)
-    assert standing.match.name == "uniform 4/4"  # 0.92, the cheapest that is not below 0.9
+    limited = made_report(found=found, limits={"A": costs_of["uniform 3/3"]})
+    (comparison,) = summary.compare(limited)
+    assert comparison.rival.name == "uniform 3/3" and comparison.gain == pytest.approx(2.75)
+    assert comparison.match.name == "uniform 4/4"  # 0.92, the cheapest that is not below 0.9
     more = costs_of["uniform 4/4"] / costs.total(TABLE, COST, cheaper) - 1
-    assert standing.extra == pytest.approx(more)
-    unlimited = content(found=found, limits={})
-    (standing,) = verdict.compare(unlimited)
-    assert standing.rival.name == "uniform 2/2"
-    assert verdict.verdict(unlimited, [standing])[0].endswith("uniform 2/2, at no more cost.")
+    assert comparison.extra == pytest.approx(more)
+    unlimited = made_report(found=found, limits={})
+    (comparison,) = summary.compare(unlimited)
+    assert comparison.rival.name == "uniform 2/2"
+    assert summary.summarize(unlimited, [comparison])[0].endswith("uniform 2/2, at no more cost.")
 
 
 def test_the_match_is_the_cheapest_uniform_one_that_is_as_accurate():
     for accuracy, match in ((0.95, None), (0.9, "4/4"), (0.8725, "3/3"), (0.5, "2/2")):
-        (standing,) = verdict.compare(content(mixed=accuracy))
-        assert (standing.match and standing.match.name) == (match and f"uniform {match}")
+        (comparison,) = summary.compare(made_report(mixed=accuracy))
+        assert (comparison.match and comparison.match.name) == (match and f"uniform {match}")
 
 
 @pytest.mark.parametrize(
@@ -95,14 +97,14 @@ def test_the_match_is_the_cheapest_uniform_one_that_is_as_accurate():
     ],
 )
 def test_the_distance_to_float_is_told(tmp_path, accuracy, told):
-    text = Page(written(tmp_path, content(mixed=accuracy))).text
-    assert text.count(told) == 2  # in the verdict and on the card
+    text = Page(written(tmp_path, made_report(mixed=accuracy))).text
+    assert text.count(told) == 2  # in the summary and on the card
     assert ("No uniform bits tested are as accurate." in text) == (accuracy > 0.92)
 
 
 def test_uniform_bits_that_were_found_are_called_so(tmp_path):
     found = {"A": (UNIFORM["uniform 3/3"], 0.8725)}
-    one = content(found=found, limits={"A": costs.total(TABLE, COST, UNIFORM["uniform 3/3"])})
+    one = made_report(found=found, limits={"A": costs.total(TABLE, COST, UNIFORM["uniform 3/3"])})
     page = Page(written(tmp_path, one))
     assert "The search ended with the bits of uniform 3/3." in page.text
     assert "The same bits as uniform 3/3." in page.text
@@ -110,7 +112,7 @@ def test_uniform_bits_that_were_found_are_called_so(tmp_path):
 
 def test_a_budget_below_all_uniform_bits_has_no_rival(tmp_path):
     least = BitConfig(jnp.array([8, 2, 2, 2, 8], jnp.int32), jnp.array([8, 2, 2, 2, 8], jnp.int32))
-    one = content(found={"A": (least, 0.5)}, limits={})
-    without = [other for other in one.candidates if other.name != "uniform 2/2"]
-    page = Page(written(tmp_path, one._replace(candidates=without)))
+    one = made_report(found={"A": (least, 0.5)}, limits={})
+    without = [other for other in one.configs if other.name != "uniform 2/2"]
+    page = Page(written(tmp_path, dataclasses.replace(one, configs=tuple(without))))
     assert "No uniform bits are as cheap" in page.text

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from helpers.traced_models import ANY, Perceptron, Separable, column, make_table
 
-from mpq_jax.supernet.layer_table import (
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import (
     DEFAULT_CANDIDATES,
     FIRST_LAST,
     FIRST_LAST_8BIT,
@@ -12,7 +13,6 @@ from mpq_jax.supernet.layer_table import (
     FIRST_LAST_SAME,
     Rule,
     bit_rules,
-    trace_layers,
 )
 
 
@@ -90,7 +90,7 @@ def test_depthwise_rule_that_leaves_nothing_is_refused():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (Rule("("), r"rule pattern '\(' is no regular expression"),
+        (Rule("("), r"rule pattern '\(' is not a regular expression"),
         (Rule(kind="convolution"), "kind 'convolution'.*kinds are .*'depthwise'"),
         (Rule(position="middle"), "position 'middle'.*'first', 'last'"),
         (Rule(weights=()), r"bits are \(\); wanted"),
@@ -169,7 +169,7 @@ def test_published_ends_keep_their_weights_quantized():
     [
         (
             Rule("head", weights=(32, 8), float_weights=True),
-            r"weights of 'head' stay float but may be billed at any of \(32, 8\) bits",
+            r"weights of 'head' stay float but may count as any of \(32, 8\) bits",
         ),
         (Rule("head", acts=(8, 4), float_acts=True), "acts of 'head' stay float"),
         (Rule("head", float_weights=True), "weights of 'head' stay float.*fix weights to one"),

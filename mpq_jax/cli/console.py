@@ -1,0 +1,98 @@
+"""What the commands print in common: tables of layers, sizes, compilations."""
+
+import rich.console
+import rich.table
+
+from mpq_jax import data
+from mpq_jax.export.packed import integers
+from mpq_jax.methods.base import LearnedScheme
+from mpq_jax.supernet import costs
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.training.metrics import CompileCounter
+
+KIB = 2**10
+LARGE_PROGRAM = 0.2  # seconds of compilation from which on a program is named
+
+
+def make_console(*, quiet: bool = False) -> rich.console.Console:
+    """Makes a console; files and pipes get long lines, so that tables are not cut off."""
+    console = rich.console.Console(quiet=quiet)
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
+def print_layers(console: rich.console.Console, table: LayerTable) -> None:
+    """Prints the layers and the bits among which each may choose."""
+    shown = rich.table.Table("layer", "kind", "kernel", "MACs", "weights", "bits w", "bits a")
+    for layer in table.layers:
+        weights, acts = (
+            "float, counted as " if is_float else ""
+            for is_float in (layer.float_weights, layer.float_acts)
+        )
+        shown.add_row(
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.kernel_shape)),
+            f"{layer.macs:,}",
+            f"{layer.params:,}",
+            weights + " ".join(map(str, layer.weight_candidates)),
+            acts + " ".join(map(str, layer.act_candidates)),
+        )
+    console.print(shown)
+
+
+def print_integers(
+    console: rich.console.Console, path: object, sizes: integers.Sizes, table: LayerTable
+) -> None:
+    """Prints the size of a file of integers, and the precisions of its network."""
+    precisions = f"it runs at {' '.join(map(str, table.precisions))} bits"
+    if not table.searchable.any():
+        precisions = "every layer has its own bits"
+    console.print(
+        f"{path}: {sizes.file / KIB:.1f} KiB, of which integers {sizes.codes / KIB:.1f} and "
+        f"floats {sizes.floats / KIB:.1f}; {precisions}"
+    )
+
+
+def print_scheme(console: rich.console.Console, table: LayerTable, scheme: LearnedScheme) -> None:
+    """Prints the bits that training found for every layer, and the size of all kernels."""
+    shown = rich.table.Table("layer", "weights", "layout", *scheme.bits)
+    for index, layer in enumerate(table.layers):
+        counted = [str(int(bits.weights[index])) for bits in scheme.bits.values()]
+        layout = scheme.layouts.get(layer.name, "float" if layer.float_weights else "")
+        shown.add_row(layer.name, f"{layer.params:,}", layout, *counted)
+    console.print(shown)
+    floats = 4 * sum(layer.params for layer in table.layers)
+    for name, bits in scheme.bits.items():
+        by_layer, by_param = (
+            float(costs.mean_bits(table, bits, by=by)) for by in ("layer", "param")
+        )
+        size = float(costs.model_bytes(table, bits))
+        console.print(
+            f"{name}: mean {by_layer:.2f} by layer, {by_param:.2f} by parameter; all kernels take "
+            f"{size / KIB:.1f} KiB, {floats / size:.1f} times less than in float",
+            highlight=False,
+        )
+
+
+def print_corrupt(console: rich.console.Console, dataset: data.Dataset) -> None:
+    """Prints the images that could not be decoded, if any."""
+    count = len(dataset.corrupt.reasons)
+    if count:
+        console.print(
+            f"images that could not be decoded: {count}: {dataset.corrupt.listing()}; training "
+            "took others in their place, evaluation left them out",
+            highlight=False,
+            markup=False,
+        )
+
+
+def print_compilations(console: rich.console.Console, counter: CompileCounter) -> None:
+    """Prints how often each large program was compiled; once each means: bits never recompile."""
+    large = {name: n for name, n in counter.counts.items() if counter.seconds[name] > LARGE_PROGRAM}
+    listed = ", ".join(f"{name} x{count}" for name, count in sorted(large.items()))
+    small = sum(counter.counts.values()) - sum(large.values())
+    total = sum(counter.seconds.values())
+    line = f"compilations: {listed}; {small} small ones; {total:.0f} s in all"
+    console.print(line, soft_wrap=True)  # one line, for programs that read it
