@@ -1,4 +1,4 @@
-"""What a finished run leaves in its workdir: integers, norm statistics, the scheme it learned."""
+"""Results of a finished run in its workdir: integers, norm statistics, the learned scheme."""
 
 import pathlib
 from typing import Any
@@ -6,17 +6,19 @@ from typing import Any
 import jax
 
 from mpq_jax import extras
-from mpq_jax.export import norm_statistics
-from mpq_jax.export.packed import integers
+from mpq_jax.export import exported_model, finished_run, norm_statistics
+from mpq_jax.export.exported_model import LEARNED
+from mpq_jax.export.norm_statistics import NormStatistics
+from mpq_jax.export.packed import writer
+from mpq_jax.export.packed.reader import Sizes
 from mpq_jax.methods.base import LearnedScheme
-from mpq_jax.models import user_models
 from mpq_jax.parallel import mesh
 from mpq_jax.reporting import plots, tables
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training import metrics
-from mpq_jax.training.config_record import Config, to_record
+from mpq_jax.training.config_record import Config
 from mpq_jax.training.experiment import Experiment
 
 INTEGERS, SCHEME, NORMS = "integers.safetensors", "scheme", "norms.safetensors"
@@ -28,36 +30,43 @@ def write_integers(
     path: pathlib.Path,
     net: Supernet | None,
     state: Any,
-) -> integers.Sizes | None:
-    """Writes a network as integers, if all its precisions follow from them.
+    *,
+    scheme: LearnedScheme | None = None,
+) -> Sizes | None:
+    """Writes a network as a packed file of all its precisions, if they follow from integers.
 
     All processes call it, and the first one writes.
+
+    Args:
+        experiment: the experiment.
+        config: its config.
+        path: file to write.
+        net: the network; None: the method has none.
+        state: its state.
+        scheme: scheme that the network is of; None: its bits were not learned.
 
     Returns:
         Sizes of the file; None: nothing was written.
     """
-    if net is None or not integers.can_store(net.quantizer):
+    if net is None or not exported_model.is_switchable(net):
         return None
     state = mesh.to_host(state)
     if jax.process_index() != 0:
         return None
-    model, dataset = config["model"], experiment.dataset
-    # A file of weights must not name code to be run: whoever loads it gives a model of their own.
-    name = None if user_models.is_user_model(model["name"]) else model["name"]
-    options = dict(model["options"]) | {"dtype": model["dtype"]}
-    return integers.save(
-        path,
-        net.table,
+    exported = finished_run.of_experiment(
+        experiment,
+        config,
+        net,
         state,
-        model=integers.ModelSpec(name, dataset.num_classes, options),
-        mean=tuple(float(value) for value in dataset.mean),
-        std=tuple(float(value) for value in dataset.std),
-        config=to_record(config),
+        None,
+        layouts=scheme.layouts if scheme else {},
+        provenance={"bits": LEARNED} if scheme else {},
     )
+    return writer.save(path, exported, norms="kept")  # so that it can be recalibrated
 
 
 def write_norms(
-    path: pathlib.Path, table: LayerTable, tested: dict[str, norm_statistics.Tested]
+    path: pathlib.Path, table: LayerTable, tested: dict[str, NormStatistics]
 ) -> None:
     """Writes the norm statistics that configurations were tested with, for later exports."""
     if jax.process_index() == 0:
@@ -80,6 +89,6 @@ def write_scheme(experiment: Experiment, workdir: pathlib.Path, scheme: LearnedS
                 plots.plot_bits_over_training(
                     curves.layers, curves.panels, label=curves.label, path=directory / "growth.png"
                 )
-    table = scheme.net.table
-    tested = norm_statistics.of(table, mesh.to_host(scheme.state), table.max_config)
-    write_norms(directory / NORMS, table, {"found": tested})
+    net, bits = scheme.net, scheme.net.table.max_config
+    tested = norm_statistics.of(net, mesh.to_host(scheme.state), bits)
+    write_norms(directory / NORMS, net.table, {"found": tested})
