@@ -1,4 +1,4 @@
-"""Times the integer artifact of ResNet-18: how long a switch of precision takes, and its size.
+"""Times the packed integers of ResNet-18: a switch of precision, a forward pass, and the size.
 
     python -m benchmarks.artifact
 
@@ -14,30 +14,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax.export.packed import integers
+from mpq_jax.export.exported_model import ExportedModel, ModelSpec
+from mpq_jax.export.packed import network, writer
 from mpq_jax.models import make_model
 from mpq_jax.program import linen
 from mpq_jax.quantizers import double_rounding
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training import metrics
 
 CANDIDATES, IMAGES, CLASSES = (8, 6, 4, 2), 4, 1000
 
 
 def make_network(name: str, side: int):
-    """Returns table and variables of an untrained multi-precision network, and some images."""
+    """Makes an untrained multi-precision network to export, and some images."""
     model, shape = make_model(name, num_classes=CLASSES), (side, side, 3)
     rules = bit_rules(CANDIDATES, first_last=FIRST_LAST_FLOAT)
     table = trace_layers(model, shape, rules=rules).with_bn_banks("weights")
     images = jax.random.normal(jax.random.key(1), (IMAGES, *shape))
 
-    @jax.jit
-    def make(key, images):
-        variables = linen.init_variables(model, key, shape)
-        return supernet.init(model, table, variables, images, quantizer=double_rounding.QUANTIZER)
+    net = Supernet(model, table, quantizer=double_rounding.QUANTIZER)
 
-    return table, make(jax.random.key(0), images), images
+    @jax.jit
+    def init(key, images):
+        return net.init(linen.init_variables(model, key, shape), images)
+
+    exported = ExportedModel(
+        net=net,
+        state=init(jax.random.key(0), images),
+        bits=None,
+        image_shape=shape,
+        num_classes=CLASSES,
+        model_spec=ModelSpec(name),
+    )
+    return exported, images
 
 
 def timed(function, *arguments):
@@ -52,14 +63,13 @@ def main():
     parser.add_argument("--side", type=int, default=224, help="of the images, in pixels")
     parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args()
-    table, variables, images = make_network(arguments.model, arguments.side)
-    spec = integers.ModelSpec(arguments.model, CLASSES)
+    exported, images = make_network(arguments.model, arguments.side)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "integers.safetensors"
-        sizes = integers.save(path, table, variables, model=spec)
-        artifact = integers.load(path)
-    numbers = sizes.codes + sizes.floats
-    print(f"file {sizes.file:,} bytes: integers {sizes.codes:,}, floats {sizes.floats:,}")
+        sizes = writer.save(path, exported, norms="kept")
+        artifact = network.load(path)
+    numbers = sizes.integers + sizes.floats
+    print(f"file {sizes.file:,} bytes: integers {sizes.integers:,}, floats {sizes.floats:,}")
     print(f"{sizes.file / numbers - 1:+.3%} over its numbers; one byte per quantized weight")
     switches = {bits: [] for bits in artifact.precisions}
     forwards = {bits: [] for bits in artifact.precisions}

@@ -4,7 +4,7 @@
         "Double Rounding, 8 bits=OTHER:uniform:8" "CSQ, 3 planes=THIRD"
     python -m benchmarks.export --sizes
 
-Networks are `name=workdir of train.py[:bits]`; a bit file is named below its workdir. "--sizes":
+Networks are `name=workdir of a run[:bits]`; a bit file is named below its workdir. "--sizes":
 what packed files of untrained ImageNet models take, at bits from 2 to 8 in turn; weights do not
 matter.
 """
@@ -17,21 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax.export import exported_model as deployed_networks
-from mpq_jax.export import formats, verify
-from mpq_jax.export.packed import format
+from mpq_jax.export import ExportedModel, formats, load_run, verification
+from mpq_jax.export.packed import writer
 from mpq_jax.models import make_model
 from mpq_jax.program import linen
 from mpq_jax.quantizers import lsq
-from mpq_jax.supernet import costs, supernet
+from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
-from mpq_jax.training import experiment
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.training import config_record, experiment
 
 FILES = (  # format, options, what the table calls it
     ("packed", {}, "packed"),
-    ("packed", {"norms": "half"}, "packed, norms of 16 bits"),
-    ("packed", {"norms": "integer"}, "packed, integer norms"),
+    ("packed", {"norms": "float16"}, "packed, float16 norms"),
     ("onnx", {}, "onnx"),
     ("stablehlo", {}, "stablehlo"),
 )
@@ -47,6 +47,7 @@ COLUMNS = (
     "ms, batch 1 (float)",
     "ms, batch 64 (float)",
 )
+NORMS = ("float32", "float16")
 LARGE = ("resnet18", "mobilenet_v2", "efficientnet_lite0")
 BITS = tuple(range(8, 1, -1))
 SHAPE, CLASSES = (224, 224, 3), 1000
@@ -68,17 +69,17 @@ def print_verified(networks: list[str], repeats: int) -> None:
         workdir, _, bits = source.partition(":")
         below = pathlib.Path(workdir) / bits
         given = str(below) if bits and below.is_file() else bits or None
-        deployed = deployed_networks.load(workdir, given)
-        dataset = experiment.load_dataset(deployed_networks.read_config(pathlib.Path(workdir)))
+        exported = load_run(workdir, given)
+        dataset = experiment.load_dataset(config_record.read(pathlib.Path(workdir)))
         for kind, options, label in FILES:
             with tempfile.TemporaryDirectory() as folder:
                 path = pathlib.Path(folder) / f"network{formats.FORMATS[kind].endings[0]}"
-                formats.save(path, deployed, kind, **options)
-                report = verify.verify(path, kind, deployed, dataset, repeats=repeats)
+                formats.save(path, exported, kind, **options)
+                report = verification.verify(path, exported, dataset, kind, repeats=repeats)
             found = report.agreement
             milliseconds = (
                 f"{1e3 * report.latency[size]:.2f} ({1e3 * report.float_latency[size]:.2f})"
-                for size in verify.LATENCY_BATCHES
+                for size in verification.LATENCY_BATCHES
             )
             print_row(
                 name,
@@ -91,35 +92,36 @@ def print_verified(networks: list[str], repeats: int) -> None:
             )
 
 
-def mixed(name: str) -> deployed_networks.Deployed:
+def mixed(name: str) -> ExportedModel:
     """Returns an untrained network whose layers with a choice take turns at the bits."""
     model = make_model(name, num_classes=CLASSES)
     table = trace_layers(model, SHAPE, rules=bit_rules(BITS)).with_bn_banks("shared")
     variables = jax.jit(lambda key: linen.init_variables(model, key, SHAPE))(jax.random.key(0))
-    steps = jnp.full((len(table), len(table.candidates)), 0.01, jnp.float32)
-    trainable = supernet.TrainableParams(variables["params"], steps, steps)
-    net = supernet.SupernetState(trainable, variables["batch_stats"], jnp.zeros(len(table), bool))
+    step_sizes = jnp.full((len(table), len(table.candidates)), 0.01, jnp.float32)
+    trainable = TrainableParams(variables["params"], step_sizes, step_sizes)
     in_turn = np.arange(len(table)) % len(BITS) + min(BITS)
     chosen = (np.where(table.searchable, in_turn, column) for column in table.max_config)
-    bits = BitConfig(*(jnp.asarray(column, jnp.int32) for column in chosen))
-    provenance = {"model": {"name": name, "options": {}}, "bits": "in turn"}
-    return deployed_networks.Deployed(
-        model, table, net, bits, lsq.QUANTIZER, SHAPE, CLASSES, None, None, provenance
+    return ExportedModel(
+        net=Supernet(model, table, quantizer=lsq.QUANTIZER),
+        state=SupernetState(trainable, variables["batch_stats"], jnp.zeros(len(table), bool)),
+        bits=BitConfig(*(jnp.asarray(column, jnp.int32) for column in chosen)),
+        image_shape=SHAPE,
+        num_classes=CLASSES,
+        provenance={"bits": "in turn"},
     )
 
 
 def print_sizes() -> None:
-    columns = (f"file with {norms} norms, over the kernels" for norms in format.NORMS)
+    columns = (f"file with {norms} norms, over the kernels" for norms in NORMS)
     print_head(("network", "kernels by `model_bytes`", *columns))
     for name in LARGE:
-        deployed = mixed(name)
-        kernels = float(costs.model_bytes(deployed.table, deployed.bits))
+        exported = mixed(name)
+        kernels = float(costs.model_bytes(exported.table, exported.bits))
         cells = []
-        for norms in format.NORMS:
+        for norms in NORMS:
             with tempfile.TemporaryDirectory() as folder:
                 path = pathlib.Path(folder) / "network.safetensors"
-                format.save(path, deployed, norms=norms)
-                size = path.stat().st_size
+                size = writer.save(path, exported, norms=norms).file
             cells.append(f"{size:,}, {size / kernels - 1:+.2%}")
         print_row(name, f"{kernels:,.0f}", *cells)
 
