@@ -18,11 +18,11 @@ SUPERNET := $(WORKDIR)/supernet
 BITS := $(SUPERNET)/search/bits_5_MBitOPs.json
 
 demo: $(VENV)/.installed  ## float network, supernet, bit search and ONNX on real images, no download
-	$(BIN)/python train.py --config=configs/digits.py:float --workdir=$(WORKDIR)/float
-	$(BIN)/python train.py --config=configs/digits.py --workdir=$(SUPERNET) --config.init_from=$(WORKDIR)/float
-	$(BIN)/python search.py --config=configs/digits.py --workdir=$(SUPERNET) --config.init_from=$(WORKDIR)/float
-	$(BIN)/python -m mpq_jax.export --workdir=$(SUPERNET) --bits=$(BITS) --out=$(SUPERNET)/digits.onnx
-	$(BIN)/python -m mpq_jax.export verify $(SUPERNET)/digits.onnx --tolerance=0.3  # 1 of 360 images
+	$(BIN)/mpq train --config=digits:float --workdir=$(WORKDIR)/float
+	$(BIN)/mpq train --config=digits --workdir=$(SUPERNET) --config.init_from=$(WORKDIR)/float
+	$(BIN)/mpq search --config=digits --workdir=$(SUPERNET) --config.init_from=$(WORKDIR)/float
+	$(BIN)/mpq export --workdir=$(SUPERNET) --bits=$(BITS) --out=$(SUPERNET)/digits.onnx
+	$(BIN)/mpq verify $(SUPERNET)/digits.onnx --tolerance=0.3  # 1 of 360 images
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' $(ARGS)

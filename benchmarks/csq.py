@@ -89,15 +89,15 @@ def train(bench: Bench, name: str, start, *, watch: bool) -> dict:
         started = time.perf_counter()
         entry = {"step": step + 1} | method.summary(state)
         if watch:
-            found = scores(method.variables(state), "heldout")
-            entry |= {f"heldout/{kind}": value for kind, value in found.items()}
+            found = scores(method.variables(state), "validation")
+            entry |= {f"validation/{kind}": value for kind, value in found.items()}
         history.append(entry | {"temperature": float(metrics.get("temperature", 0))})
         spent += time.perf_counter() - started
 
     started = time.perf_counter()
     variables, metrics = bench.train(method, start, on_step)
     seconds = time.perf_counter() - started - spent
-    row = {split: scores(variables, split) for split in ("test", "heldout")}
+    row = {split: scores(variables, split) for split in ("test", "validation")}
     row |= {"history": history, "train": metrics, "seconds": seconds}
     if method.scheme is not None:
         row |= sizes(method, method.scheme(variables))

@@ -103,7 +103,7 @@ def measure(arguments) -> dict[str, np.ndarray]:
             image_size=arguments.size,
             batch_size=arguments.batch,
             seed=0,
-            heldout_fraction=0.0,
+            validation_fraction=0.0,
             reading=data.Reading(**reading),
         )
 

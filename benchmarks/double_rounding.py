@@ -65,7 +65,7 @@ def train(bench: Bench, float_variables, candidates, changes, keep=None) -> dict
     accuracy = bench.evaluator(method)
     row = {
         split: {name: accuracy(variables, bits, split) for name, bits in method.eval_bits.items()}
-        for split in ("test", "heldout")
+        for split in ("test", "validation")
     }
     row |= {"train": metrics, "seconds": seconds, "history": history}
     if len(candidates) > 1:

@@ -18,7 +18,7 @@ from mpq_jax.supernet.rules import bit_rules
 from mpq_jax.tasks import evaluation
 
 # Held out: two thirds of the training images, so that many runs fit a two-core machine.
-HELDOUT, BATCH, CALIBRATION_BATCHES, RECALIBRATION_BATCHES = 2 / 3, 128, 8, 56
+VALIDATION, BATCH, CALIBRATION_BATCHES, RECALIBRATION_BATCHES = 2 / 3, 128, 8, 56
 
 
 class Bench:
@@ -30,7 +30,7 @@ class Bench:
             "tfds",
             batch_size=BATCH,
             seed=seed,
-            heldout_fraction=HELDOUT,
+            validation_fraction=VALIDATION,
             dataset="fashion_mnist",
             data_dir=data_dir,
         )
@@ -102,19 +102,19 @@ class Bench:
 
         return after
 
-    def heldout_batches(self, size: int):
-        """Yields (images, labels) of random held-out images without end."""
-        heldout = data.whole_split(self.dataset, "heldout")
-        images, labels = heldout["image"], heldout["label"]
+    def validation_batches(self, size: int):
+        """Yields (images, labels) of random validation images without end."""
+        validation = data.whole_split(self.dataset, "validation")
+        images, labels = validation["image"], validation["label"]
         generator = np.random.default_rng(self.seed)
         while True:
             chosen = generator.choice(len(images), size, replace=False)
             yield self.normalize(images[chosen]), jnp.asarray(labels[chosen])
 
-    def on_heldout(self, score, size: int):
-        """Returns `score(configs, key)`: on so many held-out images, which the key draws."""
-        heldout = data.whole_split(self.dataset, "heldout")
-        images, labels = self.normalize(heldout["image"]), jnp.asarray(heldout["label"])
+    def on_validation(self, score, size: int):
+        """Returns `score(configs, key)`: on so many validation images, which the key draws."""
+        validation = data.whole_split(self.dataset, "validation")
+        images, labels = self.normalize(validation["image"]), jnp.asarray(validation["label"])
         return on_drawn_images(score, images, labels, size=size)
 
 

@@ -5,7 +5,7 @@
 
 Starts, per seed, from the multi-precision network that the first command left behind; trains a
 mixed-precision supernet with each roulette; then searches each for several mean bits by integer
-program (the best by objective alone, and the best of eight on held-out images) and, for the
+program (the best by objective alone, and the best of eight on validation images) and, for the
 published roulette, by the printed objective and the greedy descent, all with equal bits for
 weights and input. Prints test accuracy after recalibration and plots both frontiers. A finished
 run is a line in OUT/results_SEED.jsonl and is not repeated.
@@ -37,7 +37,7 @@ from mpq_jax.supernet.supernet import Supernet, SupernetState
 ROULETTES = ("published", "uniform")
 BUDGETS = (7.0, 6.0, 5.0, 4.0, 3.0)  # mean bits
 SOLUTIONS, RANDOM, TRACE_BATCHES, TRACE_PROBES, RECALIBRATION_BATCHES = 8, 6, 8, 32, 24
-SEARCH_BATCH, SEARCH_BATCHES = 1024, 4  # held-out images of a greedy move; of a comparison, 4 times
+SEARCH_BATCH, SEARCH_BATCHES = 1024, 4  # validation images of a move; of a comparison, 4 times
 
 
 def start_of(bench: Bench, table, path: pathlib.Path) -> SupernetState:
@@ -85,8 +85,8 @@ def by_ilp(bench: Bench, method, variables, accuracy, objectives) -> dict[str, f
     table = tied_layers.tie_acts_to_weights(method.table)
     net = Supernet(bench.model, table, quantizer=method.net.quantizer)
     score = make_score(net, variables, metric="loss")
-    heldout = bench.heldout_batches(SEARCH_BATCH)
-    compared = [next(heldout) for _ in range(SEARCH_BATCHES)]
+    validation = bench.validation_batches(SEARCH_BATCH)
+    compared = [next(validation) for _ in range(SEARCH_BATCHES)]
     read_batches = bench.dataset.train_batches(0)
     batches = [next(read_batches) for _ in range(TRACE_BATCHES)]
     batches = [batch | {"image": bench.normalize(batch["image"])} for batch in batches]
@@ -123,7 +123,7 @@ def by_greedy(bench: Bench, method, variables, accuracy) -> dict[str, float]:
     score = make_score(net, variables, metric="error")
     cost = costs.cost_table(table, "mean_bits")
     found = greedy_search(
-        bench.on_heldout(score, SEARCH_BATCH),
+        bench.on_validation(score, SEARCH_BATCH),
         SearchSpace(table),
         [Budget(f"{mean:g}", (Constraint("mean_bits", cost, mean),)) for mean in BUDGETS],
         jax.random.key(bench.seed),
@@ -157,7 +157,7 @@ def plot_frontiers(rows: list[dict], path: pathlib.Path) -> None:
     lines = {
         "uniform bits": ("uniform {:g}", CANDIDATES),
         "ILP, HAWQ-V2's objective": ("ilp hawq {:g}", BUDGETS),
-        f"ILP, best of {SOLUTIONS} on held-out images": (
+        f"ILP, best of {SOLUTIONS} on validation images": (
             f"ilp best of {SOLUTIONS} " + "{:g}",
             BUDGETS,
         ),

@@ -37,7 +37,7 @@ BUDGETS = {"3-bit level": 3, "4-bit level": 4}
 
 
 def train_supernet(bench: Bench, float_variables, changes) -> dict:
-    """Returns test and held-out accuracy of uniform and of searched bits."""
+    """Returns test and validation accuracy of uniform and of searched bits."""
     table = bench.table(CANDIDATES)
     options = rfquant.Options(**(BASE | changes))
     method = rfquant.make(bench.model, table, options, bench.run)
@@ -48,7 +48,7 @@ def train_supernet(bench: Bench, float_variables, changes) -> dict:
     configs["min bits"] = bit_configs.min_config(table.candidates, table.mask)
     scores = {
         split: {name: accuracy(variables, bits, split) for name, bits in configs.items()}
-        for split in ("test", "heldout")
+        for split in ("test", "validation")
     }
     return scores | {"train": metrics}
 
@@ -62,7 +62,7 @@ def search(bench: Bench, method, variables) -> dict:
         for name, b in BUDGETS.items()
     ]
     found = greedy_search(
-        bench.on_heldout(score, SEARCH_BATCH),
+        bench.on_validation(score, SEARCH_BATCH),
         SearchSpace(table),
         budgets,
         jax.random.key(bench.seed),

@@ -5,7 +5,7 @@
 Trains a float ResNet-20 of width 8 (stem of stride 2) on Fashion-MNIST and from it an RFQuant
 supernet of 6 to 2 bits, once; then every search looks for the best bits within three budgets of
 BitOPs, scoring each configuration by KL (the greedy descent, as published, by its error) on
-the same number of held-out images, those that draw at random with five seeds. Prints how many
+the same number of validation images, those that draw at random with five seeds. Prints how many
 configurations were scored, seconds, and accuracy after recalibration; then the rank correlation
 between scores and test accuracy over random configurations, by metric and norms. A finished search
 is a line in OUT/results_SEED.jsonl.
@@ -83,7 +83,7 @@ def search(bench: Bench, table, variables, name: str, seed: int, accuracy) -> di
     """Runs one search; returns its accuracies by budget, and what it took."""
     strategy, options = VARIANTS[name]
     metric = METRICS.get(name, "kl")
-    score = bench.on_heldout(
+    score = bench.on_validation(
         prefix_scoring.make_fast_score(
             bench.model, table, variables, bench.dataset.image_shape, metric=metric
         ),
@@ -111,16 +111,16 @@ def search(bench: Bench, table, variables, name: str, seed: int, accuracy) -> di
         "scored": scored,
         "seconds": seconds,
         "test": {one.budget: accuracy(variables, one.bits, "test") for one in found},
-        "heldout": {one.budget: accuracy(variables, one.bits, "heldout") for one in found},
+        "validation": {one.budget: accuracy(variables, one.bits, "validation") for one in found},
         "score": {one.budget: one.score for one in found},
         "bits": {one.budget: [np.asarray(b).tolist() for b in one.bits] for one in found},
     }
 
 
 def correlations(bench: Bench, table, variables, accuracy) -> dict[str, list[float]]:
-    """Returns Spearman's rank correlations of scores with held-out and with test error.
+    """Returns Spearman's rank correlations of scores with validation and with test error.
 
-    By metric and norms. The 40,000 held-out images include those of the score.
+    By metric and norms. The 40,000 validation images include those of the score.
     """
     space, generator = Space(table, table.candidates, table.mask), np.random.default_rng(0)
     states = [
@@ -132,7 +132,7 @@ def correlations(bench: Bench, table, variables, accuracy) -> dict[str, list[flo
     each = [BitConfig(*(bits[i] for bits in configs)) for i in range(CORRELATED)]
     splits = [
         scipy.stats.rankdata([accuracy(variables, bits, split) for bits in each])
-        for split in ("heldout", "test")
+        for split in ("validation", "test")
     ]
     calibration = bench.recalibration_images(8)
     found = {}
@@ -146,7 +146,7 @@ def correlations(bench: Bench, table, variables, accuracy) -> dict[str, list[flo
                 norms=norms,
                 calibration=calibration if norms == "recalibrated" else None,
             )
-            values = bench.on_heldout(score, IMAGES)(configs, jax.random.key(0))
+            values = bench.on_validation(score, IMAGES)(configs, jax.random.key(0))
             ranks = scipy.stats.rankdata(np.asarray(values))
             found[f"{metric}, {norms}"] = [-float(np.corrcoef(ranks, one)[0, 1]) for one in splits]
     return found
@@ -168,10 +168,10 @@ def print_searches(rows: list[dict]) -> None:
         print(f"| {name} | {len(chosen)} | {scored:.0f} | {seconds:.0f} | {' | '.join(cells)} |")
     for row in rows:
         if row["variant"] == "correlation":
-            print("\n| score | rank correlation with held-out error | with test error |")
+            print("\n| score | rank correlation with validation error | with test error |")
             print("|---|---|---|")
-            for kind, (heldout, test) in row["spearman"].items():
-                print(f"| {kind} | {heldout:.2f} | {test:.2f} |")
+            for kind, (validation, test) in row["spearman"].items():
+                print(f"| {kind} | {validation:.2f} | {test:.2f} |")
 
 
 def main():

@@ -17,7 +17,7 @@ case $action in
       .venv/bin/pip install --editable . 'jax[tpu]'"
     ;;
   train)
-    on_all_hosts "cd mpq_jax && .venv/bin/python train.py --distributed$(printf ' %q' "$@")"
+    on_all_hosts "cd mpq_jax && .venv/bin/mpq train --distributed$(printf ' %q' "$@")"
     ;;
   *)
     echo "unknown action: $action; wanted setup or train" >&2

@@ -1,12 +1,20 @@
-"""Test-wide settings: eight CPU devices, and strict promotion of types and ranks."""
+"""Test-wide settings: quick compilation, eight CPU devices, strict promotion of types and ranks."""
+
+import gc
+import os
 
 import jax
 import pytest
 
 pytest.register_assert_rewrite("helpers")  # so that their failures show values as well
+from helpers.compiler_flags import QUICK  # noqa: E402
+
+# Flags that the caller sets are the last, so they hold. Programs that tests start inherit all.
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(100_000, 10, 10)  # tracing makes many objects; this saves a tenth of all time
 
 # Files that begin first: a file goes to one worker, and none is to be left alone at the end.
 LONGEST = ("test_train", "test_csq", "test_search", "test_notebooks", "test_own_model")

@@ -4,7 +4,7 @@ import rich.console
 import rich.table
 
 from mpq_jax import data
-from mpq_jax.export.packed import integers
+from mpq_jax.export.packed import reader
 from mpq_jax.methods.base import LearnedScheme
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
@@ -43,14 +43,14 @@ def print_layers(console: rich.console.Console, table: LayerTable) -> None:
 
 
 def print_integers(
-    console: rich.console.Console, path: object, sizes: integers.Sizes, table: LayerTable
+    console: rich.console.Console, path: object, sizes: reader.Sizes, table: LayerTable
 ) -> None:
     """Prints the size of a file of integers, and the precisions of its network."""
     precisions = f"it runs at {' '.join(map(str, table.precisions))} bits"
     if not table.searchable.any():
         precisions = "every layer has its own bits"
     console.print(
-        f"{path}: {sizes.file / KIB:.1f} KiB, of which integers {sizes.codes / KIB:.1f} and "
+        f"{path}: {sizes.file / KIB:.1f} KiB, of which integers {sizes.integers / KIB:.1f} and "
         f"floats {sizes.floats / KIB:.1f}; {precisions}"
     )
 

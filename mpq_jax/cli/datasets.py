@@ -58,7 +58,7 @@ def load(
         name,
         batch_size=batch_size,
         seed=0,
-        heldout_fraction=0.0,
+        validation_fraction=0.0,
         reading=data.Reading(**how),
         **options[name],
     )

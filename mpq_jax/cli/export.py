@@ -8,7 +8,7 @@ from mpq_jax.cli import networks
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import KIB, make_console
 from mpq_jax.export import formats
-from mpq_jax.export.packed.bn_folding import NORMS
+from mpq_jax.export.exported_model import config_of
 from mpq_jax.supernet import costs
 
 
@@ -17,7 +17,10 @@ def define_flags(values: flags.FlagValues) -> None:
     networks.define_network(values)
     flags.DEFINE_string("out", None, "the file to write", flag_values=values)
     flags.DEFINE_string(
-        "norms", None, f"packed: folded norms are kept as {', '.join(NORMS)}", flag_values=values
+        "norms",
+        None,
+        f"packed: BatchNorms as {', '.join(formats.FORMATS['packed'].options['norms'])}",
+        flag_values=values,
     )
     flags.DEFINE_integer("opset", None, "onnx: version of its operators", flag_values=values)
 
@@ -30,13 +33,13 @@ def main(arguments: Arguments) -> None:
     options = {"norms": given.norms, "opset": given.opset}
     options = {option: value for option, value in options.items() if value is not None}
     formats.check(out, name, options)  # refuses nonsense at once
-    deployed = networks.read_network(given)
-    formats.save(out, deployed, name, **options)
-    kernels = float(costs.model_bytes(deployed.table, deployed.bits))
+    exported = networks.read_network(given)
+    formats.save(out, exported, name, **options)
+    kernels = float(costs.model_bytes(exported.table, config_of(exported)))
     size = out.stat().st_size
     make_console().print(
         f"{out}: {name}, {size / KIB:.1f} KiB; kernels at their bits take {kernels / KIB:.1f} KiB "
-        f"({size / kernels - 1:+.1%}); norm statistics {deployed.provenance['norms']}",
+        f"({size / kernels - 1:+.1%}); norm statistics {exported.provenance['norms']}",
         highlight=False,
         soft_wrap=True,
     )

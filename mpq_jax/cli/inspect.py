@@ -1,10 +1,8 @@
-"""`mpq inspect`: prints what an integer artifact holds, and its accuracy."""
+"""`mpq inspect`: prints the content of a packed file, and its accuracy."""
 
-import dataclasses
 import pathlib
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import rich.console
 import rich.table
 from absl import flags
@@ -13,7 +11,8 @@ from mpq_jax import data
 from mpq_jax.cli import datasets, networks
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import KIB, make_console
-from mpq_jax.export.packed import integers
+from mpq_jax.export.packed import network
+from mpq_jax.export.packed.network import PackedNetwork
 from mpq_jax.models import user_models
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import costs
@@ -31,10 +30,51 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, networks.MODEL, flag_values=values)
 
 
-def show_contents(artifact: integers.Artifact, console: rich.console.Console) -> None:
+def main(arguments: Arguments) -> None:
+    """Runs the command."""
+    given, console, path = arguments.flags, make_console(), pathlib.Path(arguments.names[0])
+    if given.dataset:
+        datasets.split_name(given.dataset)  # refuses nonsense at once
+    packed = load(path, given.model)
+    configs = configurations(packed, given.bits)
+    show_contents(console, packed)
+    if given.dataset:
+        dataset = networks.load_dataset(given, origin_of(packed).get("data", {}))
+        show_accuracy(console, packed, configs, dataset)
+
+
+def origin_of(packed: PackedNetwork) -> dict[str, Any]:
+    """Returns the config of the run that a network is from, as far as the file knows it."""
+    return packed.file.provenance.get("config", {})
+
+
+def load(path: pathlib.Path, own_model: str | None) -> PackedNetwork:
+    """Loads a file, with a user's own model if there is one."""
+    packed = network.load(path)
+    if own_model is None:
+        return packed
+    options = origin_of(packed).get("model", {}).get("options", {})
+    model = user_models.make(own_model, num_classes=packed.file.num_classes, options=options)
+    return network.load(path, model=model)
+
+
+def configurations(packed: PackedNetwork, files: list[str]) -> dict[str, BitConfig]:
+    """Returns the configurations to evaluate by name: all precisions, and those of bit files."""
+    table = packed.table
+    configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in packed.precisions}
+    if not table.searchable.any():
+        configs = {"as stored": table.max_config}
+    for file in map(pathlib.Path, files):
+        configs[file.stem] = bit_configs.from_json(file.read_text(), table.names)
+        table.check(configs[file.stem])
+    return configs
+
+
+def show_contents(console: rich.console.Console, packed: PackedNetwork) -> None:
     """Prints the layers and the sizes."""
+    table, sizes = packed.table, packed.file.sizes
     shown = rich.table.Table("layer", "kind", "kernel", "weights", "bits w", "bits a")
-    for layer in artifact.table.layers:
+    for layer in table.layers:
         is_float = (layer.float_weights, layer.float_acts)
         kept = (layer.weight_candidates, layer.act_candidates)
         shown.add_row(
@@ -45,98 +85,75 @@ def show_contents(artifact: integers.Artifact, console: rich.console.Console) ->
             *("float" if f else " ".join(map(str, b)) for f, b in zip(is_float, kept, strict=True)),
         )
     console.print(shown)
-    sizes = artifact.sizes
     precisions = "every layer has its own bits"
-    if artifact.table.searchable.any():
-        precisions = f"precisions {' '.join(map(str, artifact.precisions))}"
-    kept_by = " x ".join(artifact.table.bank_axes) or "none (one for all)"
+    if table.searchable.any():
+        precisions = f"precisions {' '.join(map(str, packed.precisions))}"
+    kept_by = " x ".join(table.bank_axes) or "none (one for all)"
     console.print(f"{precisions}, norms kept by {kept_by}")
-    header = sizes.file - sizes.codes - sizes.floats
+    header = sizes.file - sizes.integers - sizes.floats
     console.print(
-        f"file {sizes.file / KIB:.1f} KiB = integers {sizes.codes / KIB:.1f} + floats (step sizes, "
-        f"norms, biases, float layers) {sizes.floats / KIB:.1f} + header {header / KIB:.1f}; "
-        f"{sizes.file / (sizes.codes + sizes.floats) - 1:+.2%} over its numbers"
+        f"file {sizes.file / KIB:.1f} KiB = integers {sizes.integers / KIB:.1f} + floats (step "
+        f"sizes, norms, biases, float layers) {sizes.floats / KIB:.1f} + header "
+        f"{header / KIB:.1f}; {sizes.file / (sizes.integers + sizes.floats) - 1:+.2%} over its "
+        "numbers"
     )
-    method = artifact.config.get("method")
-    if method:
-        console.print(f"trained by {method}")
+    if "method" in origin_of(packed):
+        console.print(f"trained by {origin_of(packed)['method']}")
 
 
-def check_dataset(artifact: integers.Artifact, dataset: data.Dataset) -> None:
-    """Raises ValueError where a dataset has other channels or classes than the network."""
-    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    found = {"channels": dataset.image_shape[-1], "classes": dataset.num_classes}
-    wanted = {"channels": len(artifact.mean or ())}
-    if found["channels"] == wanted["channels"]:
-        logits = jax.eval_shape(artifact.at(), images)
-        wanted["classes"] = logits.shape[-1]
-    for name, count in wanted.items():
-        if found[name] != count:
+def check_dataset(packed: PackedNetwork, dataset: data.Dataset) -> None:
+    """Raises ValueError where a dataset has other images or classes than the network."""
+    file = packed.file
+    if packed.model is None:
+        raise ValueError(
+            "the file is of a model that is not in mpq_jax.models; say where its class is: "
+            "--model=FILE.py:Class"
+        )
+    if file.mean is None or file.std is None:
+        raise ValueError("the file does not say how its images are normalized; save it with them")
+    for name, held, wanted in (
+        ("channels", dataset.image_shape[-1], file.image_shape[-1]),
+        ("classes", dataset.num_classes, file.num_classes),
+    ):
+        if held != wanted:
             raise ValueError(
-                f"{dataset.name} has {found[name]} {name} and the file's network {count}; name the "
+                f"{dataset.name} has {held} {name} and the file's network {wanted}; name the "
                 "dataset that it was trained on"
             )
 
 
 def show_accuracy(
-    artifact: integers.Artifact, configs: dict[str, BitConfig], dataset: data.Dataset, console
+    console: rich.console.Console,
+    packed: PackedNetwork,
+    configs: dict[str, BitConfig],
+    dataset: data.Dataset,
 ) -> None:
     """Prints accuracy on the test images at each of the configurations."""
-    if artifact.model is None:
-        raise ValueError(
-            "the file is of a model that is not in mpq_jax.models; say where its class is: "
-            "--model=FILE.py:Class"
-        )
-    if artifact.mean is None or artifact.std is None:
-        raise ValueError("the file does not say how its images are normalized; save it with them")
-    mean, std = artifact.mean, artifact.std
-    check_dataset(artifact, dataset)
+    check_dataset(packed, dataset)
+    mean, std = packed.file.mean, packed.file.std
+    assert mean is not None and std is not None  # `check_dataset` refuses files without
 
     def normalize(images):
         return data.normalize(images, mean=mean, std=std)
 
-    def predict(selected, bits, images):
+    def predict(subnet, bits, images):
         del bits  # it is switched to them
-        return artifact.forward(selected, images)
+        return packed.forward(subnet, images)
 
     evaluate = evaluation.make_evaluate(predict, normalize)
     shown = rich.table.Table("precision", "mean w bits", "KiB of weights", "test accuracy", "loss")
     for name, bits in configs.items():
-        score = evaluate(artifact.switch(bits), None, dataset.eval_batches("test"))
+        score = evaluate(packed.switch(bits), None, dataset.eval_batches("test"))
         mean_bits = "-"
-        if artifact.table.searchable.any():
-            mean_bits = f"{float(costs.mean_bits(artifact.table, bits, by='param')):.2f}"
-        size = float(costs.model_bytes(artifact.table, bits)) / KIB
+        if packed.table.searchable.any():
+            mean_bits = f"{float(costs.mean_bits(packed.table, bits, by='param')):.2f}"
+        size = float(costs.model_bytes(packed.table, bits)) / KIB
         shown.add_row(name, mean_bits, f"{size:.1f}", f"{score.accuracy:.2%}", f"{score.loss:.4f}")
     console.print(shown)
 
 
-def main(arguments: Arguments) -> None:
-    """Runs the command."""
-    given, console = arguments.flags, make_console()
-    if given.dataset:
-        datasets.split_name(given.dataset)  # refuses nonsense at once
-    artifact = integers.load(arguments.names[0])
-    table = artifact.table
-    configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in artifact.precisions}
-    if not table.searchable.any():
-        configs = {"as stored": table.max_config}
-    for file in given.bits:
-        config = bit_configs.from_json(pathlib.Path(file).read_text(), table.names)
-        table.check(config)
-        configs[pathlib.Path(file).stem] = config
-    show_contents(artifact, console)
-    if given.dataset:
-        dataset = networks.load_dataset(given, artifact.config.get("data", {}))
-        if given.model:
-            options = artifact.config.get("model", {}).get("options", {})
-            model = user_models.make(given.model, num_classes=dataset.num_classes, options=options)
-            artifact = dataclasses.replace(artifact, model=model)
-        show_accuracy(artifact, configs, dataset, console)
-
-
 COMMAND = Command(
-    summary="Prints what a file of integers holds, and its accuracy at every precision.",
+    summary="Prints the content of a file of packed integers, and its accuracy at every precision.",
     example="""
         mpq inspect runs/digits/multi/integers.safetensors --dataset=digits
     """,

@@ -7,8 +7,8 @@ from absl import flags
 
 from mpq_jax import data
 from mpq_jax.cli import datasets
-from mpq_jax.export import exported_model, formats
-from mpq_jax.export.exported_model import Deployed
+from mpq_jax.export import finished_run, formats
+from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.training import config_record, experiment
 
 MODEL = "your own model, where its class is now: FILE.py:Class"
@@ -55,16 +55,16 @@ def define_dataset(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("batch_size", 256, "images in one batch", flag_values=values)
 
 
-def read_network(given: Any) -> Deployed:
+def read_network(given: Any) -> ExportedModel:
     """Reads the network that --workdir and --bits name."""
     if not given.workdir:
         raise ValueError("--workdir is not given: the workdir of the run that the network is of")
-    return exported_model.load(
+    return finished_run.load(
         given.workdir, given.bits, dataset=moved_data(given), model=given.model
     )
 
 
-def find_network(given: Any, path: pathlib.Path, format_name: str) -> Deployed:
+def find_network(given: Any, path: pathlib.Path, format_name: str) -> ExportedModel:
     """Reads the network that a file is of, by --workdir and --bits or where and what it is."""
     if not given.workdir:
         given.workdir = str(find_workdir(path))
@@ -102,13 +102,13 @@ def format_name(given: Any, path: pathlib.Path) -> str:
     return name
 
 
-def read_dataset(given: Any, deployed: Deployed) -> data.Dataset:
+def read_dataset(given: Any, exported: ExportedModel) -> data.Dataset:
     """Loads the dataset that was named, or else the one of the run."""
     if not given.dataset:
         config = config_record.read(pathlib.Path(given.workdir))
         config["data"][config["data"]["name"]].update(moved_data(given))
         return experiment.load_dataset(config)
-    return load_dataset(given, deployed.provenance["config"]["data"])
+    return load_dataset(given, exported.provenance["config"]["data"])
 
 
 def load_dataset(given: Any, trained_on: dict[str, Any]) -> data.Dataset:

@@ -45,7 +45,6 @@ from mpq_jax.training.experiment import (
 )
 from mpq_jax.training.metrics import CompileCounter
 
-SPLITS = {VALIDATION: "heldout", TEST: "test"}  # splits of a dataset
 UNUSABLE = (ValueError, TypeError, FileNotFoundError)
 
 
@@ -91,7 +90,7 @@ def searched_net(experiment: Experiment, config: Config) -> Supernet:
             f"{config.method!r} {why}: there is nothing to search; pass the workdir and config of "
             "a supernet"
         )
-    if experiment.dataset.sizes[SPLITS[VALIDATION]] == 0:
+    if experiment.dataset.sizes[VALIDATION] == 0:
         raise ValueError("config.data.validation_fraction is 0: there is nothing to search on")
     table = method.net.table
     if config.search.tied:
@@ -142,7 +141,7 @@ def run_search(
     options: searching.SearchOptions,
 ) -> SearchReport:
     """Searches, shows the steps, and prints what was done."""
-    images = data.whole_split(experiment.dataset, SPLITS[VALIDATION])
+    images = data.whole_split(experiment.dataset, VALIDATION)
     count = scored_images(experiment, options.score_images, len(images["image"]))
     options = dataclasses.replace(options, score_images=count)
     progress = rich.progress.Progress(
@@ -223,10 +222,8 @@ def make_readers(experiment: Experiment, config: Config) -> ImageReaders:
         to_device=to_device,
         calibration=experiment.run.images,
         labeled_batches=labeled_batches,
-        evaluate=lambda state, bits, split: evaluate(
-            state, bits, eval_batches(experiment, SPLITS[split])
-        ),
-        splits=tuple(SPLITS),
+        evaluate=lambda state, bits, split: evaluate(state, bits, eval_batches(experiment, split)),
+        splits=(VALIDATION, TEST),
         identity=lambda: {
             "seed": config.seed,
             "recalibration_images": config.search.recalibration_images,
@@ -244,7 +241,7 @@ def test_float(experiment: Experiment, config: Config) -> float | None:
         return None
     variables, _ = initial_state.load_start(experiment, plain, config)
     evaluate = evaluation.make_evaluate(plain.predict, experiment.normalize)
-    return evaluate(variables, None, eval_batches(experiment, SPLITS[TEST])).accuracy
+    return evaluate(variables, None, eval_batches(experiment, TEST)).accuracy
 
 
 def write_networks(

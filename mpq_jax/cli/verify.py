@@ -9,7 +9,7 @@ from absl import flags
 from mpq_jax.cli import datasets, networks
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import KIB, make_console
-from mpq_jax.export import formats, verify
+from mpq_jax.export import formats, verification
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -18,7 +18,7 @@ def define_flags(values: flags.FlagValues) -> None:
     networks.define_dataset(values)
     flags.DEFINE_float(
         "tolerance",
-        verify.TOLERANCE,
+        verification.TOLERANCE,
         "points of top-1 accuracy by which the file may differ",
         flag_values=values,
     )
@@ -32,8 +32,9 @@ def main(arguments: Arguments) -> None:
     name = networks.format_name(given, path)
     if given.dataset:
         datasets.split_name(given.dataset)  # refuses nonsense at once
-    deployed = networks.find_network(given, path, name)
-    report = verify.verify(path, name, deployed, networks.read_dataset(given, deployed))
+    exported = networks.find_network(given, path, name)
+    dataset = networks.read_dataset(given, exported)
+    report = verification.verify(path, exported, dataset, name)
     console = make_console()
     show(console, report, formats.FORMATS[name].runtime)
     if not report.agreement.same:
@@ -46,7 +47,7 @@ def main(arguments: Arguments) -> None:
         )
 
 
-def show(console: rich.console.Console, report: verify.Report, runtime: str) -> None:
+def show(console: rich.console.Console, report: verification.Verification, runtime: str) -> None:
     """Prints the report as one table."""
     agreement = report.agreement
     shown = rich.table.Table("", report.format_name, "training-time model", f"float in {runtime}")

@@ -40,7 +40,7 @@ def load(
     *,
     batch_size: int,
     seed: int,
-    heldout_fraction: float,
+    validation_fraction: float,
     process_index: int = 0,
     process_count: int = 1,
     mean: tuple[float, ...] | None = None,
@@ -54,7 +54,7 @@ def load(
         name: a key of `DATASETS`.
         batch_size: images in one batch over all processes.
         seed: seed of the validation split, the training order and every random crop.
-        heldout_fraction: fraction of the training images, in [0, 1), held out for validation; the
+        validation_fraction: fraction of the training images, in [0, 1), held out; the
             bit-width search scores configurations on these images.
         process_index: index of this process.
         process_count: number of processes; each reads an equal share of every batch.
@@ -69,9 +69,9 @@ def load(
         The dataset.
 
     Example:
-        >>> dataset = load("digits", batch_size=128, seed=0, heldout_fraction=0.1)
+        >>> dataset = load("digits", batch_size=128, seed=0, validation_fraction=0.1)
         >>> dataset.sizes
-        {'train': 1293, 'heldout': 144, 'test': 360}
+        {'train': 1293, 'validation': 144, 'test': 360}
     """
     if name not in DATASETS:
         raise ValueError(f"dataset is {name!r}; known datasets are {sorted(DATASETS)}")
@@ -81,7 +81,7 @@ def load(
     plan = BatchPlan(
         batch_size=batch_size,
         seed=seed,
-        heldout_fraction=heldout_fraction,
+        validation_fraction=validation_fraction,
         process_index=process_index,
         process_count=process_count,
     )

@@ -20,7 +20,7 @@ Batch = dict[str, np.ndarray]
 MakeBatch = Callable[[int], Batch]
 RunBatches = Callable[[MakeBatch, range], Iterator[Batch]]
 
-HELDOUT_STREAM, SHUFFLE_STREAM = 1, 2  # separate random streams of one seed
+VALIDATION_STREAM, SHUFFLE_STREAM = 1, 2  # separate random streams of one seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,14 @@ class BatchPlan:
     Attributes:
         batch_size: images in one batch over all processes.
         seed: seed of the validation split, the training order and every crop; not negative.
-        heldout_fraction: fraction of the training images, in [0, 1), held out for validation.
+        validation_fraction: fraction of the training images, in [0, 1), held out for validation.
         process_index: index of this process, in [0, process_count).
         process_count: number of processes; each reads an equal share of every batch.
     """
 
     batch_size: int
     seed: int
-    heldout_fraction: float
+    validation_fraction: float
     process_index: int = 0
     process_count: int = 1
 
@@ -52,10 +52,10 @@ class BatchPlan:
                 f"batch_size is {self.batch_size}, with {self.process_count} processes; it counts "
                 "the images of all processes and must be a positive multiple of their number"
             )
-        if not 0 <= self.heldout_fraction < 1:
+        if not 0 <= self.validation_fraction < 1:
             raise ValueError(
-                f"heldout_fraction is {self.heldout_fraction}; it must be at least 0 (nothing held "
-                "out) and less than 1"
+                f"validation_fraction is {self.validation_fraction}; it must be at least 0 (no "
+                "validation images) and less than 1"
             )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
@@ -78,21 +78,21 @@ class Split(NamedTuple):
     read: Callable[[Int[np.ndarray, " batch"]], Batch]
 
 
-def split_heldout(
+def split_validation(
     num_images: int, *, plan: BatchPlan
-) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " heldout"]]:
+) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " validation"]]:
     """Splits the stored training images into a training and a validation set.
 
     Args:
         num_images: number of stored training images.
-        plan: plan whose `seed` and `heldout_fraction` determine the split.
+        plan: plan whose `seed` and `validation_fraction` determine the split.
 
     Returns:
         Training indices and validation indices, both ascending; every image is in one of them.
     """
-    order = np.random.default_rng((plan.seed, HELDOUT_STREAM)).permutation(num_images)
-    num_heldout = round(num_images * plan.heldout_fraction)
-    return np.sort(order[num_heldout:]), np.sort(order[:num_heldout])
+    order = np.random.default_rng((plan.seed, VALIDATION_STREAM)).permutation(num_images)
+    num_validation = round(num_images * plan.validation_fraction)
+    return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 
 
 @functools.lru_cache(maxsize=4)  # prefetching threads need two epochs at their boundary
@@ -141,7 +141,7 @@ class Dataset:
         mean: mean of each channel, on the 0 to 1 scale.
         std: standard deviation of each channel, on the 0 to 1 scale.
         plan: splitting, shuffling and sharding of the dataset.
-        splits: the splits "train", "heldout" (validation) and "test".
+        splits: the splits "train", "validation" and "test".
         read_training: function from indices of training images and their positions in the stream
             of training examples (which seed the random crops) to images and labels.
         run: function that applies another to each step, in order: `map` or a prefetching
@@ -166,8 +166,8 @@ class Dataset:
         if self.steps_per_epoch < 1:
             raise ValueError(
                 f"{self.name} has {self.sizes['train']} training images after holding out "
-                f"{self.sizes['heldout']}, fewer than one batch of {self.batch_size}; "
-                "lower batch_size or heldout_fraction"
+                f"{self.sizes['validation']}, fewer than one batch of {self.batch_size}; "
+                "lower batch_size or validation_fraction"
             )
         if not len(self.mean) == len(self.std) == self.image_shape[-1]:
             raise ValueError(
@@ -177,7 +177,7 @@ class Dataset:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of images in "train", "heldout" and "test", over all processes."""
+        """Number of images in "train", "validation" and "test", over all processes."""
         return {name: len(split.indices) for name, split in self.splits.items()}
 
     @property
@@ -211,7 +211,7 @@ class Dataset:
         """Yields this process's share of one pass over a split, in fixed order.
 
         Args:
-            split: "train", "heldout" or "test".
+            split: "train", "validation" or "test".
 
         Returns:
             An iterator of batches as in `train_batches`, with "weight": float32 [local_batch], 1

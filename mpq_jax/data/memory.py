@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int, Int32, UInt8
 
-from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, split_heldout
+from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, split_validation
 
 STATISTICS_CHUNK = 1024  # images squared at a time; bounds the memory
 
@@ -57,10 +57,10 @@ def make_dataset(
 
     Returns:
         The dataset. Its mean and std are those of all images in `train`, including the validation
-        images, so that they depend neither on the seed nor on `heldout_fraction`.
+        images, so that they depend neither on the seed nor on `validation_fraction`.
     """
     mean, std = channel_statistics(train.images)
-    train_indices, heldout_indices = split_heldout(len(train.labels), plan=plan)
+    train_indices, validation_indices = split_validation(len(train.labels), plan=plan)
     read_train = functools.partial(take, train)
     height, width, channels = train.images.shape[1:]
     return Dataset(
@@ -72,7 +72,7 @@ def make_dataset(
         plan=plan,
         splits={
             "train": Split(train_indices, read_train),
-            "heldout": Split(heldout_indices, read_train),
+            "validation": Split(validation_indices, read_train),
             "test": Split(np.arange(len(test.labels)), functools.partial(take, test)),
         },
         read_training=lambda indices, rows: take(train, indices),

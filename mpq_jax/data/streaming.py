@@ -9,7 +9,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from mpq_jax.data import corrupt, crops, prefetch
-from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, split_heldout
+from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, split_validation
 from mpq_jax.data.reading import Reading
 
 CROP_STREAM, REPLACEMENT_STREAM = 3, 4  # separate from the other random streams of the seed
@@ -188,7 +188,7 @@ def make_dataset(
     Returns:
         The dataset. Its mean and std are ImageNet's for three channels, and 0.5 for one.
     """
-    train_indices, heldout_indices = split_heldout(train.size, plan=plan)
+    train_indices, validation_indices = split_validation(train.size, plan=plan)
     read_train, read_test = (
         functools.partial(read_evaluation, source, image_shape=image_shape, reading=reading)
         for source in (train, test)
@@ -204,7 +204,7 @@ def make_dataset(
         plan=plan,
         splits={
             "train": Split(train_indices, read_train),
-            "heldout": Split(heldout_indices, read_train),
+            "validation": Split(validation_indices, read_train),
             "test": Split(np.arange(test.size), read_test),
         },
         read_training=functools.partial(

@@ -90,6 +90,7 @@ def load_run(
     bits: "str | os.PathLike[str] | BitConfig | None" = None,
     *,
     dataset: "Mapping[str, Any] | None" = None,
+    model: str | None = None,
 ) -> "ExportedModel":
     """Reads a finished training run, at one configuration.
 
@@ -98,10 +99,11 @@ def load_run(
         bits: a bit file or its text, or "uniform:N", or a configuration; None: training learned
             the bits.
         dataset: options of the run's dataset that have changed, such as its `path`.
+        model: new place of a user's own model, `FILE.py:Class`; None: that of training.
     """
     from mpq_jax.export import finished_run
 
-    return finished_run.load(workdir, bits, dataset=dataset)
+    return finished_run.load(workdir, bits, dataset=dataset, model=model)
 
 
 def open_file(

@@ -1,7 +1,6 @@
 """Reads a network of a finished training run, ready to export."""
 
 import importlib.metadata
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -12,11 +11,12 @@ import numpy as np
 
 from mpq_jax.export import norm_statistics
 from mpq_jax.export.exported_model import LEARNED, ExportedModel, ModelSpec
+from mpq_jax.models import user_models
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.supernet import Supernet, SupernetState
-from mpq_jax.training import checkpoints, experiment
+from mpq_jax.training import checkpoints, config_record, experiment
 from mpq_jax.training.experiment import Experiment
 
 UNIFORM = "uniform:"  # `uniform:4` in place of a bit file: these bits in every layer with a choice
@@ -28,6 +28,7 @@ def load(
     bits: str | os.PathLike[str] | BitConfig | None = None,
     *,
     dataset: Mapping[str, Any] | None = None,
+    model: str | None = None,
 ) -> ExportedModel:
     """Reads a finished run, at one configuration.
 
@@ -40,15 +41,17 @@ def load(
         bits: a bit file or its text, or "uniform:N", or a configuration; None: training learned
             the bits.
         dataset: options of the run's dataset that have changed, such as its `path`.
+        model: new place of a user's own model, `FILE.py:Class`; None: that of training.
 
     Raises:
         FileNotFoundError: there is no such run or no such file.
         ValueError: the run is not finished or has no bits, or the bits do not fit its layers.
     """
     workdir = pathlib.Path(workdir)
-    config = read_config(workdir)
+    config = config_record.read(workdir)
     try:
-        config["data"].get(config["data"]["name"], {}).update(dataset or {})
+        config["data"][config["data"]["name"]].update(dataset or {})
+        config["model"]["name"] = model or config["model"]["name"]
         run = experiment.build(config | ALONE)
     except KeyError as error:
         raise ValueError(
@@ -95,10 +98,12 @@ def of_experiment(
     origin = {
         "mpq_jax": importlib.metadata.version("mpq_jax"),
         "jax": jax.__version__,
-        "config": experiment.to_record(config),
+        "config": config_record.to_record(config),
     }
     model, dataset = config["model"], run.dataset
-    options = dict(model["options"]) | {"dtype": model["dtype"]}
+    spec = ModelSpec(model["name"], dict(model["options"]) | {"dtype": model["dtype"]})
+    # A file of weights names no code to be run: whoever loads it gives a model of their own.
+    is_users = user_models.is_user_model(model["name"])
     return ExportedModel(
         net=net,
         state=state,
@@ -107,27 +112,10 @@ def of_experiment(
         num_classes=dataset.num_classes,
         mean=tuple(float(value) for value in dataset.mean),
         std=tuple(float(value) for value in dataset.std),
-        model_spec=ModelSpec(model["name"], options),
+        model_spec=None if is_users else spec,
         layouts=dict(layouts or {}),
         provenance=origin | dict(provenance or {}),
     )
-
-
-def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads the config of the run in a workdir."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{workdir} holds no run: there is no {path.name} in it; pass the workdir of a "
-            "training run"
-        )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:  # of the text's encoding, or of JSON
-        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no config of a training run")
-    return config
 
 
 def _finished_state(run: Experiment, workdir: pathlib.Path) -> tuple[int, Any]:

@@ -17,7 +17,7 @@ from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.fingerprint import fingerprint
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet, SupernetState
 
 FORMAT, VERSION = "mpq_jax.norms", 2
 HOW_TO_WRITE = (
@@ -102,11 +102,3 @@ def with_statistics(
     """Writes plain statistics into the rows that the bits name."""
     placed = jax.tree.map(jnp.asarray, batch_stats)
     return state._replace(batch_stats=bn_banks.scatter(net.table, state.batch_stats, bits, placed))
-
-
-def fingerprint(trainable: TrainableParams) -> int:
-    """Computes the CRC-32 of all trained parameters."""
-    crc = 0
-    for leaf in jax.tree.leaves(trainable):
-        crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
-    return crc

@@ -1,22 +1,24 @@
 """What a finished run leaves in its workdir: integers, norm statistics, the scheme it learned."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mpq_jax import extras
-from mpq_jax.export import norm_statistics
-from mpq_jax.export.packed import integers
+from mpq_jax.export import exported_model, finished_run, norm_statistics
+from mpq_jax.export.norm_statistics import NormStatistics
+from mpq_jax.export.packed import reader, writer
 from mpq_jax.methods.base import LearnedScheme
-from mpq_jax.models import user_models
 from mpq_jax.parallel import mesh
 from mpq_jax.reporting import plots, tables
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training import metrics
-from mpq_jax.training.config_record import Config, to_record
+from mpq_jax.training.config_record import Config
 from mpq_jax.training.experiment import Experiment
 
 INTEGERS, SCHEME, NORMS = "integers.safetensors", "scheme", "norms.safetensors"
@@ -28,37 +30,30 @@ def write_integers(
     path: pathlib.Path,
     net: Supernet | None,
     state: Any,
-) -> integers.Sizes | None:
-    """Writes a network as integers, if all its precisions follow from them.
+    *,
+    layouts: Mapping[str, str] | None = None,
+) -> reader.Sizes | None:
+    """Writes a network with all its precisions, if they follow from integers.
 
-    All processes call it, and the first one writes.
+    All processes call it, and the first one writes. Norms are kept as they are, so that whoever
+    loads the file can recalibrate it.
 
     Returns:
         Sizes of the file; None: nothing was written.
     """
-    if net is None or not integers.can_store(net.quantizer):
+    if net is None or not exported_model.is_switchable(net):
         return None
-    state = mesh.to_host(state)
+    state = mesh.to_host(state)  # all processes at once
     if jax.process_index() != 0:
         return None
-    model, dataset = config["model"], experiment.dataset
-    # A file of weights must not name code to be run: whoever loads it gives a model of their own.
-    name = None if user_models.is_user_model(model["name"]) else model["name"]
-    options = dict(model["options"]) | {"dtype": model["dtype"]}
-    return integers.save(
-        path,
-        net.table,
-        state,
-        model=integers.ModelSpec(name, dataset.num_classes, options),
-        mean=tuple(float(value) for value in dataset.mean),
-        std=tuple(float(value) for value in dataset.std),
-        config=to_record(config),
+    state = jax.tree.map(jnp.asarray, state)  # on a device of this process alone
+    exported = finished_run.of_experiment(
+        experiment, config, net, state, None, layouts=layouts, provenance={"norms": "of training"}
     )
+    return writer.save(path, exported, norms="kept")
 
 
-def write_norms(
-    path: pathlib.Path, table: LayerTable, tested: dict[str, norm_statistics.Tested]
-) -> None:
+def write_norms(path: pathlib.Path, table: LayerTable, tested: dict[str, NormStatistics]) -> None:
     """Writes the norm statistics that configurations were tested with, for later exports."""
     if jax.process_index() == 0:
         norm_statistics.save(path, table, tested)
@@ -80,6 +75,6 @@ def write_scheme(experiment: Experiment, workdir: pathlib.Path, scheme: LearnedS
                 plots.plot_bits_over_training(
                     curves.layers, curves.panels, label=curves.label, path=directory / "growth.png"
                 )
-    table = scheme.net.table
-    tested = norm_statistics.of(table, mesh.to_host(scheme.state), table.max_config)
-    write_norms(directory / NORMS, table, {"found": tested})
+    net = scheme.net
+    tested = norm_statistics.of(net, mesh.to_host(scheme.state), net.table.max_config)
+    write_norms(directory / NORMS, net.table, {"found": tested})

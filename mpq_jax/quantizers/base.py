@@ -19,8 +19,8 @@ class WeightQuantizer(NamedTuple):
         init_step: `(w, bits) -> scalar`, the initial step size for a bit-width.
         shared_step_size: whether all bit-widths share the step size of the largest; if false, every
             bit-width has its own.
-        switchable: whether the codes of fewer bits follow from those of the most bits by
-            `double_rounding.switch`, so that a file of integers holds all precisions.
+        switchable: whether `double_rounding.switch` derives the codes of lower bit-widths from
+            those of the largest, so that one file of integers serves all precisions.
     """
 
     fake_quant: Callable[..., Array]

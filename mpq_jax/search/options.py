@@ -98,8 +98,8 @@ class SearchOptions:
             raise ValueError(f"limits has {unknown}; known kinds of cost: {tuple(UNITS)}")
         if self.latency is None and (self.cost == "latency" or self.limits.get("latency")):
             raise ValueError(
-                "a budget or limit of latency needs a table of latencies: pass "
-                "latency=costs.latency_table(table, text)"
+                "a budget or limit of latency needs a table of latencies, the seconds of every "
+                "layer: costs.latency_table reads the file that `mpq latency` writes"
             )
 
     def _check_strategy_options(self) -> None:

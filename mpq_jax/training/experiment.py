@@ -137,7 +137,7 @@ def load_dataset(config: Config) -> data.Dataset:
         name,
         batch_size=config["batch_size"],
         seed=config["seed"],
-        heldout_fraction=config["data"]["validation_fraction"],
+        validation_fraction=config["data"]["validation_fraction"],
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         mean=channels(config["data"]["mean"]),

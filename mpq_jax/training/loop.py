@@ -167,10 +167,10 @@ def _due(config: Config, steps_per_epoch: int, done: int, *, stop: bool) -> Due:
 
 def _validate(experiment: Experiment, evaluate: Evaluate, state: Any) -> dict[str, float]:
     """Returns the validation accuracy of each configuration that the method names, and the mean."""
-    if experiment.dataset.sizes["heldout"] == 0:
+    if experiment.dataset.sizes["validation"] == 0:
         return {}
     variables = whole_variables(experiment, state)
-    batches = eval_batches(experiment, "heldout")
+    batches = eval_batches(experiment, "validation")
     results = evaluate(variables, experiment.method.eval_bits, batches)
     scores = {f"validation/{name}": score.accuracy for name, score in results.items()}
     return scores | {"validation/mean": float(np.mean(list(scores.values())))}

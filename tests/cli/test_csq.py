@@ -33,7 +33,7 @@ from helpers.programs import (
 
 from mpq_jax.cli import main, search
 from mpq_jax.configs.csq import digits as csq_digits
-from mpq_jax.export.packed import integers
+from mpq_jax.export.packed import network
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.training import checkpoints
 
@@ -149,7 +149,7 @@ def test_every_epoch_tells_how_the_scheme_grows(grown, table):
 
 def test_the_run_goes_through_all_phases_and_meets_its_budget(grown):
     logged = entries(grown.workdir)
-    fixed_at = {"planes_switched_at_ticket": [TICKET + 1], "hardened": [HARDEN + 1]}
+    fixed_at = {"planes_switched_at_freeze": [TICKET + 1], "binarized": [HARDEN + 1]}
     for event, steps in fixed_at.items():
         assert [entry["step"] for entry in logged if event in entry] == steps
     temperatures = [entry["temperature"] for entry in losses(logged)]
@@ -210,11 +210,12 @@ def test_the_integers_are_as_accurate_as_the_hardened_network(grown, table, caps
         "uniform": (grown.uniform, grown.uniform_output),
     }[name]
     path = workdir / "integers.safetensors"
-    artifact = integers.load(path)
+    packed = network.load(path)
+    config = packed.file.provenance["config"]
     method = {"grown": "csq", "uniform": "csq_uniform"}[name]
-    assert artifact.config["method"] == method
-    assert "csq" in artifact.config and "rfquant" not in artifact.config
-    stored = {layer.name: layer.max_bits for layer in artifact.table.layers}
+    assert config["method"] == method
+    assert "csq" in config and "rfquant" not in config
+    stored = {layer.name: layer.max_bits for layer in packed.table.layers}
     bits = bits_of(workdir / "scheme", table)["integers"]
     assert {layer: stored[layer] for layer in bits} == bits
     main.main(["inspect", str(path), "--dataset=digits"])
@@ -246,7 +247,7 @@ def test_csq_killed_around_the_ticket_ends_with_the_same_bits(shared, grown, tmp
     workdir = tmp_path / "run"
     flags = (*grown.flags, f"--workdir={workdir}")
     process = start("train.py", *flags, output=tmp_path / "killed", cache=shared.cache)
-    wait_for(lambda: any("planes_switched_at_ticket" in e for e in entries(workdir)), process)
+    wait_for(lambda: any("planes_switched_at_freeze" in e for e in entries(workdir)), process)
     process.kill()
     assert process.wait(PATIENCE) == -signal.SIGKILL
     assert saved_steps(workdir)[-1] < CSQ_STEPS
@@ -261,9 +262,9 @@ def test_csq_killed_around_the_ticket_ends_with_the_same_bits(shared, grown, tmp
     for file in ("scheme.csv", "bits_integers.json"):
         again, first = (place / "scheme" / file for place in (workdir, grown.workdir))
         assert again.read_text() == first.read_text()
-    again, first = (integers.load(p / "integers.safetensors") for p in (workdir, grown.workdir))
+    again, first = (network.load(p / "integers.safetensors") for p in (workdir, grown.workdir))
     assert again.table == first.table
-    jax.tree.map(np.testing.assert_array_equal, again.variables, first.variables)
+    jax.tree.map(np.testing.assert_array_equal, again.state, first.state)
     assert printed_accuracy(output) == printed_accuracy(grown.output)
 
 
@@ -275,7 +276,7 @@ def test_two_processes_grow_a_scheme_like_one(grown, tmp_path):
     logged, alone = losses(entries(workdir)), losses(entries(grown.workdir))
     assert "stopped by a signal after step" in first and "stopped by" not in second
     assert_same_curve(logged, alone, ("loss", "temperature"))
-    freeze_scheme = [entry for entry in entries(workdir) if "planes_switched_at_ticket" in entry]
+    freeze_scheme = [entry for entry in entries(workdir) if "planes_switched_at_freeze" in entry]
     assert [entry["step"] for entry in freeze_scheme] == [TICKET + 1]
     for entry in summaries(workdir)[TICKET // EPOCH_STEPS :]:
         assert abs(entry["mean_planes_by_layer"] - TARGET) < 0.1

@@ -21,9 +21,11 @@ from helpers.programs import (
 from mpq_jax import data
 from mpq_jax.cli import search, train
 from mpq_jax.configs.double_rounding import digits as double_rounding_digits
-from mpq_jax.export.packed import integers
+from mpq_jax.export.packed import network
+from mpq_jax.search import objectives
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.tasks.evaluation import make_evaluate
 from mpq_jax.training import experiment
 
@@ -135,23 +137,24 @@ def rounded(shared, tmp_path_factory) -> Rounded:
 def test_train_writes_the_network_as_integers(rounded, name):
     """Its accuracy is that of the last evaluation; so it is normalized as in training."""
     path = getattr(rounded, name) / "integers.safetensors"
-    artifact = integers.load(path)
-    assert artifact.precisions == PRECISIONS
-    assert artifact.table.bn_banks == {"multi": "weights", "mixed": "transition"}[name]
-    dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.2)
-    mean, std = artifact.mean, artifact.std
+    packed = network.load(path)
+    assert packed.precisions == PRECISIONS
+    assert packed.table.bn_banks == {"multi": "weights", "mixed": "transition"}[name]
+    dataset = data.load("digits", batch_size=64, seed=0, validation_fraction=0.2)
+    mean, std = packed.file.mean, packed.file.std
     evaluate = make_evaluate(
-        lambda selected, _, images: artifact.forward(selected, images),
+        lambda selected, _, images: packed.forward(selected, images),
         lambda images: data.normalize(images, mean=mean, std=std),
     )
     logged = entries(getattr(rounded, name))[-1]
-    one_image = 1 / dataset.sizes["heldout"]
+    one_image = 1 / dataset.sizes["validation"]
     for bits in PRECISIONS:
-        score = evaluate(artifact.switch(bits), None, dataset.eval_batches("heldout"))
+        score = evaluate(packed.switch(bits), None, dataset.eval_batches("validation"))
         # Compiled with other optimizations: an image on the edge of two classes may change sides.
         assert abs(score.accuracy - logged[f"validation/w{bits}a{bits}"]) < 1.5 * one_image
+    config = packed.file.provenance["config"]
     method = {"multi": "double_rounding", "mixed": "double_rounding_mixed"}[name]
-    assert artifact.config["method"] == method and artifact.config["epochs"] == 1
+    assert config["method"] == method and config["epochs"] == 1
 
 
 def test_train_says_what_the_integers_take_and_run_at(rounded):
@@ -195,7 +198,7 @@ def test_the_program_finds_bits_of_the_wanted_mean(rounded):
 
 
 def test_the_program_keeps_latency_and_a_further_limit(rounded):
-    """Nothing that is chosen on held-out images may be beyond the limit either."""
+    """Nothing that is chosen on validation images may be beyond the limit either."""
     directory, output = rounded.by_latency
     seconds = costs.latency_table(rounded.table, rounded.latency.read_text())
     found = read_bits(directory, rounded.table)
@@ -212,16 +215,16 @@ def test_the_program_keeps_latency_and_a_further_limit(rounded):
 
 
 SEARCH_OF_MIXED_REFUSALS = {
-    "strategy": ({"strategy": "brute"}, r"strategy is 'brute'; known: \('greedy', 'exchange', "),
-    "budget": ({"budget": "watts"}, r"'watts'; known: \['act_bytes', 'bitops', 'bytes', "),
+    "strategy": ({"strategy": "brute"}, r"strategy is 'brute'; known: \('greedy', 'tabu', "),
+    "cost": ({"cost": "watts"}, r"cost is 'watts'; known: \('bitops', 'bytes', "),
     "objective": ({"objective": "best"}, r"'best'; known: \('measured', 'hawq', 'paper'\)"),
     "metric": ({"metric": "f1"}, r"metric is 'f1'; known: \('error', 'loss', 'kl'\)"),
     "norms": ({"norms": "layer"}, r"'layer'; known: \('batch', 'recalibrated', 'stored'\)"),
-    "tolerance": ({"tolerance": -1.0}, "tolerance is -1.0 and frontier 0; wanted points"),
-    "untied": ({"tied": False}, "which knows only weights and would give every input its fewest"),
+    "drop": ({"max_accuracy_drop": -1.0}, "max_accuracy_drop is -1.0 and pareto_points 0; wanted"),
+    "untied": ({"tied": False}, "know only weights and would give every input its fewest"),
     "no budget": ({"levels": (), "budgets": ()}, "there is no budget to search for; give "),
-    "tied bits": ({"levels": (5,)}, r"levels names \[5\]; config.bits.candidates gives"),
-    "no latencies": ({"budget": "latency"}, "needs the file of latencies: config.search.latency"),
+    "tied bits": ({"levels": (5,)}, r"levels has \[5\]; the layers choose among \(8, 6, 4, 2\)"),
+    "no latencies": ({"cost": "latency"}, "latency needs a table of latencies"),
     "latency file": ({"limits.latency": 1.0, "latency": "nowhere.json"}, "nowhere.json"),
     "low budget": (
         {"levels": (), "budgets": (1.5,)},
@@ -244,8 +247,8 @@ def test_impossible_searches_are_refused_before_any_long_work(rounded, monkeypat
     def too_long(*args, **kwargs):
         raise AssertionError("this would take long")
 
-    monkeypatch.setattr(search, "layer_traces", too_long)
-    monkeypatch.setattr(search, "make_ready", too_long)
+    monkeypatch.setattr(objectives, "hessian_objective", too_long)
+    monkeypatch.setattr(Supernet, "recalibrate", too_long)
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         search.search(as_run(config, rounded.mixed))
 

@@ -1,6 +1,5 @@
 """`mpq export`, `mpq verify` and `mpq inspect`, called in this process."""
 
-import functools
 import pathlib
 import re
 from typing import NamedTuple
@@ -15,21 +14,22 @@ from helpers.random_variables import drawn_variables
 
 from mpq_jax import data
 from mpq_jax.cli.main import main
-from mpq_jax.export import exported_model as networks
-from mpq_jax.export import formats
-from mpq_jax.export.packed import integers, numpy_reader
+from mpq_jax.export import finished_run, formats
+from mpq_jax.export.exported_model import ExportedModel, ModelSpec
+from mpq_jax.export.packed import reader, writer
 from mpq_jax.models import make_model
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.layer_table import FIRST_LAST_FLOAT, LayerTable, Rule, bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, Rule, bit_rules
+from mpq_jax.supernet.supernet import Supernet
 
 MODEL = make_model("resnet8", num_classes=10, width=4)
 SHAPE = (8, 8, 1)
 RULES = bit_rules((8, 4), first_last=FIRST_LAST_FLOAT)
 TABLE = trace_layers(MODEL, SHAPE, rules=RULES).with_bn_banks("weights")
 ONE = trace_layers(MODEL, SHAPE, rules=(Rule(weights=8, acts=8),))
-SPEC = integers.ModelSpec("resnet8", 10, {"width": 4})
+SPEC = ModelSpec("resnet8", {"width": 4})
 # As training may find them; the layers in between have 4 bits, and a kernel of zeros has none.
 FOUND = {"stem_conv": 8, "stage0_block0/conv2": 9, "stage1_block0/conv1": 0, "head": 8}
 
@@ -37,47 +37,46 @@ FOUND = {"stem_conv": 8, "stage0_block0/conv2": 9, "stage1_block0/conv1": 0, "he
 class Saved(NamedTuple):
     """An untrained network and its file."""
 
-    table: LayerTable
-    variables: supernet.SupernetState
-    path: str
-    sizes: integers.Sizes
+    exported: ExportedModel
+    path: pathlib.Path
+    sizes: reader.Sizes
     dataset: data.Dataset
+
+    @property
+    def table(self) -> LayerTable:
+        return self.exported.table
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits", batch_size=256, seed=0, heldout_fraction=0.0)
+    return data.load("digits", batch_size=256, seed=0, validation_fraction=0.0)
 
 
-def network(digits, model, table, shape):
-    """An untrained network, calibrated on some digits where their shape fits."""
+def save(path, digits, table, config):
+    """Saves an untrained network of all precisions, calibrated on some digits."""
+    net = Supernet(MODEL, table, quantizer=double_rounding.QUANTIZER)
     batch = np.asarray(next(digits.train_batches(0))["image"][:64], np.float32) / 255
-    images = (batch - np.float32(digits.mean)) / np.float32(digits.std)
-    images = jnp.broadcast_to(jnp.asarray(images), (64, *shape))
-    init = functools.partial(supernet.init, model, table, quantizer=double_rounding.QUANTIZER)
-    return jax.jit(init)(drawn_variables(model, shape, 0), images)
+    images = jnp.asarray((batch - np.float32(digits.mean)) / np.float32(digits.std))
+    state = jax.jit(Supernet.init, static_argnums=0)(net, drawn_variables(MODEL, SHAPE, 0), images)
+    exported = ExportedModel(
+        *(net, state, None, SHAPE, 10, digits.mean, digits.std, SPEC),
+        provenance={"config": config},
+    )
+    return Saved(exported, path, writer.save(path, exported, norms="kept"), digits)
 
 
 @pytest.fixture(scope="module")
 def saved(digits, tmp_path_factory):
-    variables = network(digits, MODEL, TABLE, SHAPE)
     path = tmp_path_factory.mktemp("saved") / "digits.safetensors"
-    config = {"method": "double_rounding"}
-    sizes = integers.save(
-        path, TABLE, variables, model=SPEC, mean=digits.mean, std=digits.std, config=config
-    )
-    return Saved(TABLE, variables, path, sizes, digits)
+    return save(path, digits, TABLE, {"method": "double_rounding"})
 
 
 @pytest.fixture(scope="module")
 def found(digits, tmp_path_factory):
     """A network in which every layer has its own bits."""
     layers = [layer._replace(weight_candidates=(FOUND.get(layer.name, 4),)) for layer in ONE.layers]
-    table = LayerTable(tuple(layers), "shared")
-    variables = network(digits, MODEL, table, SHAPE)
     path = tmp_path_factory.mktemp("found") / "digits.safetensors"
-    sizes = integers.save(path, table, variables, model=SPEC, mean=digits.mean, std=digits.std)
-    return Saved(table, variables, path, sizes, digits)
+    return save(path, digits, LayerTable(tuple(layers), "shared"), {})
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +120,12 @@ def test_sizes_are_shown_and_add_up(saved, capsys):
 
 def accuracy_of(saved, configs):
     """Evaluates the fake-quantized network on the test digits, counting image by image."""
-    quantizer = double_rounding.QUANTIZER
-
-    @jax.jit
-    def classes(bits, images):
-        selected = supernet.select(saved.table, saved.variables, bits, quantizer=quantizer)
-        out = supernet.apply(MODEL, saved.table, selected, images, train=False, quantizer=quantizer)
-        return jnp.argmax(out.logits, axis=-1)
-
     split = data.whole_split(saved.dataset, "test")
     mean, std = np.float32(saved.dataset.mean), np.float32(saved.dataset.std)
     images = jnp.asarray((split["image"].astype(np.float32) / 255 - mean) / std, jnp.float32)
-    right = {name: np.asarray(classes(bits, images)) == split["label"] for name, bits in configs}
-    return {name: f"{np.mean(hits):.2%}" for name, hits in right.items()}
+    net, state = saved.exported.net, saved.exported.state
+    classes = {name: np.argmax(net.predict(state, bits, images), -1) for name, bits in configs}
+    return {name: f"{np.mean(one == split['label']):.2%}" for name, one in classes.items()}
 
 
 def test_accuracy_is_that_of_the_fake_quantized_network(saved, mixed, tmp_path, capsys):
@@ -173,9 +165,9 @@ def test_a_network_whose_layers_have_their_own_bits_has_one_row(found, tmp_path,
     assert np.isfinite(float(loss))
 
 
-def other_file(directory, table: LayerTable, model, spec, variables, **options):
+def other_file(directory, saved, **changes):
     path = directory / "other.safetensors"
-    integers.save(path, table, variables, model=spec, **options)
+    writer.save(path, saved.exported._replace(**changes), norms="kept")
     return path
 
 
@@ -224,7 +216,7 @@ def test_bits_of_another_model_are_refused_before_anything_is_evaluated(saved, t
 
 
 def test_a_file_without_its_normalization_cannot_be_evaluated(saved, tmp_path, capsys):
-    path = other_file(tmp_path, TABLE, MODEL, SPEC, saved.variables)
+    path = other_file(tmp_path, saved, mean=None, std=None)
     main(["inspect", str(path)])
     message = failure([path, "--dataset", "digits"], capsys)
     assert "does not say how its images are normalized" in message
@@ -237,23 +229,21 @@ def test_a_file_without_its_normalization_cannot_be_evaluated(saved, tmp_path, c
         (10, (8, 8, 3), "digits has 1 channels and the file's network 3"),
     ],
 )
-def test_datasets_of_another_kind_of_images_are_refused(
-    digits, tmp_path, capsys, classes, shape, message
-):
+def test_datasets_of_another_kind_of_images_are_refused(tmp_path, capsys, classes, shape, message):
     model = make_model("resnet8", num_classes=classes, width=4)
     table = trace_layers(model, shape, rules=RULES).with_bn_banks("shared")
-    spec = SPEC._replace(num_classes=classes)
-    make = functools.partial(supernet.init, model, table, quantizer=double_rounding.QUANTIZER)
+    net = Supernet(model, table, quantizer=double_rounding.QUANTIZER)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    shapes = jax.eval_shape(make, drawn_variables(model, shape, 0), images)
-    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
-    channels = (0.5,) * shape[-1]
-    path = other_file(tmp_path, table, model, spec, ones, mean=channels, std=channels)
+    state = jax.eval_shape(net.init, drawn_variables(model, shape, 0), images)
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), state)
+    half = (0.5,) * shape[-1]
+    path = tmp_path / "other.safetensors"
+    writer.save(path, ExportedModel(net, ones, None, shape, classes, half, half, SPEC))
     assert message in failure([path, "--dataset", "digits"], capsys)
 
 
 def test_a_model_of_ones_own_is_not_known_here(saved, tmp_path, capsys):
-    path = other_file(tmp_path, TABLE, MODEL, integers.ModelSpec(None, 10), saved.variables)
+    path = other_file(tmp_path, saved, model_spec=None)
     main(["inspect", str(path)])
     assert "stage2_block0/conv2" in capsys.readouterr().out  # what it holds needs no model
     assert "--model=FILE.py:Class" in failure([path, "--dataset", "digits"], capsys)
@@ -262,9 +252,7 @@ def test_a_model_of_ones_own_is_not_known_here(saved, tmp_path, capsys):
 def test_images_are_read_as_the_file_says(saved, tmp_path, monkeypatch, capsys):
     trained_on = {"name": "folder", "image_size": 96, "interpolation": "bicubic"}
     config = {"data": trained_on | {"resize_factor": 1.25}}
-    path = other_file(
-        tmp_path, TABLE, MODEL, SPEC, saved.variables, mean=(0.5,), std=(0.5,), config=config
-    )
+    path = other_file(tmp_path, saved, provenance={"config": config})
     asked = {}
 
     def load(name, **options):
@@ -298,13 +286,14 @@ def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
     assert {"latency, batch 1, ms", "latency, batch 64, ms"} <= set(rows)
     message = failure([out, "--workdir", workdir, "--bits", "uniform:2"], capsys, ["verify"])
     assert "is of another configuration" in message
-    main(["export", *network, "--norms", "integer", "--out", out])
-    assert numpy_reader.read(out).norms["stage0_block0/norm1"].integers is not None
+    size = pathlib.Path(out).stat().st_size
+    main(["export", *network, "--norms", "float16", "--out", out])
+    assert pathlib.Path(out).stat().st_size < size
     # Another network of these bits: the table is shown, and the program fails.
-    deployed = networks.load(workdir, "uniform:8")
-    turned = jax.tree.map(lambda leaf: -leaf, deployed.variables.trainable.params)
-    trainable = deployed.variables.trainable._replace(params=turned)
-    other = deployed._replace(variables=deployed.variables._replace(trainable=trainable))
+    exported = finished_run.load(workdir, "uniform:8")
+    turned = jax.tree.map(lambda leaf: -leaf, exported.state.trainable.params)
+    trainable = exported.state.trainable._replace(params=turned)
+    other = exported._replace(state=exported.state._replace(trainable=trainable))
     formats.save(out, other, "packed")
     message = failure([out, *network], capsys, ["verify"])
     assert "differs by" in message and "wanted at most 0.05" in message
@@ -324,10 +313,10 @@ def export_all(workdir, *network):
 
 def test_files_in_their_run_say_of_which_network_they_are(workdir, capsys):
     paths = export_all(workdir, "--bits", "uniform:2")
-    bits = networks.load(workdir, "uniform:2").bits
+    bits = finished_run.load(workdir, "uniform:2").bits
     for name, path in paths.items():
         said = formats.FORMATS[name].bits(path)
-        found = networks.load(workdir, said).bits
+        found = finished_run.load(workdir, said).bits
         assert all(map(np.array_equal, found, bits))
     capsys.readouterr()
     main(["verify", str(paths["onnx"]), "--dataset", "digits"])
@@ -354,11 +343,11 @@ def test_files_of_another_run_and_folders_of_other_programs_are_refused(workdir,
     (path.parent / "config.json").write_text('{"architectures": ["ResNet"]}')
     assert "lies in no run" in failure([path], capsys, ["verify"])
     named = failure([path, "--workdir", path.parent], capsys, ["verify"])
-    assert "config.json lacks 'data': another version of mpq_jax wrote it" in named
+    assert "config.json is no config of a training run of mpq_jax" in named
     for text in ('{"data": "digits"}', '{"data": null}', "[]"):
         (path.parent / "config.json").write_text(text)
         named = failure([path, "--workdir", path.parent], capsys, ["verify"])
-        assert "config.json is" in named and "of train.py" in named
+        assert "config.json is no config of a training run of mpq_jax" in named
     (path.parent / "config.json").write_bytes(b"\xff")
     named = failure([path, "--workdir", path.parent], capsys, ["verify"])
     assert "config.json is damaged: it is not JSON" in named
@@ -387,7 +376,7 @@ def test_files_that_do_not_say_their_network_are_asked_about(workdir, tmp_path, 
     [
         ([], "--out is not given"),
         (["--out", "x.onnx"], "--workdir is not given"),
-        (["--out", "x.pb"], "ends like no known format"),
+        (["--out", "x.pb"], "has no known ending"),
         (["--out", "x.onnx", "--workdir", "no/where"], "no/where holds no run"),
         (["--out", "x", "--format", "tflite"], "the format is 'tflite'; known formats are"),
     ],

@@ -118,6 +118,11 @@ class State(NamedTuple):
     params: dict
 
 
+def never(*args):
+    """Evaluates; the runs end within their first epoch."""
+    raise AssertionError("nothing is to be evaluated")
+
+
 def bad_loss(state, batch, key):
     step = state.step + 1
     return state._replace(step=step), {"loss": jnp.where(step >= 7, jnp.nan, 1.0)}
@@ -145,7 +150,7 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_state(tmp_path, t
     """The loss is written down every 20 steps, but checkpoints are saved every 5."""
     config: Any = digits.get_config()
     config.update(log_every=20, save_every=5)
-    dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.2)
+    dataset = data.load("digits", batch_size=64, seed=0, validation_fraction=0.2)
     run = TrainingInfo(
         epochs=2, steps_per_epoch=dataset.steps_per_epoch, prepare=lambda batch, key: batch
     )
@@ -157,7 +162,7 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_state(tmp_path, t
     params = {"kernel": jnp.ones((3, 3)), "bias": jnp.zeros(3)}
     with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
         with pytest.raises(DivergedError, match=message):
-            train_loop(setup, config, tmp_path, manager, unused, State(jnp.int32(0), params), 0)
+            train_loop(setup, config, tmp_path, manager, never, State(jnp.int32(0), params), 0)
     assert saved_steps(tmp_path) == [5]
     step, state = checkpoints.load_latest(tmp_path / "checkpoints")
     assert step == state["step"] == 5
@@ -297,12 +302,14 @@ def test_two_processes_that_diverge_stop_together_and_say_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_the_two_processes_of_the_documentation(tmp_path):
-    """Runs the commands as they are written, in a directory that looks like the checkout."""
+    """Runs the commands as they are written, with the `mpq` of this checkout."""
     section = (ROOT / "docs" / "launch.md").read_text().partition("## Two processes on one")[2]
     commands = section.partition("```bash\n")[2].partition("```")[0]
-    for name in ("train.py", "configs", "mpq_jax"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    program = tmp_path / "bin" / "mpq"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m mpq_jax "$@"\n')
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
     environment = {name: value for name, value in os.environ.items() if "JAX" not in name}
     process = subprocess.run(
         ["bash", "-e", "-c", commands],
@@ -359,6 +366,6 @@ def test_the_tpu_script_runs_the_command_on_all_hosts(tmp_path):
     assert asked[5:] == [
         "--zone=zone",
         "--worker=all",
-        "--command=cd mpq_jax && .venv/bin/python train.py --distributed --config=FILE:arg "
+        "--command=cd mpq_jax && .venv/bin/mpq train --distributed --config=FILE:arg "
         r"--config.bits.candidates=\(4\,\ 2\)",
     ]

@@ -6,7 +6,7 @@ import pytest
 from mpq_jax import data
 from mpq_jax.data.memory import channel_statistics
 
-COMMON = {"batch_size": 4, "seed": 0, "heldout_fraction": 0.25}
+COMMON = {"batch_size": 4, "seed": 0, "validation_fraction": 0.25}
 
 
 def good_arrays():
@@ -34,11 +34,11 @@ def test_gray_images_get_a_channel_and_labels_become_int32(tmp_path):
     assert first["label"].dtype == np.int32
 
 
-@pytest.mark.parametrize("heldout_fraction", [0.0, 0.5])
-def test_statistics_are_those_of_all_training_images(tmp_path, heldout_fraction):
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.5])
+def test_statistics_are_those_of_all_training_images(tmp_path, validation_fraction):
     stored = good_arrays()
     np.savez(tmp_path / "mine.npz", **stored)
-    options = COMMON | {"heldout_fraction": heldout_fraction}
+    options = COMMON | {"validation_fraction": validation_fraction}
     dataset = data.load("arrays", path=str(tmp_path / "mine.npz"), **options)
     scaled = stored["train_images"] / 255
     np.testing.assert_allclose(dataset.mean, [scaled.mean()], rtol=1e-12)  # sums in other orders
@@ -89,7 +89,7 @@ def test_a_single_array_is_refused(tmp_path):
 
 
 def test_load_passes_the_common_arguments_on():
-    options = {"batch_size": 32, "seed": 3, "heldout_fraction": 0.1}
+    options = {"batch_size": 32, "seed": 3, "validation_fraction": 0.1}
     dataset = data.load("digits", process_index=1, process_count=2, **options)
     assert dataset.plan == data.BatchPlan(process_index=1, process_count=2, **options)
 

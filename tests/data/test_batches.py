@@ -21,7 +21,7 @@ STEPS_PER_EPOCH = 4  # 41 images less 20 % held out are 33: four batches and one
 
 
 def make_plan(**changes):
-    return BatchPlan(**{"batch_size": BATCH_SIZE, "seed": 7, "heldout_fraction": 0.2} | changes)
+    return BatchPlan(**{"batch_size": BATCH_SIZE, "seed": 7, "validation_fraction": 0.2} | changes)
 
 
 def encode(index):
@@ -100,7 +100,7 @@ def join(shares):
 
 def test_sizes_count_every_image_once(load):
     dataset = load(make_plan())
-    assert dataset.sizes == {"train": 33, "heldout": 8, "test": NUM_TEST}
+    assert dataset.sizes == {"train": 33, "validation": 8, "test": NUM_TEST}
     assert dataset.steps_per_epoch == STEPS_PER_EPOCH
     assert dataset.batch_size == BATCH_SIZE
 
@@ -144,10 +144,11 @@ def test_loading_again_gives_the_same_batches(load):
     assert_equal_batches(once, again)
 
 
-def test_another_seed_changes_order_and_heldout_images(load):
+def test_another_seed_changes_order_and_validation_images(load):
     one, other = load(make_plan()), load(make_plan(seed=8))
     assert (labels(first(one.train_batches(), 4)) != labels(first(other.train_batches(), 4))).any()
-    assert set(labels(one.eval_batches("heldout"))) != set(labels(other.eval_batches("heldout")))
+    chosen = [set(labels(dataset.eval_batches("validation"))) for dataset in (one, other)]
+    assert chosen[0] != chosen[1]
 
 
 def test_each_epoch_visits_images_once_in_a_new_order(load):
@@ -159,18 +160,18 @@ def test_each_epoch_visits_images_once_in_a_new_order(load):
     assert len(set(epochs.ravel())) == dataset.sizes["train"]  # the image left over changes
 
 
-def test_heldout_images_are_never_trained_on(load):
+def test_validation_images_are_never_trained_on(load):
     dataset = load(make_plan())
-    (heldout,) = dataset.eval_batches("heldout")
+    (validation,) = dataset.eval_batches("validation")
     trained = set(labels(first(dataset.train_batches(), 5 * STEPS_PER_EPOCH)))
-    assert trained.isdisjoint(heldout["label"])
-    assert trained | set(heldout["label"]) == set(range(NUM_TRAIN))
+    assert trained.isdisjoint(validation["label"])
+    assert trained | set(validation["label"]) == set(range(NUM_TRAIN))
 
 
 def test_nothing_held_out(load):
-    dataset = load(make_plan(heldout_fraction=0.0))
-    assert dataset.sizes["heldout"] == 0
-    assert list(dataset.eval_batches("heldout")) == []
+    dataset = load(make_plan(validation_fraction=0.0))
+    assert dataset.sizes["validation"] == 0
+    assert list(dataset.eval_batches("validation")) == []
     assert set(labels(first(dataset.train_batches(), 15))) == set(range(NUM_TRAIN))
 
 
@@ -182,7 +183,7 @@ def test_shares_of_the_processes_make_up_the_batch_of_one(load, process_count):
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
-@pytest.mark.parametrize("split", ["train", "heldout", "test"])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_evaluation_sees_every_image_once_on_any_number_of_processes(load, split, process_count):
     plans = [make_plan(process_index=i, process_count=process_count) for i in range(process_count)]
     shares = [list(load(plan).eval_batches(split)) for plan in plans]
@@ -221,7 +222,7 @@ def test_streamed_images_are_cropped_anew_in_each_epoch(photos):
 
 def test_digits_are_a_fixed_stratified_test_split():
     one, other = (digits.load(make_plan(seed=seed)) for seed in (0, 1))
-    assert one.sizes == {"train": 1150, "heldout": 287, "test": 360}
+    assert one.sizes == {"train": 1150, "validation": 287, "test": 360}
     assert one.image_shape == (8, 8, 1) and one.num_classes == 10
     tests = [list(dataset.eval_batches("test")) for dataset in (one, other)]
     assert_equal_batches(*tests)
@@ -238,8 +239,8 @@ def test_digits_are_a_fixed_stratified_test_split():
         ({"batch_size": 0}, r"batch_size is 0"),
         ({"process_index": 2, "process_count": 2}, r"process_index is 2 and process_count 2"),
         ({"process_index": -1}, r"process_index is -1"),
-        ({"heldout_fraction": 1.0}, r"heldout_fraction is 1.0"),
-        ({"heldout_fraction": -0.1}, r"heldout_fraction is -0.1"),
+        ({"validation_fraction": 1.0}, r"validation_fraction is 1.0"),
+        ({"validation_fraction": -0.1}, r"validation_fraction is -0.1"),
         ({"seed": -1}, r"seed is -1"),
     ],
 )
@@ -255,7 +256,7 @@ def test_too_few_images_for_one_batch_are_refused(load):
 
 def test_unknown_split_and_negative_step_are_refused(load):
     dataset = load(make_plan())
-    with pytest.raises(ValueError, match=r"'valid'.*\['heldout', 'test', 'train'\]"):
+    with pytest.raises(ValueError, match=r"'valid'.*\['test', 'train', 'validation'\]"):
         dataset.eval_batches("valid")
     with pytest.raises(ValueError, match="start_step is -1"):
         dataset.train_batches(-1)
@@ -263,8 +264,8 @@ def test_unknown_split_and_negative_step_are_refused(load):
 
 def test_a_whole_split_has_every_image_once_and_no_padding():
     dataset = digits.load(make_plan(batch_size=64))
-    heldout = whole_split(dataset, "heldout")
-    assert len(heldout["label"]) == len(heldout["image"]) == dataset.sizes["heldout"]
-    first = next(dataset.eval_batches("heldout"))
-    np.testing.assert_array_equal(heldout["image"][:64], first["image"])
-    assert dataset.sizes["heldout"] % 64 != 0  # so that the last batch was padded
+    validation = whole_split(dataset, "validation")
+    assert len(validation["label"]) == len(validation["image"]) == dataset.sizes["validation"]
+    first = next(dataset.eval_batches("validation"))
+    np.testing.assert_array_equal(validation["image"][:64], first["image"])
+    assert dataset.sizes["validation"] % 64 != 0  # so that the last batch was padded

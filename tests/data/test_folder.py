@@ -14,7 +14,7 @@ from mpq_jax import data
 from mpq_jax.data import crops, folder
 from mpq_jax.data.corrupt import CorruptImages
 
-COMMON = {"batch_size": 8, "seed": 0, "heldout_fraction": 0.25}
+COMMON = {"batch_size": 8, "seed": 0, "validation_fraction": 0.25}
 CLASSES = ("bird", "cat", "dog")
 TRAIN_PER_CLASS, TEST_PER_CLASS = 12, 4
 NAMES = ("{}.jpg", "{}.JPEG", "deep/er/{}.Png", "{}.webp")
@@ -70,7 +70,7 @@ def assert_equal_batches(got, wanted):
 def test_classes_are_folders_in_sorted_order_and_images_may_lie_deeper(stored):
     dataset = load(stored)
     assert (dataset.name, dataset.num_classes, dataset.image_shape) == ("pets", 3, (16, 16, 3))
-    assert dataset.sizes == {"train": 27, "heldout": 9, "test": 12}
+    assert dataset.sizes == {"train": 27, "validation": 9, "test": 12}
     assert dataset.mean == (0.485, 0.456, 0.406) and dataset.std == (0.229, 0.224, 0.225)
     batches = list(dataset.eval_batches("test"))
     labels = np.concatenate([batch["label"] for batch in batches])
@@ -169,11 +169,11 @@ def places(dataset, split):
 
 
 def test_corrupt_images_are_replaced_in_training_and_left_out_of_evaluation(mine, caplog):
-    whole = load(mine, heldout_fraction=0.0)
+    whole = load(mine, validation_fraction=0.0)
     wanted, wanted_test = take(whole, 9), list(whole.eval_batches("test"))
     assert not whole.corrupt.reasons
     train, test = damage(mine)
-    dataset = load(mine, heldout_fraction=0.0)
+    dataset = load(mine, validation_fraction=0.0)
     with caplog.at_level(logging.WARNING):
         got = take(dataset, 9)  # two epochs: the last batch of each has images of the next
     assert places(dataset, "train") == train
@@ -185,7 +185,7 @@ def test_corrupt_images_are_replaced_in_training_and_left_out_of_evaluation(mine
         assert one["image"].any(axis=(1, 2, 3)).all()  # no black images
         changed += int((~same).sum())
     assert 3 <= changed <= 6  # each is visited at most twice
-    assert_equal_batches(take(load(mine, heldout_fraction=0.0), 4, start=5), got[5:])
+    assert_equal_batches(take(load(mine, validation_fraction=0.0), 4, start=5), got[5:])
 
     evaluated = list(dataset.eval_batches("test"))
     assert places(dataset, "val") >= test
@@ -205,8 +205,8 @@ def test_too_many_corrupt_images_stop_the_program(mine):
         data.CorruptImagesError,
         match=r"be decoded: 3, more than max_corrupt \(2\): .*pets/train/.*; repair",
     ):
-        take(load(mine, heldout_fraction=0.0, reading={"max_corrupt": 2}), 9)
-    take(load(mine, heldout_fraction=0.0, reading={"max_corrupt": 3}), 9)
+        take(load(mine, validation_fraction=0.0, reading={"max_corrupt": 2}), 9)
+    take(load(mine, validation_fraction=0.0, reading={"max_corrupt": 3}), 9)
 
 
 def test_where_nothing_can_be_decoded_there_is_no_replacement(mine):
@@ -256,10 +256,10 @@ def parsed_flags():
 @pytest.mark.usefixtures("parsed_flags")
 def test_worker_processes_change_nothing(mine):
     damage(mine)
-    wanted = take(load(mine, heldout_fraction=0.0), 8)
-    one = load(mine, heldout_fraction=0.0, reading={"num_threads": 1})
+    wanted = take(load(mine, validation_fraction=0.0), 8)
+    one = load(mine, validation_fraction=0.0, reading={"num_threads": 1})
     assert_equal_batches(take(one, 6, start=2), wanted[2:])
-    many = load(mine, heldout_fraction=0.0, reading={"workers": 2, "num_threads": 4})
+    many = load(mine, validation_fraction=0.0, reading={"workers": 2, "num_threads": 4})
     got = many.train_batches(2)
     assert_equal_batches([next(got) for _ in range(6)], wanted[2:])
     got.close()

@@ -15,7 +15,7 @@ from mpq_jax.data.prepared import Stored
 from mpq_jax.data.streaming import EncodedImages
 from mpq_jax.data.tfds import fits_in_memory
 
-COMMON = {"batch_size": 4, "seed": 0, "heldout_fraction": 0.25}
+COMMON = {"batch_size": 4, "seed": 0, "validation_fraction": 0.25}
 NUM_TRAIN, NUM_TEST = 24, 10
 
 
@@ -104,7 +104,7 @@ def sort_images(images):
 def test_small_images_are_decoded_into_memory_exactly(data_dir):
     dataset = load("tiny_icons", data_dir)
     assert (dataset.num_classes, dataset.image_shape) == (5, (8, 8, 3))
-    assert dataset.sizes == {"train": 18, "heldout": 6, "test": 10}
+    assert dataset.sizes == {"train": 18, "validation": 6, "test": 10}
     images, labels = real_examples(dataset, "test")
     written = {make_pixels(i, height=8, width=8).tobytes(): i % 5 for i in range(100, 110)}
     assert {i.tobytes(): k for i, k in zip(images, labels, strict=True)} == written
@@ -142,12 +142,12 @@ def test_streamed_training_resumes_exactly(data_dir):
 def test_small_images_are_streamed_on_demand(data_dir, options):
     dataset = load("tiny_icons", data_dir, **options)
     side = options["image_size"]
-    images, _ = real_examples(dataset, "heldout")
+    images, _ = real_examples(dataset, "validation")
     assert images.shape == (6, side, side, 3)
     icons = load("tiny_icons", data_dir)
     expected = [
         np.asarray(crops.resize_and_center_crop(Image.fromarray(image), size=side, channels=3))
-        for image in real_examples(icons, "heldout")[0]
+        for image in real_examples(icons, "validation")[0]
     ]
     np.testing.assert_array_equal(images, expected)  # the same images are held out
 

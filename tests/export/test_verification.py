@@ -26,7 +26,7 @@ def deployed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits", batch_size=128, seed=0, heldout_fraction=0.0)
+    return data.load("digits", batch_size=128, seed=0, validation_fraction=0.0)
 
 
 @pytest.fixture(scope="module")

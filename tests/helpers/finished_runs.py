@@ -1,7 +1,5 @@
 """Tiny finished runs for the tests of exports: networks of drawn weights, which nobody trained."""
 
-import json
-
 import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
@@ -10,7 +8,7 @@ from mpq_jax import data
 from mpq_jax.configs import digits
 from mpq_jax.configs.csq import use as use_csq
 from mpq_jax.configs.double_rounding import use as use_double_rounding
-from mpq_jax.training import checkpoints, experiment
+from mpq_jax.training import checkpoints, config_record, experiment
 
 WIDTH = 4
 USES = {
@@ -44,13 +42,13 @@ def make_run(workdir, method, *, done=True, **changes):
     step = setup.run.steps if done else 1
     with checkpoints.open_manager(workdir / "checkpoints") as manager:
         checkpoints.save(manager, step, state._replace(step=jnp.int32(step)))
-    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json())))
+    config_record.write(config, workdir)
     return workdir
 
 
 def some_digits(deployed, count=64):
     """Normalized images of the test split, and their labels."""
-    dataset = data.load("digits", batch_size=64, seed=0, heldout_fraction=0.0)
+    dataset = data.load("digits", batch_size=64, seed=0, validation_fraction=0.0)
     split = data.whole_split(dataset, "test")
     images = split["image"][:count].astype(np.float32) / 255
     mean, std = np.float32(deployed.mean), np.float32(deployed.std)

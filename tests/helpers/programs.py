@@ -1,6 +1,7 @@
 """Runs train.py and search.py as a user does: in processes of their own, on a small supernet."""
 
 import concurrent.futures
+import fcntl
 import functools
 import json
 import os
@@ -12,7 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
+from helpers.compiler_flags import QUICK
 
+from mpq_jax.cli.main import main
 from mpq_jax.training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,34 +49,52 @@ PATIENCE = 240  # seconds for one program, on a busy machine
 
 
 class Programs(NamedTuple):
-    """Finished runs that the tests of both programs share.
+    """Finished runs that the tests of both programs share: FLOAT, SUPERNET from random weights,
+    SMOKE from the float run, and the first steps of SUPERNET on eight devices.
 
     Attributes:
-        cache: compiled programs of all runs, to save time.
-        float_run, supernet, smoke: workdirs of FLOAT, of SUPERNET from random weights, and of SMOKE
-            from the float run.
-        float_output, supernet_output, smoke_output: what was printed.
-        smoke_flags: all flags but the workdir's.
-        eight: what the supernet's run on eight devices logged in its first steps.
+        directory: of the workdirs, and of what was printed.
     """
 
-    cache: Path
-    float_run: Path
-    float_output: str
-    supernet: Path
-    supernet_output: str
-    smoke: Path
-    smoke_flags: tuple[str, ...]
-    smoke_output: str
-    eight: list[dict[str, float]]
+    directory: Path
+
+    @property
+    def cache(self) -> Path:
+        """Compiled programs of all runs, to save time."""
+        return self.directory / "cache"
+
+    @property
+    def float_run(self) -> Path:
+        return self.directory / "float"
+
+    @property
+    def supernet(self) -> Path:
+        return self.directory / "supernet"
+
+    @property
+    def smoke(self) -> Path:
+        return self.directory / "smoke"
+
+    @property
+    def smoke_flags(self) -> tuple[str, ...]:
+        """All flags of SMOKE but the workdir's."""
+        return (*SMOKE, f"--config.init_from={self.float_run}")
+
+    @property
+    def eight(self) -> list[dict[str, float]]:
+        """What the supernet's run on eight devices logged in its first steps."""
+        return losses(entries(self.directory / "eight"))
+
+    def output(self, name: str) -> str:
+        """Returns what the run "float", "supernet" or "smoke" printed."""
+        return (self.directory / f"{name}.txt").read_text()
 
 
 def start(program: str, *flags: str, output: Path, cache: Path | None = None, devices: int = 1):
     """Starts a program whose output goes to a file; `cache` holds compiled programs."""
     environment = {name: value for name, value in os.environ.items() if "JAX" not in name} | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
         "COLUMNS": "200",  # otherwise names of layers are cut off
     }
     if cache is not None:
@@ -110,6 +132,14 @@ def run_all(commands: dict[str, tuple[str, ...]], directory: Path, **how) -> dic
         return {name: future.result() for name, future in running.items()}
 
 
+def refusal(*command: str) -> str:
+    """Calls a command in this process, which must refuse it; returns what it says."""
+    with pytest.raises(SystemExit) as refused:
+        main(command)
+    assert isinstance(refused.value.code, str)  # Python prints it, and the status is 1
+    return refused.value.code
+
+
 def entries(workdir: Path) -> list[dict[str, float]]:
     """Reads complete lines of metrics.jsonl, of a program that may be running."""
     path = workdir / "metrics.jsonl"
@@ -134,31 +164,41 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 @functools.cache
 def programs(base: Path) -> Programs:
-    """Trains what is shared, once per session: `base` is the session's temporary directory."""
-    directory = base / "programs"
-    cache = directory / "cache"
+    """Trains what is shared, once per session: `base` is the session's temporary directory.
 
-    def train(name: str, *flags: str) -> tuple[Path, str]:
-        workdir, output = directory / name, directory / f"{name}.txt"
-        flags = (*flags, f"--workdir={workdir}")
-        code, printed = run("train.py", *flags, output=output, cache=cache)
+    Workers of one session share it; the first that comes trains, and the others wait.
+    """
+    directory = base / "programs"
+    directory.mkdir(exist_ok=True)
+    done = directory / "done"
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            train_programs(directory)
+            done.touch()
+    return Programs(directory)
+
+
+def train_programs(directory: Path) -> None:
+    shared = Programs(directory)
+
+    def train(name: str, *flags: str) -> None:
+        flags = (*flags, f"--workdir={directory / name}")
+        output = directory / f"{name}.txt"
+        code, printed = run("train.py", *flags, output=output, cache=shared.cache)
         assert code == 0, printed
-        return workdir, printed
 
     eight = directory / "eight"
     flags = (*SUPERNET, f"--workdir={eight}")
     on_eight = start("train.py", *flags, output=directory / "eight.txt", devices=8)
     try:  # both compile at the same time
-        supernet = train("supernet", *SUPERNET)
+        train("supernet", *SUPERNET)
         wait_for(lambda: len(losses(entries(eight))) >= 5, on_eight)
     finally:
         on_eight.kill()
         on_eight.wait()
-    float_run = train("float", *FLOAT)
-    smoke_flags = (*SMOKE, f"--config.init_from={float_run[0]}")
-    smoke, smoke_output = train("smoke", *smoke_flags)
-    logged = losses(entries(eight))
-    return Programs(cache, *float_run, *supernet, smoke, smoke_flags, smoke_output, logged)
+    train("float", *FLOAT)
+    train("smoke", *shared.smoke_flags)
 
 
 def last_arrays(workdir: Path) -> tuple[int, dict[str, bytes]]:

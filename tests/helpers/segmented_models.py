@@ -16,12 +16,9 @@ SHAPE, BATCH = (8, 8, 3), 6
 RULES = bit_rules((4, 3, 2))
 
 
-def table_of(model, shape=SHAPE, bn_banks="pair"):
-    return trace_layers(model, shape, rules=RULES).with_bn_banks(bn_banks)
-
-
 def net_of(model, shape=SHAPE, bn_banks="pair"):
-    return Supernet(model, table_of(model, shape, bn_banks), quantizer=lsq.QUANTIZER)
+    table = trace_layers(model, shape, rules=RULES).with_bn_banks(bn_banks)
+    return Supernet(model, table, quantizer=lsq.QUANTIZER)
 
 
 STAGES = (Stage(1, 8, 1, 1), Stage(6, 8, 2, 2))

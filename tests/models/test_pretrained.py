@@ -375,7 +375,7 @@ def test_what_does_not_fit_is_listed_by_name():
     assert list(error.misshaped) == ["layer1.0.bn1.bias", "conv1.weight"]
     lines = [
         "these tensors are not those of 'resnet8', width=4, by the names of pytorch_resnet_cifar10 "
-        "(known as well: those of pytorch-cifar-models):",
+        "(also known: those of pytorch-cifar-models):",
         "1 missing:",
         "layer2.0.bn1.weight",
         "1 unexpected:",

@@ -21,7 +21,8 @@ def starts(model, shape=SHAPE):
 def layers_of(model, bn_banks="pair"):
     """The layers of each segment, by name."""
     net = net_of(model, bn_banks=bn_banks)
-    return [[net.table.names[i] for i in part.layers] for part in find_segments(net, SHAPE).parts]
+    parts = find_segments(net, SHAPE).parts
+    return [[net.table.names[i] for i in part.layers] for part in parts]
 
 
 # The models of this library. Only shapes are traced.
@@ -67,13 +68,13 @@ def test_norms_stay_with_their_layers(name):
     """A segment begins with what a norm has scaled, and depends on no bits of another's layer."""
     model, shape = MODELS[name]
     net = net_of(model, shape)
-    table, parts = net.table, find_segments(net, shape).parts
+    parts = find_segments(net, shape).parts
     assert len(parts) >= 2
     found = [i for part in parts for i in part.layers]
-    assert found == list(range(len(table)))  # each layer in one segment, in order
+    assert found == list(range(len(net.table)))  # each layer in one segment, in order
     for part in parts[1:]:
         assert "norm" not in part.start
-        assert any(table.layers[i].searchable for i in part.layers)
+        assert any(net.table.layers[i].searchable for i in part.layers)
 
 
 @pytest.mark.parametrize("name", USERS)
@@ -94,7 +95,8 @@ def test_a_row_that_bits_of_the_layer_before_name_belongs_to_both():
 
 
 def test_segments_say_what_they_begin_with():
-    net = net_of(Whole(Nested()))
+    model = Whole(Nested())
+    net = net_of(model)
     found = find_segments(net, SHAPE)
     assert [part.size for part in found.parts] == [8 * 8 * 3, 8 * 8 * 4, 8 * 8 * 4, 8 * 8 * 6]
     assert found.image_shape == SHAPE

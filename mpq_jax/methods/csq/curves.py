@@ -8,7 +8,9 @@ PLANES = "planes/"  # prefix of the metrics that count the planes of a layer
 MEAN_PLANES = "mean_planes_by_layer"  # logged at the end of each epoch only
 
 
-def training_curves(names: Sequence[str], entries: Sequence[Mapping[str, float]]) -> TrainingCurves:
+def training_curves(
+    names: Sequence[str], entries: Sequence[Mapping[str, float | int]]
+) -> TrainingCurves:
     """Collects the planes of every layer, their means, and the fraction of undecided gates.
 
     Args:

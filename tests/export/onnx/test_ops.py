@@ -189,7 +189,7 @@ UNSUPPORTED = {
     ),
     "next image": (lambda x: x - jnp.roll(x, 1, 0), r"size mod\(- 1, batch\), .*StableHLO"),
     "branches": (
-        lambda x: jax.lax.cond(jnp.mean(x) > 0, lambda x: x, lambda x: 2 * x, x),
+        lambda x: jax.lax.cond(jnp.mean(x) >= 0, lambda x: x, lambda x: 2 * x, x),
         "primitive 'cond'.*StableHLO",
     ),
 }

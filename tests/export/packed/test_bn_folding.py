@@ -3,23 +3,9 @@
 import numpy as np
 from helpers.exported_models import make_exported
 
-<<<<<<< ours
-from mpq_jax.export import exported_model as networks
-from mpq_jax.export import program
-from mpq_jax.export.packed import bn_folding
-from mpq_jax.export.packed.integers import NORM_LEAVES, leaf_of
-from mpq_jax.models import make_model
-from mpq_jax.program import paths
-
-
-def fold(deployed):
-    variables = program.flat_variables(networks.selected(deployed))
-    return bn_folding.fold(variables, bn_folding.calls_of(deployed))
-=======
 from mpq_jax.export import exported_model, program
 from mpq_jax.export.packed import bn_folding, norm_encoding
 from mpq_jax.models import make_model
->>>>>>> theirs
 
 
 def test_a_folded_norm_is_the_norm():

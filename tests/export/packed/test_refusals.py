@@ -93,25 +93,6 @@ FLOATS = np.ones(99, np.float32)
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-<<<<<<< ours
-        ({"codes/wide": None}, "codes/wide"),
-        ({"codes/wide": CODES[:2]}, r"shape \(2, 3, 8, 16\) for layer 'wide'.* \(3, 3, 8, 16\)"),
-        ({"codes/wide": CODES.astype(np.float32)}, "float32 for layer 'wide'; wanted int8"),
-        ({"codes/wide": CODES.astype(np.int16)}, "int16 for layer 'wide'; wanted int8"),
-        ({"codes/more": CODES}, "codes/more"),
-        ({"momentum": STEPS}, "momentum"),
-        ({"weight_step_sizes": None}, "weight_step_sizes"),
-        (
-            {"weight_step_sizes": STEPS[:4]},
-            r"'weight_step_sizes' of shape \(4, 5\); wanted \(5, 5\)",
-        ),
-        ({"act_step_sizes": STEPS[:, :4]}, r"'act_step_sizes' of shape \(5, 4\); wanted \(5, 5\)"),
-        ({"signed": np.zeros(4, bool)}, r"'signed' of shape \(4,\); wanted \(5,\)"),
-        ({"norms/wide_norm": None}, "wide_norm"),
-        ({"norms/wide_norm": np.ones((4, 3, 16), np.float32)}, r"wide_norm.* \(3,\); .* \(4,\)"),
-        ({"norms/wide_norm": np.ones((3, 4, 16), np.float32)}, "does not hold what its header"),
-        ({"floats/params/head/kernel": None}, "holds nothing for layer 'head'"),
-=======
         ({"integers": None}, "integers"),
         ({"integers": STREAM}, "layers take 1664 bytes of integers, and there are 4000"),
         ({"integers": STREAM[:1663]}, "256 integers of 8 bits take 256 bytes, not 255"),
@@ -123,7 +104,6 @@ FLOATS = np.ones(99, np.float32)
         ({"norms/mean": FLOATS}, r"norms/mean has shape \(99,\); wanted \(136,\)"),
         ({"params/head/kernel": None}, "layer 'head' has nothing as its float kernel"),
         ({"params/head/kernel": FLOATS}, r"has shape \(99,\) as .*; wanted shape \(16, 3\)"),
->>>>>>> theirs
     ],
 )
 def test_tensors_that_are_not_those_of_the_header_are_refused(plain_net, tmp_path, changes, match):

@@ -12,15 +12,9 @@ from helpers.finished_runs import make_run, some_digits
 from helpers.packed_networks import parse
 from helpers.random_variables import drawn_variables
 
-<<<<<<< ours
-from mpq_jax.export import exported_model as networks
-from mpq_jax.export import program
-from mpq_jax.export.packed import bn_folding, format, numpy_reader
-=======
 from mpq_jax.export import exported_model, finished_run, program
 from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.export.packed import bn_folding, network, reader, writer
->>>>>>> theirs
 from mpq_jax.models import make_model
 from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
@@ -84,17 +78,9 @@ def drawn_network(model, shape, bits_of, *, quantizer=lsq.QUANTIZER):
         np.abs(kernel).max() / max(2 ** (layer.max_bits - 1) - 1, 1)
         for layer, kernel in zip(table.layers, kernels, strict=True)
     ]
-<<<<<<< ours
-    weight_step_sizes = np.repeat(np.array(steps, np.float32)[:, None], len(table.candidates), 1)
-    trainable = supernet.TrainableParams(
-        variables["params"], weight_step_sizes, np.full_like(weight_step_sizes, 0.1)
-    )
-    made = supernet.SupernetState(
-=======
     step_sizes = np.repeat(np.array(steps, np.float32)[:, None], len(table.candidates), 1)
     trainable = TrainableParams(variables["params"], step_sizes, np.full_like(step_sizes, 0.1))
     state = SupernetState(
->>>>>>> theirs
         jax.tree.map(jnp.asarray, trainable),
         variables.get("batch_stats", {}),
         jnp.zeros(len(table), bool),
