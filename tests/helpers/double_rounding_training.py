@@ -255,13 +255,13 @@ class Reference:
         factor = {4: 1.0, 3: 0.5, 2: 0.1}[base]
         if self.options.scale_rate == "off":
             return rate, mean
-        reading = {
+        by_variant = {
             "relative": rate * (1 - mean),
             "literal": rate - mean,
             "floor": max(rate - mean, 0.0),
             "constant": rate,
         }[self.options.scale_rate]
-        return factor * reading, mean
+        return factor * by_variant, mean
 
     def move(self, gradient, base):
         rate, _ = self.rates()

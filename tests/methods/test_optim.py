@@ -255,15 +255,15 @@ def factor_by_hand(bits, max_bits):
     return 10.0 ** (-distance // 2)
 
 
-def rate_by_hand(reading, rate, gradients, bits, max_bits=8, clip=1.0):
-    """Section 4 of the method: lambda_b, with what each reading makes of the printed formula."""
+def rate_by_hand(variant, rate, gradients, bits, max_bits=8, clip=1.0):
+    """Section 4 of the method: lambda_b, with what each variant makes of the printed formula."""
     mean = np.mean([min(np.max(np.abs(np.clip(g, -clip, clip))), 1.0) for g in gradients])
     value = {
         "floor": max(rate - mean, 0.0),
         "literal": rate - mean,
         "relative": rate * (1 - mean),
         "constant": rate,
-    }[reading]
+    }[variant]
     return factor_by_hand(bits, max_bits) * value, mean
 
 
@@ -273,16 +273,16 @@ def alrs_update(gradients, *, bits, learning_rate, max_bits=8, **options):
     return optimizer.update(gradients, state, bits=bits, learning_rate=learning_rate)
 
 
-@pytest.mark.parametrize("reading", ["floor", "literal", "relative", "constant"])
+@pytest.mark.parametrize("variant", ["floor", "literal", "relative", "constant"])
 @pytest.mark.parametrize("bits", [8, 5, 2])
 @pytest.mark.parametrize("learning_rate", [5e-4, 0.3])
 def test_first_step_moves_every_scale_by_lambda_b_against_its_gradient(
-    reading, bits, learning_rate
+    variant, bits, learning_rate
 ):
     updates, state = alrs_update(
-        scalars(SCALE_GRADIENTS), bits=bits, learning_rate=learning_rate, reading=reading
+        scalars(SCALE_GRADIENTS), bits=bits, learning_rate=learning_rate, variant=variant
     )
-    wanted, mean = rate_by_hand(reading, learning_rate, SCALE_GRADIENTS.values(), bits)
+    wanted, mean = rate_by_hand(variant, learning_rate, SCALE_GRADIENTS.values(), bits)
     np.testing.assert_allclose(state.mean_gradient, mean, rtol=1e-6)
     np.testing.assert_allclose(state.learning_rate, wanted, rtol=1e-5)  # a float32 difference
     for name, gradient in SCALE_GRADIENTS.items():
@@ -290,14 +290,14 @@ def test_first_step_moves_every_scale_by_lambda_b_against_its_gradient(
         np.testing.assert_allclose(updates[name], -wanted * np.sign(gradient), rtol=1e-5)
 
 
-def test_where_gradients_exceed_the_rate_the_readings_part():
+def test_where_gradients_exceed_the_rate_the_variants_part():
     rates = {
-        reading: float(
-            alrs_update(scalars(SCALE_GRADIENTS), bits=2, learning_rate=5e-4, reading=reading)[
+        variant: float(
+            alrs_update(scalars(SCALE_GRADIENTS), bits=2, learning_rate=5e-4, variant=variant)[
                 1
             ].learning_rate
         )
-        for reading in ("floor", "literal", "relative", "constant")
+        for variant in ("floor", "literal", "relative", "constant")
     }
     assert rates["literal"] < 0 == rates["floor"] < rates["relative"] < rates["constant"]
 
@@ -311,11 +311,11 @@ def test_factor_counts_from_the_given_highest_precision(max_bits):
     np.testing.assert_allclose(state.learning_rate, wanted, rtol=1e-6)
 
 
-def test_default_reading_is_relative():
+def test_default_variant_is_relative():
     gradients = scalars(SCALE_GRADIENTS)
     pair = [
         alrs_update(gradients, bits=4, learning_rate=0.1, **options)[1].learning_rate
-        for options in ({}, {"reading": "relative"})
+        for options in ({}, {"variant": "relative"})
     ]
     assert pair[0] == pair[1]
 
@@ -334,7 +334,7 @@ def test_gradients_are_clipped_within_the_mean_only(clip):
 
 def test_mean_gradient_never_exceeds_one():
     _, state = alrs_update(
-        scalars({"a": 50.0, "b": -60.0}), bits=8, learning_rate=0.5, clip=10.0, reading="literal"
+        scalars({"a": 50.0, "b": -60.0}), bits=8, learning_rate=0.5, clip=10.0, variant="literal"
     )
     assert state.mean_gradient == 1
     assert state.learning_rate == -0.5
@@ -450,9 +450,9 @@ def test_first_state_logs_zeros_of_the_same_type():
     assert next(kinds) == next(kinds)
 
 
-def test_unknown_readings_and_bounds_are_refused():
-    with pytest.raises(ValueError, match=r"reading is 'printed'; wanted one of .*'relative'"):
-        alrs(max_bits=8, reading="printed")
+def test_unknown_variants_and_bounds_are_refused():
+    with pytest.raises(ValueError, match=r"variant is 'printed'; wanted one of .*'relative'"):
+        alrs(max_bits=8, variant="printed")
     for clip in (0.0, -1.0):
         with pytest.raises(ValueError, match=rf"clip is {clip}; wanted a positive bound"):
             alrs(max_bits=8, clip=clip)

@@ -55,7 +55,8 @@ def reference(x, bits):
 
 def test_record():
     assert isinstance(batch_max.ACTS, ActQuantizer)
-    assert batch_max.ACTS == (batch_max.fake_quant, batch_max.codes, batch_max.init_step)
+    assert batch_max.ACTS[:3] == (batch_max.fake_quant, batch_max.codes, batch_max.init_step)
+    assert batch_max.ACTS.batch_scale
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -271,19 +271,19 @@ def test_the_temperature_is_traced():
     assert traces == [1] and not np.allclose(values[0], values[2])
 
 
-@pytest.mark.parametrize("reach", [1.0, 2.5])
-def test_weights_beyond_the_reach_are_clipped_and_the_rest_has_finer_steps(reach):
+@pytest.mark.parametrize("clip_rms", [1.0, 2.5])
+def test_outliers_are_clipped_and_the_rest_has_finer_steps(clip_rms):
     w = jax.random.normal(jax.random.key(3), (50, 40))
-    bound = reach * np.sqrt(np.mean(np.asarray(w) ** 2))
-    made = csq.from_float(w, planes=3, reach=reach)
+    bound = clip_rms * np.sqrt(np.mean(np.asarray(w) ** 2))
+    made = csq.from_float(w, planes=3, clip_rms=clip_rms)
     expected = np.round(np.clip(np.asarray(w) / bound, -1, 1) * 7) * bound / 7
     np.testing.assert_allclose(csq.weights(made, 1.0), expected, atol=1e-5)
     assert np.unique(csq.codes(made)[0]).tolist() == list(range(-7, 8))
 
 
-def test_a_reach_beyond_the_largest_weight_changes_nothing():
+def test_a_threshold_beyond_the_largest_weight_changes_nothing():
     w = jax.random.uniform(jax.random.key(4), (30,), minval=-1.0)
-    jax.tree.map(np.testing.assert_array_equal, csq.from_float(w), csq.from_float(w, reach=3.0))
+    jax.tree.map(np.testing.assert_array_equal, csq.from_float(w), csq.from_float(w, clip_rms=3.0))
 
 
 SCHEMES = [
