@@ -30,7 +30,8 @@ from mpq_jax.search import greedy, prefix_scoring, segments
 from mpq_jax.search.problem import Budget, Limit, Space, words_of
 from mpq_jax.supernet import costs, scoring, supernet
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
 from mpq_jax.training.metrics import CompileCounter
 
 NETWORKS = {"resnet20": (32, 128), "resnet18": (64, 32)}  # pixels, batch

@@ -139,7 +139,7 @@ def test_the_mixed_supernet_takes_over_options_of_the_network_that_it_starts_fro
     config.double_rounding_mixed.trace_probes = 2
     options = make_options("double_rounding_mixed", config)
     assert (options.learning_rate, options.trace_probes) == (0.25, 2)
-    assert options.norm_rows == "transition"  # not that of config.double_rounding
+    assert options.bn_banks == "transition"  # not that of config.double_rounding
     assert "learning_rate" not in config.double_rounding_mixed
 
 

@@ -45,7 +45,7 @@ def as_published(config: ConfigDict, *, target: float, code_lambda: float) -> Co
     config.csq.rewind = False
     config.csq.budget_weight = code_lambda * CODE_TO_BITS
     config.csq.start = "literal"
-    config.csq.reach = 0.0
+    config.csq.clip_rms = 0.0
     for name in ("learning_rate", "plane_learning_rate", "mask_learning_rate"):
         config.csq[name] = 0.1
     config.csq.scale_learning_rate = 0.1

@@ -9,7 +9,8 @@ import pytest
 from mpq_jax.cli.main import main
 from mpq_jax.models import make_model
 from mpq_jax.supernet import costs, latency
-from mpq_jax.supernet.layer_table import bit_rules, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import bit_rules
 
 ARGUMENTS = {
     "model": "resnet8",

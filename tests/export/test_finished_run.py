@@ -1,5 +1,6 @@
 """A run becomes one network with its bits decided: the one whose accuracy was printed."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,13 +10,10 @@ import numpy as np
 import pytest
 from helpers.finished_runs import make_config, make_run, some_digits
 
-from mpq_jax.export import exported_model as networks
-from mpq_jax.export import norm_statistics
+from mpq_jax.export import exported_model, finished_run, norm_statistics
 from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import batch_max, double_rounding, lsq
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import supernet
-from mpq_jax.supernet.bn_recalibration import recalibrate
 from mpq_jax.training import experiment
 
 
@@ -33,8 +31,8 @@ def workdirs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def deployed(workdirs):
-    return networks.load(workdirs("double_rounding"), "uniform:4")
+def exported(workdirs):
+    return finished_run.load(workdirs("double_rounding"), "uniform:4")
 
 
 def mixed(table, seed=0):
@@ -45,24 +43,23 @@ def copy_of(workdir, directory):
     return shutil.copytree(workdir, directory / "run")
 
 
-def test_a_precision_of_training_keeps_its_statistics(workdirs, deployed):
-    assert deployed.provenance["norms"] == "of training, w4a4"
-    assert deployed.provenance["bits"] == "uniform:4"
+def test_a_precision_of_training_keeps_its_statistics(workdirs, exported):
+    assert exported.provenance["norms"] == "of training, w4a4"
+    assert exported.provenance["bits"] == "uniform:4"
     setup = experiment.build(make_config("double_rounding"))
-    step, state = networks._finished_state(setup, workdirs("double_rounding"))
-    assert deployed.provenance["step"] == step == setup.run.steps
-    images, _ = some_digits(deployed, 16)
+    step, state = finished_run._finished_state(setup, workdirs("double_rounding"))
+    assert exported.provenance["step"] == step == setup.run.steps
+    images, _ = some_digits(exported, 16)
     wanted = setup.method.predict(state.variables, setup.table.uniform(4, 4), images)
-    np.testing.assert_array_equal(networks.logits(deployed, images), wanted)
+    np.testing.assert_array_equal(exported_model.logits(exported, images), wanted)
 
 
-def test_the_provenance_is_json_without_places_of_files(deployed):
-    provenance = json.loads(json.dumps(deployed.provenance))
-    model = {"name": "resnet8", "options": {"width": 4}, "dtype": "float32"}
-    assert provenance["model"] == model
+def test_the_provenance_is_json_without_places_of_files(exported):
+    provenance = json.loads(json.dumps(exported.provenance))
+    assert exported.model_spec == ("resnet8", {"width": 4, "dtype": "float32"})
     assert provenance["config"]["data"]["name"] == "digits"
     assert "init_from" not in provenance["config"] and "path" not in json.dumps(provenance)
-    assert (deployed.image_shape, deployed.num_classes) == ((8, 8, 1), 10)
+    assert (exported.image_shape, exported.num_classes) == ((8, 8, 1), 10)
 
 
 def test_what_no_one_tested_is_estimated_anew_as_the_search_does(workdirs, tmp_path):
@@ -70,38 +67,33 @@ def test_what_no_one_tested_is_estimated_anew_as_the_search_does(workdirs, tmp_p
     bits = mixed(setup.table)
     file = tmp_path / "bits.json"
     file.write_text(bit_configs.to_json(bits, setup.table.names))
-    found = networks.load(workdir, file)
-    assert found.provenance["norms"] == "estimated anew on 256 training images"
-    assert found.provenance["bits"] == "bits.json" and found.quantizer is lsq.QUANTIZER
-    start = networks._finished_state(setup, workdir)[1]
-    wanted = recalibrate(
-        setup.model,
-        setup.table,
-        setup.method.variables(start),
-        bits,
-        setup.run.images(),
-        quantizer=lsq.QUANTIZER,
-    )
-    jax.tree.map(np.testing.assert_array_equal, found.variables, wanted)
+    found = finished_run.load(workdir, file)
+    assert found.provenance["norms"] == "re-estimated on 256 training images"
+    assert found.provenance["bits"] == "bits.json" and found.net.quantizer is lsq.QUANTIZER
+    start = finished_run._finished_state(setup, workdir)[1]
+    variables = setup.method.variables(start)
+    wanted = setup.method.net.recalibrate(variables, bits, setup.run.images())
+    jax.tree.map(np.testing.assert_array_equal, found.state, wanted)
 
 
 def test_statistics_of_the_search_are_taken_as_they_were_tested(workdirs, tmp_path):
     workdir = copy_of(workdirs("double_rounding"), tmp_path)
     setup = experiment.build(make_config("double_rounding"))
-    table, variables = setup.table, networks._finished_state(setup, workdir)[1].variables
+    net, table = setup.method.net, setup.table
+    variables = finished_run._finished_state(setup, workdir)[1].variables
     other, bits = mixed(table, 1), mixed(table, 2)
     moved = variables._replace(
         batch_stats=jax.tree.map(lambda leaf: leaf + 0.25, variables.batch_stats)
     )
     tested = {
-        "one": norm_statistics.of(table, variables, other),
-        "two": norm_statistics.of(table, moved, bits),
+        "one": norm_statistics.of(net, variables, other),
+        "two": norm_statistics.of(net, moved, bits),
     }
     norm_statistics.save(workdir / "search" / "norms.safetensors", table, tested)
-    found = networks.load(workdir, bits)
+    found = finished_run.load(workdir, bits)
     assert found.provenance["norms"] == "of the search's test"
-    rows = supernet.plain(table, found.variables, bits)["batch_stats"]
-    wanted = supernet.plain(table, moved, bits)["batch_stats"]
+    rows = net.float_variables(found.state, bits)["batch_stats"]
+    wanted = net.float_variables(moved, bits)["batch_stats"]
     jax.tree.map(np.testing.assert_array_equal, rows, wanted)
     # Statistics of another network, as of an earlier training in this place, do not count.
     changed = variables._replace(
@@ -112,10 +104,10 @@ def test_statistics_of_the_search_are_taken_as_they_were_tested(workdirs, tmp_pa
     norm_statistics.save(
         workdir / "search" / "norms.safetensors",
         table,
-        {"two": norm_statistics.of(table, changed, bits)},
+        {"two": norm_statistics.of(net, changed, bits)},
     )
-    assert norm_statistics.find(workdir, table, variables, bits) is None
-    assert norm_statistics.find(workdir, table, changed, bits) is not None
+    assert norm_statistics.find(workdir, net, variables, bits) is None
+    assert norm_statistics.find(workdir, net, changed, bits) is not None
 
 
 def test_a_damaged_file_of_statistics_is_refused(workdirs, tmp_path):
@@ -124,55 +116,55 @@ def test_a_damaged_file_of_statistics_is_refused(workdirs, tmp_path):
     path.parent.mkdir()
     path.write_bytes(b"no statistics at all, but long enough for a header")
     with pytest.raises(ValueError, match="no whole safetensors file"):
-        networks.load(workdir, "uniform:4")
+        finished_run.load(workdir, "uniform:4")
 
 
 def test_a_run_that_found_its_bits_is_loaded_without_any(workdirs, tmp_path):
     workdir = copy_of(workdirs("csq"), tmp_path)
-    found = networks.load(workdir)
-    assert found.quantizer is double_rounding.QUANTIZER
-    assert found.provenance["norms"] == "estimated anew"
-    assert set(found.provenance["planes"]) == {
+    found = finished_run.load(workdir)
+    assert found.net.quantizer is double_rounding.QUANTIZER
+    assert found.provenance["norms"] == "re-estimated"
+    assert set(found.layouts) == {
         name for name in found.table.names if "conv" in name and name != "stem_conv"
     }
-    moved = found.variables._replace(
-        batch_stats=jax.tree.map(lambda leaf: leaf + 0.25, found.variables.batch_stats)
+    moved = found.state._replace(
+        batch_stats=jax.tree.map(lambda leaf: leaf + 0.25, found.state.batch_stats)
     )
-    tested = {"found": norm_statistics.of(found.table, moved, found.bits)}
+    tested = {"found": norm_statistics.of(found.net, moved, found.bits)}
     norm_statistics.save(workdir / "scheme" / "norms.safetensors", found.table, tested)
-    again = networks.load(workdir)
+    again = finished_run.load(workdir)
     assert again.provenance["norms"] == "of the run's own test"
-    jax.tree.map(np.testing.assert_array_equal, again.variables, moved)
-    with pytest.raises(ValueError, match="found its bits itself, so none can be given"):
-        networks.load(workdir, "uniform:4")
+    jax.tree.map(np.testing.assert_array_equal, again.state, moved)
+    with pytest.raises(ValueError, match="learned its bits in training, so none can be given"):
+        finished_run.load(workdir, "uniform:4")
 
 
-def test_codes_times_steps_are_the_kernels(deployed):
-    layers = {layer.name: layer for layer in networks.codes(deployed)}
-    assert tuple(layers) == deployed.table.names
+def test_integers_times_step_sizes_are_the_kernels(exported):
+    layers = {layer.name: layer for layer in exported_model.quantized_layers(exported)}
+    assert tuple(layers) == exported.table.names
     first, last = layers["stem_conv"], layers["head"]
-    assert first.codes is None and last.codes is None  # of Double Rounding they stay float
-    assert first.input_step is None and first.bits == 32
-    params = paths.flatten(networks.selected(deployed).params)
-    for name in deployed.table.names[1:-1]:
+    assert first.integers is None and last.integers is None  # of Double Rounding they stay float
+    assert first.input_step_size is None and first.bits == 32
+    params = paths.flatten(exported_model.select(exported).params)
+    for name in exported.table.names[1:-1]:
         layer = layers[name]
-        assert layer.codes is not None and layer.codes.dtype == np.int32 and layer.bits == 4
-        assert layer.codes.min() >= -8 and layer.codes.max() <= 7
+        assert layer.integers is not None and layer.integers.dtype == np.int32 and layer.bits == 4
+        assert layer.integers.min() >= -8 and layer.integers.max() <= 7
         np.testing.assert_array_equal(
-            layer.codes.astype(np.float32) * layer.step, params[f"{name}/kernel"]
+            layer.integers.astype(np.float32) * layer.step_size, params[f"{name}/kernel"]
         )
         np.testing.assert_array_equal(layer.kernel, params[f"{name}/kernel"])
         assert layer.input_bits == 4 and not layer.input_signed
-        assert layer.input_step is not None and layer.input_step > 0
+        assert layer.input_step_size is not None and layer.input_step_size > 0
 
 
-def test_the_float_twin_is_the_plain_model(deployed):
-    twin = networks.float_twin(deployed)
-    assert all(layer.codes is None for layer in networks.codes(twin))
-    images, _ = some_digits(deployed, 16)
-    plain = supernet.plain(deployed.table, deployed.variables, deployed.bits)
-    wanted = linen.forward(deployed.model, plain, images, train=False)[0]
-    np.testing.assert_array_equal(networks.logits(twin, images), wanted)
+def test_the_float_reference_is_the_float_model(exported):
+    reference = exported_model.float_reference(exported)
+    assert all(layer.integers is None for layer in exported_model.quantized_layers(reference))
+    images, _ = some_digits(exported, 16)
+    plain = exported.net.float_variables(exported.state, exported.bits)
+    wanted = linen.forward(exported.net.model, plain, images, train=False)[0]
+    np.testing.assert_array_equal(exported_model.logits(reference, images), wanted)
 
 
 @pytest.mark.parametrize(
@@ -187,37 +179,38 @@ def test_the_float_twin_is_the_plain_model(deployed):
 )
 def test_bits_that_are_none_are_refused(workdirs, bits, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        networks.load(workdirs("double_rounding"), bits)
+        finished_run.load(workdirs("double_rounding"), bits)
 
 
-def test_bits_of_other_layers_or_candidates_are_refused(workdirs, deployed, tmp_path):
-    file, table = tmp_path / "bits.json", deployed.table
-    file.write_text(bit_configs.to_json(deployed.bits, [*table.names[:-1], "classifier"]))
+def test_bits_of_other_layers_or_candidates_are_refused(workdirs, exported, tmp_path):
+    file, table = tmp_path / "bits.json", exported.table
+    file.write_text(bit_configs.to_json(exported.bits, [*table.names[:-1], "classifier"]))
     with pytest.raises(ValueError, match="for another model"):
-        networks.load(workdirs("double_rounding"), file)
-    wrong = deployed.bits._replace(acts=deployed.bits.acts.at[2].set(6))
+        finished_run.load(workdirs("double_rounding"), file)
+    wrong = exported.bits._replace(acts=exported.bits.acts.at[2].set(6))
     file.write_text(bit_configs.to_json(wrong, table.names))
     with pytest.raises(ValueError, match=r"acts of 'stage0_block0/conv2' are 6; allowed"):
-        networks.load(workdirs("double_rounding"), file)
+        finished_run.load(workdirs("double_rounding"), file)
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run: there is no config.json"):
-        networks.load(tmp_path, "uniform:4")
+        finished_run.load(tmp_path, "uniform:4")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is damaged: it is not JSON"):
-        networks.load(tmp_path, "uniform:4")
+        finished_run.load(tmp_path, "uniform:4")
+    (tmp_path / "config.json").unlink()
     make_run(tmp_path, "double_rounding", done=False)
-    with pytest.raises(ValueError, match="is at step 1 of 4; let train.py finish it"):
-        networks.load(tmp_path, "uniform:4")
+    with pytest.raises(ValueError, match="is at step 1 of 4; let training finish"):
+        finished_run.load(tmp_path, "uniform:4")
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
-        networks.load(tmp_path, "uniform:4")
+        finished_run.load(tmp_path, "uniform:4")
 
 
 def test_a_float_run_has_nothing_to_export(workdirs):
     with pytest.raises(ValueError, match="is a float run, which has no bits"):
-        networks.load(workdirs("plain"), "uniform:4")
+        finished_run.load(workdirs("plain"), "uniform:4")
 
 
 def test_a_config_of_another_version_is_refused(workdirs, tmp_path):
@@ -226,13 +219,14 @@ def test_a_config_of_another_version_is_refused(workdirs, tmp_path):
     del config["bits"]["groups"]
     (workdir / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="lacks 'groups': another version of mpq_jax wrote it"):
-        networks.load(workdir, "uniform:4")
+        finished_run.load(workdir, "uniform:4")
 
 
-def test_inputs_without_step_sizes_of_their_own_are_refused(deployed):
-    by_batch = deployed.quantizer._replace(acts=batch_max.ACTS)
-    with pytest.raises(ValueError, match="'batch_max'.*have no step sizes to export"):
-        networks.codes(deployed._replace(quantizer=by_batch))
-    wide = deployed.bits._replace(acts=jnp.full_like(deployed.bits.acts, 32))
+def test_inputs_without_step_sizes_of_their_own_are_refused(exported):
+    quantizer = exported.net.quantizer._replace(acts=batch_max.ACTS)
+    by_batch = dataclasses.replace(exported.net, quantizer=quantizer)
+    with pytest.raises(ValueError, match="no step sizes"):
+        exported_model.quantized_layers(exported._replace(net=by_batch))
+    wide = exported.bits._replace(acts=jnp.full_like(exported.bits.acts, 32))
     with pytest.raises(ValueError, match="input of 'stage0_block0/conv1' has 32 bits, clipped"):
-        networks.codes(deployed._replace(bits=wide))
+        exported_model.quantized_layers(exported._replace(bits=wide))

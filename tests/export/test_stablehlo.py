@@ -1,5 +1,6 @@
 """StableHLO programs run without the library, and their kernels are integers in the file."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.exported_models import deploy, some_images
+from helpers.exported_models import make_exported, some_images
 
 from mpq_jax.export import checksum
 from mpq_jax.export import exported_model as networks
@@ -31,17 +32,21 @@ assert not any(name.startswith(("mpq_jax", "flax")) for name in sys.modules)
 
 
 @pytest.fixture(scope="module")
-def deployed():
-    return deploy(make_model("resnet8", num_classes=10, width=4, shortcut="B"), (8, 8, 3))
+def exported():
+    return make_exported(make_model("resnet8", num_classes=10, width=4, shortcut="B"), (8, 8, 3))
 
 
 @pytest.fixture(scope="module")
-def written(deployed):
-    return to_stablehlo(deployed)
+def written(exported):
+    return to_stablehlo(exported)
 
 
-def logits_of(deployed, images):
-    return np.asarray(jax.jit(lambda x: networks.logits(deployed, x))(images))
+def logits_of(exported, images):
+    return np.asarray(jax.jit(lambda x: networks.logits(exported, x))(images))
+
+
+def with_model(exported, model):
+    return exported._replace(net=dataclasses.replace(exported.net, model=model))
 
 
 def check_equal(found, wanted):
@@ -49,13 +54,13 @@ def check_equal(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
 
 
-def test_another_process_gets_the_same(deployed, written, tmp_path):
-    images = some_images(deployed)
+def test_another_process_gets_the_same(exported, written, tmp_path):
+    images = some_images(exported)
     np.save(tmp_path / "images.npy", images)
     (tmp_path / "net.stablehlo").write_bytes(written)
     files = [str(tmp_path / name) for name in ("net.stablehlo", "images.npy", "logits.npy")]
     subprocess.run([sys.executable, "-c", READER, *files], check=True, cwd=tmp_path)
-    check_equal(np.load(files[2]), logits_of(deployed, images))
+    check_equal(np.load(files[2]), logits_of(exported, images))
 
 
 def test_no_folder_of_the_writing_machine_is_in_the_file(written):
@@ -68,34 +73,34 @@ def test_other_versions_are_refused(written, tmp_path):
     changed = written.replace(b'"version": 1', b'"version": 2')
     begin = changed.index(b"mpq_jax crc32 ")
     opened = changed[: begin + 14] + b"0" * 8 + changed[begin + 22 :]
-    with pytest.raises(ValueError, match="has version 2 of the format, this library reads version"):
-        facts_of(path, checksum.sealed(opened))
-    assert facts_of(path, written)["provenance"] == {"model": "ResNetCifar"}
+    with pytest.raises(ValueError, match="has version 2 of the format; this library reads version"):
+        facts_of(path, checksum.with_checksum(opened))
+    assert facts_of(path, written)["provenance"] == {"class": "ResNetCifar"}
 
 
-def test_any_batch(deployed, written):
+def test_any_batch(exported, written):
     network = jax.export.deserialize(bytearray(written))
-    images = some_images(deployed)[:3]
-    check_equal(np.asarray(network.call(images)), logits_of(deployed, images))
+    images = some_images(exported)[:3]
+    check_equal(np.asarray(network.call(images)), logits_of(exported, images))
 
 
-def test_constants_are_integers(deployed, written):
+def test_constants_are_integers(exported, written):
     network = jax.export.deserialize(bytearray(written))
     assert network.platforms == ("cpu", "cuda", "tpu")
     lines = [line for line in network.mlir_module().splitlines() if "stablehlo.constant" in line]
     types = [line.rpartition("tensor<")[2].rstrip("> ").split("loc")[0] for line in lines]
     shapes = [text.split(">")[0] for text in types]
-    for layer in networks.codes(deployed):
-        shape, stored = "x".join(map(str, layer.codes.shape)), 4 if layer.bits <= 4 else 8
+    for layer in networks.quantized_layers(exported):
+        shape, stored = "x".join(map(str, layer.integers.shape)), 4 if layer.bits <= 4 else 8
         assert f"{shape}xi{stored}" in shapes
         assert f"{shape}xf32" not in shapes
 
 
 def test_models_that_ask_for_the_number_of_images():
-    deployed = deploy(ViT(10, patch_size=4, dim=8, depth=1, heads=2), (8, 8, 2))
-    network = jax.export.deserialize(bytearray(to_stablehlo(deployed, platforms=["cpu"])))
-    images = some_images(deployed)
-    check_equal(np.asarray(network.call(images)), logits_of(deployed, images))
+    exported = make_exported(ViT(10, patch_size=4, dim=8, depth=1, heads=2), (8, 8, 2))
+    network = jax.export.deserialize(bytearray(to_stablehlo(exported, platforms=["cpu"])))
+    images = some_images(exported)
+    check_equal(np.asarray(network.call(images)), logits_of(exported, images))
     assert network.platforms == ("cpu",)
 
 
@@ -109,10 +114,10 @@ class Silent(nn.Module):
 
 
 def test_logits_of_zero_and_infinity_are_equal_to_themselves():
-    deployed = deploy(Silent(), (4, 4, 3))
-    network = jax.export.deserialize(bytearray(to_stablehlo(deployed)))
-    images = some_images(deployed)
-    np.testing.assert_array_equal(network.call(images), logits_of(deployed, images))
+    exported = make_exported(Silent(), (4, 4, 3))
+    network = jax.export.deserialize(bytearray(to_stablehlo(exported)))
+    images = some_images(exported)
+    np.testing.assert_array_equal(network.call(images), logits_of(exported, images))
 
 
 class Mixing(nn.Module):
@@ -127,12 +132,12 @@ class Mixing(nn.Module):
 
 
 def test_images_that_are_computed_together_stay_so_or_are_refused():
-    deployed = deploy(Mixing(counted=False), (4, 4, 3))
-    network = jax.export.deserialize(bytearray(to_stablehlo(deployed)))
-    images = some_images(deployed)
-    check_equal(np.asarray(network.call(images)), logits_of(deployed, images))
+    exported = make_exported(Mixing(counted=False), (4, 4, 3))
+    network = jax.export.deserialize(bytearray(to_stablehlo(exported)))
+    images = some_images(exported)
+    check_equal(np.asarray(network.call(images)), logits_of(exported, images))
     with pytest.raises(ValueError, match="computes with several images at once"):
-        to_stablehlo(deployed._replace(model=Mixing(counted=True)))
+        to_stablehlo(with_model(exported, Mixing(counted=True)))
 
 
 def test_errors_of_the_model_come_through():
@@ -147,12 +152,13 @@ def test_errors_of_the_model_come_through():
         def __call__(self, x):
             return nn.Dense(3, name="dense")(x.reshape(x.shape[0], -1))
 
-    deployed = deploy(Chosen(), (4, 4, 3))._replace(model=Choosing())
+    exported = with_model(make_exported(Chosen(), (4, 4, 3)), Choosing())
     with pytest.raises(jax.errors.TracerBoolConversionError):
-        to_stablehlo(deployed)
+        to_stablehlo(exported)
 
 
-def test_inputs_without_step_sizes_are_refused(deployed):
+def test_inputs_without_step_sizes_are_refused(exported):
     quantizer = lsq.QUANTIZER._replace(acts=batch_max.ACTS)
+    net = dataclasses.replace(exported.net, quantizer=quantizer)
     with pytest.raises(ValueError, match="no step sizes"):
-        to_stablehlo(deployed._replace(quantizer=quantizer))
+        to_stablehlo(exported._replace(net=net))

@@ -29,7 +29,7 @@ def training_curves(
         panels={
             "planes": {f"mean by {by}": curve(f"mean_planes_by_{by}") for by in ("layer", "param")},
             "% of gates": {
-                f"undecided {kind}": curve(f"undecided_{kind}", 100) for kind in ("masks", "bits")
+                f"undecided {kind}": curve(f"undecided_{kind}", 100.0) for kind in ("masks", "bits")
             },
         },
     )
