@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpq_jax import data, export, quantizers, reporting, search
     from mpq_jax.methods import METHODS
+    from mpq_jax.methods.base import TrainingInfo
     from mpq_jax.models import MODELS, make_model
     from mpq_jax.models.pretrained import import_torch
     from mpq_jax.program.linen import init_variables
@@ -52,6 +53,7 @@ __all__ = [
     "Subnet",
     "Supernet",
     "SupernetState",
+    "TrainingInfo",
     "bit_rules",
     "costs",
     "data",
@@ -73,6 +75,7 @@ __all__ = [
 
 _HOMES = {  # module -> its public names
     "mpq_jax.methods": ("METHODS",),
+    "mpq_jax.methods.base": ("TrainingInfo",),
     "mpq_jax.models": ("MODELS", "make_model"),
     "mpq_jax.models.pretrained": ("import_torch",),
     "mpq_jax.program.linen": ("init_variables",),

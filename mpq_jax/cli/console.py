@@ -1,4 +1,4 @@
-"""What the commands print in common: tables of layers, sizes, compilations."""
+"""Output shared by the commands: tables of layers, sizes, compilations."""
 
 import rich.console
 import rich.table

@@ -1,4 +1,4 @@
-"""What a finished run leaves in its workdir: integers, norm statistics, the scheme it learned."""
+"""Results of a finished run in its workdir: integers, norm statistics, the learned scheme."""
 
 import pathlib
 from collections.abc import Mapping

@@ -41,7 +41,7 @@ WHOLE_BATCH = BatchShard()
 
 
 class BatchPartition(NamedTuple):
-    """How a batch is divided.
+    """Division of a batch over devices and micro-batches.
 
     Attributes:
         mesh: devices that each take a share, and hold the training state as

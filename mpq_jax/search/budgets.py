@@ -1,4 +1,4 @@
-"""What is searched for: budgets by level, by number or spread over the costs, and constraints."""
+"""Budgets by level, by number or spread over the range of costs, and constraints."""
 
 import math
 from collections.abc import Mapping

@@ -26,8 +26,8 @@ def hypervolume(
     """Returns the area between the frontier and a reference point: larger is better.
 
     Args:
-        costs: of the points.
-        losses: of the points.
+        costs: costs of the points.
+        losses: losses of the points.
         reference: cost and loss that are worse than what counts; points beyond add nothing.
 
     References:

@@ -165,7 +165,7 @@ def make_fast_score(
     Args:
         net: the supernet.
         state: its state.
-        image_shape: of one image.
+        image_shape: shape of one image.
         metric: see `evaluate.make_score`, as for the next three.
         norms: statistics of the norms.
         calibration: images for them.

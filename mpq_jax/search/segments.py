@@ -46,7 +46,7 @@ class Segments(NamedTuple):
 
     Attributes:
         parts: the segments; only one if the model has no cut.
-        image_shape: of one image.
+        image_shape: shape of one image.
         outputs: path, shape for one image and dtype of what each module returns that starts one.
     """
 

@@ -1,7 +1,7 @@
-"""What a bit configuration costs: functions of (table, bits) for one configuration.
+"""Costs of a bit configuration: functions of (table, bits) for one configuration.
 
-All are traceable in `bits` and written for one configuration; `jax.vmap` them over many. Searches
-use tables instead: what each layer costs at each pair of (weight bits, activation bits).
+All are traceable in `bits`; `jax.vmap` them over many configurations. Searches use tables instead:
+the cost of each layer at each pair of (weight bits, activation bits).
 """
 
 import functools
@@ -25,9 +25,9 @@ LATENCY_VERSION = 1
 
 
 def bitops(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
-    """Returns the bit operations per image (not giga): sum of MACs x weight bits x input bits.
+    """Computes bit operations per image (not giga): sum of MACs x weight bits x input bits.
 
-    Fixed layers are billed at their own bits, a float input at the bits its rule names.
+    Fixed layers count at their own bits, a float input at the bits of its rule.
 
     References:
         RFQuant's model profiling; for ResNet-18 at 224 px, W4A4 costs 34.714e9.
@@ -36,15 +36,15 @@ def bitops(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
 
 
 def model_bytes(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
-    """Returns the bytes of all kernels at their bits, without norms, biases and step sizes."""
+    """Computes the bytes of all kernels at their bits, without norms, biases and step sizes."""
     return jnp.sum(_params(table) * _as_float(bits.weights)) / BITS_PER_BYTE
 
 
 def act_bytes(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
-    """Returns the bytes of activations that the layers read per image, at their bits.
+    """Computes the bytes of activations that the layers read per image, at their bits.
 
-    An array that several layers read counts for each of them: it is what moves, not what is held
-    at once. A float input counts at the bits its rule names.
+    An array that several layers read counts for each of them: this is memory traffic, not peak
+    memory. A float input counts at the bits of its rule.
     """
     read = jnp.array([layer.inputs for layer in table.layers], jnp.float32)
     return jnp.sum(read * _as_float(bits.acts)) / BITS_PER_BYTE
@@ -53,7 +53,7 @@ def act_bytes(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
 def mean_bits(
     table: LayerTable, bits: BitConfig, *, by: Literal["layer", "param"]
 ) -> Float[Array, ""]:
-    """Returns the mean weight bits over the layers that have a choice.
+    """Computes the mean weight bits over the layers that have a choice.
 
     Args:
         table: the layers.
@@ -91,7 +91,7 @@ COSTS: dict[str, Callable[[LayerTable, BitConfig], Array]] = {
 
 
 def allowed_pairs(table: LayerTable) -> np.ndarray:
-    """Returns the pairs of bits that rules allow: bool [layers, weight, activation choices].
+    """Marks the pairs of bits that rules allow: bool [layers, weight, activation choices].
 
     Where a layer's weights and input are tied, these are the pairs of equal bits.
     """
@@ -101,10 +101,10 @@ def allowed_pairs(table: LayerTable) -> np.ndarray:
 
 
 def cost_table(table: LayerTable, kind: str) -> np.ndarray:
-    """Returns what each layer costs at each choice: float64 [layers, weight, activation choices].
+    """Tabulates the cost of each layer at each choice: float64 [layers, weight, activation choices].
 
     The cost of a configuration is the sum over layers of its entries; choices that the table
-    does not allow hold infinity. This is all that a search knows of a budget.
+    does not allow hold infinity. A search sees a budget through this table alone.
 
     Args:
         table: the layers.
@@ -133,7 +133,7 @@ def cost_table(table: LayerTable, kind: str) -> np.ndarray:
 
 
 def choices_of(table: LayerTable, bits: BitConfig) -> np.ndarray:
-    """Returns the index of each entry's bits in `table.candidates`: int [layers, 2]."""
+    """Finds the index of each slot's bits in `table.candidates`: int [layers, 2]."""
     both = np.stack([np.asarray(bits.weights), np.asarray(bits.acts)], axis=-1)
     return (both[..., None] == np.array(table.candidates)).argmax(-1)
 
@@ -165,8 +165,8 @@ def latency_table(table: LayerTable, text: str) -> np.ndarray:
     foreign = set(measured) - set(table.names)
     if missing or foreign:
         raise ValueError(
-            "the latency table is for another model or other rules: it lacks "
-            f"{sorted(missing) or 'nothing'} and has {sorted(foreign) or 'nothing'} besides"
+            "the latency table is for another model or other rules: missing layers: "
+            f"{sorted(missing) or 'none'}; unexpected layers: {sorted(foreign) or 'none'}"
         )
     seconds = np.full((len(table), len(table.candidates), len(table.candidates)), np.inf)
     place = {bits: index for index, bits in enumerate(table.candidates)}

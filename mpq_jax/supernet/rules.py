@@ -82,7 +82,7 @@ def bit_rules(
 
 
 class LayerBits(NamedTuple):
-    """What the rules say about one layer; the fields are those of `Layer`."""
+    """Bits that the rules assign to one layer; the fields are those of `Layer`."""
 
     weight_candidates: tuple[int, ...]
     act_candidates: tuple[int, ...]

@@ -28,7 +28,7 @@ Config = Any  # nested mappings; an ml_collections.ConfigDict is none in the eye
 
 
 class Experiment(NamedTuple):
-    """What a config describes, ready to use.
+    """An experiment built from its config, ready to use.
 
     Attributes:
         dataset: images in batches of the run.

@@ -29,7 +29,7 @@ class DivergedError(RuntimeError):
 
 
 class Watch(NamedTuple):
-    """What a loop tells whoever watches it.
+    """Callbacks that show the progress of a loop.
 
     Attributes:
         progress: `(steps done, line)`, after every step that logs.
@@ -41,7 +41,7 @@ class Watch(NamedTuple):
 
 
 class Due(NamedTuple):
-    """What is to be done after a step.
+    """Actions due after a step.
 
     Attributes:
         log: metrics are averaged and written.

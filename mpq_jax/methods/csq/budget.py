@@ -18,7 +18,7 @@ TOLERANCE = 0.05  # mean planes by which a scheme may miss its target without be
 
 
 class Budget(NamedTuple):
-    """How planes are counted, and how many there may be.
+    """Budget of bit planes, and how they are counted.
 
     Attributes:
         target: mean number of planes.
@@ -177,7 +177,7 @@ def _nearest_scheme(cost, worth, layers, budget: Budget) -> np.ndarray:
     layers' sizes it can keep the solver busy for hours, or make it fail.
 
     Args:
-        cost: of having a plane on.
+        cost: cost of each active plane.
         worth: part of each plane in the mean.
         layers: which layer each plane is of, ascending.
         budget: what to meet.
