@@ -101,7 +101,7 @@ def allowed_pairs(table: LayerTable) -> np.ndarray:
 
 
 def cost_table(table: LayerTable, kind: str) -> np.ndarray:
-    """Tabulates the cost of each layer at each choice: float64 [layers, weight, activation choices].
+    """Tabulates the cost of each layer at each choice: float64 [layers, weights, activations].
 
     The cost of a configuration is the sum over layers of its entries; choices that the table
     does not allow hold infinity. A search sees a budget through this table alone.
