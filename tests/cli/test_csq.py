@@ -242,8 +242,8 @@ def test_the_uniform_scheme_is_the_target_from_the_first_step_to_the_last(grown,
 
 
 @pytest.mark.slow
-def test_csq_killed_around_the_ticket_ends_with_the_same_bits(shared, grown, tmp_path):
-    """The newest checkpoint is as a rule the one before the ticket, which then comes again."""
+def test_csq_killed_around_the_freeze_ends_with_the_same_bits(shared, grown, tmp_path):
+    """The newest checkpoint is as a rule the one before the scheme was frozen, which then happens again."""
     workdir = tmp_path / "run"
     flags = (*grown.flags, f"--workdir={workdir}")
     process = start("train.py", *flags, output=tmp_path / "killed", cache=shared.cache)
@@ -270,7 +270,7 @@ def test_csq_killed_around_the_ticket_ends_with_the_same_bits(shared, grown, tmp
 
 @pytest.mark.slow
 def test_two_processes_grow_a_scheme_like_one(grown, tmp_path):
-    """Through the ticket, which every process meets by itself."""
+    """Through the freezing of the scheme, which every process meets by itself."""
     workdir = tmp_path / "run"
     first, second = run_two_processes(grown.flags, workdir, stop_after=TICKET + 3)
     logged, alone = losses(entries(workdir)), losses(entries(grown.workdir))

@@ -39,7 +39,7 @@ def test_variables_are_entries_that_can_be_set_by_themselves(which, variables):
 
 @pytest.mark.parametrize("which", TABLES)
 def test_the_space_is_all_that_rules_ties_and_mask_allow(which):
-    """By walking from the largest state over neighbours."""
+    """By walking from the largest state over neighbors."""
     table = TABLES[which]
     mask = table.mask.copy()
     mask[4, 1, table.candidates.index(2)] = False  # follows in two of the tables
@@ -67,7 +67,7 @@ def test_samples_are_uniform_by_variable():
             assert abs(share - 1 / len(bits)) < 4.5 * math.sqrt(0.25 / 3000)
 
 
-def test_neighbours_are_one_choice_away_and_skip_what_is_masked():
+def test_neighbors_are_one_choice_away_and_skip_what_is_masked():
     mask = FREE.mask.copy()
     mask[1, 0, FREE.candidates.index(3)] = False
     space = SearchSpace(FREE, mask)

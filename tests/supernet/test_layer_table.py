@@ -179,7 +179,7 @@ def test_tied_entries_have_the_bits_that_all_of_them_may_take():
 
 @pytest.mark.parametrize("weights", [8, 6, 4, 2])
 @pytest.mark.parametrize("acts", [8, 2])
-def test_uniform_and_largest_bits_honour_ties(weights, acts):
+def test_uniform_and_largest_bits_honor_ties(weights, acts):
     table = tied_table()
     table.check(table.max_config)
     found = table.uniform(weights, acts)

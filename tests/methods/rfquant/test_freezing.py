@@ -186,7 +186,7 @@ def tied_deep():
 
 @pytest.mark.parametrize("layer", ["conv0", "conv1", "depthwise2", "conv2"])
 @pytest.mark.parametrize("freeze_acts", [False, True])
-def test_what_is_drawn_honours_ties_and_what_is_frozen(layer, freeze_acts):
+def test_what_is_drawn_honors_ties_and_what_is_frozen(layer, freeze_acts):
     """A bit that one of a group may not take, none of it takes."""
     table, options = tied_deep(), Options(random_subnets=200, freeze_acts=freeze_acts)
     names = [table.names[i] for i in freezing.freezable(table)]
