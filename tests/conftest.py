@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -16,8 +18,26 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 10, 10)  # tracing makes many objects; this saves a tenth of all time
 
+COMPILED = pytest.StashKey[str]()  # folder of compiled programs
+
 # Files that begin first: a file goes to one worker, and none is to be left alone at the end.
 LONGEST = ("test_train", "test_csq", "test_search", "test_notebooks", "test_own_model")
+
+
+def pytest_configure(config):
+    """Shares compiled programs among the workers of this session, and with none before it."""
+    if not hasattr(config, "workerinput"):  # workers inherit the environment
+        config.stash[COMPILED] = tempfile.mkdtemp(prefix="compiled")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[COMPILED]
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config):
+    """Removes what this session compiled."""
+    if COMPILED in config.stash:
+        shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
