@@ -1,6 +1,7 @@
 """A run becomes one network with its bits decided: the one whose accuracy was printed."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -50,7 +51,8 @@ def test_a_precision_of_training_keeps_its_statistics(workdirs, exported):
     step, state = finished_run._finished_state(setup, workdirs("double_rounding"))
     assert exported.provenance["step"] == step == setup.run.steps
     images, _ = some_digits(exported, 16)
-    wanted = setup.method.predict(state.variables, setup.table.uniform(4, 4), images)
+    predict = jax.jit(setup.method.predict)
+    wanted = predict(state.variables, setup.table.uniform(4, 4), images)
     np.testing.assert_array_equal(exported_model.logits(exported, images), wanted)
 
 
@@ -163,7 +165,8 @@ def test_the_float_reference_is_the_float_model(exported):
     assert all(layer.integers is None for layer in exported_model.quantized_layers(reference))
     images, _ = some_digits(exported, 16)
     plain = exported.net.float_variables(exported.state, exported.bits)
-    wanted = linen.forward(exported.net.model, plain, images, train=False)[0]
+    forward = jax.jit(functools.partial(linen.forward, exported.net.model, train=False))
+    wanted = forward(plain, images)[0]
     np.testing.assert_array_equal(exported_model.logits(reference, images), wanted)
 
 
