@@ -1,7 +1,6 @@
 """A run becomes one network with its bits decided: the one whose accuracy was printed."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -51,8 +50,7 @@ def test_a_precision_of_training_keeps_its_statistics(workdirs, exported):
     step, state = finished_run._finished_state(setup, workdirs("double_rounding"))
     assert exported.provenance["step"] == step == setup.run.steps
     images, _ = some_digits(exported, 16)
-    predict = jax.jit(setup.method.predict)
-    wanted = predict(state.variables, setup.table.uniform(4, 4), images)
+    wanted = setup.method.predict(state.variables, setup.table.uniform(4, 4), images)
     np.testing.assert_array_equal(exported_model.logits(exported, images), wanted)
 
 
@@ -165,8 +163,7 @@ def test_the_float_reference_is_the_float_model(exported):
     assert all(layer.integers is None for layer in exported_model.quantized_layers(reference))
     images, _ = some_digits(exported, 16)
     plain = exported.net.float_variables(exported.state, exported.bits)
-    forward = jax.jit(functools.partial(linen.forward, exported.net.model, train=False))
-    wanted = forward(plain, images)[0]
+    wanted = linen.forward(exported.net.model, plain, images, train=False)[0]
     np.testing.assert_array_equal(exported_model.logits(reference, images), wanted)
 
 
