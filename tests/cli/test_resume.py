@@ -43,6 +43,7 @@ class Interrupted(NamedTuple):
 
 @pytest.fixture(scope="module")
 def interrupted(shared, tmp_path_factory) -> Interrupted:
+    assert shared.supernet  # goes first, so that it compiles what it counts
     directory = tmp_path_factory.mktemp("interrupted")
     workdir = directory / "run"
     flags = (*SUPERNET, f"--workdir={workdir}")
