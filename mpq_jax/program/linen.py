@@ -6,6 +6,7 @@ array for the caller of `forward`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -18,7 +19,7 @@ import jax.extend
 import jax.numpy as jnp
 
 from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
-from mpq_jax.program import paths
+from mpq_jax.program import network, paths
 
 TRAIN_FLAGS = ("train", "training", "is_training")
 EVAL_FLAGS = ("deterministic", "use_running_average")
@@ -27,6 +28,63 @@ FLOAT32_NORMS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 RECORDS = "mpq_jax_records"  # variable collection of recorded arrays
 
 Model = nn.Module
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenNetwork:
+    """A Linen module.
+
+    Attributes:
+        model: the module; it knows nothing of quantization.
+    """
+
+    model: nn.Module
+
+    @property
+    def label(self) -> str:
+        """Name of the model's class."""
+        return type(self.model).__name__
+
+    def init(self, key: jax.Array, inputs: Any) -> dict[str, Any]:
+        """Draws the model's initial variables."""
+        mode = network.mode_kwargs(type(self.model).__call__, train=False)
+        with intercept(_allow_mixed_dtypes):
+            variables = dict(
+                self.model.init(
+                    {"params": key, "dropout": key}, *network.arguments(inputs), **mode
+                )
+            )
+        return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
+
+    def call(
+        self,
+        variables: dict[str, Any],
+        inputs: Any,
+        *,
+        train: bool,
+        dropout_key: jax.Array | None,
+        shard: BatchShard,
+    ) -> tuple[Any, Any]:
+        """Calls the module."""
+        mode = network.mode_kwargs(type(self.model).__call__, train=train)
+        hooks = [_allow_mixed_dtypes, functools.partial(_reduce_over, shard.axis)]
+        if dropout_key is None:
+            hooks.append(_without_dropout)
+        with contextlib.ExitStack() as stack:
+            for hook in hooks:
+                stack.enter_context(intercept(hook))
+            outputs, updated = self.model.apply(
+                variables,
+                *network.arguments(inputs),
+                rngs=None if dropout_key is None else {"dropout": dropout_key},
+                mutable=["batch_stats"],
+                **mode,
+            )
+        return outputs, dict(updated).get("batch_stats", {})
+
+
+def _without_dropout(call: "ModuleCall") -> Any:
+    return call.x if silence_dropout(call) else call.run()
 
 
 class ModuleCall(NamedTuple):

@@ -1,0 +1,244 @@
+"""Evaluates a traced program, and lets visits change or record values on the way.
+
+The result is traceable like the program's own function: `jit`, `grad`, `vmap` and `shard_map` apply
+to it. Nested programs (`jit`, `checkpoint`, `scan`, ...) are entered only where something in them
+is visited; all others are bound as they are.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+from jax._src import source_info_util  # no public interface keeps the names of traced equations
+
+PyTree = Any
+Key = tuple[int, ...]  # indices of equations, from the outermost program inwards
+Arrays = Mapping[str, PyTree]
+
+INLINED = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
+RECOMPUTED = ("checkpoint", "remat2", "remat")  # the name depends on the version of JAX
+
+
+class Place(NamedTuple):
+    """One value of a program: an operand or a result of an equation.
+
+    Attributes:
+        equation: key of the equation.
+        index: position among its operands or results.
+        result: whether it is a result.
+    """
+
+    equation: Key
+    index: int
+    result: bool = False
+
+
+class Visit(NamedTuple):
+    """What happens at a place.
+
+    Attributes:
+        name: name of the visit. The arrays of that name go to `change`, and the value is recorded
+            under it. Inside a scan, arrays and records have one leading axis per loop.
+        change: `(value, arrays) -> value`; None: the value stays.
+        record: whether the value is recorded, before it is changed.
+    """
+
+    name: str
+    change: Callable[[jax.Array, PyTree], jax.Array] | None = None
+    record: bool = False
+
+
+Visits = Mapping[Place, Visit]
+Records = dict[str, jax.Array]
+
+
+def evaluate(
+    program: jex.ClosedJaxpr,
+    arguments: Sequence[Any],
+    visits: Visits,
+    arrays: Arrays | None = None,
+) -> tuple[list[Any], Records]:
+    """Evaluates a program.
+
+    Args:
+        program: the program.
+        arguments: values of its arguments.
+        visits: what to do at which places.
+        arrays: arrays of the visits, by name.
+
+    Returns:
+        The results, and what was recorded, by name.
+
+    Raises:
+        ValueError: a place is inside `cond` or `while`.
+    """
+    return _evaluate(
+        program.jaxpr, program.consts, arguments, _Plan.of(visits), arrays or {}, key=()
+    )
+
+
+class _Plan(NamedTuple):
+    """Visits by equation, and the equations that hold some in their nested programs."""
+
+    by_equation: dict[Key, list[tuple[Place, Visit]]]
+    entered: dict[Key, list[Visit]]
+
+    @classmethod
+    def of(cls, visits: Visits) -> "_Plan":
+        plan = cls({}, {})
+        for place, visit in visits.items():
+            plan.by_equation.setdefault(place.equation, []).append((place, visit))
+            for depth in range(1, len(place.equation)):
+                plan.entered.setdefault(place.equation[:depth], []).append(visit)
+        return plan
+
+
+def _evaluate(
+    program: jex.Jaxpr,
+    consts: Sequence[Any],
+    arguments: Sequence[Any],
+    plan: _Plan,
+    arrays: Arrays,
+    key: Key,
+) -> tuple[list[Any], Records]:
+    values: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
+    values.update(zip(program.invars, arguments, strict=True))
+    last = _last_uses(program)
+    records: Records = {}
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, jex.Literal) else values[var]
+
+    for index, equation in enumerate(program.eqns):
+        here = (*key, index)
+        operands = [read(var) for var in equation.invars]
+        visited = plan.by_equation.get(here, ())
+        for place, visit in visited:
+            if not place.result:
+                operands[place.index] = _visit(operands[place.index], visit, arrays, records)
+        with _context(equation):
+            if here in plan.entered:
+                results, inner = _enter(equation, operands, plan, arrays, here)
+                records |= inner
+            else:
+                results = bind(equation, operands)
+        for place, visit in visited:
+            if place.result:
+                results[place.index] = _visit(results[place.index], visit, arrays, records)
+        values.update(zip(equation.outvars, results, strict=True))
+        for var in last.get(index, ()):
+            values.pop(var, None)
+    return [read(var) for var in program.outvars], records
+
+
+def _visit(value: Any, visit: Visit, arrays: Arrays, records: Records) -> Any:
+    if visit.record:
+        records[visit.name] = value
+    return value if visit.change is None else visit.change(value, arrays.get(visit.name))
+
+
+def bind(equation: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Computes one equation as it is."""
+    results = equation.primitive.bind(
+        *operands, **equation.primitive.get_bind_params(equation.params)
+    )
+    return list(results) if equation.primitive.multiple_results else [results]
+
+
+@contextlib.contextmanager
+def _context(equation: jex.JaxprEqn) -> Iterator[None]:
+    """Restores names, source lines and settings under which an equation was traced."""
+    info = equation.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    with (
+        source_info_util.user_context(info.traceback, name_stack=stack),
+        equation.ctx.manager,
+    ):
+        yield
+
+
+def _last_uses(program: jex.Jaxpr) -> dict[int, list[Any]]:
+    """Finds after which equation each value is no longer needed, so that memory can be freed."""
+    last: dict[Any, int] = {}
+    for index, equation in enumerate(program.eqns):
+        for var in (*equation.invars, *equation.outvars):
+            if not isinstance(var, jex.Literal):
+                last[var] = index
+    for var in program.outvars:
+        if not isinstance(var, jex.Literal):
+            last.pop(var, None)
+    by_equation: dict[int, list[Any]] = {}
+    for var, index in last.items():
+        by_equation.setdefault(index, []).append(var)
+    return by_equation
+
+
+def nested(equation: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
+    """Returns the program of an equation that runs one program: a call, `checkpoint` or `scan`."""
+    name, params = equation.primitive.name, equation.params
+    if name not in (*INLINED, *RECOMPUTED, "scan"):
+        return None
+    inner = params.get("jaxpr", params.get("call_jaxpr"))
+    return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
+
+
+def _enter(
+    equation: jex.JaxprEqn, operands: list[Any], plan: _Plan, arrays: Arrays, key: Key
+) -> tuple[list[Any], Records]:
+    """Computes an equation whose nested program has places to visit."""
+    inner = nested(equation)
+    if inner is None:
+        raise ValueError(
+            f"a layer is inside {equation.primitive.name!r}, which chooses while it runs what to "
+            "compute, so its bits and costs are unknown; move the layer out of it"
+        )
+
+    def run(operands: Sequence[Any], arrays: Arrays) -> tuple[list[Any], Records]:
+        return _evaluate(inner.jaxpr, inner.consts, operands, plan, arrays, key)
+
+    name = equation.primitive.name
+    if name == "scan":
+        return _scan(equation, operands, run, {v.name for v in plan.entered[key]}, arrays)
+    if name in RECOMPUTED:
+        recomputed = jax.checkpoint(
+            run,
+            prevent_cse=equation.params["prevent_cse"],
+            policy=equation.params["policy"],
+        )
+        return recomputed(list(operands), dict(arrays))
+    return run(operands, arrays)
+
+
+def _scan(
+    equation: jex.JaxprEqn,
+    operands: list[Any],
+    run: Callable[[Sequence[Any], Arrays], tuple[list[Any], Records]],
+    names: set[str],
+    arrays: Arrays,
+) -> tuple[list[Any], Records]:
+    """Runs a loop whose body is visited: each turn takes its own slice of the visits' arrays."""
+    params = equation.params
+    consts, carried = params["num_consts"], params["num_carry"]
+    fixed, start, scanned = (
+        operands[:consts],
+        operands[consts : consts + carried],
+        operands[consts + carried :],
+    )
+    sliced = {name: arrays[name] for name in names if name in arrays}
+
+    def body(carry, slices):
+        scanned, own = slices
+        results, records = run([*fixed, *carry, *scanned], {**arrays, **own})
+        return results[:carried], (results[carried:], records)
+
+    end, (stacked, records) = jax.lax.scan(
+        body,
+        start,
+        (scanned, sliced),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*end, *stacked], records

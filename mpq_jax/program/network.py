@@ -1,0 +1,142 @@
+"""Networks: what the library needs to know of a model, whatever library it is written with."""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from mpq_jax.parallel.grad_accumulation import BatchShard
+
+PyTree = Any
+Variables = dict[str, PyTree]
+
+TRAIN_FLAGS = ("train", "training", "is_training")
+EVAL_FLAGS = ("deterministic", "use_running_average", "inference")
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A model as pure functions; hashable.
+
+    Variables are nested dicts: "params", which training learns, and "batch_stats", the running
+    statistics of norms; models without statistics have no "batch_stats".
+    """
+
+    @property
+    def label(self) -> str:
+        """Name of the model in messages."""
+        ...
+
+    def init(self, key: jax.Array, inputs: PyTree) -> Variables:
+        """Draws initial variables, or returns those that the model holds."""
+        ...
+
+    def call(
+        self,
+        variables: Variables,
+        inputs: PyTree,
+        *,
+        train: bool,
+        dropout_key: jax.Array | None,
+        shard: BatchShard,
+    ) -> tuple[PyTree, PyTree]:
+        """Calls the model.
+
+        Args:
+            variables: the variables.
+            inputs: a batch; a tuple holds several arguments, anything else is one.
+            train: training mode: norms use the statistics of this batch.
+            dropout_key: key of the dropout; None: no dropout.
+            shard: share of the batch that `inputs` are; norms average over all shares.
+
+        Returns:
+            The outputs, and the statistics after the call.
+        """
+        ...
+
+
+@functools.lru_cache(maxsize=128)
+def as_network(model: Any) -> Network:
+    """Adapts a model: a Linen or NNX module, or a `function` with its variables.
+
+    Raises:
+        TypeError: the model is none of them.
+    """
+    if isinstance(model, Network):
+        return model
+    for library, adapter in (("flax.linen", "linen"), ("flax.nnx", "nnx")):
+        module = sys.modules.get(library)
+        if module is not None and isinstance(model, module.Module):
+            return _adapter(adapter)(model)
+    raise TypeError(
+        f"the model is a {type(model).__name__}; wanted a module of flax.linen or flax.nnx, or "
+        "mpq_jax.function(apply, variables) around any other network"
+    )
+
+
+def _adapter(name: str) -> Callable[[Any], Network]:
+    if name == "linen":
+        from mpq_jax.program.linen import LinenNetwork
+
+        return LinenNetwork
+    from mpq_jax.program.nnx import NnxNetwork
+
+    return NnxNetwork
+
+
+def mode_kwargs(function: Callable, *, train: bool) -> dict[str, bool]:
+    """Finds the keyword arguments that put a model into training or evaluation mode.
+
+    The names known are those of `TRAIN_FLAGS` and, inverted, of `EVAL_FLAGS`.
+    """
+    accepted = inspect.signature(function).parameters
+    train_flags = {name: train for name in TRAIN_FLAGS if name in accepted}
+    return train_flags | {name: not train for name in EVAL_FLAGS if name in accepted}
+
+
+def arguments(inputs: PyTree) -> tuple:
+    """Returns the positional arguments that a batch is."""
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def example_batch(example: PyTree) -> PyTree:
+    """Describes a batch of inputs.
+
+    Args:
+        example: arrays or `jax.ShapeDtypeStruct`s with a batch axis in front, as any pytree; or,
+            for images and feature vectors, a tuple of integers: (height, width, channels) or
+            (features,), or an image shape after a batch size.
+
+    Raises:
+        ValueError: the integers do not tell whether there is a batch axis.
+    """
+    if isinstance(example, tuple | list) and example and all(_is_size(n) for n in example):
+        shape = tuple(int(size) for size in example)
+        if len(shape) not in (1, 3, 4) or min(shape) < 1:
+            raise ValueError(
+                f"the input's shape is {shape}; wanted (height, width, channels) or (features,), "
+                "all positive, or a batch of images. For other inputs, give a batch: "
+                "jax.ShapeDtypeStruct((batch, ...), jnp.float32), or arrays"
+            )
+        whole = shape if len(shape) == 4 else (1, *shape)
+        return jax.ShapeDtypeStruct(whole, jnp.float32)
+    leaves = jax.tree.leaves(example)
+    if not leaves or not all(hasattr(leaf, "shape") and leaf.shape for leaf in leaves):
+        raise ValueError(
+            "the example inputs hold no arrays with a batch axis; wanted arrays, "
+            "jax.ShapeDtypeStructs, or the shape of an image"
+        )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), example)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def batch_size(inputs: PyTree) -> int:
+    """Returns the number of examples of a batch."""
+    return jax.tree.leaves(inputs)[0].shape[0]
