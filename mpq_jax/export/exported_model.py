@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.export import checksum
-from mpq_jax.program import paths
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
@@ -186,7 +185,7 @@ def quantized_layers(exported: ExportedModel) -> list[QuantizedLayer]:
             _integers(exported.net, exported.state.trainable, jnp.asarray(config.weights)),
         )
     )
-    params = paths.flatten(subnet.params)
+    kernels = exported.net.kernels_of(subnet)
     layers = []
     for index, layer in enumerate(exported.table.layers):
         integers, step_size = found.get(layer.name, (None, 1))
@@ -197,7 +196,7 @@ def quantized_layers(exported: ExportedModel) -> list[QuantizedLayer]:
                 integers=integers,
                 step_size=np.float32(step_size),
                 bits=int(np.asarray(config.weights)[index]),
-                kernel=np.asarray(params[f"{layer.name}/kernel"]),
+                kernel=np.asarray(kernels[index]),
                 input_step_size=(
                     None if layer.float_acts else np.float32(subnet.act_step_sizes[index])
                 ),
@@ -214,7 +213,7 @@ def _integers(
 ) -> dict[str, tuple[Array, Array]]:
     """Computes integers and their step size of every quantized kernel, by layer."""
     step_sizes = net.weight_step_sizes(trainable, weight_bits)
-    kernels = supernet.kernels(net.table, trainable.params)
+    kernels = net.kernels(trainable.params)
     return {
         layer.name: net.quantizer.weights.codes(
             kernels[index], step_sizes[index], weight_bits[index], max_bits=layer.max_bits

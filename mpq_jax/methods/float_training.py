@@ -18,6 +18,7 @@ from mpq_jax.parallel.grad_accumulation import (
     reduce_mean,
 )
 from mpq_jax.program import linen, paths
+from mpq_jax.program.network import as_network, forward
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.tasks import classification
 
@@ -75,6 +76,7 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
         change="step",
     )
     optimizer = make_optimizer(options, schedule)
+    network = as_network(model)
 
     def init(variables, images, labels=None):
         del images, labels
@@ -85,8 +87,8 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
     def loss_of(params, _, batch_stats, examples, dropout_key):
-        logits, batch_stats = linen.forward(
-            model,
+        logits, batch_stats = forward(
+            network,
             {"params": params, "batch_stats": batch_stats},
             examples["image"],
             train=True,
@@ -122,7 +124,7 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
 
     def predict(variables, bits, images):
         del bits
-        return linen.forward(model, variables, images, train=False)[0]
+        return forward(network, variables, images, train=False)[0]
 
     return Method(
         table=table,

@@ -35,63 +35,75 @@ class Place(NamedTuple):
     result: bool = False
 
 
-class Visit(NamedTuple):
-    """What happens at a place.
+class Change(NamedTuple):
+    """What a value is replaced by.
 
     Attributes:
-        name: name of the visit. The arrays of that name go to `change`, and the value is recorded
-            under it. Inside a scan, arrays and records have one leading axis per loop.
-        change: `(value, arrays) -> value`; None: the value stays.
-        record: whether the value is recorded, before it is changed.
+        name: name of the arrays that `function` gets. Inside loops they have one leading axis per
+            loop, of which each turn takes its slice.
+        function: `(value, arrays) -> value`.
     """
 
     name: str
-    change: Callable[[jax.Array, PyTree], jax.Array] | None = None
-    record: bool = False
+    function: Callable[[jax.Array, PyTree], Any]
 
 
-Visits = Mapping[Place, Visit]
+Changes = Mapping[Place, Change]
 Records = dict[str, jax.Array]
 
 
 def evaluate(
     program: jex.ClosedJaxpr,
     arguments: Sequence[Any],
-    visits: Visits,
-    arrays: Arrays | None = None,
+    changes: Changes,
+    arrays: Arrays,
+    records: Mapping[str, Place],
 ) -> tuple[list[Any], Records]:
     """Evaluates a program.
 
     Args:
         program: the program.
         arguments: values of its arguments.
-        visits: what to do at which places.
-        arrays: arrays of the visits, by name.
+        changes: values to replace.
+        arrays: arrays of the changes, by name.
+        records: places of values to return, after changes, by name.
 
     Returns:
-        The results, and what was recorded, by name.
+        The results, and what was recorded; what is recorded inside loops has one leading axis per
+        loop.
 
     Raises:
         ValueError: a place is inside `cond` or `while`.
     """
-    return _evaluate(
-        program.jaxpr, program.consts, arguments, _Plan.of(visits), arrays or {}, key=()
-    )
+    plan = _Plan.of(changes, records)
+    return _evaluate(program.jaxpr, program.consts, arguments, plan, arrays, key=())
+
+
+class _Visit(NamedTuple):
+    """What happens at a place."""
+
+    place: Place
+    change: Change | None
+    record: str | None
 
 
 class _Plan(NamedTuple):
     """Visits by equation, and the equations that hold some in their nested programs."""
 
-    by_equation: dict[Key, list[tuple[Place, Visit]]]
-    entered: dict[Key, list[Visit]]
+    by_equation: dict[Key, list[_Visit]]
+    entered: dict[Key, set[str]]
 
     @classmethod
-    def of(cls, visits: Visits) -> "_Plan":
+    def of(cls, changes: Changes, records: Mapping[str, Place]) -> "_Plan":
+        visits = [_Visit(place, change, None) for place, change in changes.items()]
+        visits += [_Visit(place, None, name) for name, place in records.items()]
         plan = cls({}, {})
-        for place, visit in visits.items():
-            plan.by_equation.setdefault(place.equation, []).append((place, visit))
-            for depth in range(1, len(place.equation)):
-                plan.entered.setdefault(place.equation[:depth], []).append(visit)
+        for visit in visits:
+            key = visit.place.equation
+            plan.by_equation.setdefault(key, []).append(visit)
+            for depth in range(1, len(key)):
+                names = plan.entered.setdefault(key[:depth], set())
+                names.update([visit.change.name] if visit.change else [])
         return plan
 
 
@@ -114,29 +126,29 @@ def _evaluate(
     for index, equation in enumerate(program.eqns):
         here = (*key, index)
         operands = [read(var) for var in equation.invars]
-        visited = plan.by_equation.get(here, ())
-        for place, visit in visited:
-            if not place.result:
-                operands[place.index] = _visit(operands[place.index], visit, arrays, records)
+        visits = plan.by_equation.get(here, ())
+        _visit([v for v in visits if not v.place.result], operands, arrays, records)
         with _context(equation):
             if here in plan.entered:
                 results, inner = _enter(equation, operands, plan, arrays, here)
                 records |= inner
             else:
                 results = bind(equation, operands)
-        for place, visit in visited:
-            if place.result:
-                results[place.index] = _visit(results[place.index], visit, arrays, records)
+        _visit([v for v in visits if v.place.result], results, arrays, records)
         values.update(zip(equation.outvars, results, strict=True))
         for var in last.get(index, ()):
             values.pop(var, None)
     return [read(var) for var in program.outvars], records
 
 
-def _visit(value: Any, visit: Visit, arrays: Arrays, records: Records) -> Any:
-    if visit.record:
-        records[visit.name] = value
-    return value if visit.change is None else visit.change(value, arrays.get(visit.name))
+def _visit(visits: list[_Visit], values: list[Any], arrays: Arrays, records: Records) -> None:
+    """Changes some of an equation's operands or results, in place, and records some."""
+    for visit in visits:
+        index = visit.place.index
+        if visit.change is not None:
+            values[index] = visit.change.function(values[index], arrays.get(visit.change.name))
+        else:
+            records[str(visit.record)] = values[index]
 
 
 def bind(equation: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -200,7 +212,7 @@ def _enter(
 
     name = equation.primitive.name
     if name == "scan":
-        return _scan(equation, operands, run, {v.name for v in plan.entered[key]}, arrays)
+        return _scan(equation, operands, run, plan.entered[key], arrays)
     if name in RECOMPUTED:
         recomputed = jax.checkpoint(
             run,

@@ -103,5 +103,4 @@ def from_dict(like: PyTree, nested: dict) -> PyTree:
 
 
 def _name(path: tuple) -> str:
-    names = (str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-    return paths.join(names)
+    return paths.join(str(jax.tree_util.keystr((key,), simple=True)) for key in path)

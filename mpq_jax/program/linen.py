@@ -50,9 +50,7 @@ class LinenNetwork:
         mode = network.mode_kwargs(type(self.model).__call__, train=False)
         with intercept(_allow_mixed_dtypes):
             variables = dict(
-                self.model.init(
-                    {"params": key, "dropout": key}, *network.arguments(inputs), **mode
-                )
+                self.model.init({"params": key, "dropout": key}, *network.arguments(inputs), **mode)
             )
         return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from mpq_jax.parallel.grad_accumulation import BatchShard
+from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
 
 PyTree = Any
 Variables = dict[str, PyTree]
@@ -86,6 +86,42 @@ def _adapter(name: str) -> Callable[[Any], Network]:
     from mpq_jax.program.nnx import NnxNetwork
 
     return NnxNetwork
+
+
+def init_variables(model: Any, key: jax.Array, example_inputs: PyTree) -> Variables:
+    """Draws a model's initial variables, or returns those that it holds.
+
+    Args:
+        model: a Linen or NNX module, or a `function` with its variables.
+        key: random key.
+        example_inputs: see `example_batch`.
+    """
+    shapes = example_batch(example_inputs)
+    inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return as_network(model).init(key, inputs)
+
+
+def forward(
+    network: Network,
+    variables: Variables,
+    inputs: PyTree,
+    *,
+    train: bool,
+    dropout_key: jax.Array | None = None,
+    shard: BatchShard = WHOLE_BATCH,
+) -> tuple[PyTree, PyTree]:
+    """Calls a network; returns its outputs, floats in float32, and its statistics."""
+    if not variables.get("batch_stats"):
+        variables = {"params": variables["params"]}
+    outputs, statistics = network.call(
+        variables, inputs, train=train, dropout_key=dropout_key, shard=shard
+    )
+    return jax.tree.map(as_float32, outputs), statistics
+
+
+def as_float32(x: jax.Array) -> jax.Array:
+    """Converts floating-point numbers to float32, and leaves others as they are."""
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def mode_kwargs(function: Callable, *, train: bool) -> dict[str, bool]:

@@ -32,7 +32,7 @@ class Value(NamedTuple):
         leaf: path of the variable that it holds; None: it is computed.
         moved: whether the variable is in another layout.
         leaves: all variables that it depends on, if it does not depend on data.
-        stacked: lengths of the loops that slice the variable, from the outermost inwards.
+        stacked: depths of the loops that slice the variable.
         depth: largest number of sites between the inputs and this value.
         nearest: sites that reach it without another site in between.
         site: site whose result it is, but for layout, conversions and a bias.
@@ -80,7 +80,7 @@ class Site(NamedTuple):
         leaves: all variables that the kernel depends on.
         kernel_shape: shape of the operand.
         loops: lengths of the loops around the site, from the outermost inwards.
-        stacked: lengths of those among them that slice the kernel.
+        stacked: depths of those among them that slice the kernel; 0 is the outermost.
         macs: multiply-accumulates of one call.
         inputs: number of values that it reads in one call.
         channels: output channels.
@@ -104,6 +104,11 @@ class Site(NamedTuple):
     reads: int
     depth: int
     scope: str
+
+    @property
+    def slices(self) -> tuple[int, ...]:
+        """Shape of the leading axes of the kernel's variable over which loops run."""
+        return tuple(self.loops[depth] for depth in self.stacked)
 
 
 class Uncovered(NamedTuple):
@@ -390,7 +395,7 @@ class _Walk:
                 leaf=None if value.moved else value.leaf,
                 running=None if value.moved else value.running,
                 leaves=value.leaves,
-                stacked=(*value.stacked, length),
+                stacked=(*value.stacked, len(where.loops)),
                 depth=value.depth,
                 nearest=value.nearest,
             )
@@ -404,6 +409,8 @@ class _Walk:
             if merged == carry:
                 break
             carry = merged
+        depths = [max(before.depth, end.depth) for before, end in zip(carry, ends, strict=True)]
+        carry = [value._replace(depth=d) for value, d in zip(carry, depths, strict=True)]
         results = self.run(body, [*fixed, *carry, *slices], inside)
         return [
             self.new(
@@ -507,3 +514,15 @@ def _channels(equation: jex.JaxprEqn, kernel: int) -> int:
         return shape[params["dimension_numbers"].rhs_spec[0]]
     contracted, batch = (axes[kernel] for axes in params["dimension_numbers"])
     return math.prod(size for axis, size in enumerate(shape) if axis not in (*contracted, *batch))
+
+
+def scope_output(sites: Sites, scope: str) -> Place | None:
+    """Finds what a named part of the program returns; None: nothing, or only statistics."""
+
+    def inside(step: Step) -> bool:
+        return step.scope == scope or step.scope.startswith(f"{scope}/")
+
+    read = {number for step in sites.steps if not inside(step) for number in step.reads}
+    read.update(value.number for value in sites.results if value.running is None)
+    written = [value for step in sites.steps if inside(step) for value in step.writes]
+    return next((value.place for value in reversed(written) if value.number in read), None)

@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax.program import linen
+from mpq_jax.program import layers, paths
+from mpq_jax.program.network import as_network, batch_size, example_batch
+from mpq_jax.program.trace import Program, trace
 from mpq_jax.supernet.bits import BitConfig, max_config
 from mpq_jax.supernet.rules import FIRST_LAST_8BIT, Rule, apply_rules, check_rule
 
@@ -42,6 +45,9 @@ class Layer(NamedTuple):
         shares_input_with: index of the first layer that reads the same array; None: this layer.
         inputs: number of values per image that the layer reads.
         channels: number of output channels.
+        kernel: path of the kernel among the parameters; None: it is computed from several.
+        index: indices of the layer's slice along the leading axes of that parameter, where a loop
+            runs over layers.
     """
 
     name: str
@@ -58,6 +64,8 @@ class Layer(NamedTuple):
     shares_input_with: int | None = None
     inputs: int = 0
     channels: int = 0
+    kernel: str | None = None
+    index: tuple[int, ...] = ()
 
     @property
     def searchable(self) -> bool:
@@ -65,9 +73,55 @@ class Layer(NamedTuple):
         return len(self.weight_candidates) > 1 or len(self.act_candidates) > 1
 
     @property
+    def site_name(self) -> str:
+        """Name of the layer without the indices of its slice."""
+        return self.name.removesuffix("".join(f"[{i}]" for i in self.index))
+
+    @property
     def max_bits(self) -> int:
         """Largest allowed bits of the kernel."""
         return self.weight_candidates[0]
+
+
+class LeftFloat(NamedTuple):
+    """A parameter or product that is not quantized.
+
+    Attributes:
+        name: path of the parameter, or where the model computes the product.
+        kind: "parameter" or "product".
+        size: number of parameters, or multiply-accumulates per image (0: not known).
+        reason: why it stays float.
+    """
+
+    name: str
+    kind: str
+    size: int
+    reason: str
+
+
+class Example(NamedTuple):
+    """Shapes of a batch of inputs; hashable.
+
+    Attributes:
+        tree: structure of the inputs.
+        leaves: shape and dtype of each array.
+    """
+
+    tree: Any
+    leaves: tuple[tuple[tuple[int, ...], str], ...]
+
+    @classmethod
+    def of(cls, inputs: Any) -> "Example":
+        """Describes inputs."""
+        leaves, tree = jax.tree.flatten(inputs)
+        return cls(tree, tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for leaf in leaves))
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs as `jax.ShapeDtypeStruct`s."""
+        return self.tree.unflatten(
+            [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in self.leaves]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +134,15 @@ class LayerTable:
             a choice; by default, one for each pair of weight and activation bits.
         tied_groups: groups of slots that always have equal bits, see `tied_layers`. Slot 2 * layer
             is the weights of a layer, slot 2 * layer + 1 its input.
+        left_float: parameters and products that no layer covers.
+        example: inputs at which the model was traced.
     """
 
     layers: tuple[Layer, ...]
     bn_banks: str = "pair"
     tied_groups: tuple[tuple[int, ...], ...] = ()
+    left_float: tuple[LeftFloat, ...] = ()
+    example: "Example | None" = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -212,6 +270,30 @@ class LayerTable:
             if layer.searchable
         }
 
+    def with_kernels(self, params: Any, kernels: dict[str, Any]) -> dict:
+        """Puts kernels of some layers into the model's parameters.
+
+        Kernels that the model computes are no parameters, and left out.
+
+        Args:
+            params: the parameters; those of the given kernels may be missing.
+            kernels: kernels by the name of their layer; of slices, all or none.
+        """
+        flat = paths.flatten(params)
+        slices: dict[str, dict[tuple[int, ...], Any]] = {}
+        for layer in self.layers:
+            if layer.kernel is None or layer.name not in kernels:
+                continue
+            if layer.index:
+                slices.setdefault(layer.kernel, {})[layer.index] = kernels[layer.name]
+            else:
+                flat[layer.kernel] = kernels[layer.name]
+        for path, parts in slices.items():
+            lengths = np.max(list(parts), axis=0) + 1
+            stacked = jnp.stack([parts[index] for index in sorted(parts)])
+            flat[path] = stacked.reshape(*lengths, *stacked.shape[1:])
+        return paths.unflatten(flat)
+
     def with_bn_banks(self, bn_banks: str) -> "LayerTable":
         """Returns the same layers with other norm banks, a key of `BN_BANKS`."""
         if bn_banks not in BN_BANKS:
@@ -280,13 +362,24 @@ def _nearest(allowed: tuple[int, ...], wanted: int) -> int:
 
 
 def trace_layers(
-    model: linen.Model, input_shape: Sequence[int], *, rules: Sequence[Rule] = FIRST_LAST_8BIT
+    model: Any,
+    example_inputs: Any,
+    *,
+    variables: Any = None,
+    rules: Sequence[Rule] = FIRST_LAST_8BIT,
 ) -> LayerTable:
-    """Lists every layer with a kernel (`linen.LAYERS`) in call order, without computing anything.
+    """Lists every layer with a kernel in call order, without computing anything.
+
+    A layer is a variable, or what is computed from variables alone, that the model convolves with,
+    multiplies by or looks up rows of. It is found in the traced program, so it does not matter
+    which library the model is written with.
 
     Args:
-        model: any Linen model whose first argument is a batch of inputs.
-        input_shape: (height, width, channels) or (features,), optionally after a batch axis.
+        model: a Linen or NNX module, or a `function` with its variables.
+        example_inputs: a batch of inputs, as arrays or shapes, see `network.example_batch`; a tuple
+            holds several arguments. For images and feature vectors, a shape will do: (height,
+            width, channels) or (features,).
+        variables: the model's variables or their shapes; None: those that it is initialized with.
         rules: rules that assign bits to layers; a layer that no rule matches gets
             `DEFAULT_CANDIDATES`. See `Rule` and `bit_rules`.
 
@@ -294,17 +387,21 @@ def trace_layers(
         The table, from which all costs, samples and searches are derived.
 
     Raises:
-        ValueError: the model has no such layer, calls one in a loop or with stacked kernels
-            (`nn.scan`, `nn.vmap`), or a rule is malformed.
+        ValueError: the model has no such layer, or a rule is malformed.
     """
-    calls, norms = linen.record_layers(model, input_shape)
-    if not calls:
-        raise ValueError(
-            f"{type(model).__name__} calls no nn.Conv, nn.Dense or nn.DenseGeneral, so there is "
-            "nothing to quantize; other layer types are not supported"
-        )
+    network, inputs = as_network(model), example_batch(example_inputs)
     for rule in rules:
         check_rule(rule)
+    if variables is None:
+        variables = layers.shapes_of(network, inputs)
+    program = trace(network, variables, inputs, train=False)
+    shapes = layers.variable_shapes(variables)
+    calls = layers.find_layers(program, shapes, batch_size(inputs))
+    if not calls:
+        raise ValueError(
+            f"{network.label} multiplies its inputs by no parameters, so there is nothing to "
+            "quantize"
+        )
     return LayerTable(
         tuple(
             Layer(
@@ -313,12 +410,30 @@ def trace_layers(
                 kernel_shape=call.kernel_shape,
                 macs=call.macs,
                 params=math.prod(call.kernel_shape),
-                norm=norms.get(call.name),
+                norm=call.norm,
                 shares_input_with=call.shares_input_with,
                 inputs=call.inputs,
                 channels=call.channels,
-                **apply_rules(call, calls, rules)._asdict(),
+                kernel=call.kernel,
+                index=call.index,
+                **apply_rules(call, rules)._asdict(),
             )
             for call in calls
-        )
+        ),
+        left_float=tuple(_left_float(program, shapes, batch_size(inputs))),
+        example=Example.of(inputs),
     )
+
+
+def _left_float(
+    program: Program, shapes: dict[str, tuple[int, ...]], batch: int
+) -> Iterator[LeftFloat]:
+    """Lists the parameters and products that no layer covers."""
+    covered = {leaf for site in program.sites.sites for leaf in site.leaves}
+    for path, shape in shapes.items():
+        if path.startswith(layers.PARAMS) and path not in covered:
+            name = path.removeprefix(layers.PARAMS)
+            reason = "no product reads it as a kernel"
+            yield LeftFloat(name, "parameter", math.prod(shape), reason)
+    for product in program.sites.uncovered:
+        yield LeftFloat(product.scope, "product", product.macs // batch, product.reason)

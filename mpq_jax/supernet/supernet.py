@@ -9,25 +9,37 @@ its layers on the way. The model itself is never changed.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
+from mpq_jax.program.evaluate import Change, evaluate
+from mpq_jax.program.layers import shapes_of
+from mpq_jax.program.network import Network, as_float32, as_network
+from mpq_jax.program.trace import Program, trace
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import bn_banks, bn_recalibration
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.layer_table import Layer, LayerTable
+from mpq_jax.supernet.placement import (
+    NO_EDIT,
+    Edit,
+    data_changes,
+    feature_places,
+    placed_sites,
+)
 
 PyTree = Any
-INPUT, OUTPUT = "input", "output"  # names under which arrays are recorded during a call
+OUTPUT = "output"  # begins the names under which features are recorded
 
 
 class TrainableParams(NamedTuple):
@@ -69,6 +81,8 @@ class Subnet(NamedTuple):
         act_step_sizes: float32 [layers].
         act_bits: int32 [layers].
         signed: bool [layers].
+        computed: kernels that the model computes from several parameters, by layer; they take the
+            place of what it computes.
     """
 
     params: PyTree
@@ -76,6 +90,7 @@ class Subnet(NamedTuple):
     act_step_sizes: Float[Array, " layers"]
     act_bits: Int[Array, " layers"]
     signed: Bool[Array, " layers"]
+    computed: dict[str, Array]
 
 
 class Output(NamedTuple):
@@ -100,12 +115,12 @@ class Supernet:
     """A model, its layer table and its quantizer, bound together; hashable.
 
     Attributes:
-        model: the Linen model.
+        model: the model: a Linen or NNX module, or a `function` with its variables.
         table: its layers, from `trace_layers`.
         quantizer: quantizer of the kernels and of the layers' inputs.
     """
 
-    model: linen.Model
+    model: Any
     table: LayerTable
     _: dataclasses.KW_ONLY
     quantizer: Quantizer
@@ -129,19 +144,17 @@ class Supernet:
         read = self._layer_inputs(variables, inputs)
         signed = jnp.stack(
             [
-                jnp.asarray(jnp.min(read[layer.name]) < 0 if layer.signed is None else layer.signed)
-                for layer in table.layers
+                jnp.asarray(jnp.min(x) < 0 if layer.signed is None else layer.signed)
+                for layer, x in zip(table.layers, read, strict=True)
             ]
         )
         weight_step_sizes = [
             jax.vmap(lambda bits, w=w: quantizer.weights.init_step(w, bits))(candidates)
-            for w in kernels(table, params)
+            for w in self.kernels(params)
         ]
         act_step_sizes = [
-            jax.vmap(
-                lambda bits, x=read[layer.name], s=s: quantizer.acts.init_step(x, bits, signed=s)
-            )(candidates)
-            for layer, s in zip(table.layers, signed, strict=True)
+            jax.vmap(lambda bits, x=x, s=s: quantizer.acts.init_step(x, bits, signed=s))(candidates)
+            for x, s in zip(read, signed, strict=True)
         ]
         return SupernetState(
             trainable=TrainableParams(
@@ -202,7 +215,7 @@ class Supernet:
         """
         stacked = {}
         for index, (layer, w) in enumerate(
-            zip(self.table.layers, kernels(self.table, trainable.params), strict=True)
+            zip(self.table.layers, self.kernels(trainable.params), strict=True)
         ):
             if layer.float_weights:
                 continue
@@ -239,18 +252,23 @@ class Supernet:
         self, state: SupernetState, bits: BitConfig, kernel_of: Callable[[int, Array], Array]
     ) -> Subnet:
         table, act_bits = self.table, jnp.asarray(bits.acts)
-        params = paths.flatten(bn_banks.gather(table, state.trainable.params, bits))
-        for index, layer in enumerate(table.layers):
-            if not layer.float_weights:
-                name = f"{layer.name}/kernel"
-                params[name] = kernel_of(index, params[name])
+        params = bn_banks.gather(table, state.trainable.params, bits)
+        quantized = [
+            w if layer.float_weights else kernel_of(index, w)
+            for index, (layer, w) in enumerate(zip(table.layers, self.kernels(params), strict=True))
+        ]
         rows, columns = jnp.arange(len(table)), choice_index(table, act_bits)
         return Subnet(
-            params=paths.unflatten(params),
+            params=table.with_kernels(params, dict(zip(table.names, quantized, strict=True))),
             batch_stats=bn_banks.gather(table, state.batch_stats, bits),
             act_step_sizes=state.trainable.act_step_sizes[rows, columns],
             act_bits=act_bits,
             signed=state.signed,
+            computed={
+                layer.name: w
+                for layer, w in zip(table.layers, quantized, strict=True)
+                if layer.kernel is None
+            },
         )
 
     def weight_step_sizes(
@@ -276,7 +294,7 @@ class Supernet:
         scale_step_gradient: bool = False,
         dropout_key: Key[Array, ""] | None = None,
         shard: BatchShard = WHOLE_BATCH,
-        hook: linen.Hook | None = None,
+        edit: Callable[[Program], Edit] | None = None,
     ) -> Output:
         """Calls the model as a subnet.
 
@@ -290,47 +308,156 @@ class Supernet:
             scale_step_gradient: whether the gradients of the inputs' step sizes have LSQ's scale.
             dropout_key: random key of the model's dropout layers; None: no dropout.
             shard: share of the batch that `inputs` are.
-            hook: runs around every module call, before its input is quantized; it may record.
+            edit: what else to change and to record in the program of the call.
         """
-        table = self.table
-        place = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
-        around_norms = {paths.parent(norm) for norm in table.searchable_norms} - {""}
-        watched = set(table.features) | around_norms
+        variables = {"params": subnet.params, "batch_stats": subnet.batch_stats}
+        program = self.program(variables, inputs, train=train, dropout_key=dropout_key, shard=shard)
+        changes, arrays, records = (edit or (lambda _: NO_EDIT))(program)
+        own_changes, own_arrays, _ = self._kernel_edit(program, subnet.computed)
+        changes, arrays = changes | own_changes, arrays | own_arrays
 
-        def quantized_input(index: int, x: Array) -> Array:
-            bits, signed = subnet.act_bits[index], subnet.signed[index]
+        def quantized(x: Array, own: dict[str, Array]) -> Array:
+            bits, signed = own["bits"], own["signed"]
             size = x.size * shard.shares
             scale = lsq_grad_scale(size, bits, signed=signed) if scale_step_gradient else None
             return self.quantizer.acts.fake_quant(
                 x.astype(jnp.float32),
-                subnet.act_step_sizes[index],
+                own["step_size"],
                 bits,
                 signed=signed,
                 grad_scale=scale,
             ).astype(x.dtype)
 
-        def quantize(call: linen.ModuleCall) -> Any:
-            if dropout_key is None and linen.silence_dropout(call):
-                return call.x
-            path = call.path
-            if path in place and isinstance(call.module, linen.LAYERS):
-                out = call.run_with(quantized_input(place[path], call.x))
-            else:
-                out = call.run()
-            if path in watched:
-                call.record(OUTPUT, out)
-            return out
+        of_layers = {
+            "step_size": subnet.act_step_sizes,
+            "bits": subnet.act_bits,
+            "signed": subnet.signed,
+        }
+        for place, change, own in data_changes(self.table, program, quantized, of_layers):
+            changes[place], arrays[change.name] = change, own
+        places = feature_places(self.table, program, self.network.label)
+        results, recorded = evaluate(
+            program.jaxpr,
+            jax.tree.leaves((variables, inputs, dropout_key)),
+            changes,
+            arrays,
+            {**{f"{OUTPUT}/{path}": place for path, place in places.items()}, **records},
+        )
+        logits, batch_stats = program.out_tree.unflatten(results)
+        return Output(
+            jax.tree.map(as_float32, logits),
+            batch_stats,
+            {path: recorded[f"{OUTPUT}/{path}"] for path in places},
+            {name: recorded[name] for name in records},
+        )
 
-        with linen.intercept(hook or linen.ModuleCall.run), linen.intercept(quantize):
-            logits, batch_stats, records = linen.recorded_forward(
-                self.model,
-                {"params": subnet.params, "batch_stats": subnet.batch_stats},
-                inputs,
-                train=train,
-                dropout_key=dropout_key,
-                shard=shard,
-            )
-        return Output(logits, batch_stats, linen.named_records(records, OUTPUT), records)
+    @functools.cached_property
+    def network(self) -> Network:
+        """The model as pure functions."""
+        return as_network(self.model)
+
+    def program(
+        self,
+        variables: PyTree,
+        inputs: Any,
+        *,
+        train: bool,
+        dropout_key: Key[Array, ""] | None = None,
+        shard: BatchShard = WHOLE_BATCH,
+    ) -> Program:
+        """Traces a call of the model; calls at the same shapes return the same program."""
+        if not variables.get("batch_stats"):
+            variables = {"params": variables["params"]}
+        return trace(
+            self.network, variables, inputs, train=train, dropout_key=dropout_key, shard=shard
+        )
+
+    def kernels(self, params: PyTree) -> list[Array]:
+        """Lists the kernel of every layer of the table, in its order."""
+        flat, computed = paths.flatten(params), self._computed_kernels(params)
+        return [
+            computed[layer.name] if layer.kernel is None else _slice(flat[layer.kernel], layer)
+            for layer in self.table.layers
+        ]
+
+    def kernels_of(self, subnet: Subnet) -> list[Array]:
+        """Lists the kernels of a subnet, as `kernels` does."""
+        flat = paths.flatten(subnet.params)
+        return [
+            subnet.computed[layer.name]
+            if layer.kernel is None
+            else _slice(flat[layer.kernel], layer)
+            for layer in self.table.layers
+        ]
+
+    def call_with(
+        self, kernels: Sequence[Array], params: PyTree, batch_stats: PyTree, inputs: Any
+    ) -> Any:
+        """Calls the float model in evaluation mode with other kernels; returns its outputs.
+
+        Args:
+            kernels: one per layer, in the order of the table.
+            params: all other parameters, as those of the float model.
+            batch_stats: its statistics.
+            inputs: a batch.
+        """
+        variables = {
+            "params": self.table.with_kernels(
+                params, dict(zip(self.table.names, kernels, strict=True))
+            ),
+            "batch_stats": batch_stats,
+        }
+        program = self.program(variables, inputs, train=False)
+        computed = {
+            layer.name: w
+            for layer, w in zip(self.table.layers, kernels, strict=True)
+            if layer.kernel is None
+        }
+        edit = self._kernel_edit(program, computed)
+        arguments = jax.tree.leaves((variables, inputs))
+        results, _ = evaluate(program.jaxpr, arguments, *edit)
+        return jax.tree.map(as_float32, program.out_tree.unflatten(results)[0])
+
+    def _kernel_edit(self, program: Program, computed: dict[str, Array]) -> Edit:
+        """Puts kernels in the place of those that the model computes."""
+        placed = [
+            (site, layer)
+            for site in placed_sites(self.table, program)
+            if (layer := self.table.layers[site.first]).kernel is None
+        ]
+
+        def replaced(x: Array, w: Array) -> Array:
+            return w.astype(x.dtype)
+
+        return Edit(
+            {site.site.kernel: Change(layer.name, replaced) for site, layer in placed},
+            {layer.name: computed[layer.name] for _, layer in placed},
+            {},
+        )
+
+    def _computed_kernels(self, params: PyTree) -> dict[str, Array]:
+        """Computes the kernels that the model makes of several parameters.
+
+        The rest of the model is dead code to the compiler.
+        """
+        if all(layer.kernel is not None for layer in self.table.layers):
+            return {}
+        if self.table.example is None:
+            raise ValueError("the table was not made by trace_layers, so kernels are not known")
+        inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.table.example.inputs)
+        shapes = shapes_of(self.network, self.table.example.inputs)
+        statistics = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), shapes.get("batch_stats", {})
+        )
+        variables = {"params": params, "batch_stats": statistics}
+        program = self.program(variables, inputs, train=False)
+        records = {
+            self.table.layers[placed.first].name: placed.site.kernel
+            for placed in placed_sites(self.table, program)
+            if self.table.layers[placed.first].kernel is None
+        }
+        arguments = jax.tree.leaves((variables, inputs))
+        return evaluate(program.jaxpr, arguments, {}, {}, records)[1]
 
     def apply(
         self, state: SupernetState, bits: BitConfig | None, inputs: Any
@@ -374,13 +501,11 @@ class Supernet:
 
     def norm_statistics(self, subnet: Subnet, batches: Float[Array, "batches batch ..."]) -> PyTree:
         """Estimates the statistics of all norms of a subnet on some images; see `recalibrate`."""
-
-        def moments(batch) -> dict[str, Array]:
-            hook = bn_recalibration.record_moments
-            out = self.forward(subnet, batch, train=True, hook=hook)
-            return linen.named_records(out.records, bn_recalibration.MOMENTS)
-
-        return bn_recalibration.merge(subnet.batch_stats, jax.lax.map(moments, batches))
+        return bn_recalibration.estimate(
+            lambda batch, edit: self.forward(subnet, batch, train=True, edit=edit),
+            subnet.batch_stats,
+            batches,
+        )
 
     def score(
         self,
@@ -452,20 +577,24 @@ class Supernet:
             ),
         )
 
-    def _layer_inputs(self, variables: PyTree, inputs: Array) -> dict[str, Array]:
-        """Records the input of every layer in one training-mode pass of the float model."""
-        names = set(self.table.names)
+    def _layer_inputs(self, variables: PyTree, inputs: Any) -> list[Array]:
+        """Records what every layer reads in one training-mode pass of the float model.
 
-        def record(call: linen.ModuleCall) -> Any:
-            if call.path in names:
-                call.record(INPUT, call.x.astype(jnp.float32))
-            return call.run()
-
-        with linen.intercept(record):
-            _, _, records = linen.recorded_forward(
-                self.model, variables, inputs, train=True, dropout_key=jax.random.key(0)
-            )
-        return linen.named_records(records, INPUT)
+        What several calls of a layer read is joined; a layer that reads nothing has no input.
+        """
+        key = jax.random.key(0)
+        program = self.program(variables, inputs, train=True, dropout_key=key)
+        sites = [s for s in placed_sites(self.table, program) if s.site.data is not None]
+        records = {str(placed.number): placed.site.data for placed in sites}
+        arguments = jax.tree.leaves((variables, inputs, key))
+        _, recorded = evaluate(program.jaxpr, arguments, {}, {}, records)
+        read: list[list[Array]] = [[] for _ in self.table.layers]
+        for placed in sites:
+            x = recorded[str(placed.number)].astype(jnp.float32)
+            x = jnp.moveaxis(x, placed.site.stacked, range(len(placed.site.stacked)))
+            for position in np.ndindex(placed.layers.shape):
+                read[placed.layers[position]].append(x[position] if position else x)
+        return [_joined(calls) for calls in read]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -488,10 +617,26 @@ def _as_jax(state: SupernetState) -> SupernetState:
     return jax.tree.map(jnp.asarray, state)
 
 
+def _joined(calls: list[Array]) -> Array:
+    if not calls:
+        return jnp.zeros((1,), jnp.float32)
+    return calls[0] if len(calls) == 1 else jnp.concatenate([x.ravel() for x in calls])
+
+
 def kernels(table: LayerTable, params: PyTree) -> list[Array]:
-    """Lists the kernel of every layer of the table, in its order."""
+    """Lists the kernel of every layer of a table in which none is computed."""
     flat = paths.flatten(params)
-    return [flat[f"{layer.name}/kernel"] for layer in table.layers]
+    return [_slice(flat[_path(layer)], layer) for layer in table.layers]
+
+
+def _path(layer: Layer) -> str:
+    if layer.kernel is None:
+        raise ValueError(f"the kernel of {layer.name!r} is computed from several parameters")
+    return layer.kernel
+
+
+def _slice(variable: Array, layer: Layer) -> Array:
+    return variable[layer.index] if layer.index else variable
 
 
 def choice_index(table: LayerTable, bits: Int[Array, " layers"]) -> Int[Array, " layers"]:

@@ -17,6 +17,7 @@ from mpq_jax.models import make_model, user_models
 from mpq_jax.parallel import mesh as sharding
 from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program import linen
+from mpq_jax.program.network import init_variables
 from mpq_jax.supernet import tied_layers
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST, Rule, bit_rules
@@ -197,7 +198,7 @@ def whole_variables(experiment: Experiment, state: Any) -> Any:
 
 def fresh_variables(experiment: Experiment, key: jax.Array) -> Any:
     """Returns the model's randomly drawn float variables."""
-    return linen.init_variables(experiment.model, key, experiment.dataset.image_shape)
+    return init_variables(experiment.model, key, experiment.dataset.image_shape)
 
 
 def eval_batches(experiment: Experiment, split: str) -> Iterator[dict[str, jax.Array]]:

@@ -248,7 +248,7 @@ def _largest_per_layer(table: LayerTable, gradients: PyTree) -> Float[Array, " q
 
 def _group(table: LayerTable, trainable: TrainableParams) -> TrainableParams:
     """Labels every leaf with its optimizer."""
-    kernels = {f"{layer.name}/kernel" for layer in table.layers}
+    kernels = {layer.kernel for layer in table.layers}
 
     def of_param(path: str, leaf) -> str:
         if paths.parent(path) in table.bank_norms:

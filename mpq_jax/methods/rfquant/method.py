@@ -22,6 +22,7 @@ from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.rules import CONVOLUTIONS
 from mpq_jax.supernet.supernet import (
     Supernet,
     SupernetState,
@@ -456,7 +457,7 @@ def make_optimizer(
 
 def _group(table: LayerTable, trainable: TrainableParams) -> TrainableParams:
     """Labels every leaf with its optimizer."""
-    conv_kernels = {f"{layer.name}/kernel" for layer in table.layers if layer.kind != "dense"}
+    conv_kernels = {layer.kernel for layer in table.layers if layer.kind in CONVOLUTIONS}
 
     def of_param(path: str, leaf) -> str:
         if paths.parent(path) in table.bank_norms:

@@ -10,6 +10,7 @@ from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.rules import CONVOLUTIONS
 from mpq_jax.supernet.supernet import TrainableParams, choice_index
 from mpq_jax.supernet.supernet import kernels as layer_kernels
 
@@ -76,8 +77,8 @@ def two_bit_norm(
     low, high = lsq.code_range(TWO_BITS, signed=True)
     total = jnp.zeros(())
     for index, w in weights.items():
-        if table.layers[index].kind == "dense":
-            continue  # dense kernels have no weight decay to cancel
+        if table.layers[index].kind not in CONVOLUTIONS:
+            continue  # other kernels have no weight decay to cancel
         inside = jnp.clip(w, low * steps[index], high * steps[index])
         drawn = (bits.weights[index] == TWO_BITS).astype(jnp.float32)
         total += 0.5 * drawn * layer_weights[index] * jnp.sum(inside**2)

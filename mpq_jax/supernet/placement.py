@@ -1,0 +1,118 @@
+"""Where the layers of a table are in a traced program."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from mpq_jax.program import paths
+from mpq_jax.program.evaluate import Change, Place
+from mpq_jax.program.layers import site_names
+from mpq_jax.program.sites import Site, scope_output
+from mpq_jax.program.trace import Program
+from mpq_jax.supernet.layer_table import LayerTable
+
+
+class Edit(NamedTuple):
+    """What an evaluation changes and records; see `evaluate.evaluate`."""
+
+    changes: dict[Place, Change]
+    arrays: dict[str, Any]
+    records: dict[str, Place]
+
+
+NO_EDIT = Edit({}, {}, {})
+
+
+class PlacedSite(NamedTuple):
+    """A site of a program, and the layers that it computes.
+
+    Attributes:
+        number: index of the site in the program.
+        site: the site.
+        layers: indices of its layers in the table, in the shape of the loops that slice the kernel.
+    """
+
+    number: int
+    site: Site
+    layers: np.ndarray
+
+    @property
+    def first(self) -> int:
+        """Index of its first layer; all have the same rules but for their bits."""
+        return int(self.layers.flat[0])
+
+    def spread(self, values: Array) -> Array:
+        """Picks the values of its layers, with one axis for each loop around the site.
+
+        Args:
+            values: one value per layer of the table.
+        """
+        if not self.site.loops:
+            return values[self.first]
+        picked = values[jnp.array(self.layers)]
+        shape = [
+            length if depth in self.site.stacked else 1
+            for depth, length in enumerate(self.site.loops)
+        ]
+        return jnp.broadcast_to(picked.reshape(shape), self.site.loops)
+
+
+@functools.lru_cache(maxsize=256)
+def placed_sites(table: LayerTable, program: Program) -> tuple[PlacedSite, ...]:
+    """Finds the layers of a table in a program of the same model."""
+    indices: dict[str, list[int]] = {}
+    for number, layer in enumerate(table.layers):
+        indices.setdefault(layer.site_name, []).append(number)
+    return tuple(
+        PlacedSite(number, site, np.array(indices[name]).reshape(site.slices))
+        for number, (site, name) in enumerate(
+            zip(program.sites.sites, site_names(program), strict=True)
+        )
+        if name in indices
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def feature_places(table: LayerTable, program: Program, label: str) -> dict[str, Place]:
+    """Finds the features of layers with a choice: path -> place.
+
+    They are the outputs of the norm behind the layer (or of the layer, where it has none), and of
+    the module around that norm, where the model names its modules.
+    """
+    found, places = program.sites, {}
+    features = {index: path for path, index in table.features.items()}
+    for placed in placed_sites(table, program):
+        path = features.get(placed.first)
+        if path is not None:
+            has_norm = table.layers[placed.first].norm == path
+            outputs = found.norm_outputs if has_norm else found.outputs
+            places[path] = outputs[placed.number]
+    for path in {paths.parent(norm) for norm in table.searchable_norms} - {""}:
+        place = scope_output(found, f"{label}/{path}")
+        if place is not None and path not in places:
+            places[path] = place
+    return places
+
+
+def data_changes(
+    table: LayerTable,
+    program: Program,
+    quantize: Callable[[Array, Any], Array],
+    arrays: Any,
+) -> Iterator[tuple[Place, Change, Any]]:
+    """Yields the change of every layer's input that does not stay float.
+
+    Args:
+        table: the layers.
+        program: the program.
+        quantize: `(value, arrays of the layer) -> value`.
+        arrays: pytree of arrays with one value per layer.
+    """
+    for placed in placed_sites(table, program):
+        if placed.site.data is not None and not table.layers[placed.first].float_acts:
+            own = {name: placed.spread(values) for name, values in arrays.items()}
+            yield placed.site.data, Change(f"input {placed.number}", quantize), own
