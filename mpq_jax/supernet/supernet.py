@@ -635,7 +635,7 @@ def _path(layer: Layer) -> str:
     return layer.kernel
 
 
-def _slice(variable: Array, layer: Layer) -> Array:
+def _slice(variable: AnyArray, layer: Layer) -> Array:
     return variable[layer.index] if layer.index else variable
 
 
