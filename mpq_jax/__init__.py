@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from mpq_jax.methods.base import TrainingInfo
     from mpq_jax.models import MODELS, make_model
     from mpq_jax.models.pretrained import import_torch
-    from mpq_jax.program.linen import init_variables
+    from mpq_jax.program.function import function
+    from mpq_jax.program.network import init_variables
     from mpq_jax.search.problem import Budget, Constraint
     from mpq_jax.search.run import SearchOptions, SearchReport
     from mpq_jax.search.strategies import STRATEGIES
@@ -59,6 +60,7 @@ __all__ = [
     "data",
     "export",
     "from_json",
+    "function",
     "import_torch",
     "init_variables",
     "make_model",
@@ -78,7 +80,8 @@ _HOMES = {  # module -> its public names
     "mpq_jax.methods.base": ("TrainingInfo",),
     "mpq_jax.models": ("MODELS", "make_model"),
     "mpq_jax.models.pretrained": ("import_torch",),
-    "mpq_jax.program.linen": ("init_variables",),
+    "mpq_jax.program.function": ("function",),
+    "mpq_jax.program.network": ("init_variables",),
     "mpq_jax.search.problem": ("Budget", "Constraint"),
     "mpq_jax.search.run": ("SearchOptions", "SearchReport"),
     "mpq_jax.search.strategies": ("STRATEGIES",),

@@ -17,7 +17,7 @@ from mpq_jax.parallel.grad_accumulation import (
     partitioned_gradient,
     reduce_mean,
 )
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
 from mpq_jax.program.network import as_network, forward
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.tasks import classification
@@ -64,7 +64,7 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
-def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
+def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds float training; the table is only passed on, because a float model has no bits."""
     schedule = optim.warmup_cosine(
         peak=options.learning_rate,

@@ -196,6 +196,18 @@ def nested(equation: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
 
 
+def equation_at(program: jex.ClosedJaxpr, key: Key) -> jex.JaxprEqn:
+    """Returns the equation of a key."""
+    index, *inner = key
+    equation = program.jaxpr.eqns[index]
+    if not inner:
+        return equation
+    called = nested(equation)
+    if called is None:
+        raise ValueError(f"{equation.primitive.name!r} has no single nested program")
+    return equation_at(called, tuple(inner))
+
+
 def _enter(
     equation: jex.JaxprEqn, operands: list[Any], plan: _Plan, arrays: Arrays, key: Key
 ) -> tuple[list[Any], Records]:

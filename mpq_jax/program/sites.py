@@ -148,6 +148,7 @@ class Sites(NamedTuple):
         last: sites from which the outputs are reached without another site.
         moments: places of the batch statistics that update each running statistic, by its path.
         steps: the equations.
+        arguments: what is known of the arguments of the program.
         results: what is known of the results of the program.
     """
 
@@ -159,6 +160,7 @@ class Sites(NamedTuple):
     last: frozenset[int]
     moments: dict[str, list[Place]]
     steps: tuple[Step, ...]
+    arguments: tuple[Value, ...]
     results: tuple[Value, ...]
 
 
@@ -182,6 +184,7 @@ def find_sites(program: jex.Jaxpr, names: Sequence[str | None]) -> Sites:
         last - walk.passed,
         walk.moments,
         tuple(walk.steps),
+        tuple(arguments),
         tuple(results),
     )
 

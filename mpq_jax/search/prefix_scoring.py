@@ -77,7 +77,7 @@ def make_prefix_score(
         subnet = net.select_quantized(state, quantized, bits)
 
         def run(x: Array) -> Array:
-            return segments.run(net, cut, depth, subnet, x, train=norms == "batch")
+            return segments.run(net, cut, depth, subnet, x)
 
         if len(inputs) == 1:
             return (run(inputs[0]),)
@@ -183,7 +183,7 @@ def make_fast_score(
     )
     if norms == "recalibrated":
         return one_by_one
-    cut = segments.find_segments(net, image_shape)
+    cut = segments.find_segments(net, image_shape, train=norms == "batch")
     if len(cut.parts) == 1:
         return one_by_one
     shared = make_prefix_score(

@@ -16,7 +16,6 @@ from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models import make_model, user_models
 from mpq_jax.parallel import mesh as sharding
 from mpq_jax.parallel.grad_accumulation import BatchPartition
-from mpq_jax.program import linen
 from mpq_jax.program.network import init_variables
 from mpq_jax.supernet import tied_layers
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
@@ -43,7 +42,7 @@ class Experiment(NamedTuple):
 
     dataset: data.Dataset
     mesh: jax.sharding.Mesh
-    model: linen.Model
+    model: Any
     table: LayerTable
     method: Method
     run: TrainingInfo
@@ -105,7 +104,7 @@ def check_batch_size(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def make_configured_model(model: Config, *, num_classes: int) -> linen.Model:
+def make_configured_model(model: Config, *, num_classes: int) -> Any:
     """Makes the model that config.model names: one of `MODELS`, or a user's own class."""
     layer_options = {name: model[name] for name in LAYER_DEFAULTS}
     options = dict(model["options"])

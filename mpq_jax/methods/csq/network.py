@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mpq_jax.methods.base import LearnedScheme
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
 from mpq_jax.quantizers import bit_planes, double_rounding, lsq
 from mpq_jax.quantizers.base import ActQuantizer, Quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
@@ -38,7 +38,7 @@ class Network(NamedTuple):
         contiguous: whether active planes are contiguous, see `bit_planes.plane_gates`.
     """
 
-    model: linen.Model
+    model: Any
     table: LayerTable
     acts: ActQuantizer
     contiguous: bool

@@ -14,7 +14,6 @@ from mpq_jax.methods.double_rounding import multi, roulette
 from mpq_jax.methods.double_rounding.learner import make_learner
 from mpq_jax.methods.double_rounding.options import MixedOptions, Options
 from mpq_jax.methods.warm_start import supernet_or_float_variables
-from mpq_jax.program import linen
 from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
@@ -44,7 +43,7 @@ class TrainState(NamedTuple):
     trace_errors: Float[Array, " layers"]
 
 
-def make(model: linen.Model, table: LayerTable, options: MixedOptions, run: TrainingInfo) -> Method:
+def make(model: Any, table: LayerTable, options: MixedOptions, run: TrainingInfo) -> Method:
     """Builds the training of the supernet for a model, its layer table and the length of a run."""
     table = table.with_bn_banks(options.bn_banks)
     if not table.searchable.any():

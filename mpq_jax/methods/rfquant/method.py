@@ -16,7 +16,7 @@ from mpq_jax.methods.rfquant.options import Options
 from mpq_jax.methods.warm_start import float_variables
 from mpq_jax.parallel import grad_accumulation
 from mpq_jax.parallel.grad_accumulation import BatchPartition
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import bn_banks
@@ -111,7 +111,7 @@ class Context(NamedTuple):
         return self.net.table
 
 
-def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
+def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds RFQuant for a model, its layer table and the length of a run."""
     if not any(layer.searchable for layer in table.layers):
         raise ValueError("no layer of the table has a choice of bits; add candidates to the rules")
