@@ -41,12 +41,21 @@ class Change(NamedTuple):
     Attributes:
         name: name of the arrays that `function` gets. Inside loops they have one leading axis per
             loop, of which each turn takes its slice.
-        function: `(value, arrays) -> value`.
+        function: `(value, arrays) -> value`; it also gets values that are `UNKNOWN`, of results.
+        ends: whether it may return `UNKNOWN`, so that what depends on the value is not evaluated.
     """
 
     name: str
-    function: Callable[[jax.Array, PyTree], Any]
+    function: Callable[[Any, PyTree], Any]
+    ends: bool = False
 
+
+class Unknown:
+    """The value of what is not evaluated; see `UNKNOWN`."""
+
+
+UNKNOWN = Unknown()
+"""An argument or a change's result that is not known: nothing that depends on it is evaluated."""
 
 Changes = Mapping[Place, Change]
 Records = dict[str, jax.Array]
@@ -66,16 +75,17 @@ def evaluate(
         arguments: values of its arguments.
         changes: values to replace.
         arrays: arrays of the changes, by name.
-        records: places of values to return, after changes, by name.
+        records: places of values to return, before changes, by name.
 
     Returns:
         The results, and what was recorded; what is recorded inside loops has one leading axis per
-        loop.
+        loop. Results that depend on unknown values are unknown, and records of them missing.
 
     Raises:
         ValueError: a place is inside `cond` or `while`.
     """
-    plan = _Plan.of(changes, records)
+    partial = UNKNOWN in arguments or any(change.ends for change in changes.values())
+    plan = _Plan.of(changes, records, partial=partial)
     return _evaluate(program.jaxpr, program.consts, arguments, plan, arrays, key=())
 
 
@@ -88,16 +98,19 @@ class _Visit(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Visits by equation, and the equations that hold some in their nested programs."""
+    """Visits by equation, the equations that hold some in their nested programs, and whether values
+    may be unknown.
+    """
 
     by_equation: dict[Key, list[_Visit]]
     entered: dict[Key, set[str]]
+    partial: bool
 
     @classmethod
-    def of(cls, changes: Changes, records: Mapping[str, Place]) -> "_Plan":
-        visits = [_Visit(place, change, None) for place, change in changes.items()]
-        visits += [_Visit(place, None, name) for name, place in records.items()]
-        plan = cls({}, {})
+    def of(cls, changes: Changes, records: Mapping[str, Place], *, partial: bool) -> "_Plan":
+        visits = [_Visit(place, None, name) for name, place in records.items()]
+        visits += [_Visit(place, change, None) for place, change in changes.items()]
+        plan = cls({}, {}, partial)
         for visit in visits:
             key = visit.place.equation
             plan.by_equation.setdefault(key, []).append(visit)
@@ -127,13 +140,15 @@ def _evaluate(
         here = (*key, index)
         operands = [read(var) for var in equation.invars]
         visits = plan.by_equation.get(here, ())
-        _visit([v for v in visits if not v.place.result], operands, arrays, records)
+        is_known = UNKNOWN not in operands
+        if is_known:
+            _visit([v for v in visits if not v.place.result], operands, arrays, records)
         with _context(equation):
             if here in plan.entered:
                 results, inner = _enter(equation, operands, plan, arrays, here)
                 records |= inner
             else:
-                results = bind(equation, operands)
+                results = bind(equation, operands) if is_known else _unknown(equation)
         _visit([v for v in visits if v.place.result], results, arrays, records)
         values.update(zip(equation.outvars, results, strict=True))
         for var in last.get(index, ()):
@@ -147,8 +162,12 @@ def _visit(visits: list[_Visit], values: list[Any], arrays: Arrays, records: Rec
         index = visit.place.index
         if visit.change is not None:
             values[index] = visit.change.function(values[index], arrays.get(visit.change.name))
-        else:
+        elif values[index] is not UNKNOWN:
             records[str(visit.record)] = values[index]
+
+
+def _unknown(equation: jex.JaxprEqn) -> list[Any]:
+    return [UNKNOWN for _ in equation.outvars]
 
 
 def bind(equation: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -223,9 +242,11 @@ def _enter(
         return _evaluate(inner.jaxpr, inner.consts, operands, plan, arrays, key)
 
     name = equation.primitive.name
+    if name == "scan" and UNKNOWN in operands:
+        return _unknown(equation), {}
     if name == "scan":
         return _scan(equation, operands, run, plan.entered[key], arrays)
-    if name in RECOMPUTED:
+    if name in RECOMPUTED and not plan.partial:
         recomputed = jax.checkpoint(
             run,
             prevent_cse=equation.params["prevent_cse"],

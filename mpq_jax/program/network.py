@@ -119,8 +119,10 @@ def forward(
     return jax.tree.map(as_float32, outputs), statistics
 
 
-def as_float32(x: jax.Array) -> jax.Array:
-    """Converts floating-point numbers to float32, and leaves others as they are."""
+def as_float32(x: Any) -> Any:
+    """Converts arrays of floating-point numbers to float32, and leaves others as they are."""
+    if not isinstance(x, jax.Array):
+        return x
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 

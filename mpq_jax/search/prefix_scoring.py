@@ -45,7 +45,6 @@ def make_prefix_score(
     cut: Segments,
     *,
     metric: str = "error",
-    norms: str = "batch",
     memory: int = MEMORY,
     together: int | None = None,
     quantized: dict[str, Array] | None = None,
@@ -57,15 +56,15 @@ def make_prefix_score(
     Args:
         net: the supernet.
         state: its state.
-        cut: the model's segments, from `segments.find_segments`.
+        cut: the model's segments, from `segments.find_segments`; those of training mode use the
+            norm statistics of the images ("batch"), those of evaluation mode the stored ones.
         metric: see `evaluate.make_score`.
-        norms: "batch" or "stored"; see there. Norms that are recalibrated depend on other images.
         memory: bytes of activations to hold at once, about; what does not fit is computed later.
         together: how many activations a segment is run on at once, where several beginnings meet
             the same bits. 1: never; None: 1 on CPU, where it costs time, 8 elsewhere.
         quantized: kernels from `evaluate.quantize_all`; None: they are made here.
     """
-    scoring.check(metric, norms, None)
+    scoring.check(metric, "stored", None)
     if quantized is None:
         quantized = scoring.quantize_all(net, state.trainable)
     measure = jax.jit(scoring.METRICS[metric])
@@ -191,7 +190,6 @@ def make_fast_score(
         state,
         cut,
         metric=metric,
-        norms=norms,
         memory=memory,
         quantized=quantized,
     )

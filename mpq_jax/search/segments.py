@@ -7,13 +7,13 @@ found in the traced program, so any model that has some is cut.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from mpq_jax.program.evaluate import Change, Key, Place, equation_at
+from mpq_jax.program.evaluate import UNKNOWN, Change, Key, Place, equation_at
 from mpq_jax.program.layers import shapes_of
 from mpq_jax.program.sites import Value
 from mpq_jax.program.trace import Program
@@ -186,7 +186,7 @@ def _size(program: Program, value: Value) -> tuple[Place, int] | None:
 def run(net: Supernet, segments: Segments, place: int, subnet: Subnet, x: Array) -> Array:
     """Runs one segment of a subnet; returns the start of the next one, or the logits.
 
-    What lies outside the segment is dead code to the compiler.
+    What lies outside the segment is not evaluated.
 
     Args:
         net: the supernet.
@@ -200,12 +200,14 @@ def run(net: Supernet, segments: Segments, place: int, subnet: Subnet, x: Array)
 
     def edit(program: Program) -> Edit:
         del program
-        given: dict[Place, Change] = {}
+        changes: dict[Place, Change] = {}
         if start is not None:
-            given[start] = Change(START, lambda _, own: own)
-        return Edit(given, {START: x}, {} if stop is None else {STOP: stop})
+            changes[start] = Change(START, lambda _, own: own)
+        if stop is not None:
+            changes[stop] = Change(STOP, lambda *_: UNKNOWN, ends=True)
+        return Edit(changes, {START: x}, {} if stop is None else {STOP: stop})
 
-    zeros: Any = jnp.zeros((len(x), *segments.image_shape), jnp.float32)
-    images = x if start is None else zeros
+    shape = jax.ShapeDtypeStruct((len(x), *segments.image_shape), jnp.float32)
+    images = x if start is None else shape
     out = net.forward(subnet, images, train=segments.train, edit=edit)
     return out.logits if stop is None else out.records[STOP]

@@ -20,7 +20,7 @@ from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
 from mpq_jax.program import paths
-from mpq_jax.program.evaluate import Change, evaluate
+from mpq_jax.program.evaluate import UNKNOWN, Change, evaluate
 from mpq_jax.program.layers import shapes_of
 from mpq_jax.program.network import Network, as_float32, as_network
 from mpq_jax.program.trace import Program, trace
@@ -303,7 +303,7 @@ class Supernet:
 
         Args:
             subnet: a subnet, from `select`.
-            inputs: normalized images.
+            inputs: a batch, as the model takes it; shapes where `edit` makes no use of it.
             train: training mode: norms use the statistics of this batch and update their rows.
             scale_step_gradient: whether the gradients of the inputs' step sizes have LSQ's scale.
             dropout_key: random key of the model's dropout layers; None: no dropout.
@@ -338,7 +338,10 @@ class Supernet:
         places = feature_places(self.table, program, self.network.label)
         results, recorded = evaluate(
             program.jaxpr,
-            jax.tree.leaves((variables, inputs, dropout_key)),
+            [
+                UNKNOWN if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+                for leaf in jax.tree.leaves((variables, inputs, dropout_key))
+            ],
             changes,
             arrays,
             {**{f"{OUTPUT}/{path}": place for path, place in places.items()}, **records},
@@ -347,7 +350,7 @@ class Supernet:
         return Output(
             jax.tree.map(as_float32, logits),
             batch_stats,
-            {path: recorded[f"{OUTPUT}/{path}"] for path in places},
+            {path: x for path in places if (x := recorded.get(f"{OUTPUT}/{path}")) is not None},
             {name: recorded[name] for name in records},
         )
 

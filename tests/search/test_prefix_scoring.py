@@ -61,7 +61,8 @@ MODEL = Net()
 RULES = bit_rules((4, 3, 2))
 TABLE = trace_layers(MODEL, SHAPE, rules=RULES)
 NET = Supernet(MODEL, TABLE, quantizer=lsq.QUANTIZER)
-CUT = find_segments(NET, SHAPE)
+CUT = find_segments(NET, SHAPE, train=True)
+STORED = find_segments(NET, SHAPE, train=False)
 TICKING = Supernet(Net(ticking=True), TABLE, quantizer=lsq.QUANTIZER)
 INIT = jax.jit(Supernet.init, static_argnums=0)
 FREE = [[1], [2], [3]]  # layers with a choice in each segment
@@ -130,7 +131,9 @@ def prefixes(bits):
 
 
 def test_the_model_is_cut_into_its_blocks():
-    assert [part.start for part in CUT.parts] == ["", "two", "three"]
+    for cut in (CUT, STORED):
+        assert [len(part.layers) for part in cut.parts] == [len(part.layers) for part in CUT.parts]
+        assert [part.start is None for part in cut.parts] == [True, False, False]
 
 
 @functools.cache
@@ -157,7 +160,8 @@ TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
 )
 def test_scores_are_those_of_one_after_another(made, metric, norms, together):
     before = jax.tree.map(np.array, made)
-    score = make_prefix_score(NET, made, CUT, metric=metric, norms=norms, together=together)
+    cut = CUT if norms == "batch" else STORED
+    score = make_prefix_score(NET, made, cut, metric=metric, together=together)
     with CompileCounter() as counter:
         for name, bits in POPULATIONS.items():
             found = score(config(bits), IMAGES, LABELS)
@@ -180,10 +184,10 @@ def score(made):
 @pytest.mark.parametrize("bn_banks", ["weights", "transition"])
 def test_norms_of_all_kinds(bn_banks):  # "pair" is that of all other tests
     net = Supernet(MODEL, TABLE.with_bn_banks(bn_banks), quantizer=lsq.QUANTIZER)
-    made, cut = state_of(net), find_segments(net, SHAPE)
+    made, cut = state_of(net), find_segments(net, SHAPE, train=False)
     bits = np.concatenate([drawn(5, 9), neighbors()])
     wanted = make_score(net, made, metric="loss", norms="stored")
-    found = make_prefix_score(net, made, cut, metric="loss", norms="stored")
+    found = make_prefix_score(net, made, cut, metric="loss")
     wanted, found = (one(config(bits), IMAGES, LABELS) for one in (wanted, found))
     np.testing.assert_allclose(found, wanted, **TOLERANCE)
     assert len(np.unique(found)) > len(bits) / 2
@@ -229,7 +233,7 @@ def test_models_of_a_user(model):
     bits = np.full((12, len(table), 2), 8)
     bits[:, free] = np.random.default_rng(4).choice([4, 3, 2], (12, len(free), 2))
     configs = BitConfig(*jnp.asarray(np.moveaxis(bits, -1, 0), jnp.int32))
-    cut = find_segments(net, SHAPE)
+    cut = find_segments(net, SHAPE, train=True)
     assert len(cut.parts) > 2
     wanted = make_score(net, made, metric="loss")(configs, IMAGES, LABELS)
     found = make_prefix_score(net, made, cut, metric="loss")(configs, IMAGES, LABELS)
@@ -322,7 +326,6 @@ def test_images_are_split_over_devices(made, score):
     ("wrong", "message"),
     [
         ({"metric": "f1"}, "'f1'; known"),
-        ({"norms": "recalibrated"}, "images are missing"),
     ],
 )
 def test_what_no_score_can_be_made_of_is_refused(made, wrong, message):

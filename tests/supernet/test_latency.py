@@ -1,6 +1,7 @@
 """No times are looked at: what is timed is, and how times are put together."""
 
 import itertools
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ GENERATOR = np.random.default_rng(0)
 def test_calls_of_all_layers_are_found():
     found = latency.layer_calls(Net(), SHAPE, batch=2)
     assert list(found) == list(trace_layers(Net(), SHAPE).names)
-    shapes = {name: [call.input_shape for call in calls] for name, calls in found.items()}
+    shapes = {name: [call.shapes[0] for call in calls] for name, calls in found.items()}
     assert shapes == {
         "strided": [(2, 9, 8, 3)],
         "grouped": [(2, 5, 4, 4)],
@@ -42,7 +43,8 @@ def test_calls_of_all_layers_are_found():
         "head": [(2, 5)],
     }
     for layer in trace_layers(Net(), SHAPE).layers:
-        assert {call.kernel_shape for call in found[layer.name]} == {layer.kernel_shape}
+        kernels = {call.shapes[call.kernel] for call in found[layer.name]}
+        assert {math.prod(shape) for shape in kernels} == {layer.params}
 
 
 def convolved(x, kernel, *, stride=1, padding=((0, 0), (0, 0)), dilation=1, groups=1):
@@ -82,8 +84,8 @@ REFERENCES = {
 @pytest.mark.parametrize("name", REFERENCES)
 def test_what_is_timed_is_the_layer_on_codes(name, dtype):
     call = latency.layer_calls(Net(), SHAPE, batch=2)[name][0]
-    kernel = latency.draw_codes(GENERATOR, call.kernel_shape, 8, dtype)
-    x = latency.draw_codes(GENERATOR, call.input_shape, 8, dtype)
+    kernel = latency.draw_codes(GENERATOR, call.shapes[call.kernel], 8, dtype)
+    x = latency.draw_codes(GENERATOR, call.shapes[0], 8, dtype)
     found = latency.multiply(call, kernel, x)
     assert found.dtype == (jnp.float32 if dtype == "float32" else jnp.int32)
     wanted = REFERENCES[name](x, kernel)

@@ -12,6 +12,7 @@ from mpq_jax.models.pretrained import inverted_residuals, resnets, vgg, vit
 from mpq_jax.models.pretrained.files import Tensors, read_tensors
 from mpq_jax.models.pretrained.naming import Naming, Source
 from mpq_jax.program import paths
+from mpq_jax.program.network import init_variables
 
 IMAGENET_SHAPE = (224, 224, 3)
 HEAD = "params/head"  # last layer of every model; the last axis of its arrays is the classes
