@@ -84,7 +84,7 @@ def evaluate(
     Raises:
         ValueError: a place is inside `cond` or `while`.
     """
-    partial = UNKNOWN in arguments or any(change.ends for change in changes.values())
+    partial = _any_unknown(arguments) or any(change.ends for change in changes.values())
     plan = _Plan.of(changes, records, partial=partial)
     return _evaluate(program.jaxpr, program.consts, arguments, plan, arrays, key=())
 
@@ -98,8 +98,12 @@ class _Visit(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Visits by equation, the equations that hold some in their nested programs, and whether values
-    may be unknown.
+    """What happens in an evaluation.
+
+    Attributes:
+        by_equation: visits by equation.
+        entered: names of the changes in the nested programs of equations.
+        partial: whether values may be unknown.
     """
 
     by_equation: dict[Key, list[_Visit]]
@@ -140,7 +144,7 @@ def _evaluate(
         here = (*key, index)
         operands = [read(var) for var in equation.invars]
         visits = plan.by_equation.get(here, ())
-        is_known = UNKNOWN not in operands
+        is_known = not _any_unknown(operands)
         if is_known:
             _visit([v for v in visits if not v.place.result], operands, arrays, records)
         with _context(equation):
@@ -164,6 +168,10 @@ def _visit(visits: list[_Visit], values: list[Any], arrays: Arrays, records: Rec
             values[index] = visit.change.function(values[index], arrays.get(visit.change.name))
         elif values[index] is not UNKNOWN:
             records[str(visit.record)] = values[index]
+
+
+def _any_unknown(values: Sequence[Any]) -> bool:
+    return any(value is UNKNOWN for value in values)
 
 
 def _unknown(equation: jex.JaxprEqn) -> list[Any]:
@@ -242,7 +250,7 @@ def _enter(
         return _evaluate(inner.jaxpr, inner.consts, operands, plan, arrays, key)
 
     name = equation.primitive.name
-    if name == "scan" and UNKNOWN in operands:
+    if name == "scan" and _any_unknown(operands):
         return _unknown(equation), {}
     if name == "scan":
         return _scan(equation, operands, run, plan.entered[key], arrays)

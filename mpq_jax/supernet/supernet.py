@@ -97,14 +97,14 @@ class Output(NamedTuple):
     """Result of `Supernet.forward`.
 
     Attributes:
-        logits: float32 [batch, classes].
+        logits: outputs of the model, as it returns them; floats in float32.
         batch_stats: the model's statistics after the call (unchanged in evaluation mode).
         features: outputs of the norm after every layer with a choice (of the layer itself where
             it has no norm), and of the module around that norm, by path.
         records: arrays that hooks recorded during the call, by path and name.
     """
 
-    logits: Float[Array, "batch classes"]
+    logits: Any
     batch_stats: PyTree
     features: dict[str, Array]
     records: dict[str, Array]
@@ -288,7 +288,7 @@ class Supernet:
     def forward(
         self,
         subnet: Subnet,
-        inputs: Float[Array, "batch ..."],
+        inputs: Any,
         *,
         train: bool,
         scale_step_gradient: bool = False,

@@ -243,7 +243,7 @@ def test_the_uniform_scheme_is_the_target_from_the_first_step_to_the_last(grown,
 
 @pytest.mark.slow
 def test_csq_killed_around_the_freeze_ends_with_the_same_bits(shared, grown, tmp_path):
-    """The newest checkpoint is as a rule the one before the scheme was frozen, which then happens again."""
+    """The newest checkpoint is usually from before the freezing, which then happens again."""
     workdir = tmp_path / "run"
     flags = (*grown.flags, f"--workdir={workdir}")
     process = start("train.py", *flags, output=tmp_path / "killed", cache=shared.cache)

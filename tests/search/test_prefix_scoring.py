@@ -64,6 +64,7 @@ NET = Supernet(MODEL, TABLE, quantizer=lsq.QUANTIZER)
 CUT = find_segments(NET, SHAPE, train=True)
 STORED = find_segments(NET, SHAPE, train=False)
 TICKING = Supernet(Net(ticking=True), TABLE, quantizer=lsq.QUANTIZER)
+TICKING_CUT = find_segments(TICKING, SHAPE, train=True)
 INIT = jax.jit(Supernet.init, static_argnums=0)
 FREE = [[1], [2], [3]]  # layers with a choice in each segment
 
@@ -246,7 +247,9 @@ def test_models_of_a_user(model):
 
 @pytest.mark.parametrize(("together", "memory"), [(1, 1), (2, prefix_scoring.MEMORY)])
 def test_every_prefix_is_computed_once(made, together, memory):
-    score = make_prefix_score(TICKING, made, CUT, metric="loss", together=together, memory=memory)
+    score = make_prefix_score(
+        TICKING, made, TICKING_CUT, metric="loss", together=together, memory=memory
+    )
     for bits in (POPULATIONS["random"], POPULATIONS["neighbors"], POPULATIONS["repeated"]):
         score(config(bits), IMAGES, LABELS)
         found = ticks_of(lambda bits=bits: score(config(bits), IMAGES, LABELS))
@@ -254,7 +257,7 @@ def test_every_prefix_is_computed_once(made, together, memory):
 
 
 def test_the_teacher_is_computed_once(made):
-    score = make_prefix_score(TICKING, made, CUT, metric="kl", together=1)
+    score = make_prefix_score(TICKING, made, TICKING_CUT, metric="kl", together=1)
     bits = POPULATIONS["random"]
     score(config(bits), IMAGES, LABELS)
     found = ticks_of(lambda: score(config(bits), IMAGES, LABELS))
