@@ -24,7 +24,7 @@ import numpy as np
 
 from mpq_jax.models import make_model
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.quantizers import lsq
 from mpq_jax.search import greedy, prefix_scoring, segments
 from mpq_jax.search.problem import Budget, Limit, Space, words_of
@@ -51,7 +51,7 @@ class Case:
         generator = np.random.default_rng(0)
         self.images = jnp.asarray(generator.normal(size=(batch, *self.shape)), jnp.float32)
         self.labels = jnp.asarray(generator.integers(0, 10, batch), jnp.int32)
-        self.float = linen.init_variables(self.model, jax.random.key(0), self.shape)
+        self.float = network.init_variables(self.model, jax.random.key(0), self.shape)
         init = jax.jit(supernet.init, static_argnums=(0, 1))
         self.variables = init(self.model, self.table, self.float, self.images)
         self.space = Space(self.table, self.table.candidates, self.table.mask)
@@ -95,7 +95,7 @@ def print_scores(name: str, rounds: int) -> None:
     forward = jax.jit(case.loss)
     vmapped = jax.jit(jax.vmap(case.loss, in_axes=(None, 0, None)))
     few = jax.tree.map(lambda bits: bits[:4], configs)
-    plain = jax.jit(lambda x: linen.forward(case.model, case.float, x, train=True)[0])
+    plain = jax.jit(lambda x: network.forward(case.model, case.float, x, train=True)[0])
     by_map, by_prefix = case.score(), case.prefix_score()
 
     def loop():

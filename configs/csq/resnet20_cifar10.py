@@ -1,6 +1,7 @@
 """CSQ with ResNet-20 on CIFAR-10 at a mean of 2 planes, as published.
 
-600 epochs from random weights, batch 256, scheme frozen at epoch 595, float inputs with learned clipping.
+600 epochs from random weights, batch 256, scheme frozen at epoch 595, float inputs with learned
+clipping.
 The paper's numbers are not at hand; the bar is the float model of the same recipe (92 to 93 %).
 Not run here yet. One GPU. Needs TFDS's cifar10 as array_record files (README, "Data").
 """

@@ -18,7 +18,7 @@ from mpq_jax.parallel.grad_accumulation import (
     reduce_mean,
 )
 from mpq_jax.program import paths
-from mpq_jax.program.network import as_network, forward
+from mpq_jax.program.network import forward
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.tasks import classification
 
@@ -76,7 +76,6 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
         change="step",
     )
     optimizer = make_optimizer(options, schedule)
-    network = as_network(model)
 
     def init(variables, images, labels=None):
         del images, labels
@@ -88,7 +87,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
 
     def loss_of(params, _, batch_stats, examples, dropout_key):
         logits, batch_stats = forward(
-            network,
+            model,
             {"params": params, "batch_stats": batch_stats},
             examples["image"],
             train=True,
@@ -124,7 +123,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
 
     def predict(variables, bits, images):
         del bits
-        return forward(network, variables, images, train=False)[0]
+        return forward(model, variables, images, train=False)[0]
 
     return Method(
         table=table,

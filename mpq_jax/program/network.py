@@ -59,7 +59,6 @@ class Network(Protocol):
         ...
 
 
-@functools.lru_cache(maxsize=128)
 def as_network(model: Any) -> Network:
     """Adapts a model: a Linen or NNX module, or a `function` with its variables.
 
@@ -68,24 +67,27 @@ def as_network(model: Any) -> Network:
     """
     if isinstance(model, Network):
         return model
-    for library, adapter in (("flax.linen", "linen"), ("flax.nnx", "nnx")):
+    for library, adapted in (("flax.linen", _linen), ("flax.nnx", _nnx)):
         module = sys.modules.get(library)
         if module is not None and isinstance(model, module.Module):
-            return _adapter(adapter)(model)
+            return adapted(model)
     raise TypeError(
         f"the model is a {type(model).__name__}; wanted a module of flax.linen or flax.nnx, or "
         "mpq_jax.function(apply, variables) around any other network"
     )
 
 
-def _adapter(name: str) -> Callable[[Any], Network]:
-    if name == "linen":
-        from mpq_jax.program.linen import LinenNetwork
+def _linen(model: Any) -> Network:
+    from mpq_jax.program.linen import LinenNetwork  # only who uses a library imports it
 
-        return LinenNetwork
+    return LinenNetwork(model)
+
+
+@functools.lru_cache(maxsize=128)  # one for each module, as modules of NNX equal themselves alone
+def _nnx(model: Any) -> Network:
     from mpq_jax.program.nnx import NnxNetwork
 
-    return NnxNetwork
+    return NnxNetwork(model)
 
 
 def init_variables(model: Any, key: jax.Array, example_inputs: PyTree) -> Variables:
@@ -102,7 +104,7 @@ def init_variables(model: Any, key: jax.Array, example_inputs: PyTree) -> Variab
 
 
 def forward(
-    network: Network,
+    model: Any,
     variables: Variables,
     inputs: PyTree,
     *,
@@ -110,10 +112,10 @@ def forward(
     dropout_key: jax.Array | None = None,
     shard: BatchShard = WHOLE_BATCH,
 ) -> tuple[PyTree, PyTree]:
-    """Calls a network; returns its outputs, floats in float32, and its statistics."""
+    """Calls a model; returns its outputs, floats in float32, and its statistics."""
     if not variables.get("batch_stats"):
         variables = {"params": variables["params"]}
-    outputs, statistics = network.call(
+    outputs, statistics = as_network(model).call(
         variables, inputs, train=train, dropout_key=dropout_key, shard=shard
     )
     return jax.tree.map(as_float32, outputs), statistics

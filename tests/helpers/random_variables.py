@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax.program import linen
+from mpq_jax.program import network
 
 
 def drawn_variables(model, shape, seed):
@@ -23,5 +23,5 @@ def drawn_variables(model, shape, seed):
             x = 0.1 * generator.normal(size=leaf.shape)
         return jnp.asarray(x, jnp.float32)
 
-    init = functools.partial(linen.init_variables, model, input_shape=shape)
+    init = functools.partial(network.init_variables, model, example_inputs=shape)
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))

@@ -15,7 +15,7 @@ from mpq_jax.models.resnet import BottleneckBlock, ResNet
 from mpq_jax.models.resnet_cifar import ResNetCifar
 from mpq_jax.models.vgg import VGG
 from mpq_jax.models.vit import ViT
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.quantizers import lsq
 from mpq_jax.search import segments
 from mpq_jax.supernet.layer_table import trace_layers
@@ -62,7 +62,7 @@ def trained(name, **options):
     model, variables = TINY[name](**options), variables_of(name)
 
     def loss_of(params):
-        logits, stats = linen.forward(
+        logits, stats = network.forward(
             model,
             {"params": params, "batch_stats": variables.get("batch_stats", {})},
             IMAGES,
@@ -86,7 +86,7 @@ def test_all_models_take_a_type_and_recompute():
 def test_other_types_are_refused(dtype):
     model = TINY["vit"](dtype=dtype)
     with pytest.raises(ValueError, match=r"dtype is .*; wanted one of \('float32', 'bfloat16'\)"):
-        linen.init_variables(model, jax.random.key(0), SHAPE)
+        network.init_variables(model, jax.random.key(0), SHAPE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype("bfloat16")])
@@ -99,7 +99,7 @@ def test_types_and_their_names_mean_the_same(dtype):
 def test_layers_and_variables_are_the_same(name, options):
     plain, changed = TINY[name](), TINY[name](**options)
     assert table_of(changed) == table_of(plain)
-    init = functools.partial(linen.init_variables, input_shape=SHAPE)
+    init = functools.partial(network.init_variables, example_inputs=SHAPE)
     found, wanted = (
         jax.eval_shape(functools.partial(init, model), jax.random.key(0))
         for model in (changed, plain)
@@ -123,7 +123,7 @@ def test_recomputing_keeps_less_for_the_backward_pass(name):
         def logits(params):
             variables_now = {"params": params, "batch_stats": variables.get("batch_stats", {})}
             key = jax.random.key(0)
-            return linen.forward(model, variables_now, IMAGES, train=True, dropout_key=key)[0]
+            return network.forward(model, variables_now, IMAGES, train=True, dropout_key=key)[0]
 
         _, pullback = jax.eval_shape(functools.partial(jax.vjp, logits), variables["params"])
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))

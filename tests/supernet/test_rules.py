@@ -54,9 +54,9 @@ def test_first_matching_rule_wins_for_each_attribute_on_its_own():
         (Rule("a.e", weights=3), {"body/gate"}),
         (Rule(kind="depthwise", weights=3), {"body/spatial"}),
         (Rule(kind="conv", weights=3), {"stem", "body/mix", "grouped"}),
-        (Rule(kind="dense", position="first", weights=3), {"body/gate"}),
-        (Rule(kind="conv", position="last", weights=3), {"grouped"}),
-        (Rule("body", position="last", weights=3), {"body/gate"}),
+        (Rule(kind="conv", position="first", weights=3), {"stem"}),
+        (Rule(kind="dense", position="first", weights=3), set()),
+        (Rule(position="last", weights=3), {"head"}),
         (Rule(position="first", weights=3), {"stem"}),
         (Rule("nothing", weights=3), set()),
     ],
@@ -156,7 +156,7 @@ def test_ends_like_all_layers_but_for_the_input_images(table):
 def test_float_ends_of_a_net_without_convolutions():
     rules = bit_rules((4, 2), first_last=FIRST_LAST_FLOAT)
     table = trace_layers(Perceptron(), (20,), rules=rules)
-    assert column(table, "float_weights") == [False, False, True]
+    assert column(table, "float_weights") == [True, False, True]
 
 
 def test_published_ends_keep_their_weights_quantized():
