@@ -149,7 +149,7 @@ def test_subnets_and_their_gradients_are_those_of_dense_layers(variables):
             subnet = net.select(made._replace(trainable=trainable), bits, scale_step_gradient=True)
             out = net.forward(subnet, IMAGES, train=True, scale_step_gradient=True)
             features = terms.pick_features(net.table, out.features, "norm_output")
-            error = terms.quantization_error(net.table, trainable, bits, bits.weights)
+            error = terms.quantization_error(net, trainable, bits, bits.weights)
             return jnp.sum(out.logits**2) + error, (out.logits, features, error)
 
         gradient, found = jax.grad(loss_of, has_aux=True)(made.trainable)

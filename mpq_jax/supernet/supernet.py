@@ -626,18 +626,6 @@ def _joined(calls: list[Array]) -> Array:
     return calls[0] if len(calls) == 1 else jnp.concatenate([x.ravel() for x in calls])
 
 
-def kernels(table: LayerTable, params: PyTree) -> list[Array]:
-    """Lists the kernel of every layer of a table in which none is computed."""
-    flat = paths.flatten(params)
-    return [_slice(flat[_path(layer)], layer) for layer in table.layers]
-
-
-def _path(layer: Layer) -> str:
-    if layer.kernel is None:
-        raise ValueError(f"the kernel of {layer.name!r} is computed from several parameters")
-    return layer.kernel
-
-
 def _slice(variable: AnyArray, layer: Layer) -> Array:
     return variable[layer.index] if layer.index else variable
 

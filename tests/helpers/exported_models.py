@@ -47,7 +47,8 @@ def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq
         )
         signed.append(index % 2 == 0)
     table = LayerTable(tuple(layers), "shared")
-    kernels = supernet.kernels(table, variables["params"])
+    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    kernels = net.kernels(variables["params"])
     steps = np.zeros((2, len(table), len(table.candidates)), np.float32)
     for place, bits in enumerate(table.candidates):
         max_bits = 2.0 ** (bits - 1)

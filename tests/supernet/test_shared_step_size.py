@@ -23,7 +23,6 @@ from mpq_jax.quantizers import QUANTIZERS, double_rounding
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
-from mpq_jax.supernet.supernet import kernels
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +109,8 @@ def test_the_highest_bits_are_those_of_the_layer(float_variables):
     table = trace_layers(MODEL, (8, 8, 2), rules=rules)
     made = INIT(net_of(table), float_variables, IMAGES)
     bits = BitConfig(jnp.full(4, 2, jnp.int32), jnp.array([8, 8, 2, 8], jnp.int32))
-    subnet = net_of(table, double_rounding.QUANTIZER).select(made, bits)
-    found, given = kernels(table, subnet.params), kernels(table, made.trainable.params)
+    net = net_of(table, double_rounding.QUANTIZER)
+    found, given = net.kernels_of(net.select(made, bits)), net.kernels(made.trainable.params)
     for layer, max_bits in enumerate((4, 4, 3, 4)):
         step = made.trainable.weight_step_sizes[layer, table.candidates.index(max_bits)]
         wanted = double_rounded(given[layer], step, 2, max_bits)

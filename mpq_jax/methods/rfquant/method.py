@@ -161,7 +161,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
 
     @jax.jit
     def freeze_most_unstable(trainable, mask, count):
-        scores = freezing.instabilities(table, trainable, mask, options=options)
+        scores = freezing.instabilities(net, trainable, mask, options=options)
         return freezing.freeze(table, scores, count, options=options)
 
     def on_epoch(state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
@@ -362,10 +362,14 @@ def _random_subnet(
             )
             loss += options.idm_weight * metrics["idm"]
         if options.qe_weight > 0:
-            metrics["qe"] = terms.quantization_error(table, trainable, bits, plan.min_weight_bits)
+            metrics["qe"] = terms.quantization_error(
+                context.net, trainable, bits, plan.min_weight_bits
+            )
             loss += plan.qe_weight * metrics["qe"]
         if options.two_bit_weight > 0:
-            metrics["two_bit"] = terms.two_bit_norm(table, trainable, bits, plan.two_bit_weights)
+            metrics["two_bit"] = terms.two_bit_norm(
+                context.net, trainable, bits, plan.two_bit_weights
+            )
             difference = options.two_bit_decay - options.weight_decay
             # The mean gradient is divided by the number of subnets, but weight decay is not.
             share = options.random_subnets + 1 if options.gradient == "mean" else 1

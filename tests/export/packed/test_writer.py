@@ -73,7 +73,8 @@ def drawn_network(model, shape, bits_of, *, quantizer=lsq.QUANTIZER):
         for layer, bits in zip(table.layers, bits_of(table), strict=True)
     ]
     table = LayerTable(tuple(layers), "shared")
-    kernels = [np.asarray(kernel) for kernel in supernet.kernels(table, variables["params"])]
+    net = Supernet(model, table, quantizer=double_rounding.QUANTIZER)
+    kernels = [np.asarray(kernel) for kernel in net.kernels(variables["params"])]
     steps = [  # with which the integers of the layer fill their range
         np.abs(kernel).max() / max(2 ** (layer.max_bits - 1) - 1, 1)
         for layer, kernel in zip(table.layers, kernels, strict=True)
