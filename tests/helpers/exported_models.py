@@ -7,7 +7,6 @@ from helpers.random_variables import drawn_variables
 from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
 from mpq_jax.supernet.rules import bit_rules

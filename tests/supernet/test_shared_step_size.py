@@ -59,8 +59,8 @@ def float_ends_config(w, d):
 @pytest.mark.parametrize(("w", "d"), [(4, 4), (3, 2), (2, 3)])
 def test_double_rounding_takes_the_step_size_of_the_highest_bits(float_ends, w, d):
     net, bits = net_of(FLOAT_ENDS, double_rounding.QUANTIZER), float_ends_config(w, d)
-    given = kernels(FLOAT_ENDS, float_ends.trainable.params)
-    found = kernels(FLOAT_ENDS, net.select(float_ends, bits).params)
+    given = net.kernels(float_ends.trainable.params)
+    found = net.kernels_of(net.select(float_ends, bits))
     max_bits = FLOAT_ENDS.candidates.index(4)
     for layer, own in ((CONV, w), (DEPTHWISE, d)):
         step = float_ends.trainable.weight_step_sizes[layer, max_bits]

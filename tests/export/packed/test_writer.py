@@ -18,7 +18,7 @@ from mpq_jax.export.packed import bn_folding, network, reader, writer
 from mpq_jax.models import make_model
 from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding, lsq
-from mpq_jax.supernet import costs, supernet
+from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
 from mpq_jax.supernet.rules import bit_rules
 from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
