@@ -75,7 +75,7 @@ class QuantizedLayer(NamedTuple):
 
     Attributes:
         name: path of the layer.
-        kind: "conv", "depthwise" or "dense".
+        kind: "conv", "depthwise", "dense" or "embedding".
         integers: int32 integer values of the kernel, in its shape; None: the kernel stays float.
         step_size: value of one unit of the integers; the kernel is exactly `integers * step_size`.
         bits: two's-complement bits of the integers; 0: all are zero.
@@ -179,13 +179,14 @@ def quantized_layers(exported: ExportedModel) -> list[QuantizedLayer]:
     """
     check(exported)
     config = config_of(exported)
-    subnet, found = jax.device_get(
+    chosen = select(exported)
+    subnet, kernels, found = jax.device_get(
         (
-            select(exported),
+            chosen,
+            exported.net.kernels_of(chosen),
             _integers(exported.net, exported.state.trainable, jnp.asarray(config.weights)),
         )
     )
-    kernels = exported.net.kernels_of(subnet)
     layers = []
     for index, layer in enumerate(exported.table.layers):
         integers, step_size = found.get(layer.name, (None, 1))

@@ -196,6 +196,16 @@ def nested(equation: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
 
 
+def equation_at(program: jex.Jaxpr, key: Key) -> jex.JaxprEqn:
+    """Returns the equation of a key."""
+    equation = program.eqns[key[0]]
+    if len(key) == 1:
+        return equation
+    inner = nested(equation)
+    assert inner is not None  # keys are those of programs that can be entered
+    return equation_at(inner.jaxpr, key[1:])
+
+
 def _enter(
     equation: jex.JaxprEqn, operands: list[Any], plan: _Plan, arrays: Arrays, key: Key
 ) -> tuple[list[Any], Records]:
