@@ -17,7 +17,7 @@ import numpy as np
 from mpq_jax.export.exported_model import ExportedModel, ModelSpec
 from mpq_jax.export.packed import network, writer
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program.network import init_variables
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
@@ -38,7 +38,7 @@ def make_network(name: str, side: int):
 
     @jax.jit
     def init(key, images):
-        return net.init(linen.init_variables(model, key, shape), images)
+        return net.init(init_variables(model, key, shape), images)
 
     exported = ExportedModel(
         net=net,

@@ -5,6 +5,7 @@ logits(exported, images)    # the training-time model, the reference of every ex
 quantized_layers(exported)  # its integers, layer by layer
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -69,6 +70,15 @@ class ExportedModel(NamedTuple):
         """Layers of the network."""
         return self.net.table
 
+    @property
+    def image(self) -> jax.ShapeDtypeStruct:
+        """A batch of one image, of the type with which the layers were traced."""
+        example = self.table.example
+        dtypes = {dtype for _, dtype in example.leaves} if example is not None else {"float32"}
+        if len(dtypes) > 1:
+            raise ValueError("the model takes several inputs, and a file has one: an array")
+        return jax.ShapeDtypeStruct((1, *self.image_shape), jnp.dtype(dtypes.pop()))
+
 
 class QuantizedLayer(NamedTuple):
     """One layer as it is computed.
@@ -113,19 +123,21 @@ def make(
     """
     config = net.table.max_config if bits is None else bits
     net.table.check(config)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    output = jax.eval_shape(net.apply, state, config, image)
     origin = {"mpq_jax": importlib.metadata.version("mpq_jax"), "jax": jax.__version__}
-    return ExportedModel(
+    made = ExportedModel(
         net,
         state,
         bits,
         tuple(image_shape),
-        output.shape[-1],
+        0,
         None if mean is None else tuple(map(float, mean)),
         None if std is None else tuple(map(float, std)),
         provenance=origin | (provenance or {}),
     )
+    output = jax.eval_shape(net.apply, state, config, made.image)
+    if not hasattr(output, "shape"):
+        raise ValueError("the model returns several outputs, and a file has one: an array")
+    return made._replace(num_classes=output.shape[-1])
 
 
 def config_of(exported: ExportedModel) -> BitConfig:
@@ -160,7 +172,9 @@ def float_reference(exported: ExportedModel) -> ExportedModel:
         )
         for layer in exported.table.layers
     ]
-    table = LayerTable(tuple(layers), bn_banks="shared")
+    table = dataclasses.replace(
+        exported.table, layers=tuple(layers), bn_banks="shared", tied_groups=()
+    )
     unused = jnp.ones((len(table), 1), jnp.float32)
     trainable = supernet.TrainableParams(variables["params"], unused, unused)
     return exported._replace(

@@ -123,7 +123,7 @@ class Norm(NamedTuple):
     calls: tuple[Call, ...]
     shapes: dict[str, tuple[int, ...]]
 
-    def affine(self, variables: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    def affine(self, variables: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Computes multiplier and offset, float64 [rows..., channels].
 
         Args:
@@ -135,7 +135,9 @@ class Norm(NamedTuple):
         own = {path: np.asarray(variables[path], np.float64) for path in self.shapes}
         path, shape = next(iter(self.shapes.items()))
         rows = own[path].shape[: own[path].ndim - len(shape)]
-        found = [self._row({path: leaf[row] for path, leaf in own.items()}) for row in np.ndindex(rows)]
+        found = [
+            self._row({path: leaf[row] for path, leaf in own.items()}) for row in np.ndindex(rows)
+        ]
         multipliers, offsets = (np.stack(part) for part in zip(*found, strict=True))
         return multipliers.reshape(*rows, -1), offsets.reshape(*rows, -1)
 
@@ -163,7 +165,9 @@ def find_norms(program: Program) -> dict[str, Norm]:
     calls: dict[str, list[Call]] = {}
     for call in walk.calls.values():
         calls.setdefault(call.norm, []).append(call)
-    elsewhere = find_live(program, {place for call in walk.calls.values() for place in call.neutral})
+    elsewhere = find_live(
+        program, {place for call in walk.calls.values() for place in call.neutral}
+    )
     norms = {}
     for path, own in calls.items():
         leaves = frozenset().union(*(call.leaves for call in own))
@@ -196,9 +200,7 @@ class _Walk:
         self.equations = equations
         self.calls: dict[Place, Call] = {}
 
-    def run(
-        self, program: jex.ClosedJaxpr, arguments: Sequence[Value], key: Key
-    ) -> list[Value]:
+    def run(self, program: jex.ClosedJaxpr, arguments: Sequence[Value], key: Key) -> list[Value]:
         """Walks through a program; returns what is known of its results."""
         jaxpr = program.jaxpr
         constants = [_constant(value) for value in program.consts]
