@@ -79,8 +79,8 @@ def _as_dict(model: nnx.Module, kind: type) -> dict:
     return paths.unflatten({_name(path): held.get_value() for path, held in variables.items()})
 
 
-def _filled(state: nnx.State, values: dict[str, jax.Array]) -> nnx.State:
-    """Returns a state that holds other values."""
+def _filled(state: Any, values: dict[str, jax.Array]) -> Any:
+    """Returns an `nnx.State` that holds other values."""
     held = state.flat_state()
     return nnx.State.from_flat_path(
         {path: variable.replace(values[_name(path)]) for path, variable in held}

@@ -488,8 +488,11 @@ def _kind(equation: jex.JaxprEqn) -> str:
     return "depthwise" if equation.params["feature_group_count"] > 1 and one else "conv"
 
 
-def _macs(equation: jex.JaxprEqn) -> int:
-    """Counts the multiply-accumulates of one call; zeros between inputs do not count."""
+def _macs(equation: jex.JaxprEqn) -> Any:
+    """Counts the multiply-accumulates of one call; zeros between inputs do not count.
+
+    Where the batch size is open, the count is an expression of it.
+    """
     name, params = equation.primitive.name, equation.params
     if name == "gather":
         return 0
