@@ -8,6 +8,7 @@ from helpers.random_variables import drawn_variables
 
 from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.program import paths
+from mpq_jax.program.network import example_batch
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
@@ -64,7 +65,7 @@ def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq
         net=net,
         state=state,
         bits=bits,
-        image_shape=tuple(getattr(shape, "shape", (1, *shape)))[1:],
+        image_shape=tuple(example_batch(shape).shape[1:]),
         num_classes=10,
         mean=(0.5,),
         std=(0.25,),
