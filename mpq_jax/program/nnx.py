@@ -71,7 +71,7 @@ class NnxNetwork:
 
 
 def _variables(model: nnx.Module, kind: type) -> dict[tuple, Any]:
-    return dict(nnx.state(model, kind).flat_state())
+    return dict(nnx.to_flat_state(nnx.state(model, kind)))
 
 
 def _as_dict(model: nnx.Module, kind: type) -> dict:
@@ -81,8 +81,8 @@ def _as_dict(model: nnx.Module, kind: type) -> dict:
 
 def _filled(state: Any, values: dict[str, jax.Array]) -> Any:
     """Returns an `nnx.State` that holds other values."""
-    held = state.flat_state()
-    return nnx.State.from_flat_path(
+    held = nnx.to_flat_state(state)
+    return nnx.from_flat_state(
         {path: variable.replace(values[_name(path)]) for path, variable in held}
     )
 

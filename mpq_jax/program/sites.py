@@ -315,7 +315,7 @@ class _Walk:
             result = self.updated(operands, result)
         for index, value in enumerate(operands):
             other = operands[1 - index]
-            small = equation.invars[1 - index].aval.size < equation.invars[index].aval.size
+            small = equation.invars[1 - index].aval.shape != equation.outvars[0].aval.shape
             if value.site is not None:
                 norms = {paths.parent(leaf) for leaf in other.leaves if leaf.startswith(STATE)}
                 if len(norms) == 1:

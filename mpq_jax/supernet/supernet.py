@@ -125,7 +125,7 @@ class Supernet:
     _: dataclasses.KW_ONLY
     quantizer: Quantizer
 
-    def init(self, variables: PyTree, inputs: Float[Array, "batch ..."]) -> SupernetState:
+    def init(self, variables: PyTree, inputs: Any) -> SupernetState:
         """Builds the state from the variables of the float model, calibrating on some inputs.
 
         Weight step sizes come from the kernels, input step sizes from one forward pass of the
@@ -288,7 +288,7 @@ class Supernet:
     def forward(
         self,
         subnet: Subnet,
-        inputs: Float[Array, "batch ..."],
+        inputs: Any,
         *,
         train: bool,
         scale_step_gradient: bool = False,
@@ -303,7 +303,7 @@ class Supernet:
 
         Args:
             subnet: a subnet, from `select`.
-            inputs: normalized images.
+            inputs: a batch, such as normalized images.
             train: training mode: norms use the statistics of this batch and update their rows.
             scale_step_gradient: whether the gradients of the inputs' step sizes have LSQ's scale.
             dropout_key: random key of the model's dropout layers; None: no dropout.
