@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.export import checksum
 from mpq_jax.supernet import supernet
@@ -153,9 +152,7 @@ def select(exported: ExportedModel) -> supernet.Subnet:
 _select = jax.jit(Supernet.select, static_argnums=0)
 
 
-def logits(
-    exported: ExportedModel, images: Float[AnyArray, "batch ..."]
-) -> Float[Array, "batch classes"]:
+def logits(exported: ExportedModel, images: Any) -> Float[Array, "batch classes"]:
     """Computes the logits of the training-time model on normalized images; traceable."""
     return exported.net.apply(exported.state, config_of(exported), images)
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.export.packed import header, norm_encoding, reader
 from mpq_jax.export.packed.reader import PackedFile
@@ -101,9 +100,7 @@ class PackedNetwork:
         self.table.check(bits)
         return _switch(self.net, self.state, bits)
 
-    def forward(
-        self, subnet: Subnet, images: Float[AnyArray, "batch ..."]
-    ) -> Float[Array, "batch classes"]:
+    def forward(self, subnet: Subnet, images: Any) -> Float[Array, "batch classes"]:
         """Computes the logits of a subnet from `switch` on normalized images; traceable.
 
         Raises:
