@@ -13,7 +13,7 @@ def drawn_variables(model, shape, seed):
 
     def fill(path, leaf):
         name = path[-1].key
-        if name == "kernel":
+        if name in ("kernel", "embedding"):
             x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
         elif name in ("scale", "var"):
             x = generator.uniform(0.6, 1.4, leaf.shape)

@@ -109,6 +109,11 @@ def to_onnx(exported: ExportedModel, *, opset: int = OPSETS[0]) -> onnx.ModelPro
     """
     if opset not in OPSETS:
         raise ValueError(f"opset is {opset}; wanted {OPSETS[0]} to {OPSETS[-1]}")
+    if exported.image.dtype != np.float32:
+        raise Unsupported(
+            f"the network reads {exported.image.dtype}, as lookups do, and the ONNX export takes "
+            "float32: export to StableHLO or packed instead"
+        )
     traced = program.trace(exported)
     graph = Graph(IMAGES, traced.images[0], opset)
     images = Tensor(IMAGES, traced.images, tuple(range(len(traced.images))))
