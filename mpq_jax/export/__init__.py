@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mpq_jax.export.exported_model import ExportedModel
     from mpq_jax.export.formats import FORMATS, RunImages
     from mpq_jax.export.verification import Verification
-    from mpq_jax.program import linen
     from mpq_jax.supernet.bits import BitConfig
     from mpq_jax.supernet.supernet import Supernet, SupernetState
 
@@ -110,7 +109,7 @@ def open_file(
     path: "str | os.PathLike[str]",
     format: str | None = None,
     *,
-    model: "linen.Model | None" = None,
+    model: Any = None,
     bits: "BitConfig | None" = None,
 ) -> "RunImages":
     """Opens an exported file; returns `run(normalized images) -> logits`.
@@ -118,7 +117,7 @@ def open_file(
     Args:
         path: the file.
         format: a key of `FORMATS`; None: by the ending of the file's name.
-        model: a user's own model, which packed files need.
+        model: a user's own model, of any library, which packed files need.
         bits: configuration to run, for packed files of several; None: the one with the most bits.
     """
     from mpq_jax.export import formats

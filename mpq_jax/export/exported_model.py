@@ -5,6 +5,7 @@ logits(exported, images)    # the training-time model, the reference of every ex
 quantized_layers(exported)  # its integers, layer by layer
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -14,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.export import checksum
 from mpq_jax.supernet import supernet
@@ -69,13 +69,22 @@ class ExportedModel(NamedTuple):
         """Layers of the network."""
         return self.net.table
 
+    @property
+    def image(self) -> jax.ShapeDtypeStruct:
+        """A batch of one image, of the type with which the layers were traced."""
+        example = self.table.example
+        dtypes = {dtype for _, dtype in example.leaves} if example is not None else {"float32"}
+        if len(dtypes) > 1:
+            raise ValueError("the model takes several inputs, and a file has one: an array")
+        return jax.ShapeDtypeStruct((1, *self.image_shape), jnp.dtype(dtypes.pop()))
+
 
 class QuantizedLayer(NamedTuple):
     """One layer as it is computed.
 
     Attributes:
         name: path of the layer.
-        kind: "conv", "depthwise" or "dense".
+        kind: "conv", "depthwise", "dense" or "embedding".
         integers: int32 integer values of the kernel, in its shape; None: the kernel stays float.
         step_size: value of one unit of the integers; the kernel is exactly `integers * step_size`.
         bits: two's-complement bits of the integers; 0: all are zero.
@@ -113,19 +122,21 @@ def make(
     """
     config = net.table.max_config if bits is None else bits
     net.table.check(config)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    output = jax.eval_shape(net.apply, state, config, image)
     origin = {"mpq_jax": importlib.metadata.version("mpq_jax"), "jax": jax.__version__}
-    return ExportedModel(
+    made = ExportedModel(
         net,
         state,
         bits,
         tuple(image_shape),
-        output.shape[-1],
+        0,
         None if mean is None else tuple(map(float, mean)),
         None if std is None else tuple(map(float, std)),
         provenance=origin | (provenance or {}),
     )
+    output = jax.eval_shape(net.apply, state, config, made.image)
+    if not hasattr(output, "shape"):
+        raise ValueError("the model returns several outputs, and a file has one: an array")
+    return made._replace(num_classes=output.shape[-1])
 
 
 def config_of(exported: ExportedModel) -> BitConfig:
@@ -141,9 +152,7 @@ def select(exported: ExportedModel) -> supernet.Subnet:
 _select = jax.jit(Supernet.select, static_argnums=0)
 
 
-def logits(
-    exported: ExportedModel, images: Float[AnyArray, "batch ..."]
-) -> Float[Array, "batch classes"]:
+def logits(exported: ExportedModel, images: Any) -> Float[Array, "batch classes"]:
     """Computes the logits of the training-time model on normalized images; traceable."""
     return exported.net.apply(exported.state, config_of(exported), images)
 
@@ -160,7 +169,9 @@ def float_reference(exported: ExportedModel) -> ExportedModel:
         )
         for layer in exported.table.layers
     ]
-    table = LayerTable(tuple(layers), bn_banks="shared")
+    table = dataclasses.replace(
+        exported.table, layers=tuple(layers), bn_banks="shared", tied_groups=()
+    )
     unused = jnp.ones((len(table), 1), jnp.float32)
     trainable = supernet.TrainableParams(variables["params"], unused, unused)
     return exported._replace(
@@ -179,13 +190,14 @@ def quantized_layers(exported: ExportedModel) -> list[QuantizedLayer]:
     """
     check(exported)
     config = config_of(exported)
-    subnet, found = jax.device_get(
+    chosen = select(exported)
+    subnet, kernels, found = jax.device_get(
         (
-            select(exported),
+            chosen,
+            exported.net.kernels_of(chosen),
             _integers(exported.net, exported.state.trainable, jnp.asarray(config.weights)),
         )
     )
-    kernels = exported.net.kernels_of(subnet)
     layers = []
     for index, layer in enumerate(exported.table.layers):
         integers, step_size = found.get(layer.name, (None, 1))

@@ -20,7 +20,6 @@ from mpq_jax.export import stablehlo
 from mpq_jax.export.exported_model import LEARNED, ExportedModel
 from mpq_jax.export.onnx import OPSETS
 from mpq_jax.export.packed import network, reader, writer
-from mpq_jax.program import linen
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.bits import BitConfig
 
@@ -46,7 +45,7 @@ class Format(NamedTuple):
     runtime: str
     options: Mapping[str, Collection[Any]]
     write: Callable[..., Any]
-    open: Callable[[pathlib.Path, linen.Model | None, BitConfig | None], RunImages]
+    open: Callable[[pathlib.Path, Any, BitConfig | None], RunImages]
     bits: Callable[[pathlib.Path], str | None]
 
 
@@ -86,7 +85,7 @@ def open_file(
     path: str | os.PathLike[str],
     format_name: str | None = None,
     *,
-    model: linen.Model | None = None,
+    model: Any = None,
     bits: BitConfig | None = None,
 ) -> RunImages:
     """Opens a file; returns `run(normalized images) -> logits`.
@@ -137,9 +136,7 @@ def format_of(path: pathlib.Path) -> str:
     raise ValueError(f"the name of {path} has no known ending; name the format: {endings}")
 
 
-def _open_packed(
-    path: pathlib.Path, model: linen.Model | None, bits: BitConfig | None
-) -> RunImages:
+def _open_packed(path: pathlib.Path, model: Any, bits: BitConfig | None) -> RunImages:
     apply = jax.jit(network.load(path, model=model).at(bits))
     return lambda images: np.asarray(apply(images))
 

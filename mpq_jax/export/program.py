@@ -5,15 +5,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mpq_jax.export import exported_model
 from mpq_jax.export.exported_model import ExportedModel, QuantizedLayer
 from mpq_jax.program import paths
+from mpq_jax.program import trace as trace_module
+from mpq_jax.supernet.layer_table import Layer
+from mpq_jax.supernet.placement import placed_sites
 from mpq_jax.supernet.supernet import Subnet, Supernet
 
+VARIABLES = ("params", "batch_stats", "computed")  # of a subnet
 BATCH = "batch"  # symbol of the number of images
 MARK = "mpq_jax_input:"  # begins the name of an equation that stands for an input's quantizer
 TRIED = 8  # images that tell whether a model computes each image alone
@@ -40,8 +43,9 @@ class Program(NamedTuple):
     Attributes:
         jaxpr: program of the model's variables and, as its last argument, the images.
         arguments: path and value of each variable, in the order of the arguments; kernels are
-            float here as well, their integers are in `layers`.
-        layers: quantized layers, by path.
+            float here as well, their integers are in `layers`. Kernels that the model computes are
+            arguments of their own.
+        layers: layers, by the path of the argument that is their kernel.
         inputs: quantizers that the equations named `MARK` + index stand for.
         images: shape of the last argument; its first size is symbolic.
     """
@@ -57,9 +61,11 @@ def trace(exported: ExportedModel) -> Program:
     """Traces a network; a mark stands in the place of every input's quantizer.
 
     Raises:
-        ValueError: the network cannot be exported, see `exported_model.check`.
+        ValueError: the network cannot be exported, see `exported_model.check`, or has layers in a
+            loop.
     """
     layers = exported_model.quantized_layers(exported)
+    _check_loops(exported)
     subnet = jax.device_get(exported_model.select(exported))  # NumPy: the marks read values
     inputs: list[InputQuantizer] = []
 
@@ -73,18 +79,56 @@ def trace(exported: ExportedModel) -> Program:
     marked = Supernet(net.model, net.table, quantizer=marking)
 
     def logits(variables: dict[str, jax.Array], images: jax.Array) -> jax.Array:
-        return forward(marked, subnet, variables, images)
+        trees = {name: {} for name in VARIABLES} | paths.unflatten(variables)
+        return marked.forward(subnet._replace(**trees), images, train=False).logits
 
-    variables = flat_variables(subnet)
+    variables = flat_variables(subnet) | paths.flatten({"computed": subnet.computed})
     images = any_batch(exported)
     call = for_any_batch(logits, variables, images)
     jaxpr = jax.make_jaxpr(call)(variables, images)
     return Program(
         jaxpr=jaxpr,
         arguments=sorted(variables.items()),
-        layers={layer.name: layer for layer in layers},
+        layers={
+            _argument(entry): layer
+            for entry, layer in zip(exported.table.layers, layers, strict=True)
+        },
         inputs=inputs,
         images=images.shape,
+    )
+
+
+def _argument(layer: Layer) -> str:
+    """Returns the path of a layer's kernel among the arguments."""
+    if layer.kernel is None:
+        return paths.join(("computed", layer.name))
+    return f"params/{layer.kernel}"
+
+
+def _check_loops(exported: ExportedModel) -> None:
+    """Raises ValueError where a layer is inside of a loop."""
+    for placed in placed_sites(exported.table, of_one_image(exported)):
+        if placed.site.loops:
+            turns = " x ".join(map(str, placed.site.loops))
+            raise ValueError(
+                f"layer {exported.table.names[placed.first]!r} is inside a loop (scan) of {turns} "
+                f"turns, {placed.site.scope!r}, which a graph cannot hold: unroll it, or export to "
+                "StableHLO or packed instead"
+            )
+
+
+def of_one_image(exported: ExportedModel) -> trace_module.Program:
+    """Traces the float model for one image, in evaluation mode."""
+    subnet = jax.eval_shape(lambda: exported_model.select(exported))
+    variables = {"params": subnet.params, "batch_stats": subnet.batch_stats}
+    return exported.net.program(variables, exported.image, train=False)
+
+
+def with_kernels(net: Supernet, subnet: Subnet, kernels: dict[str, Any]) -> Subnet:
+    """Returns a subnet with other kernels of all its layers, given by name."""
+    return subnet._replace(
+        params=net.table.with_kernels(subnet.params, kernels),
+        computed={name: kernels[name] for name in subnet.computed},
     )
 
 
@@ -93,19 +137,10 @@ def flat_variables(subnet: Subnet) -> dict[str, Any]:
     return paths.flatten({"params": subnet.params, "batch_stats": subnet.batch_stats})
 
 
-def forward(
-    net: Supernet, subnet: Subnet, variables: dict[str, Any], images: jax.Array
-) -> jax.Array:
-    """Computes the logits of a subnet with other variables, given as by `flat_variables`."""
-    trees = {"params": {}, "batch_stats": {}} | paths.unflatten(variables)
-    changed = subnet._replace(params=trees["params"], batch_stats=trees["batch_stats"])
-    return net.forward(changed, images, train=False).logits
-
-
 def any_batch(exported: ExportedModel) -> jax.ShapeDtypeStruct:
     """Describes images of an open number."""
     (batch,) = jax.export.symbolic_shape(BATCH)
-    return jax.ShapeDtypeStruct((batch, *exported.image_shape), jnp.float32)
+    return jax.ShapeDtypeStruct((batch, *exported.image_shape), exported.image.dtype)
 
 
 def for_any_batch(call: Callable, variables: Any, images: jax.ShapeDtypeStruct) -> Callable:
@@ -138,7 +173,7 @@ def _check_alone(
 
     A few images may differ, where rounding moves an input of a layer to another integer.
     """
-    drawn = jax.random.normal(jax.random.key(0), (TRIED, *images.shape[1:]), images.dtype)
+    drawn = jax.random.normal(jax.random.key(0), (TRIED, *images.shape[1:])).astype(images.dtype)
     together, apart = (np.asarray(jax.jit(one)(variables, drawn)) for one in (call, alone))
     agree = together.shape == apart.shape
     if agree:

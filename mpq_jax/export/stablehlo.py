@@ -45,17 +45,20 @@ def to_stablehlo(exported: ExportedModel, *, platforms: Sequence[str] = PLATFORM
         ValueError: the network cannot be exported, see `exported_model.check`.
     """
     subnet = exported_model.select(exported)
-    integers = {
-        f"params/{layer.name}/kernel": (_stored(layer), layer.step_size)
-        for layer in exported_model.quantized_layers(exported)
-        if layer.integers is not None
-    }
-    variables = program.flat_variables(subnet)
-    floats = {name: value for name, value in variables.items() if name not in integers}
+    net, layers = exported.net, exported_model.quantized_layers(exported)
+    integers = {layer.name: _stored(layer) for layer in layers if layer.integers is not None}
 
     def call(_: Any, images: jax.Array) -> jax.Array:
-        kernels = {name: _value(stored, step) for name, (stored, step) in integers.items()}
-        return program.forward(exported.net, subnet, floats | kernels, images)
+        kernels = {
+            layer.name: (
+                _value(integers[layer.name], layer.step_size)
+                if layer.name in integers
+                else jnp.asarray(layer.kernel)
+            )
+            for layer in layers
+        }
+        whole = program.with_kernels(net, subnet, kernels)
+        return net.forward(whole, images, train=False).logits
 
     images = program.any_batch(exported)
     any_batch = program.for_any_batch(call, (), images)

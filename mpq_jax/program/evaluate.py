@@ -223,16 +223,14 @@ def nested(equation: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
 
 
-def equation_at(program: jex.ClosedJaxpr, key: Key) -> jex.JaxprEqn:
+def equation_at(program: jex.Jaxpr, key: Key) -> jex.JaxprEqn:
     """Returns the equation of a key."""
-    index, *inner = key
-    equation = program.jaxpr.eqns[index]
-    if not inner:
+    equation = program.eqns[key[0]]
+    if len(key) == 1:
         return equation
-    called = nested(equation)
-    if called is None:
-        raise ValueError(f"{equation.primitive.name!r} has no single nested program")
-    return equation_at(called, tuple(inner))
+    inner = nested(equation)
+    assert inner is not None  # keys are those of programs that can be entered
+    return equation_at(inner.jaxpr, key[1:])
 
 
 def _enter(

@@ -71,7 +71,7 @@ class NnxNetwork:
 
 
 def _variables(model: nnx.Module, kind: type) -> dict[tuple, Any]:
-    return dict(nnx.state(model, kind).flat_state())
+    return dict(nnx.to_flat_state(nnx.state(model, kind)))
 
 
 def _as_dict(model: nnx.Module, kind: type) -> dict:
@@ -79,10 +79,10 @@ def _as_dict(model: nnx.Module, kind: type) -> dict:
     return paths.unflatten({_name(path): held.get_value() for path, held in variables.items()})
 
 
-def _filled(state: nnx.State, values: dict[str, jax.Array]) -> nnx.State:
-    """Returns a state that holds other values."""
-    held = state.flat_state()
-    return nnx.State.from_flat_path(
+def _filled(state: Any, values: dict[str, jax.Array]) -> Any:
+    """Returns an `nnx.State` that holds other values."""
+    held = nnx.to_flat_state(state)
+    return nnx.from_flat_state(
         {path: variable.replace(values[_name(path)]) for path, variable in held}
     )
 

@@ -318,7 +318,7 @@ class _Walk:
             result = self.updated(operands, result)
         for index, value in enumerate(operands):
             other = operands[1 - index]
-            small = equation.invars[1 - index].aval.size < equation.invars[index].aval.size
+            small = equation.invars[1 - index].aval.shape != equation.outvars[0].aval.shape
             if value.site is not None:
                 norms = {paths.parent(leaf) for leaf in other.leaves if leaf.startswith(STATE)}
                 if len(norms) == 1:
@@ -491,8 +491,11 @@ def _kind(equation: jex.JaxprEqn) -> str:
     return "depthwise" if equation.params["feature_group_count"] > 1 and one else "conv"
 
 
-def _macs(equation: jex.JaxprEqn) -> int:
-    """Counts the multiply-accumulates of one call; zeros between inputs do not count."""
+def _macs(equation: jex.JaxprEqn) -> Any:
+    """Counts the multiply-accumulates of one call; zeros between inputs do not count.
+
+    Where the batch size is open, the count is an expression of it.
+    """
     name, params = equation.primitive.name, equation.params
     if name == "gather":
         return 0

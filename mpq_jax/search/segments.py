@@ -178,7 +178,7 @@ def _size(program: Program, value: Value) -> tuple[Place, int] | None:
     """Returns place and size per image of a value; None: it is no batch of images."""
     if value.place is None:
         return None
-    equation = equation_at(program.jaxpr, value.place.equation)
+    equation = equation_at(program.jaxpr.jaxpr, value.place.equation)
     shape = equation.outvars[value.place.index].aval.shape
     return (value.place, math.prod(shape[1:])) if shape and shape[0] == BATCH else None
 

@@ -100,7 +100,7 @@ def layer_calls(
 
 
 def _call(program: Program, site: Site) -> Call:
-    equation = equation_at(program.jaxpr, site.key)
+    equation = equation_at(program.jaxpr.jaxpr, site.key)
     repeated = [n for depth, n in enumerate(site.loops) if depth not in site.stacked]
     return Call(
         equation.primitive,

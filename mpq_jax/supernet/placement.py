@@ -45,11 +45,11 @@ class PlacedSite(NamedTuple):
         """Index of its first layer; all have the same rules but for their bits."""
         return int(self.layers.flat[0])
 
-    def spread(self, values: Array) -> Array:
+    def spread(self, values: Any) -> Any:
         """Picks the values of its layers, with one axis for each loop around the site.
 
         Args:
-            values: one value per layer of the table.
+            values: one value per layer of the table; NumPy's as well, outside of loops.
         """
         if not self.site.loops:
             return values[self.first]

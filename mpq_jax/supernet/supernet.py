@@ -125,7 +125,7 @@ class Supernet:
     _: dataclasses.KW_ONLY
     quantizer: Quantizer
 
-    def init(self, variables: PyTree, inputs: Float[Array, "batch ..."]) -> SupernetState:
+    def init(self, variables: PyTree, inputs: Any) -> SupernetState:
         """Builds the state from the variables of the float model, calibrating on some inputs.
 
         Weight step sizes come from the kernels, input step sizes from one forward pass of the

@@ -11,7 +11,8 @@ import pytest
 from helpers.finished_runs import make_config, make_run, some_digits
 
 from mpq_jax.export import exported_model, finished_run, norm_statistics
-from mpq_jax.program import network, paths
+from mpq_jax.program import paths
+from mpq_jax.program.network import as_network, forward
 from mpq_jax.quantizers import batch_max, double_rounding, lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.training import experiment
@@ -163,7 +164,7 @@ def test_the_float_reference_is_the_float_model(exported):
     assert all(layer.integers is None for layer in exported_model.quantized_layers(reference))
     images, _ = some_digits(exported, 16)
     plain = exported.net.float_variables(exported.state, exported.bits)
-    wanted = network.forward(exported.net.model, plain, images, train=False)[0]
+    wanted = forward(as_network(exported.net.model), plain, images, train=False)[0]
     np.testing.assert_array_equal(exported_model.logits(reference, images), wanted)
 
 

@@ -1,14 +1,17 @@
 """Networks of drawn weights and one configuration, for tests of exports; made without compiling."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
 from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.program import paths
+from mpq_jax.program.network import example_batch
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
 from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
 
@@ -18,6 +21,8 @@ REACH = 2.0  # largest value of a layer's input that is not clipped
 
 def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTIZER):
     """A network whose layers take turns at `BITS` and at signed and unsigned inputs.
+
+    `shape` is that of an image, or describes a batch.
 
     `turned` is the fraction of the norms' factors that are negative.
     """
@@ -45,8 +50,8 @@ def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq
             )
         )
         signed.append(index % 2 == 0)
-    table = LayerTable(tuple(layers), "shared")
-    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    table = dataclasses.replace(traced, layers=tuple(layers), bn_banks="shared")
+    net = Supernet(model, table, quantizer=quantizer)
     kernels = net.kernels(variables["params"])
     steps = np.zeros((2, len(table), len(table.candidates)), np.float32)
     for place, bits in enumerate(table.candidates):
@@ -57,10 +62,10 @@ def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq
     state = SupernetState(trainable, variables.get("batch_stats", {}), jnp.array(signed))
     bits = BitConfig(*(jnp.array(column, jnp.int32) for column in _first_candidates(table)))
     return ExportedModel(
-        net=Supernet(model, table, quantizer=quantizer),
+        net=net,
         state=state,
         bits=bits,
-        image_shape=shape,
+        image_shape=tuple(example_batch(shape).shape[1:]),
         num_classes=10,
         mean=(0.5,),
         std=(0.25,),

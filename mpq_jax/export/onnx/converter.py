@@ -2,7 +2,7 @@
 
     onnx.save(to_onnx(exported), "net.onnx")
 
-The graph is read off the traced program, so any Linen model is exported whose primitives
+The graph is read off the traced program, so any model is exported whose primitives
 `ops.CONVERTERS` lists. A kernel is an initializer of the training's own integers. A norm after a
 layer is folded into the step size of each output channel and into a float bias; where its factor
 is negative, the output is multiplied by -1, so integers stay as they are and scales are positive.
@@ -81,10 +81,12 @@ class Sources(NamedTuple):
     Attributes:
         graph: graph under construction.
         inputs: quantizers of the inputs, see `program.Program`.
+        label: name of the model's class, with which the names of Linen's modules begin.
     """
 
     graph: Graph
     inputs: list[program.InputQuantizer]
+    label: str
 
 
 def to_onnx(exported: ExportedModel, *, opset: int = OPSETS[0]) -> onnx.ModelProto:
@@ -107,11 +109,16 @@ def to_onnx(exported: ExportedModel, *, opset: int = OPSETS[0]) -> onnx.ModelPro
     """
     if opset not in OPSETS:
         raise ValueError(f"opset is {opset}; wanted {OPSETS[0]} to {OPSETS[-1]}")
+    if exported.image.dtype != np.float32:
+        raise Unsupported(
+            f"the network reads {exported.image.dtype}, as lookups do, and the ONNX export takes "
+            "float32: export to StableHLO or packed instead"
+        )
     traced = program.trace(exported)
     graph = Graph(IMAGES, traced.images[0], opset)
     images = Tensor(IMAGES, traced.images, tuple(range(len(traced.images))))
     arguments = [_argument(traced, name, value) for name, value in traced.arguments]
-    sources = Sources(graph, traced.inputs)
+    sources = Sources(graph, traced.inputs, exported.net.network.label)
     (logits,) = _run(sources, traced.jaxpr.jaxpr, traced.jaxpr.consts, [*arguments, images], "")
     graph.scope = ""
     out = traced.jaxpr.jaxpr.outvars[0].aval.shape
@@ -129,8 +136,8 @@ def to_onnx(exported: ExportedModel, *, opset: int = OPSETS[0]) -> onnx.ModelPro
 
 
 def _argument(traced: program.Program, name: str, value: np.ndarray) -> Value:
-    layer = traced.layers.get(name.removeprefix("params/").removesuffix("/kernel"))
-    if layer is not None and layer.integers is not None and name.endswith("/kernel"):
+    layer = traced.layers.get(name)
+    if layer is not None and layer.integers is not None:
         return Kernel(layer, layer.integers)
     return Constant(np.asarray(value))
 
@@ -166,7 +173,7 @@ def _run(
         if not any(uses[var] for var in equation.outvars):
             continue
         inside = f"{scope}/{equation.source_info.name_stack}".strip("/")
-        graph.scope = inside.partition("/")[2]  # without the name of the model's class
+        graph.scope = inside.removeprefix(sources.label).strip("/")
         if _is_empty(equation):
             results = [_nothing(var.aval) for var in equation.outvars]
         else:
@@ -279,7 +286,7 @@ def _model(
     ]
     made = helper.make_graph(
         nodes,
-        type(exported.net.model).__name__,
+        exported.net.network.label,
         ends[:1],
         ends[1:],
         [tensor for name, tensor in graph.constants.items() if name in read],

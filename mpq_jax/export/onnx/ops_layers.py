@@ -178,4 +178,5 @@ def _product(
 ) -> Product:
     matrix = weights.integers if isinstance(weights, Kernel) else weights.array
     one, zero = np.ones(matrix.shape[axis]), np.zeros(matrix.shape[axis])
-    return Product(weights, axis, one, zero, channels, shape, write, graph.scope)
+    scope = weights.layer.name if isinstance(weights, Kernel) else graph.scope
+    return Product(weights, axis, one, zero, channels, shape, write, scope)

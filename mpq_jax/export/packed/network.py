@@ -15,15 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax.export.packed import norm_encoding, reader
+from mpq_jax.export.packed import header, norm_encoding, reader
 from mpq_jax.export.packed.reader import PackedFile
 from mpq_jax.models import make_model
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
+from mpq_jax.program.evaluate import Change
+from mpq_jax.program.layers import shapes_of
+from mpq_jax.program.norms import find_norms
+from mpq_jax.program.trace import Program
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import Layer, LayerTable, trace_layers
+from mpq_jax.supernet.layer_table import Example, Layer, LayerTable, trace_layers
+from mpq_jax.supernet.placement import Edit
 from mpq_jax.supernet.supernet import Subnet, Supernet, SupernetState, TrainableParams
 
 
@@ -35,18 +39,23 @@ class PackedNetwork:
         file: content of the file, on the host.
         table: its layers; those of a file of one configuration have one candidate.
         state: a supernet's state whose quantized kernels are the stored integers. Folded norms
-            have a multiplier and an offset among the parameters, and no statistics.
-        model: the Linen model; None: a user's own model that was not given to `load`.
+            have a multiplier and an offset among the parameters, and no statistics. Kernels that
+            the model computes are parameters below `header.COMPUTED`, and what it computes them of
+            is missing.
+        model: the model; None: a user's own model that was not given to `load`.
     """
 
     file: PackedFile
     table: LayerTable
     state: SupernetState
-    model: linen.Model | None
+    model: Any
 
     @property
     def net(self) -> Supernet:
-        """The network as a supernet; with norms kept as they are, it can be recalibrated."""
+        """The network as a supernet.
+
+        With norms kept as they are, and no kernel computed by the model, it can be recalibrated.
+        """
         if self.model is None:
             raise ValueError(
                 "the file is of a model that is not in mpq_jax.models; call load(path, model=...)"
@@ -91,43 +100,104 @@ class PackedNetwork:
         self.table.check(bits)
         return _switch(self.net, self.state, bits)
 
-    def forward(
-        self, subnet: Subnet, images: Float[AnyArray, "batch ..."]
-    ) -> Float[Array, "batch classes"]:
+    def forward(self, subnet: Subnet, images: Any) -> Float[Array, "batch classes"]:
         """Computes the logits of a subnet from `switch` on normalized images; traceable.
 
         Raises:
             ValueError: the layers of the model are not those of the file.
         """
-        check_model(self.net.model, self.table, jnp.shape(images)[1:])
+        images = jax.tree.map(jnp.asarray, images)
+        check_model(self.net.model, self.table, Example.of(images))
         return _forward(self.net, subnet, images)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _switch(net: Supernet, state: SupernetState, bits: BitConfig) -> Subnet:
-    return net.select(state, bits)
+    stored = dataclasses.replace(net, table=_stored(net.table))
+    subnet = stored.select(state, bits)
+    computed = {
+        layer.name: kernel
+        for layer, kernel in zip(net.table.layers, stored.kernels_of(subnet), strict=True)
+        if layer.kernel is None
+    }
+    return subnet._replace(computed=computed)
+
+
+def _stored(table: LayerTable) -> LayerTable:
+    """Returns the layers of a model whose parameters all kernels are, as in the state."""
+    layers = [
+        layer._replace(kernel=layer.kernel or paths.join((header.COMPUTED, layer.name)))
+        for layer in table.layers
+    ]
+    return dataclasses.replace(table, layers=tuple(layers))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(net: Supernet, subnet: Subnet, images: Any) -> Array:
-    params = paths.flatten(subnet.params)
+    whole, others = _whole(net, subnet, images)
+    leaves = {paths.parent(path) for path in others if path.endswith(norm_encoding.FOLDED[0])}
+    norms = {norm: _folded_leaves(others, norm) for norm in leaves}
+    return net.forward(
+        whole, images, train=False, edit=functools.partial(_fold, norms=norms)
+    ).logits
 
-    def apply_folded(call: linen.ModuleCall) -> Any:
-        multiplier, offset = (params.get(f"{call.path}/{name}") for name in norm_encoding.FOLDED)
-        if not linen.is_batch_norm(call.module) or multiplier is None or offset is None:
-            return call.run()
-        x = call.x.astype(jnp.float32)
-        channels = (1,) * (x.ndim - 1) + (-1,)
-        folded = x * multiplier.reshape(channels) + offset.reshape(channels)
-        return folded.astype(call.module.dtype or jnp.float32)
 
-    return net.forward(subnet, images, train=False, hook=apply_folded).logits
+def _whole(net: Supernet, subnet: Subnet, images: Any) -> tuple[Subnet, dict[str, Array]]:
+    """Completes variables by zeros for those that the file has not.
+
+    Returns:
+        The subnet, and those parameters of the file that the model has not.
+    """
+    wanted = {"params": {}, "batch_stats": {}} | shapes_of(net.network, images)
+    held = {name: paths.flatten(getattr(subnet, name)) for name in wanted}
+    trees = {
+        name: paths.map_leaves(
+            shapes,
+            lambda path, leaf, own=held[name]: own.pop(path, jnp.zeros(leaf.shape, leaf.dtype)),
+        )
+        for name, shapes in wanted.items()
+    }
+    return subnet._replace(**trees), held["params"]
+
+
+def _folded_leaves(params: dict[str, Array], norm: str) -> list[Array]:
+    return [params[leaf_below(norm, leaf)] for leaf in norm_encoding.FOLDED]
+
+
+def leaf_below(norm: str, leaf: str) -> str:
+    """Returns the path of a folded norm's number among the parameters."""
+    return "/".join(filter(None, (norm, leaf)))
+
+
+def _fold(program: Program, norms: dict[str, list[Array]]) -> Edit:
+    """Multiplies and adds where the norms begin, and lets them do nothing else."""
+    edit, found = Edit({}, {}, {}), find_norms(program)
+    for path, numbers in norms.items():
+        if path not in found:
+            raise ValueError(f"the model is not the one of the file: it has no norm {path!r}")
+        edit.arrays[f"norm {path}"] = numbers
+        for call in found[path].calls:
+            edit.changes[call.input] = Change(f"norm {path}", _affine)
+            for place, number in call.neutral.items():
+                change = functools.partial(_constant, number=number)
+                edit.changes[place] = Change("neutral", change)
+    return edit
+
+
+def _affine(x: Array, numbers: list[Array]) -> Array:
+    multiplier, offset = (leaf.reshape((1,) * (x.ndim - 1) + (-1,)) for leaf in numbers)
+    return x.astype(jnp.float32) * multiplier + offset
+
+
+def _constant(x: Array, _: Any, *, number: int) -> Array:
+    return jnp.full_like(x, number)
 
 
 @functools.lru_cache(maxsize=16)
-def check_model(model: linen.Model, table: LayerTable, input_shape: tuple[int, ...]) -> None:
+def check_model(model: Any, table: LayerTable, images: Example) -> None:
     """Raises ValueError, naming layers, unless a model's layers are those of a table."""
-    traced = {layer.name: layer.kernel_shape for layer in trace_layers(model, input_shape).layers}
+    layers = trace_layers(model, images.inputs).layers
+    traced = {layer.name: layer.kernel_shape for layer in layers}
     wanted = {layer.name: layer.kernel_shape for layer in table.layers}
     different = sorted(dict(traced.items() ^ wanted.items()))[:5]
     if different:
@@ -136,13 +206,13 @@ def check_model(model: linen.Model, table: LayerTable, input_shape: tuple[int, .
         )
 
 
-def load(path: str | os.PathLike[str], *, model: linen.Model | None = None) -> PackedNetwork:
+def load(path: str | os.PathLike[str], *, model: Any = None) -> PackedNetwork:
     """Reads a packed file.
 
     Args:
         path: the file.
-        model: a user's own model, which is not in `mpq_jax.models`; its layers are checked when
-            it is first called.
+        model: a user's own model, of any library, which is not in `mpq_jax.models`; its layers are
+            checked when it is first called.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -163,6 +233,9 @@ def load(path: str | os.PathLike[str], *, model: linen.Model | None = None) -> P
 def _layer(row: dict[str, Any]) -> Layer:
     """Rebuilds a layer from its row in the header."""
     fields = {name: _hashable(value) for name, value in row.items() if name in Layer._fields}
+    kernel = header.kernel_of(row)
+    fields["kernel"] = None if kernel.startswith(f"{header.COMPUTED}/") else kernel
+    fields["index"] = fields["index"] or ()
     return Layer(
         **fields,
         params=int(np.prod(row["kernel_shape"])),
@@ -178,18 +251,29 @@ def _hashable(value: Any) -> Any:
 def _state(file: PackedFile, table: LayerTable) -> SupernetState:
     """Makes a supernet's state of a file; step sizes of bits that no layer has are 1."""
     params: dict[str, Any] = dict(file.params)
-    for layer in file.layers:
-        if layer.integers is not None:
-            params[f"{layer.name}/kernel"] = layer.integers
     for name, norm in file.norms.items():
-        params |= {"/".join(filter(None, (name, leaf))): x for leaf, x in norm._asdict().items()}
+        params |= {leaf_below(name, leaf): x for leaf, x in norm._asdict().items()}
+    kernels = {
+        layer.name: params[layer.kernel][layer.index] if layer.integers is None else layer.integers
+        for layer in file.layers
+    }
+    placed = _stored(table).with_kernels(paths.unflatten(params), _of_equal_types(file, kernels))
     weight_step_sizes = np.ones((len(table), len(table.candidates)), np.float32)
     weight_step_sizes *= np.array([[layer.step_size] for layer in file.layers], np.float32)
     act_step_sizes = np.ones_like(weight_step_sizes)
     for index, layer in enumerate(file.layers):
         for bits, step_size in layer.input_step_sizes.items():
             act_step_sizes[index, table.candidates.index(bits)] = step_size
-    trainable = TrainableParams(paths.unflatten(params), weight_step_sizes, act_step_sizes)
+    trainable = TrainableParams(placed, weight_step_sizes, act_step_sizes)
     signed = jnp.array([layer.input_signed for layer in file.layers])
     state = SupernetState(trainable, paths.unflatten(file.batch_stats), signed)
     return jax.tree.map(jnp.asarray, state)
+
+
+def _of_equal_types(file: PackedFile, kernels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Converts the kernels that are slices of one parameter to one type that holds them all."""
+    types: dict[str, Any] = {}
+    for layer in file.layers:
+        mine = kernels[layer.name].dtype
+        types[layer.kernel] = np.result_type(types.get(layer.kernel, mine), mine)
+    return {layer.name: kernels[layer.name].astype(types[layer.kernel]) for layer in file.layers}

@@ -15,7 +15,7 @@ import numpy as np
 
 from mpq_jax.export import safetensors_file
 from mpq_jax.export.packed import bit_stream, norm_encoding
-from mpq_jax.export.packed.header import LAYER_DEFAULTS, to_rows
+from mpq_jax.export.packed.header import LAYER_DEFAULTS, kernel_of, to_rows
 
 FORMAT, VERSION = "mpq_jax.packed", 2
 HOW_TO_WRITE = (
@@ -31,8 +31,8 @@ class PackedLayer(NamedTuple):
 
     Attributes:
         name: path of the layer.
-        kind: "conv", "depthwise" or "dense".
-        kernel_shape: shape of the kernel, output channels last.
+        kind: "conv", "depthwise", "dense" or "embedding".
+        kernel_shape: shape of the kernel, output channels last in Flax's layers.
         integers: integer values of the kernel, int8 up to 8 bits and int16 beyond; None: the
             kernel is float, in `PackedFile.params`.
         bits: bits of the integers, two's complement; 0: all are zero; 32 of a float kernel.
@@ -43,12 +43,16 @@ class PackedLayer(NamedTuple):
         input_signed: whether they are two's complement; false: natural binary.
         input_step_sizes: step size of the input at each of its numbers of bits.
         norm: path of the norm that reads the output, or None.
+        kernel: path of the parameter that the kernel is; it begins with `header.COMPUTED` where
+            the model computes the kernel of other parameters.
+        index: indices of the kernel along the leading axes of that parameter.
         layout: note of the training method on how the integers are made; "": none.
-        strides: strides of a convolution along the axes of its images; () of a dense layer.
-        padding: zeros before and after each axis, or Flax's name of another padding.
+        strides: strides of a convolution along the axes of its images; () of other layers.
+        padding: zeros before and after each axis; paddings by other numbers are operations of their
+            own. Older files may have Flax's name of such a padding.
         dilation: dilation of the kernel along each axis.
         input_dilation: dilation of the input along each axis.
-        groups: groups of channels of a convolution; 1 of a dense layer.
+        groups: groups of channels of a convolution; 1 of other layers.
     """
 
     name: str
@@ -63,6 +67,8 @@ class PackedLayer(NamedTuple):
     input_signed: bool
     input_step_sizes: dict[int, float]
     norm: str | None
+    kernel: str
+    index: tuple[int, ...]
     layout: str
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...] | str
@@ -236,7 +242,7 @@ def _layers(
     for row, step_size, count, end in zip(rows, step_sizes, counts, ends, strict=True):
         shape, bits, integers = tuple(row["kernel_shape"]), row["bits"][0], None
         if row["float_weights"]:
-            _check_float_kernel(row["name"], shape, params)
+            _check_float_kernel(row, params)
         else:
             stop = start + bit_stream.packed_size(int(np.prod(shape)), bits)
             integers, start = bit_stream.unpack(stream[start:stop], bits, shape), stop
@@ -248,8 +254,10 @@ def _layers(
     return layers
 
 
-def _check_float_kernel(name: str, shape: tuple[int, ...], params: dict[str, np.ndarray]) -> None:
-    kernel = params.get(f"{name}/kernel")
+def _check_float_kernel(row: dict[str, Any], params: dict[str, np.ndarray]) -> None:
+    name, shape, kernel = row["name"], tuple(row["kernel_shape"]), params.get(kernel_of(row))
+    if kernel is not None and row["index"]:
+        kernel = kernel[tuple(row["index"])]
     held = "nothing" if kernel is None else f"shape {kernel.shape}"
     if kernel is None or kernel.shape != shape:
         raise ValueError(f"layer {name!r} has {held} as its float kernel; wanted shape {shape}")
@@ -261,7 +269,8 @@ def _layer(
     step_size: float,
     input_step_sizes: dict[int, float],
 ) -> PackedLayer:
-    ones = () if row["kind"] == "dense" else (1,) * (len(row["kernel_shape"]) - 2)
+    is_conv = row["kind"] in ("conv", "depthwise")
+    ones = (1,) * (len(row["kernel_shape"]) - 2) if is_conv else ()
     padding = row["padding"] or [[0, 0]] * len(ones)
     strides, dilation, input_dilation = (
         ones if row[name] is None else tuple(row[name])
@@ -281,6 +290,8 @@ def _layer(
         input_signed=row["input_signed"],
         input_step_sizes=input_step_sizes,
         norm=row["norm"],
+        kernel=kernel_of(row),
+        index=tuple(row["index"] or ()),
         layout=row["layout"],
         strides=strides,
         padding=padding if isinstance(padding, str) else tuple((a, b) for a, b in padding),

@@ -1,0 +1,103 @@
+"""Networks of other libraries, computed kernels, loops and norms anywhere, in all formats."""
+
+import jax
+import numpy as np
+import pytest
+from helpers.exported_models import make_exported, some_images
+from helpers.onnx_runtime import logits_of, run
+from helpers.other_networks import NETWORKS
+
+from mpq_jax.export import exported_model
+from mpq_jax.export.onnx.converter import to_onnx
+from mpq_jax.export.packed import network, reader, writer
+from mpq_jax.export.stablehlo import to_stablehlo
+from mpq_jax.supernet.rules import Rule
+
+ROUNDING = 1e-5  # part of the largest logit
+FOLDED = {
+    "nnx": {"first", "norm"},
+    "computed kernel": set(),
+    "loop": set(),
+    "pre-activation": {"input_norm", "norm0", "norm1", "last_norm"},
+    "function": {"norm"},
+    "embedding": set(),
+}
+REFUSED = {
+    "loop": r"layer 'blocks/dense\[0\]' is inside a loop \(scan\) of 3 turns, '.*blocks",
+    "embedding": "reads int32, as lookups do",
+}
+
+pytestmark = pytest.mark.usefixtures("lenient")
+
+
+def made(name, **options):
+    make, shape = NETWORKS[name]
+    exported = make_exported(make(), shape, **options)
+    dtype = exported.image.dtype
+    images = some_images(exported)
+    return exported, np.abs(3 * images).astype(dtype) % 10 if dtype == "int32" else images
+
+
+def check_equal(found, wanted):
+    assert np.ptp(wanted) > 0.1, "the network says nothing"
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("norms", ["float32", "kept"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_packed_files_are_the_network(name, norms, tmp_path):
+    exported, images = made(name)
+    path = tmp_path / "network.safetensors"
+    writer.save(path, exported, norms=norms)
+    file = reader.read(path)
+    assert set(file.norms) == (FOLDED[name] if norms == "float32" else set())
+    assert not any(layer.integers is None for layer in file.layers)
+    packed = network.load(path, model=exported.net.model)
+    assert packed.table.layers == exported.table.layers
+    check_equal(packed.at()(images), logits_of(exported, images))
+    given, trained = packed.switch(), exported_model.select(exported)
+    for kernels in zip(packed.net.kernels_of(given), exported.net.kernels_of(trained), strict=True):
+        np.testing.assert_array_equal(*kernels)
+
+
+def test_what_makes_a_computed_kernel_is_not_in_the_file(tmp_path):
+    exported, _ = made("computed kernel")
+    path = tmp_path / "network.safetensors"
+    writer.save(path, exported)
+    assert set(reader.read(path).params) == {
+        f"{layer}/bias" for layer in ("first", "normalized", "again", "head")
+    }
+
+
+@pytest.mark.parametrize("name", ["computed kernel", "loop"])
+def test_float_layers_beside_quantized_ones(name, tmp_path):
+    rules = (
+        Rule("normalized", weights=32, float_weights=True, acts=8),
+        Rule("first", weights=4, acts=8),
+        Rule(weights=8, acts=8),
+    )
+    exported, images = made(name, rules=rules)
+    path = tmp_path / "network.safetensors"
+    writer.save(path, exported)
+    found = network.load(path, model=exported.net.model).at()(images)
+    check_equal(found, logits_of(exported, images))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_stablehlo_is_the_network(name):
+    exported, images = made(name)
+    program = jax.export.deserialize(bytearray(to_stablehlo(exported)))
+    check_equal(np.asarray(program.call(images)), logits_of(exported, images))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_is_the_network_or_refused(name):
+    exported, images = made(name)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            to_onnx(exported)
+        return
+    model = to_onnx(exported)
+    check_equal(run(model, images), logits_of(exported, images))
+    stored = {tensor.name for tensor in model.graph.initializer}
+    assert {f"{layer.name}/integers" for layer in exported.table.layers} <= stored
