@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -16,10 +18,52 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 10, 10)  # tracing makes many objects; this saves a tenth of all time
 
-# Files that begin first: a file goes to one worker, and none is to be left alone at the end.
-LONGEST = ("test_train", "test_csq", "test_search", "test_notebooks", "test_own_model")
+COMPILED = pytest.StashKey[str]()  # folder of compiled programs
+
+# Files that begin first: a file goes to one worker, and none is to be left alone at the end. The
+# second needs no run that the first makes, so that no worker waits for the other.
+LONGEST = (
+    "cli/test_search",
+    "cli/test_resume",
+    "cli/test_double_rounding",
+    "cli/test_csq",
+    "cli/test_export",
+    "search/test_prefix_scoring",
+    "search/test_run",
+    "search/test_strategies",
+    "export/test_finished_run",
+    "parallel/test_grad_accumulation",
+    "packed/test_network",
+    "search/test_segment_runs",
+    "models/test_computation",
+    "cli/test_train",
+    "tests/test_own_model",
+    "tests/test_user_transformer",
+)
+
+
+def pytest_configure(config):
+    """Shares compiled programs among the workers of this session, and with none before it."""
+    if not hasattr(config, "workerinput"):  # workers inherit the environment
+        config.stash[COMPILED] = tempfile.mkdtemp(prefix="compiled")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[COMPILED]
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests
+
+
+def pytest_unconfigure(config):
+    """Removes what this session compiled."""
+    if COMPILED in config.stash:
+        shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
     """Starts the longest files first."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+
+    def rank(item):
+        return ranks.get(f"{item.path.parent.name}/{item.path.stem}", len(ranks))
+
+    items.sort(key=rank)

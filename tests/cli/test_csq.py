@@ -21,11 +21,11 @@ from helpers.programs import (
     EPOCH_STEPS,
     PATIENCE,
     WIDTH,
+    call,
     entries,
     last_arrays,
     losses,
     run,
-    run_all,
     saved_steps,
     start,
     wait_for,
@@ -97,18 +97,16 @@ def summaries(workdir: Path) -> list[dict[str, float]]:
 def grown(shared, tmp_path_factory) -> Grown:
     directory = tmp_path_factory.mktemp("grown")
     start_from = f"--config.init_from={shared.float_run}"
-    commands = {
-        name: ("train.py", *flags, start_from, f"--workdir={directory / name}")
+    outputs = {
+        name: call("train", *flags, start_from, f"--workdir={directory / name}")
         for name, flags in (("grown", GROWN), ("uniform", UNIFORM))
     }
-    results = run_all(commands, directory, cache=shared.cache)
-    assert [code for code, _ in results.values()] == [0, 0], results
     return Grown(
         directory / "grown",
-        results["grown"][1],
+        outputs["grown"],
         (*GROWN, start_from),
         directory / "uniform",
-        results["uniform"][1],
+        outputs["uniform"],
     )
 
 

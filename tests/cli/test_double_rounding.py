@@ -13,9 +13,8 @@ from helpers.program_results import as_run, read_bits
 from helpers.programs import (
     EPOCH_STEPS,
     WIDTH,
+    call,
     entries,
-    run,
-    run_all,
 )
 
 from mpq_jax import data
@@ -102,11 +101,7 @@ def rounded(shared, tmp_path_factory) -> Rounded:
     multi, mixed, copy = (directory / name for name in ("multi", "mixed", "copy"))
 
     def train_from(start_from: Path, workdir: Path, flags: tuple[str, ...]) -> str:
-        flags = (*flags, f"--config.init_from={start_from}", f"--workdir={workdir}")
-        output = directory / f"{workdir.name}.txt"
-        code, printed = run("train.py", *flags, output=output, cache=shared.cache)
-        assert code == 0, printed
-        return printed
+        return call("train", *flags, f"--config.init_from={start_from}", f"--workdir={workdir}")
 
     multi_output = train_from(shared.float_run, multi, MULTI)
     mixed_output = train_from(multi, mixed, MIXED)
@@ -114,23 +109,27 @@ def rounded(shared, tmp_path_factory) -> Rounded:
     table = experiment.build(mixed_config(multi)).table
     latency = directory / "latency.json"
     write_latencies(latency, table)
-    flags = ("search.py", *PROGRAMME, f"--config.init_from={multi}")
-    commands = {
-        "bits": (*flags, f"--workdir={mixed}", "--config.search.budgets=(5.0, 3.0)"),
-        "latency": (
-            *flags,
-            f"--workdir={copy}",
-            "--config.search.cost=latency",
-            f"--config.search.latency={latency}",
-            f"--config.search.budgets=({MOST_SECONDS}, 100.0)",
-            f"--config.search.limits.bytes={MOST_BYTES}",
-        ),
-    }
-    results = run_all(commands, directory, cache=shared.cache)
-    assert [code for code, _ in results.values()] == [0, 0], results
-    by_bits = (mixed / "search", results["bits"][1])
-    by_latency = (copy / "search", results["latency"][1])
-    return Rounded(multi, multi_output, mixed, mixed_output, table, by_bits, by_latency, latency)
+    flags = (*PROGRAMME, f"--config.init_from={multi}")
+    by_bits = call("search", *flags, f"--workdir={mixed}", "--config.search.budgets=(5.0, 3.0)")
+    by_latency = call(
+        "search",
+        *flags,
+        f"--workdir={copy}",
+        "--config.search.cost=latency",
+        f"--config.search.latency={latency}",
+        f"--config.search.budgets=({MOST_SECONDS}, 100.0)",
+        f"--config.search.limits.bytes={MOST_BYTES}",
+    )
+    return Rounded(
+        multi,
+        multi_output,
+        mixed,
+        mixed_output,
+        table,
+        (mixed / "search", by_bits),
+        (copy / "search", by_latency),
+        latency,
+    )
 
 
 @pytest.mark.parametrize("name", ["multi", "mixed"])

@@ -14,7 +14,7 @@ from helpers.random_variables import drawn_variables
 
 from mpq_jax import data
 from mpq_jax.cli.main import main
-from mpq_jax.export import finished_run, formats
+from mpq_jax.export import finished_run, formats, verification
 from mpq_jax.export.exported_model import ExportedModel, ModelSpec
 from mpq_jax.export.packed import reader, writer
 from mpq_jax.models import make_model
@@ -45,6 +45,15 @@ class Saved(NamedTuple):
     @property
     def table(self) -> LayerTable:
         return self.exported.table
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Times everything once: no times are looked at."""
+    latencies = verification.latencies
+    monkeypatch.setattr(
+        verification, "latencies", lambda runs, images, _: latencies(runs, images, 1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -302,17 +311,11 @@ def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
     assert "360 images" in printed and "All logits differ; expected only when" in printed
 
 
-def export_all(workdir, *network):
-    """Writes a run's network in every format; returns the files by format."""
+def test_files_in_their_run_say_of_which_network_they_are(workdir, capsys):
     paths = {}
     for name, one in formats.FORMATS.items():
         paths[name] = pathlib.Path(workdir) / "exported" / f"network{one.endings[0]}"
-        main(["export", "--workdir", str(workdir), *network, "--out", str(paths[name])])
-    return paths
-
-
-def test_files_in_their_run_say_of_which_network_they_are(workdir, capsys):
-    paths = export_all(workdir, "--bits", "uniform:2")
+        main(["export", "--workdir", workdir, "--bits", "uniform:2", "--out", str(paths[name])])
     bits = finished_run.load(workdir, "uniform:2").bits
     for name, path in paths.items():
         said = formats.FORMATS[name].bits(path)
@@ -327,7 +330,11 @@ def test_files_in_their_run_say_of_which_network_they_are(workdir, capsys):
 
 def test_bits_that_training_found_are_not_asked_for(tmp_path, capsys):
     workdir = make_run(tmp_path / "run", "csq")
-    paths = export_all(workdir)
+    found = finished_run.load(workdir)
+    paths = {name: workdir / f"network{one.endings[0]}" for name, one in formats.FORMATS.items()}
+    main(["export", "--workdir", str(workdir), "--out", str(paths["packed"])])
+    for name in paths.keys() - {"packed"}:
+        formats.save(paths[name], found, name)
     assert [formats.FORMATS[name].bits(path) for name, path in paths.items()] == [None] * 3
     capsys.readouterr()
     main(["verify", str(paths["packed"])])

@@ -1,4 +1,4 @@
-"""search.py as a user runs it, on a small supernet."""
+"""`mpq search` on a small supernet; once as a user runs it, in a process of its own."""
 
 import csv
 import re
@@ -11,9 +11,9 @@ from helpers.program_results import PNG, make_table, read_bits
 from helpers.programs import (
     FLOAT,
     SUPERNET,
+    call,
     refusal,
     run,
-    run_all,
 )
 
 from mpq_jax.configs import digits
@@ -45,27 +45,34 @@ def searched(shared, tmp_path_factory) -> Searched:
     directory = tmp_path_factory.mktemp("searched")
     by_bytes = directory / "bytes"
     shutil.copytree(shared.smoke, by_bytes)
-    smoke = ("search.py", *shared.smoke_flags)
-    code, output = run(*smoke, f"--workdir={shared.smoke}", output=directory / "bitops.txt")
-    assert code == 0, output
+    smoke = (*shared.smoke_flags, f"--workdir={shared.smoke}")
+    output = call("search", *smoke)
     written = sorted((shared.smoke / "search").glob("bits_*.json"))
     first = {path.name: path.read_text() for path in written}
-    kilobytes = (*smoke, f"--workdir={by_bytes}", "--config.search.cost=bytes")
-    kilobytes += ("--config.search.levels=()", "--config.search.budgets=(2000.0, 1500.0)")
-    kilobytes += ("--config.search.strategy=tabu", "--config.search.max_accuracy_drop=20.0")
-    kilobytes += ("--config.search.limits.bitops=3e6",)
-    again = (*smoke, f"--workdir={shared.smoke}")
-    commands = {"bytes": kilobytes, "again": again}
-    results = run_all(commands, directory, cache=shared.cache)
-    assert [code for code, _ in results.values()] == [0, 0], results
+    bytes_output = call(
+        "search",
+        *shared.smoke_flags,
+        f"--workdir={by_bytes}",
+        "--config.search.cost=bytes",
+        "--config.search.levels=()",
+        "--config.search.budgets=(2000.0, 1500.0)",
+        "--config.search.strategy=tabu",
+        "--config.search.rounds=1",
+        "--config.search.max_accuracy_drop=20.0",
+        "--config.search.limits.bitops=3e6",
+    )
+    alike = {"devices": 8, "cache": shared.cache}  # so that what was compiled here serves there
+    smoke += ("--config.device_count=1",)
+    code, again_output = run("search.py", *smoke, output=directory / "again.txt", **alike)
+    assert code == 0, again_output
     return Searched(
         directory=shared.smoke / "search",
         output=output,
         first=first,
         again={path.name: path.read_text() for path in written},
-        again_output=results["again"][1],
+        again_output=again_output,
         bytes_directory=by_bytes / "search",
-        bytes_output=results["bytes"][1],
+        bytes_output=bytes_output,
     )
 
 
@@ -183,11 +190,11 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_cannot_be_searched_is_refused_with_what_can(shared, tmp_path, name):
     more, run_name, message = REFUSALS[name]
-    runs = {
-        "smoke": (*shared.smoke_flags, f"--workdir={shared.smoke}"),
-        "float": (*FLOAT, f"--workdir={shared.float_run}"),
-        "supernet": (*SUPERNET, f"--workdir={shared.supernet}"),
-    }
+    if run_name == "smoke":
+        run_flags = (*shared.smoke_flags, f"--workdir={shared.smoke}")
+    else:
+        run_flags = {"float": FLOAT, "supernet": SUPERNET}[run_name]
+        run_flags += (f"--workdir={shared.float_run if run_name == 'float' else tmp_path}",)
     places = {"untrained": tmp_path / "untrained", "float_run": shared.float_run}
     more = [flag.format(**places) for flag in more]
-    assert re.search(message, refusal("search", *runs[run_name], *more))
+    assert re.search(message, refusal("search", *run_flags, *more))

@@ -1,4 +1,4 @@
-"""train.py as a user runs it: in a process of its own, on a small supernet."""
+"""`mpq train` on a small supernet, in this process and in processes of their own."""
 
 import re
 
@@ -8,10 +8,12 @@ from helpers.programs import (
     EPOCH_STEPS,
     FLOAT,
     SUPERNET,
+    call,
     entries,
     losses,
     refusal,
     run,
+    stopped_after,
 )
 
 from mpq_jax.configs import digits
@@ -40,7 +42,7 @@ def test_supernet_starts_from_the_float_run(shared):
 
 def test_bits_never_recompile(shared):
     events = [entry for entry in entries(shared.supernet) if "frozen_layers" in entry]
-    assert [event["frozen_layers"] > 0 for event in events] == [True] * 3
+    assert [event["frozen_layers"] > 0 for event in events] == [True] * 2
     (line,) = re.findall("^compilations: (.*)$", shared.output("supernet"), re.M)
     counts = dict(re.findall(r"(\w+) x(\d+)", line))
     steps = ("_begin", "_max_subnet", "_random_subnet", "_finish", "evaluate_batch")
@@ -55,9 +57,19 @@ def test_layers_are_shown_with_what_they_cost_and_may_have(shared):
     assert "4,608" in row and "288" in row and row.count("6 5 4 3 2") == 2
 
 
-def test_eight_devices_train_like_one(shared):
-    one = losses(entries(shared.supernet))
-    assert_same_curve(shared.eight, one, ("loss_max", "loss_subnets"))
+@pytest.mark.parametrize(
+    "flags, workdir, names",
+    [
+        (FLOAT, "float_run", ("loss",)),
+        pytest.param(SUPERNET, "supernet", ("loss_max", "loss_subnets"), marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_train_like_one(shared, tmp_path, flags, workdir, names):
+    alone = losses(entries(getattr(shared, workdir)))
+    with stopped_after(5, tmp_path):
+        printed = call("train", *flags, f"--workdir={tmp_path}", devices=8)
+    assert "stopped by a signal after step" in printed
+    assert_same_curve(losses(entries(tmp_path)), alone, names)
 
 
 REFUSALS = {

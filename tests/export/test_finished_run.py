@@ -1,6 +1,7 @@
 """A run becomes one network with its bits decided: the one whose accuracy was printed."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from helpers.finished_runs import make_config, make_run, some_digits
 
 from mpq_jax.export import exported_model, finished_run, norm_statistics
 from mpq_jax.program import paths
-from mpq_jax.program.network import as_network, forward
+from mpq_jax.program.network import forward
 from mpq_jax.quantizers import batch_max, double_rounding, lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.training import experiment
@@ -51,7 +52,8 @@ def test_a_precision_of_training_keeps_its_statistics(workdirs, exported):
     step, state = finished_run._finished_state(setup, workdirs("double_rounding"))
     assert exported.provenance["step"] == step == setup.run.steps
     images, _ = some_digits(exported, 16)
-    wanted = setup.method.predict(state.variables, setup.table.uniform(4, 4), images)
+    predict = jax.jit(setup.method.predict)
+    wanted = predict(state.variables, setup.table.uniform(4, 4), images)
     np.testing.assert_array_equal(exported_model.logits(exported, images), wanted)
 
 
@@ -164,7 +166,8 @@ def test_the_float_reference_is_the_float_model(exported):
     assert all(layer.integers is None for layer in exported_model.quantized_layers(reference))
     images, _ = some_digits(exported, 16)
     plain = exported.net.float_variables(exported.state, exported.bits)
-    wanted = forward(as_network(exported.net.model), plain, images, train=False)[0]
+    call = jax.jit(functools.partial(forward, exported.net.model, train=False))
+    wanted = call(plain, images)[0]
     np.testing.assert_array_equal(exported_model.logits(reference, images), wanted)
 
 

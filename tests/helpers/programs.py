@@ -1,17 +1,21 @@
-"""Runs train.py and search.py as a user does: in processes of their own, on a small supernet."""
+"""Runs `mpq train` and `mpq search` on a small supernet, in this process or in one of their own."""
 
-import concurrent.futures
+import contextlib
 import fcntl
-import functools
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from helpers.compiler_flags import QUICK
@@ -26,13 +30,13 @@ FLOAT = (f"{DIGITS}:float", WIDTH, "--config.epochs=8", "--config.log_every=1")
 SUPERNET = (
     DIGITS,
     WIDTH,
-    "--config.epochs=4",
+    "--config.epochs=3",
     "--config.rfquant.random_subnets=1",
     "--config.log_every=1",
     "--config.save_every=10",
 )
 EPOCH_STEPS = 17  # 1,437 training images, a fifth of them held out, in batches of 64
-STEPS = 4 * EPOCH_STEPS  # of SUPERNET
+STEPS = 3 * EPOCH_STEPS  # of SUPERNET
 SMOKE = (
     f"{DIGITS}:smoke",
     WIDTH,
@@ -40,6 +44,7 @@ SMOKE = (
     "--config.search.levels=(4, 3)",
     "--config.search.budgets=()",
     "--config.search.max_accuracy_drop=0.0",
+    "--config.search.score_images=64",
 )
 # Of losses, relative, where sums are taken in another order. 2e-7 is seen in the first two steps;
 # norm statistics of each device alone would make it 1e-4. Later, some activation falls on the other
@@ -49,8 +54,8 @@ PATIENCE = 240  # seconds for one program, on a busy machine
 
 
 class Programs(NamedTuple):
-    """Finished runs that the tests of both programs share: FLOAT, SUPERNET from random weights,
-    SMOKE from the float run, and the first steps of SUPERNET on eight devices.
+    """Finished runs that tests share: FLOAT, SUPERNET from random weights, in a process of its own,
+    and SMOKE from the float run. Each is made when it is first asked for.
 
     Attributes:
         directory: of the workdirs, and of what was printed.
@@ -60,47 +65,100 @@ class Programs(NamedTuple):
 
     @property
     def cache(self) -> Path:
-        """Compiled programs of all runs, to save time."""
-        return self.directory / "cache"
+        """Compiled programs of this session, to save time."""
+        return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
     @property
     def float_run(self) -> Path:
-        return self.directory / "float"
+        return self.made("float", lambda workdir: call("train", *FLOAT, workdir))
 
     @property
     def supernet(self) -> Path:
-        return self.directory / "supernet"
+        def train(workdir: str) -> str:
+            output = self.directory / "supernet.part"
+            code, printed = run("train.py", *SUPERNET, workdir, output=output, cache=self.cache)
+            assert code == 0, printed
+            return printed
+
+        return self.made("supernet", train)
 
     @property
     def smoke(self) -> Path:
-        return self.directory / "smoke"
+        return self.made("smoke", lambda workdir: call("train", *self.smoke_flags, workdir))
 
     @property
     def smoke_flags(self) -> tuple[str, ...]:
         """All flags of SMOKE but the workdir's."""
         return (*SMOKE, f"--config.init_from={self.float_run}")
 
-    @property
-    def eight(self) -> list[dict[str, float]]:
-        """What the supernet's run on eight devices logged in its first steps."""
-        return losses(entries(self.directory / "eight"))
+    def made(self, name: str, train: Callable[[str], str]) -> Path:
+        """Returns the workdir of a run, made once per session: train(flag) -> what was printed.
+
+        Workers of one session share it; the first that comes trains, and the others wait.
+        """
+        workdir = self.directory / name
+        with workdir.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            output = workdir.with_suffix(".txt")
+            if not output.exists():
+                output.write_text(train(f"--workdir={workdir}"))
+        return workdir
 
     def output(self, name: str) -> str:
         """Returns what the run "float", "supernet" or "smoke" printed."""
+        getattr(self, {"float": "float_run"}.get(name, name))
         return (self.directory / f"{name}.txt").read_text()
+
+
+def call(command: str, *flags: str, devices: int = 1) -> str:
+    """Calls a command in this process, on some of its devices; returns what it printed.
+
+    Without checks of annotations, as in a process of its own.
+    """
+    printed, checks = io.StringIO(), jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with contextlib.redirect_stdout(printed):
+            assert main([command, *flags, f"--config.device_count={devices}"]) == 0
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", checks)
+    return printed.getvalue()
+
+
+@contextlib.contextmanager
+def stopped_after(steps: int, workdir: Path):
+    """Stops a run in this process by SIGTERM, once it has logged some steps."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            if len(losses(entries(workdir))) >= steps:
+                return os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until the run minds it, and after
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def start(program: str, *flags: str, output: Path, cache: Path | None = None, devices: int = 1):
     """Starts a program whose output goes to a file; `cache` holds compiled programs."""
     environment = {name: value for name, value in os.environ.items() if "JAX" not in name} | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "XLA_FLAGS": QUICK,
         "COLUMNS": "200",  # otherwise names of layers are cut off
     }
     if cache is not None:
         environment |= {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w") as file:
@@ -120,16 +178,6 @@ def run(program: str, *flags: str, output: Path, **how) -> tuple[int, str]:
         return process.wait(PATIENCE), output.read_text()
     finally:
         process.kill()
-
-
-def run_all(commands: dict[str, tuple[str, ...]], directory: Path, **how) -> dict[str, Any]:
-    """Runs named commands, (program, *flags) each, two at a time; see `run`."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        running = {
-            name: pool.submit(run, *command, output=directory / f"{number}.txt", **how)
-            for number, (name, command) in enumerate(commands.items())
-        }
-        return {name: future.result() for name, future in running.items()}
 
 
 def refusal(*command: str) -> str:
@@ -160,45 +208,6 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         assert process.poll() is None, "the program ended before it was expected to"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-@functools.cache
-def programs(base: Path) -> Programs:
-    """Trains what is shared, once per session: `base` is the session's temporary directory.
-
-    Workers of one session share it; the first that comes trains, and the others wait.
-    """
-    directory = base / "programs"
-    directory.mkdir(exist_ok=True)
-    done = directory / "done"
-    with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            train_programs(directory)
-            done.touch()
-    return Programs(directory)
-
-
-def train_programs(directory: Path) -> None:
-    shared = Programs(directory)
-
-    def train(name: str, *flags: str) -> None:
-        flags = (*flags, f"--workdir={directory / name}")
-        output = directory / f"{name}.txt"
-        code, printed = run("train.py", *flags, output=output, cache=shared.cache)
-        assert code == 0, printed
-
-    eight = directory / "eight"
-    flags = (*SUPERNET, f"--workdir={eight}")
-    on_eight = start("train.py", *flags, output=directory / "eight.txt", devices=8)
-    try:  # both compile at the same time
-        train("supernet", *SUPERNET)
-        wait_for(lambda: len(losses(entries(eight))) >= 5, on_eight)
-    finally:
-        on_eight.kill()
-        on_eight.wait()
-    train("float", *FLOAT)
-    train("smoke", *shared.smoke_flags)
 
 
 def last_arrays(workdir: Path) -> tuple[int, dict[str, bytes]]:

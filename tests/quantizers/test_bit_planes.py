@@ -1,5 +1,6 @@
 """References are the closed forms, written anew in NumPy float64."""
 
+import functools
 import itertools
 
 import jax
@@ -12,6 +13,18 @@ from mpq_jax.quantizers.bit_planes import BitPlanes
 
 SHAPE = (3, 2, 4)
 
+# Compiled as a whole: called as they are, each of their operations is a program of its own.
+from_float = jax.jit(csq.from_float, static_argnames=("planes", "literal", "clip_rms"))
+weights_of = jax.jit(csq.weights, static_argnames="contiguous")
+hard_weights = jax.jit(csq.hard_weights, static_argnames="contiguous")
+codes_of = jax.jit(csq.codes, static_argnames="contiguous")
+combine = jax.jit(csq.combine)
+active_planes = jax.jit(csq.active_planes, static_argnames="contiguous")
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
 
 def sigmoid(x):
     return 0.5 * (1 + np.tanh(np.asarray(x, np.float64) / 2))
@@ -22,9 +35,9 @@ def drawn(planes, seed=0, spread=1.0):
     generator = np.random.default_rng(seed)
 
     def draw(*shape):
-        return jnp.asarray(spread * generator.normal(size=shape), jnp.float32)
+        return (spread * generator.normal(size=shape)).astype(np.float32)
 
-    return BitPlanes(draw(planes, *SHAPE), draw(planes, *SHAPE), draw(planes), jnp.float32(0.37))
+    return BitPlanes(draw(planes, *SHAPE), draw(planes, *SHAPE), draw(planes), np.float32(0.37))
 
 
 def parts(bit_planes, beta, contiguous=False):
@@ -56,7 +69,7 @@ def quantized(w, planes):
 @pytest.mark.parametrize("planes", [1, 3, 8])
 def test_weights_are_the_sum_of_gated_planes(planes, beta, contiguous):
     bit_planes = drawn(planes)
-    found = jax.jit(lambda p, t: csq.weights(p, t, contiguous=contiguous))(bit_planes, beta)
+    found = weights_of(bit_planes, beta, contiguous=contiguous)
     np.testing.assert_allclose(found, reference(bit_planes, beta, contiguous), atol=2e-7)
 
 
@@ -64,51 +77,54 @@ def test_weights_are_the_sum_of_gated_planes(planes, beta, contiguous):
 def test_every_integer_comes_back(planes):
     """Soft at temperature 1 to float rounding, hard exactly."""
     integers = np.arange(-(2**planes - 1), 2**planes)
-    w = jnp.asarray(integers * 0.25, jnp.float32)
-    bit_planes = csq.from_float(w, planes=planes)
-    np.testing.assert_allclose(csq.weights(bit_planes, 1.0), w, atol=3e-7 * 0.25 * 2**planes)
-    codes, step = csq.codes(bit_planes)
+    w = (integers * 0.25).astype(np.float32)
+    bit_planes = from_float(w, planes=planes)
+    np.testing.assert_allclose(weights_of(bit_planes, 1.0), w, atol=3e-7 * 0.25 * 2**planes)
+    codes, step = codes_of(bit_planes)
     np.testing.assert_array_equal(codes, integers)
     factor = (sigmoid(csq.SHARPNESS) - sigmoid(-csq.SHARPNESS)) * sigmoid(csq.MASK_LOGIT)
     np.testing.assert_allclose(step, 0.25 / factor, rtol=1e-6)
-    assert csq.active_planes(bit_planes).all()
+    assert active_planes(bit_planes).all()
 
 
 def test_a_float_tensor_is_quantized_to_the_nearest_code():
-    w = jax.random.normal(jax.random.key(0), (5, 5, 8))
+    w = normal(0, 5, 5, 8)
     codes, unit = quantized(w, 6)
-    bit_planes = csq.from_float(w, planes=6)
-    np.testing.assert_array_equal(csq.codes(bit_planes)[0], codes)
-    np.testing.assert_allclose(csq.weights(bit_planes, 1.0), codes * unit, atol=1e-6)
+    bit_planes = from_float(w, planes=6)
+    np.testing.assert_array_equal(codes_of(bit_planes)[0], codes)
+    np.testing.assert_allclose(weights_of(bit_planes, 1.0), codes * unit, atol=1e-6)
 
 
 def test_the_literal_start_is_the_published_one():
-    w = jax.random.normal(jax.random.key(1), (6, 7))
+    w = normal(1, 6, 7)
     codes, unit = quantized(w, 8)
-    bit_planes = csq.from_float(w, planes=8, literal=True)
+    bit_planes = from_float(w, planes=8, literal=True)
     for logits, sign in ((bit_planes.positive, 1), (bit_planes.negative, -1)):
         bits = np.array([(np.maximum(sign * codes, 0).astype(int) >> b) & 1 for b in range(8)])
         np.testing.assert_array_equal(logits, bits)
     np.testing.assert_array_equal(bit_planes.mask, np.zeros(8))
-    assert bit_planes.scale == jnp.max(jnp.abs(w))
+    assert bit_planes.scale == np.max(np.abs(w))
     ratio = (sigmoid(1.0089) - 0.5) * 0.5
     assert abs(ratio - 0.1164) < 1e-4
-    np.testing.assert_allclose(csq.weights(bit_planes, 1.0089), ratio * codes * unit, atol=1e-6)
+    np.testing.assert_allclose(weights_of(bit_planes, 1.0089), ratio * codes * unit, atol=1e-6)
 
 
 @pytest.mark.parametrize("literal", [False, True])
 def test_an_all_zero_tensor_stays_zero_and_can_learn(literal):
-    bit_planes = csq.from_float(jnp.zeros((3, 4)), literal=literal)
-    np.testing.assert_array_equal(csq.weights(bit_planes, 1.0), np.zeros((3, 4)))
-    np.testing.assert_array_equal(csq.hard_weights(bit_planes), np.zeros((3, 4)))
-    gradient = jax.grad(lambda p: jnp.sum(csq.weights(p, 1.0)))(bit_planes)
-    assert all(np.isfinite(leaf).all() for leaf in gradient) and (gradient.positive > 0).all()
+    bit_planes = from_float(np.zeros((3, 4), np.float32), literal=literal)
+    np.testing.assert_array_equal(weights_of(bit_planes, 1.0), np.zeros((3, 4)))
+    np.testing.assert_array_equal(hard_weights(bit_planes), np.zeros((3, 4)))
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(csq.weights(p, 1.0))))(bit_planes)
+    assert (
+        all(np.isfinite(leaf).all() for leaf in gradient)
+        and (np.asarray(gradient.positive) > 0).all()
+    )
 
 
 @pytest.mark.parametrize("planes", [0, 17])
 def test_a_number_of_planes_that_makes_no_sense_is_refused(planes):
     with pytest.raises(ValueError, match=f"planes is {planes}; wanted 1 to 16"):
-        csq.from_float(jnp.ones((2,)), planes=planes)
+        from_float(jnp.ones((2,)), planes=planes)
 
 
 @pytest.mark.parametrize("beta", [1.0, 12.0])
@@ -170,7 +186,7 @@ def kept_for_backward(weights, bit_planes):
 
 @pytest.mark.parametrize("planes", [2, 4, 8])
 def test_nothing_but_the_inputs_is_kept_for_the_backward_pass(planes):
-    bit_planes = csq.from_float(jnp.ones((3, 3, 16, 32)), planes=planes)
+    bit_planes = from_float(np.ones((3, 3, 16, 32), np.float32), planes=planes)
     inputs = sum(leaf.nbytes for leaf in bit_planes)
     lean = kept_for_backward(lambda p: csq.weights(p, jnp.float32(2.0)), bit_planes)
     assert inputs <= lean <= inputs + 1000  # and a few numbers per plane
@@ -188,12 +204,11 @@ def test_gates_that_are_on_can_learn_as_well_as_gates_that_are_off():
 
 
 def test_bits_at_a_high_temperature_learn_symmetrically():
+    differentiate = jax.jit(jax.grad(lambda p: jnp.sum(csq.weights(p, 200.0))))
     for sign in (1, -1):
-        planes = BitPlanes(
-            jnp.full((1, 1), sign * 0.2), jnp.full((1, 1), -5.0), jnp.ones((1,)), jnp.float32(1.0)
-        )
-        gradient = jax.grad(lambda p: jnp.sum(csq.weights(p, 200.0)))(planes)
-        assert gradient.positive[0, 0] > 0
+        full = np.full((2, 1, 1), [[[sign * 0.2]], [[-5.0]]], np.float32)
+        planes = BitPlanes(full[0], full[1], np.ones(1, np.float32), np.float32(1))
+        assert np.asarray(differentiate(planes).positive)[0, 0] > 0
 
 
 def test_soft_weights_become_the_hard_ones():
@@ -201,11 +216,12 @@ def test_soft_weights_become_the_hard_ones():
     for seed in range(5):
         bit_planes = drawn(6, seed)
         away = jax.tree.map(
-            lambda x: jnp.where(jnp.abs(x) < 0.1, 0.1 * jnp.where(x < 0, -1, 1), x), bit_planes
+            lambda x: np.where(np.abs(x) < 0.1, np.where(x < 0, -0.1, 0.1), x).astype(np.float32),
+            bit_planes,
         )
-        away = away._replace(scale=jnp.float32(generator.uniform(0.1, 2)))
-        hard = csq.hard_weights(away)
-        np.testing.assert_allclose(csq.weights(away, 200.0), hard, atol=1e-6)
+        away = away._replace(scale=np.float32(generator.uniform(0.1, 2)))
+        hard = hard_weights(away)
+        np.testing.assert_allclose(weights_of(away, 200.0), hard, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -214,13 +230,13 @@ def test_soft_weights_become_the_hard_ones():
 )
 def test_number_of_levels_of_a_mask(on, levels):
     generator = np.random.default_rng(0)
-    mask = jnp.array([1.0 if b in on else -1.0 for b in range(8)])
-    logits = jnp.asarray(generator.choice([-1.0, 1.0], (2, 8, 20_000)), jnp.float32)
-    bit_planes = BitPlanes(logits[0], logits[1], mask, jnp.float32(0.7))
-    codes, step = csq.codes(bit_planes)
+    mask = np.array([1 if b in on else -1 for b in range(8)], np.float32)
+    logits = generator.choice([-1, 1], (2, 8, 20_000)).astype(np.float32)
+    bit_planes = BitPlanes(logits[0], logits[1], mask, np.float32(0.7))
+    codes, step = codes_of(bit_planes)
     assert len(np.unique(codes)) == levels
-    np.testing.assert_array_equal(csq.active_planes(bit_planes), mask > 0)
-    hard = csq.hard_weights(bit_planes)
+    np.testing.assert_array_equal(active_planes(bit_planes), mask > 0)
+    hard = hard_weights(bit_planes)
     np.testing.assert_array_equal(hard, np.asarray(codes).astype(np.float32) * step, strict=True)
     worth = [2.0**b / 255 for b in on]
     digits = (np.asarray(logits[0]) > 0).astype(float) - (np.asarray(logits[1]) > 0)
@@ -231,14 +247,14 @@ def test_number_of_levels_of_a_mask(on, levels):
 
 
 def test_contiguous_masks_only_trim_low_planes():
-    mask = jnp.array([1.0, 1.0, -1.0, 1.0, 1.0])  # plane 2 is off, so 0 and 1 are, too
+    mask = np.array([1, 1, -1, 1, 1], np.float32)  # plane 2 is off, so 0 and 1 are, too
     bit_planes = drawn(5)._replace(mask=mask)
     np.testing.assert_array_equal(
-        csq.active_planes(bit_planes, contiguous=True), [False, False, False, True, True]
+        active_planes(bit_planes, contiguous=True), [False, False, False, True, True]
     )
-    gates = csq.plane_gates(mask, 100.0, contiguous=True)
+    gates = jax.jit(functools.partial(csq.plane_gates, contiguous=True))(mask, 100.0)
     np.testing.assert_allclose(gates, [0, 0, 0, 1, 1], atol=1e-6)
-    codes, step = csq.codes(bit_planes, contiguous=True)
+    codes, step = codes_of(bit_planes, contiguous=True)
     assert np.abs(codes).max() <= 3
     np.testing.assert_allclose(step, 0.37 * 8 / 31, rtol=1e-6)
 
@@ -253,10 +269,10 @@ def test_planes_are_on_from_zero_up(array):
 
 def test_a_gate_on_the_threshold_is_on_and_a_bit_on_it_is_not():
     """The literal start has all gates at zero: it counts as all planes, and names what bits say."""
-    w = jax.random.normal(jax.random.key(2), (50,))
-    bit_planes = csq.from_float(w, literal=True)
-    assert csq.active_planes(bit_planes).all()
-    np.testing.assert_array_equal(csq.codes(bit_planes)[0], quantized(w, 8)[0])
+    w = normal(2, 50)
+    bit_planes = from_float(w, literal=True)
+    assert active_planes(bit_planes).all()
+    np.testing.assert_array_equal(codes_of(bit_planes)[0], quantized(w, 8)[0])
 
 
 def test_the_temperature_is_traced():
@@ -273,17 +289,17 @@ def test_the_temperature_is_traced():
 
 @pytest.mark.parametrize("clip_rms", [1.0, 2.5])
 def test_outliers_are_clipped_and_the_rest_has_finer_steps(clip_rms):
-    w = jax.random.normal(jax.random.key(3), (50, 40))
-    bound = clip_rms * np.sqrt(np.mean(np.asarray(w) ** 2))
-    made = csq.from_float(w, planes=3, clip_rms=clip_rms)
-    expected = np.round(np.clip(np.asarray(w) / bound, -1, 1) * 7) * bound / 7
-    np.testing.assert_allclose(csq.weights(made, 1.0), expected, atol=1e-5)
-    assert np.unique(csq.codes(made)[0]).tolist() == list(range(-7, 8))
+    w = normal(3, 50, 40)
+    bound = clip_rms * np.sqrt(np.mean(w**2))
+    made = from_float(w, planes=3, clip_rms=clip_rms)
+    expected = np.round(np.clip(w / bound, -1, 1) * 7) * bound / 7
+    np.testing.assert_allclose(weights_of(made, 1.0), expected, atol=1e-5)
+    assert np.unique(codes_of(made)[0]).tolist() == list(range(-7, 8))
 
 
 def test_a_threshold_beyond_the_largest_weight_changes_nothing():
-    w = jax.random.uniform(jax.random.key(4), (30,), minval=-1.0)
-    jax.tree.map(np.testing.assert_array_equal, csq.from_float(w), csq.from_float(w, clip_rms=3.0))
+    w = np.random.default_rng(4).uniform(-1, 1, 30).astype(np.float32)
+    jax.tree.map(np.testing.assert_array_equal, from_float(w), from_float(w, clip_rms=3.0))
 
 
 SCHEMES = [
@@ -304,11 +320,11 @@ def sums_of(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_on_a_scheme_every_weight_becomes_the_nearest_sum_of_its_planes(scheme):
-    w = np.asarray(jax.random.normal(jax.random.key(5), (60, 7)))
+    w = normal(5, 60, 7)
     mask = np.where(scheme, 0.5, -0.5).astype(np.float32)
     made = csq.on_scheme(w, mask)
     np.testing.assert_array_equal(made.mask, mask)
-    named = np.asarray(csq.combine(made, jnp.asarray(scheme, jnp.float32), 1.0))
+    named = np.asarray(combine(made, np.array(scheme, np.float32), 1.0))
     on = np.tanh(csq.SHARPNESS / 2)
     levels = sums_of(scheme) * float(made.scale) * on / 15
     nearest = np.abs(w[..., None] - levels).min(axis=-1)
@@ -318,7 +334,7 @@ def test_on_a_scheme_every_weight_becomes_the_nearest_sum_of_its_planes(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES[:4])
 def test_on_a_scheme_the_scale_is_about_the_best(scheme):
     """No scale between those that are tried does better by more than a tenth."""
-    w = np.asarray(jax.random.normal(jax.random.key(6), (900,)))
+    w = normal(6, 900)
     made = csq.on_scheme(w, np.where(scheme, 1.0, -1.0).astype(np.float32))
     step = float(made.scale) * np.tanh(csq.SHARPNESS / 2) / 15
 
@@ -332,4 +348,4 @@ def test_on_a_scheme_the_scale_is_about_the_best(scheme):
 def test_on_a_scheme_zeros_stay_zeros():
     made = csq.on_scheme(np.zeros((3, 4), np.float32), np.ones(8, np.float32))
     assert float(made.scale) > 0
-    np.testing.assert_array_equal(csq.hard_weights(made), np.zeros((3, 4)))
+    np.testing.assert_array_equal(hard_weights(made), np.zeros((3, 4)))

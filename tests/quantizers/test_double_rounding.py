@@ -44,6 +44,10 @@ switched_codes = jax.jit(double_rounding.switch, static_argnames="max_bits")
 trained_values = jax.jit(double_rounding.fake_quant, static_argnames="max_bits")
 
 
+def jitted(fake_quant):
+    return jax.jit(fake_quant, static_argnames=("max_bits", "grad_scale"))
+
+
 @every_pair
 def test_switch_is_the_second_rounding_of_every_integer(max_bits, bits):
     codes = jnp.asarray(integers(max_bits), jnp.int32)
@@ -98,11 +102,12 @@ def test_the_highest_precision_is_lsq():
 
 def test_rounding_to_even_has_no_bias_and_flooring_has():
     """Over all stored integers that no clip touches."""
-    w, halvings = jnp.asarray(integers(8)[8:-8], jnp.float32), 2
+    w, halvings = integers(8)[8:-8].astype(np.float32), 2
     errors = {}
     for name in ("double_rounding", "double_rounding_floored"):
-        fake_quant = QUANTIZERS[name].weights.fake_quant
-        errors[name] = np.asarray(fake_quant(w, 1.0, 8 - halvings, max_bits=8, grad_scale=None) - w)
+        fake_quant = jitted(QUANTIZERS[name].weights.fake_quant)
+        found = fake_quant(w, 1.0, 8 - halvings, max_bits=8, grad_scale=None)
+        errors[name] = np.asarray(found) - w
     assert errors["double_rounding"].sum() == 0
     assert errors["double_rounding_floored"].sum() == -len(w) * (2**halvings - 1) / 2
 
@@ -132,24 +137,27 @@ def test_gradients_are_the_closed_forms(bits):
 
 def test_weights_on_the_bounds_are_inside():
     max_bits, step = 8, np.float32(0.3)
+
+    @jax.jit
+    @jax.grad
+    def differentiate(w, bits):
+        return jnp.sum(double_rounding.fake_quant(w, step, bits, max_bits=max_bits))
+
     for bits in (2, 4, 8):
         width = step * np.float32(2 ** (max_bits - bits))
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        w = jnp.asarray(np.array([low, high], np.float32) * width)
-        gradient = jax.grad(
-            lambda w, b=bits: jnp.sum(double_rounding.fake_quant(w, step, b, max_bits=max_bits))
-        )(w)
+        gradient = differentiate(np.array([low, high], np.float32) * width, bits)
         np.testing.assert_array_equal(gradient, [1, 1])
 
 
 def test_gradient_scale_acts_on_the_step_alone():
-    w = jnp.linspace(-1, 1, 50)
+    w = np.linspace(-1, 1, 50, dtype=np.float32)
 
     def gradients(scale):
         def loss(w, s):
             return jnp.sum(w * double_rounding.fake_quant(w, s, 3, max_bits=6, grad_scale=scale))
 
-        return jax.grad(loss, argnums=(0, 1))(w, np.float32(0.02))
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(w, np.float32(0.02))
 
     (w_plain, s_plain), (w_scaled, s_scaled) = gradients(None), gradients(0.125)
     np.testing.assert_array_equal(w_plain, w_scaled)
@@ -214,19 +222,20 @@ def test_a_switch_in_two_hops_is_not_a_switch_in_one():
 
 
 def test_unshared_and_floored_differ_from_the_default_where_they_should():
-    w = jnp.linspace(-1, 1, 400)
-    default, unshared, floored = (
-        QUANTIZERS[name].weights
-        for name in ("double_rounding", "double_rounding_unshared", "double_rounding_floored")
-    )
+    w = np.linspace(-1, 1, 400, dtype=np.float32)
+    names = ("double_rounding", "double_rounding_unshared", "double_rounding_floored")
+    default, unshared, floored = (QUANTIZERS[name].weights for name in names)
     assert (default.shared_step_size, unshared.shared_step_size, floored.shared_step_size) == (
         True,
         False,
         True,
     )
+    of_default, of_unshared, of_floored = (
+        functools.partial(jitted(q.fake_quant), max_bits=8, grad_scale=None)
+        for q in (default, unshared, floored)
+    )
     for bits, step in itertools.product((2, 5, 8), (0.004, 0.01)):
-        arguments = {"max_bits": 8, "grad_scale": None}
-        a, c = (q.fake_quant(w, step, bits, **arguments) for q in (default, floored))
-        b = unshared.fake_quant(w, step * 2 ** (8 - bits), bits, **arguments)
+        a, c = (quantized(w, step, bits) for quantized in (of_default, of_floored))
+        b = of_unshared(w, step * 2 ** (8 - bits), bits)
         np.testing.assert_array_equal(a, b)
-        assert (bits == 8) == bool(jnp.all(a == c))
+        assert (bits == 8) == np.array_equal(a, c)

@@ -1,6 +1,7 @@
 """A whole search on arrays: `mpq_jax.search`."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -60,6 +61,11 @@ def search(**changed):
         {"calibration_images": CALIBRATION, "score_images": 64, "levels": (3,)} | QUICK | changed
     )
     return mpq.search(NET, STATE, IMAGES, LABELS, **given)
+
+
+@functools.cache
+def usual():
+    return search()
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +230,8 @@ def test_a_search_again_scores_nothing_and_ends_alike(tmp_path):
 
 
 def test_seeds_decide_all_that_is_drawn():
-    same(search(seed=5), search(seed=5))
-    assert not np.array_equal(search(seed=5).scored, search(seed=6).scored)
+    same(search(), usual())
+    assert not np.array_equal(search(seed=6).scored, usual().scored)
 
 
 def test_without_test_or_training_images_the_validation_images_are_taken():
@@ -238,7 +244,7 @@ def test_without_test_or_training_images_the_validation_images_are_taken():
 
 def test_readers_take_the_place_of_arrays():
     """Of a program that normalizes on its devices: images are kept as other numbers there."""
-    stored, direct = np.asarray(IMAGES) * 2, search()
+    stored, direct = np.asarray(IMAGES) * 2, usual()
     of_arrays = readers_of_arrays(NET, IMAGES, LABELS, calibration_images=CALIBRATION)
     readers = of_arrays._replace(to_device=lambda images, labels: as_arrays(images / 2, labels))
     by_readers = mpq.search(
