@@ -69,7 +69,7 @@ def trace(exported: ExportedModel) -> Program:
     """
     layers = exported_model.quantized_layers(exported)
     _check_loops(exported)
-    net, subnet = exported.net, exported_model.select(exported)
+    net, subnet = exported.net, jax.device_get(exported_model.select(exported))
     in_float = [layer._replace(float_acts=True) for layer in net.table.layers]
     table = dataclasses.replace(net.table, layers=tuple(in_float))
     unquantized = dataclasses.replace(net, table=table)
