@@ -30,12 +30,12 @@ class InputQuantizer(NamedTuple):
     """Quantizer of a layer's input: `round(clip(x / step_size)) * step_size`, as by LSQ.
 
     Attributes:
-        step_size: value of one unit of the integers; None: the input stays float.
+        step_size: value of one unit of the integers.
         bits: bits of the integers.
         signed: whether they are two's complement; false: natural binary.
     """
 
-    step_size: np.float32 | None
+    step_size: np.float32
     bits: int
     signed: bool
 
@@ -49,14 +49,14 @@ class Program(NamedTuple):
             float here as well, their integers are in `layers`. Kernels that the model computes are
             arguments of their own.
         layers: layers, by the path of the argument that is their kernel.
-        inputs: quantizers that the equations named `MARK` + index stand for, by layer.
+        inputs: quantizers that the equations named `MARK` + index stand for, by that index, a layer's.
         images: shape of the last argument; its first size is symbolic.
     """
 
     jaxpr: Any
     arguments: list[tuple[str, np.ndarray]]
     layers: dict[str, QuantizedLayer]
-    inputs: list[InputQuantizer]
+    inputs: dict[int, InputQuantizer]
     images: tuple[Any, ...]
 
 
@@ -91,10 +91,11 @@ def trace(exported: ExportedModel) -> Program:
             _argument(entry): layer
             for entry, layer in zip(exported.table.layers, layers, strict=True)
         },
-        inputs=[
-            InputQuantizer(layer.input_step_size, layer.input_bits, layer.input_signed)
-            for layer in layers
-        ],
+        inputs={
+            index: InputQuantizer(layer.input_step_size, layer.input_bits, layer.input_signed)
+            for index, layer in enumerate(layers)
+            if layer.input_step_size is not None
+        },
         images=images.shape,
     )
 
