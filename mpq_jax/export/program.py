@@ -49,7 +49,7 @@ class Program(NamedTuple):
             float here as well, their integers are in `layers`. Kernels that the model computes are
             arguments of their own.
         layers: layers, by the path of the argument that is their kernel.
-        inputs: quantizers that the equations named `MARK` + index stand for, by that index, a layer's.
+        inputs: quantizers that the equations named `MARK` + index stand for, by that index.
         images: shape of the last argument; its first size is symbolic.
     """
 
