@@ -1,5 +1,7 @@
 """One network as a traced program, for a batch of any size: the start of exports to graphs."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,8 +14,9 @@ from mpq_jax.export import exported_model
 from mpq_jax.export.exported_model import ExportedModel, QuantizedLayer
 from mpq_jax.program import paths
 from mpq_jax.program import trace as trace_module
-from mpq_jax.supernet.layer_table import Layer
-from mpq_jax.supernet.placement import placed_sites
+from mpq_jax.program.evaluate import Change
+from mpq_jax.supernet.layer_table import Layer, LayerTable
+from mpq_jax.supernet.placement import Edit, placed_sites
 from mpq_jax.supernet.supernet import Subnet, Supernet
 
 VARIABLES = ("params", "batch_stats", "computed")  # of a subnet
@@ -46,14 +49,14 @@ class Program(NamedTuple):
             float here as well, their integers are in `layers`. Kernels that the model computes are
             arguments of their own.
         layers: layers, by the path of the argument that is their kernel.
-        inputs: quantizers that the equations named `MARK` + index stand for.
+        inputs: quantizers that the equations named `MARK` + index stand for, by that index.
         images: shape of the last argument; its first size is symbolic.
     """
 
     jaxpr: Any
     arguments: list[tuple[str, np.ndarray]]
     layers: dict[str, QuantizedLayer]
-    inputs: list[InputQuantizer]
+    inputs: dict[int, InputQuantizer]
     images: tuple[Any, ...]
 
 
@@ -66,21 +69,16 @@ def trace(exported: ExportedModel) -> Program:
     """
     layers = exported_model.quantized_layers(exported)
     _check_loops(exported)
-    subnet = jax.device_get(exported_model.select(exported))  # NumPy: the marks read values
-    inputs: list[InputQuantizer] = []
-
-    def mark(x, step_size, bits, *, signed, grad_scale):
-        del grad_scale
-        inputs.append(InputQuantizer(np.float32(step_size), int(bits), bool(signed)))
-        return checkpoint_name(x, f"{MARK}{len(inputs) - 1}")
-
-    net, quantizer = exported.net, exported.net.quantizer
-    marking = quantizer._replace(acts=quantizer.acts._replace(fake_quant=mark))
-    marked = Supernet(net.model, net.table, quantizer=marking)
+    net, subnet = exported.net, jax.device_get(exported_model.select(exported))
+    in_float = [layer._replace(float_acts=True) for layer in net.table.layers]
+    table = dataclasses.replace(net.table, layers=tuple(in_float))
+    unquantized = dataclasses.replace(net, table=table)
+    edit = functools.partial(_marks, table=net.table)
 
     def logits(variables: dict[str, jax.Array], images: jax.Array) -> jax.Array:
         trees = {name: {} for name in VARIABLES} | paths.unflatten(variables)
-        return marked.forward(subnet._replace(**trees), images, train=False).logits
+        changed = subnet._replace(**trees)
+        return unquantized.forward(changed, images, train=False, edit=edit).logits
 
     variables = flat_variables(subnet) | paths.flatten({"computed": subnet.computed})
     images = any_batch(exported)
@@ -93,9 +91,28 @@ def trace(exported: ExportedModel) -> Program:
             _argument(entry): layer
             for entry, layer in zip(exported.table.layers, layers, strict=True)
         },
-        inputs=inputs,
+        inputs={
+            index: InputQuantizer(layer.input_step_size, layer.input_bits, layer.input_signed)
+            for index, layer in enumerate(layers)
+            if layer.input_step_size is not None
+        },
         images=images.shape,
     )
+
+
+def _marks(program: trace_module.Program, table: LayerTable) -> Edit:
+    """Marks the input of every layer that does not stay float, with the index of the layer."""
+
+    def mark(x: jax.Array, _: Any, *, index: int) -> jax.Array:
+        marked = checkpoint_name(x.astype("float32"), f"{MARK}{index}")
+        return marked.astype(x.dtype)
+
+    changes = {
+        placed.site.data: Change(MARK, functools.partial(mark, index=placed.first))
+        for placed in placed_sites(table, program)
+        if placed.site.data is not None and not table.layers[placed.first].float_acts
+    }
+    return Edit(changes, {}, {})
 
 
 def _argument(layer: Layer) -> str:

@@ -245,10 +245,11 @@ class _Walk:
         index = int(isinstance(operands[0], Known))  # of the data
         data, known = operands[index], operands[1 - index]
         assert isinstance(data, Data) and isinstance(known, Known)
-        name, before, after = equation.primitive.name, equation.invars[index], equation.outvars[0]
-        if index and name in ("sub", "div") or before.aval.shape != after.aval.shape:
+        name = equation.primitive.name
+        before, after = _array(equation.invars[index]), _array(equation.outvars[0])
+        if index and name in ("sub", "div") or before.shape != after.shape:
             return Data()
-        if str(after.aval.dtype) != "float32" or not after.aval.shape:
+        if str(after.dtype) != "float32" or not after.shape:
             return Data()
         place = Place(key, 0, result=True)
         step = Step(place, name, known, known_first=bool(index))
@@ -262,9 +263,14 @@ class _Walk:
             return data if data.norm is not None else Data()
         if data.output is not None:
             del self.calls[data.output]
-        *_, channels = after.aval.shape
-        self.calls[place] = Call(data.norm, data.steps, len(after.aval.shape), channels)
+        *_, channels = after.shape
+        self.calls[place] = Call(data.norm, data.steps, len(after.shape), channels)
         return data._replace(output=place)
+
+
+def _array(var: Any) -> Any:
+    """Returns shape and type of a value."""
+    return var.aval
 
 
 def _variable(name: str) -> Known:

@@ -316,7 +316,7 @@ class Supernet:
         own_changes, own_arrays, _ = self._kernel_edit(program, subnet.computed)
         changes, arrays = changes | own_changes, arrays | own_arrays
 
-        def quantized(x: Array, own: dict[str, Array]) -> Array:
+        def quantized(x: Array, own: dict[str, Any]) -> Array:
             bits, signed = own["bits"], own["signed"]
             size = x.size * shard.shares
             scale = lsq_grad_scale(size, bits, signed=signed) if scale_step_gradient else None

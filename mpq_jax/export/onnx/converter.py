@@ -85,7 +85,7 @@ class Sources(NamedTuple):
     """
 
     graph: Graph
-    inputs: list[program.InputQuantizer]
+    inputs: dict[int, program.InputQuantizer]
     label: str
 
 

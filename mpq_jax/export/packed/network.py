@@ -254,7 +254,9 @@ def _state(file: PackedFile, table: LayerTable) -> SupernetState:
     for name, norm in file.norms.items():
         params |= {leaf_below(name, leaf): x for leaf, x in norm._asdict().items()}
     kernels = {
-        layer.name: params[layer.kernel][layer.index] if layer.integers is None else layer.integers
+        layer.name: params[layer.kernel][layer.position]
+        if layer.integers is None
+        else layer.integers
         for layer in file.layers
     }
     placed = _stored(table).with_kernels(paths.unflatten(params), _of_equal_types(file, kernels))

@@ -45,7 +45,7 @@ class PackedLayer(NamedTuple):
         norm: path of the norm that reads the output, or None.
         kernel: path of the parameter that the kernel is; it begins with `header.COMPUTED` where
             the model computes the kernel of other parameters.
-        index: indices of the kernel along the leading axes of that parameter.
+        position: indices of the kernel along the leading axes of that parameter.
         layout: note of the training method on how the integers are made; "": none.
         strides: strides of a convolution along the axes of its images; () of other layers.
         padding: zeros before and after each axis; paddings by other numbers are operations of their
@@ -68,7 +68,7 @@ class PackedLayer(NamedTuple):
     input_step_sizes: dict[int, float]
     norm: str | None
     kernel: str
-    index: tuple[int, ...]
+    position: tuple[int, ...]
     layout: str
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...] | str
@@ -291,7 +291,7 @@ def _layer(
         input_step_sizes=input_step_sizes,
         norm=row["norm"],
         kernel=kernel_of(row),
-        index=tuple(row["index"] or ()),
+        position=tuple(row["index"] or ()),
         layout=row["layout"],
         strides=strides,
         padding=padding if isinstance(padding, str) else tuple((a, b) for a, b in padding),
