@@ -8,6 +8,7 @@ from mpq_jax.export.packed import reader
 from mpq_jax.methods.base import LearnedScheme
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.left_float import describe
 from mpq_jax.training.metrics import CompileCounter
 
 KIB = 2**10
@@ -23,23 +24,14 @@ def make_console(*, quiet: bool = False) -> rich.console.Console:
 
 
 def print_layers(console: rich.console.Console, table: LayerTable) -> None:
-    """Prints the layers and the bits among which each may choose."""
+    """Prints the layers, the bits among which each may choose, and what stays float."""
     shown = rich.table.Table("layer", "kind", "kernel", "MACs", "weights", "bits w", "bits a")
     for layer in table.layers:
-        weights, acts = (
-            "float, counted as " if is_float else ""
-            for is_float in (layer.float_weights, layer.float_acts)
-        )
-        shown.add_row(
-            layer.name,
-            layer.kind,
-            "x".join(map(str, layer.kernel_shape)),
-            f"{layer.macs:,}",
-            f"{layer.params:,}",
-            weights + " ".join(map(str, layer.weight_candidates)),
-            acts + " ".join(map(str, layer.act_candidates)),
-        )
+        name, kind, *numbers = layer.summary
+        shown.add_row(name, kind, "x".join(map(str, layer.kernel_shape)), *numbers)
     console.print(shown)
+    for line in describe(table.left_float):
+        console.print(f"stays float: {line}", highlight=False)
 
 
 def print_integers(

@@ -3,7 +3,9 @@
 import functools
 import itertools
 import math
+import os
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,22 +17,23 @@ from mpq_jax.program.trace import Program
 
 KERNEL_NAMES = ("kernel", "embedding", "weight", "w")  # a layer is called like what holds them
 PARAMS = "params/"
+PRODUCT = "product"  # kind of a product of activations, and the last part of its name
 
 
 class LayerCall(NamedTuple):
-    """A layer: a kernel, and the sites that read it.
+    """A layer: a kernel and the sites that read it, or a product of activations.
 
-    A variable that a loop slices is one layer for each slice.
+    A variable that a loop slices is one layer for each slice; a product in a loop is one layer.
 
     Attributes:
         name: path of the module, or of the variable where that is not clear; a slice has its
             indices behind it, `blocks/dense[2]`.
-        kind: "conv", "depthwise", "dense" or "embedding".
-        kernel_shape: shape of the kernel.
+        kind: "conv", "depthwise", "dense", "embedding" or "product".
+        kernel_shape: shape of the kernel; () of a product.
         macs: multiply-accumulates per example, of all its calls.
-        shares_input_with: index of the first layer that reads the same values.
         inputs: values per example that it reads.
-        channels: output channels.
+        channels: output channels; 0: a product has none.
+        shares_input_with: index of the first layer that reads the same values.
         kernel: path of the variable, without "params/"; None: the kernel is computed.
         index: indices of its slice along the leading axes of the variable.
         sites: indices of its sites in the program.
@@ -43,9 +46,9 @@ class LayerCall(NamedTuple):
     kind: str
     kernel_shape: tuple[int, ...]
     macs: int
-    shares_input_with: int
     inputs: int
-    channels: int
+    channels: int = 0
+    shares_input_with: int = 0
     kernel: str | None = None
     index: tuple[int, ...] = ()
     sites: tuple[int, ...] = ()
@@ -55,7 +58,11 @@ class LayerCall(NamedTuple):
 
 
 def find_layers(
-    program: Program, shapes: dict[str, tuple[int, ...]], batch: int
+    program: Program,
+    shapes: dict[str, tuple[int, ...]],
+    batch: int,
+    *,
+    covers: Callable[[LayerCall], bool] = lambda product: False,
 ) -> list[LayerCall]:
     """Lists the layers of a program in call order.
 
@@ -63,44 +70,89 @@ def find_layers(
         program: a program in evaluation mode.
         shapes: shape of each variable, by its path.
         batch: number of examples in the inputs.
+        covers: which products of activations are layers.
     """
     found = program.sites
-    names = site_names(program)
+    calls = [
+        (site.key, None if site.loops else site.reads, call)
+        for site, call in _site_calls(program, shapes, batch)
+    ]
+    calls += [
+        (product.key, None, call)
+        for product, call in zip(found.products, product_calls(program, batch), strict=True)
+        if covers(call)
+    ]
+    first_reader: dict[Any, int] = {}
+    return [
+        call._replace(
+            shares_input_with=number if reads is None else first_reader.setdefault(reads, number)
+        )
+        for number, (_, reads, call) in enumerate(sorted(calls, key=lambda entry: entry[0]))
+    ]
+
+
+def _site_calls(
+    program: Program, shapes: dict[str, tuple[int, ...]], batch: int
+) -> Iterator[tuple[Site, LayerCall]]:
+    """Yields the layers that have a kernel, each with the first site that reads values."""
+    found = program.sites
     groups: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
+    for index, name in enumerate(site_names(program)):
         groups.setdefault(name, []).append(index)
-    first_reader: dict[int, int] = {}
-    layers: list[LayerCall] = []
     for name, members in groups.items():
         sites = [found.sites[index] for index in members]
-        slices = itertools.product(*map(range, sites[0].slices))
-        shape = kernel_shape(sites[0], shapes)
-        work = sum(site.macs * math.prod(site.loops) for site in sites)
+        slices, first = sites[0].slices, sites[0]
         reading = [site for site in sites if site.data is not None]
-        count = math.prod(sites[0].slices)
-        for position in slices:
-            number = len(layers)
-            shared = number
-            if reading and not reading[0].loops:
-                shared = first_reader.setdefault(reading[0].reads, number)
-            layers.append(
-                LayerCall(
-                    name + "".join(f"[{i}]" for i in position),
-                    next((site.kind for site in sites if site.macs), sites[0].kind),
-                    shape,
-                    macs=work // count // batch,
-                    shares_input_with=shared,
-                    inputs=sum(s.inputs * math.prod(s.loops) for s in reading) // count // batch,
-                    channels=sites[0].channels,
-                    kernel=sites[0].leaf and sites[0].leaf.removeprefix(PARAMS),
-                    index=position,
-                    sites=tuple(members),
-                    norm=next((found.norms[i] for i in members if i in found.norms), None),
-                    first=any(site.depth == 0 for site in sites),
-                    last=bool(found.last.intersection(members)),
-                )
+        count = math.prod(slices) * batch
+        whole = LayerCall(
+            name,
+            next((site.kind for site in sites if site.macs), first.kind),
+            kernel_shape(first, shapes),
+            macs=sum(site.macs * math.prod(site.loops) for site in sites) // count,
+            inputs=sum(site.inputs * math.prod(site.loops) for site in reading) // count,
+            channels=first.channels,
+            kernel=first.leaf and first.leaf.removeprefix(PARAMS),
+            sites=tuple(members),
+            norm=next((found.norms[i] for i in members if i in found.norms), None),
+            first=any(site.depth == 0 for site in sites),
+            last=bool(found.last.intersection(members)),
+        )
+        for position in itertools.product(*map(range, slices)):
+            indices = "".join(f"[{i}]" for i in position)
+            yield (
+                first._replace(reads=reading[0].reads if reading else None),
+                whole._replace(name=name + indices, index=position),
             )
-    return layers
+
+
+def product_calls(program: Program, batch: int) -> list[LayerCall]:
+    """Lists the products of activations, in call order."""
+    return [
+        LayerCall(
+            name,
+            PRODUCT,
+            (),
+            macs=product.macs * math.prod(product.loops) // batch,
+            inputs=product.inputs * math.prod(product.loops) // batch,
+            first=product.depth == 0,
+        )
+        for name, product in zip(product_names(program), program.sites.products, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def product_names(program: Program) -> tuple[str, ...]:
+    """Names the products of activations by the module that the layers before them share."""
+    of_sites = site_names(program)
+    counts: Counter[str] = Counter()
+    names: list[str] = []
+    for product in program.sites.products:
+        modules = [paths.parent(of_sites[index]).split("/") for index in product.nearest]
+        shared = "/".join(os.path.commonprefix(modules))
+        counts[shared] += 1
+        number = "" if counts[shared] == 1 else f"#{counts[shared]}"
+        names.append("/".join(filter(None, (shared, f"{PRODUCT}{number}"))))
+    return tuple(names)
 
 
 def kernel_shape(site: Site, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:

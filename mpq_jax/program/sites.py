@@ -42,6 +42,7 @@ class Value(NamedTuple):
         running: running statistic that it is, updated or not.
         decayed: running statistic of which it is a constant multiple.
         scaled: place of the value of which it is a constant multiple.
+        multiplied: whether a product of activations reaches it without a site in between.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Value(NamedTuple):
     running: str | None = None
     decayed: str | None = None
     scaled: Place | None = None
+    multiplied: bool = False
 
     @property
     def is_constant(self) -> bool:
@@ -111,8 +113,32 @@ class Site(NamedTuple):
         return tuple(self.loops[depth] for depth in self.stacked)
 
 
+class Product(NamedTuple):
+    """A product of activations, such as that of queries and keys.
+
+    Attributes:
+        key: its equation.
+        operands: places at which its operands are read, see `Site.data`. The first one is the
+            result of another such product where one of them is, as the probabilities of attention
+            are.
+        loops: lengths of the loops around it, from the outermost inwards.
+        macs: multiply-accumulates of one call.
+        inputs: number of values of both operands in one call.
+        depth: largest number of sites between the inputs and this product.
+        nearest: sites that reach it without another site in between.
+    """
+
+    key: Key
+    operands: tuple[Place, Place]
+    loops: tuple[int, ...]
+    macs: int
+    inputs: int
+    depth: int
+    nearest: frozenset[int]
+
+
 class Uncovered(NamedTuple):
-    """A product that is not a site.
+    """A product that is neither a site nor a product of activations.
 
     Attributes:
         key: its equation.
@@ -140,8 +166,9 @@ class Sites(NamedTuple):
     """The products of a program, in the order in which it computes them.
 
     Attributes:
-        sites: those that can be quantized.
-        uncovered: those that cannot.
+        sites: those of parameters and data.
+        products: those of two activations.
+        uncovered: those that cannot be quantized.
         norms: path of the norm with running statistics that reads a site's result, by site.
         outputs: place of each site's result after its bias.
         norm_outputs: place of each site's result after its bias and the norm behind it.
@@ -153,6 +180,7 @@ class Sites(NamedTuple):
     """
 
     sites: tuple[Site, ...]
+    products: tuple[Product, ...]
     uncovered: tuple[Uncovered, ...]
     norms: dict[int, str]
     outputs: dict[int, Place]
@@ -177,6 +205,7 @@ def find_sites(program: jex.Jaxpr, names: Sequence[str | None]) -> Sites:
     last = frozenset[int]().union(*(value.nearest for value in results))
     return Sites(
         tuple(walk.sites),
+        tuple(walk.products),
         tuple(walk.uncovered),
         walk.norms,
         walk.outputs,
@@ -203,6 +232,7 @@ class _Walk:
     def __init__(self, count: int = 0) -> None:
         self.count = count
         self.sites: list[Site] = []
+        self.products: list[Product] = []
         self.uncovered: list[Uncovered] = []
         self.norms: dict[int, str] = {}
         self.outputs: dict[int, Place] = {}
@@ -283,6 +313,7 @@ class _Walk:
             leaves=frozenset() if data else _union(value.leaves for value in operands),
             depth=max((value.depth for value in operands), default=0),
             nearest=_union(value.nearest for value in operands),
+            multiplied=any(value.multiplied for value in operands),
         )
 
     def moved(self, equation: jex.JaxprEqn, value: Value, place: Place | None) -> Value:
@@ -351,6 +382,9 @@ class _Walk:
         if is_lookup and not (kernels == [0] and operands[0].leaves and _takes_rows(equation)):
             return result
         macs = 0 if name in OPAQUE else _macs(equation)
+        if not kernels and name in PRODUCTS:
+            self.products.append(_product(equation, operands, where, macs))
+            return result._replace(multiplied=True)
         reason = _reason(name, operands, kernels)
         if reason is not None:
             work = macs * math.prod(where.loops)
@@ -382,7 +416,11 @@ class _Walk:
         if result.place is not None:
             self.outputs[number] = self.norm_outputs[number] = result.place
         return result._replace(
-            depth=data.depth + 1, nearest=frozenset({number}), site=number, normed=number
+            depth=data.depth + 1,
+            nearest=frozenset({number}),
+            site=number,
+            normed=number,
+            multiplied=False,
         )
 
     def scan(self, equation: jex.JaxprEqn, operands: list[Value], where: _Where) -> list[Value]:
@@ -415,16 +453,28 @@ class _Walk:
         depths = [max(before.depth, end.depth) for before, end in zip(carry, ends, strict=True)]
         carry = [value._replace(depth=d) for value, d in zip(carry, depths, strict=True)]
         results = self.run(body, [*fixed, *carry, *slices], inside)
-        return [
-            self.new(
-                place=Place(where.key, index, result=True),
-                data=value.data,
-                leaves=value.leaves,
-                depth=value.depth,
-                nearest=value.nearest,
-            )
-            for index, value in enumerate(results)
+        ends = [
+            operand._replace(start=None) if end.number == start.number else self.left(end, None)
+            for operand, start, end in zip(operands[first:last], carry, results, strict=False)
         ]
+        stacked = [
+            self.left(value, _whole(value, len(where.loops))) for value in results[len(ends) :]
+        ]
+        return [
+            value._replace(place=Place(where.key, index, result=True))
+            for index, value in enumerate([*ends, *stacked])
+        ]
+
+    def left(self, value: Value, leaf: str | None) -> Value:
+        """Describes a result of a loop by what it is inside."""
+        return self.new(
+            data=value.data,
+            leaf=leaf,
+            leaves=value.leaves,
+            depth=value.depth,
+            nearest=value.nearest,
+            multiplied=value.multiplied,
+        )
 
     def carried(self, before: Value, end: Value) -> Value:
         """Describes a carried value by what it is before and after a turn of the loop."""
@@ -432,6 +482,11 @@ class _Walk:
         if before.data or (not end.data and leaves == before.leaves):
             return before
         return self.new(data=end.data, leaves=frozenset() if end.data else leaves)
+
+
+def _whole(value: Value, loop: int) -> str | None:
+    """Returns the variable of which a value is a slice in each turn of a loop, if it is one."""
+    return value.leaf if value.stacked[-1:] == (loop,) and not value.moved else None
 
 
 def _union(sets: Any) -> frozenset:
@@ -453,12 +508,28 @@ def _scaled(operands: list[Value], result: Value) -> Value:
     return result
 
 
+def _product(
+    equation: jex.JaxprEqn, operands: list[Value], where: _Where, macs: int
+) -> Product:
+    """Describes a product of two activations."""
+    left, right = operands
+    order = (1, 0) if right.multiplied and not left.multiplied else (0, 1)
+    first, second = (operands[index].start or Place(where.key, index) for index in order)
+    return Product(
+        where.key,
+        (first, second),
+        where.loops,
+        macs,
+        sum(var.aval.size for var in equation.invars),
+        max(left.depth, right.depth),
+        left.nearest | right.nearest,
+    )
+
+
 def _reason(name: str, operands: list[Value], kernels: list[int]) -> str | None:
     """Says why a product is no site; None: it is one."""
     if name in OPAQUE:
         return f"it is computed by {name!r}"
-    if not kernels:
-        return "both operands are activations"
     if not operands[kernels[0]].leaves:
         return "its matrix is a constant"
     if name == "conv_general_dilated" and kernels != [1]:

@@ -15,6 +15,7 @@ _BYTES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
 UNITS: dict[str, tuple[Unit, ...]] = {
     "bitops": ((1e12, "TBitOPs"), (1e9, "GBitOPs"), (1e6, "MBitOPs"), (1e3, "kBitOPs")),
     "bytes": _BYTES,
+    "stored_bytes": _BYTES,
     "act_bytes": _BYTES,
     "mean_bits": ((1.0, "mean bits"),),
     "latency": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),

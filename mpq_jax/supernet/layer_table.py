@@ -3,18 +3,30 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from absl import logging
+
 from mpq_jax.program import layers, paths
+from mpq_jax.program.layers import PRODUCT
+from mpq_jax.program.modes import check_modes
 from mpq_jax.program.network import as_network, batch_size, example_batch
-from mpq_jax.program.trace import Program, trace
+from mpq_jax.program.trace import trace
 from mpq_jax.supernet.bits import BitConfig, max_config
-from mpq_jax.supernet.rules import FIRST_LAST_8BIT, Rule, apply_rules, check_rule
+from mpq_jax.supernet.left_float import LeftFloat, describe, list_left_float
+from mpq_jax.supernet.rules import (
+    FIRST_LAST_8BIT,
+    Rule,
+    apply_rules,
+    check_matches,
+    check_rule,
+    covers_product,
+)
 
 BN_BANKS: dict[str, tuple[str, ...]] = {
     "shared": (),
@@ -28,14 +40,16 @@ BN_BANKS: dict[str, tuple[str, ...]] = {
 
 
 class Layer(NamedTuple):
-    """One quantizable layer.
+    """One quantizable layer: a kernel and what reads it, or a product of two activations.
+
+    Of a product, the "weights" are its second operand, whose codes are signed.
 
     Attributes:
         name: path of the module, `stage1/block0/conv1`.
-        kind: "conv", "depthwise" or "dense".
-        kernel_shape: shape of the kernel in Flax's layout, output channels last.
+        kind: one of `rules.KINDS`: "conv", "depthwise", "dense", "embedding" or "product".
+        kernel_shape: shape of the kernel in the layout of the parameter; () of a product.
         macs: multiply-accumulates per image.
-        params: number of weights in the kernel.
+        params: number of weights in the kernel; 0 of a product.
         norm: path of the BatchNorm that reads this layer's output; None: there is none.
         weight_candidates: allowed bits of the kernel, descending; a single one is fixed.
         act_candidates: allowed bits of the input, descending; a single one is fixed.
@@ -45,7 +59,8 @@ class Layer(NamedTuple):
         shares_input_with: index of the first layer that reads the same array; None: this layer.
         inputs: number of values per image that the layer reads.
         channels: number of output channels.
-        kernel: path of the kernel among the parameters; None: it is computed from several.
+        kernel: path of the kernel among the parameters; None: it is computed from several, or the
+            layer is a product.
         index: indices of the layer's slice along the leading axes of that parameter, where a loop
             runs over layers.
     """
@@ -73,30 +88,36 @@ class Layer(NamedTuple):
         return len(self.weight_candidates) > 1 or len(self.act_candidates) > 1
 
     @property
+    def is_product(self) -> bool:
+        """Whether it multiplies two activations."""
+        return self.kind == PRODUCT
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the model computes its kernel from several parameters."""
+        return self.kernel is None and not self.is_product
+
+    @property
     def site_name(self) -> str:
         """Name of the layer without the indices of its slice."""
         return self.name.removesuffix("".join(f"[{i}]" for i in self.index))
 
     @property
+    def summary(self) -> tuple[str, ...]:
+        """Name, kind, work, weights and bits, as they are shown."""
+        weights, acts = (
+            ("float, counted as " if is_float else "") + " ".join(map(str, candidates))
+            for is_float, candidates in (
+                (self.float_weights, self.weight_candidates),
+                (self.float_acts, self.act_candidates),
+            )
+        )
+        return self.name, self.kind, f"{self.macs:,}", f"{self.params:,}", weights, acts
+
+    @property
     def max_bits(self) -> int:
         """Largest allowed bits of the kernel."""
         return self.weight_candidates[0]
-
-
-class LeftFloat(NamedTuple):
-    """A parameter or product that is not quantized.
-
-    Attributes:
-        name: path of the parameter, or where the model computes the product.
-        kind: "parameter" or "product".
-        size: number of parameters, or multiply-accumulates per image (0: not known).
-        reason: why it stays float.
-    """
-
-    name: str
-    kind: str
-    size: int
-    reason: str
 
 
 class Example(NamedTuple):
@@ -134,7 +155,7 @@ class LayerTable:
             a choice; by default, one for each pair of weight and activation bits.
         tied_groups: groups of slots that always have equal bits, see `tied_layers`. Slot 2 * layer
             is the weights of a layer, slot 2 * layer + 1 its input.
-        left_float: parameters and products that no layer covers.
+        left_float: variables and products that no layer covers.
         example: inputs at which the model was traced.
     """
 
@@ -146,6 +167,15 @@ class LayerTable:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __str__(self) -> str:
+        """Lists the layers with their bits, and what stays float."""
+        rows = [("layer", "kind", "MACs", "weights", "bits w", "bits a")]
+        rows += [layer.summary for layer in self.layers]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        left = describe(self.left_float)
+        return "\n".join([*lines, *(["", "Stays float:", *left] if left else [])])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -241,7 +271,8 @@ class LayerTable:
     def _previous(self, index: int) -> int:
         first_reader = self.layers[index].shares_input_with
         before = range(index if first_reader is None else first_reader)
-        return max((i for i in before if self.layers[i].searchable), default=index)
+        chosen = (i for i in before if self.layers[i].searchable and not self.layers[i].is_product)
+        return max(chosen, default=index)
 
     @functools.cached_property
     def searchable_norms(self) -> dict[str, int]:
@@ -267,7 +298,7 @@ class LayerTable:
         return {
             norms.get(index, layer.name): index
             for index, layer in enumerate(self.layers)
-            if layer.searchable
+            if layer.searchable and not layer.is_product
         }
 
     def with_kernels(self, params: Any, kernels: dict[str, Any]) -> dict:
@@ -394,22 +425,25 @@ def trace_layers(
         check_rule(rule)
     if variables is None:
         variables = layers.shapes_of(network, inputs)
+    check_modes(network, variables, inputs)
     program = trace(network, variables, inputs, train=False)
-    shapes = layers.variable_shapes(variables)
-    calls = layers.find_layers(program, shapes, batch_size(inputs))
+    shapes, batch = layers.variable_shapes(variables), batch_size(inputs)
+    covers = functools.partial(covers_product, rules)
+    calls = layers.find_layers(program, shapes, batch, covers=covers)
     if not calls:
         raise ValueError(
             f"{network.label} multiplies its inputs by no parameters, so there is nothing to "
             "quantize"
         )
-    return LayerTable(
+    check_matches(rules, calls)
+    table = LayerTable(
         tuple(
             Layer(
                 name=call.name,
                 kind=call.kind,
                 kernel_shape=call.kernel_shape,
                 macs=call.macs,
-                params=math.prod(call.kernel_shape),
+                params=0 if call.kind == PRODUCT else math.prod(call.kernel_shape),
                 norm=call.norm,
                 shares_input_with=call.shares_input_with,
                 inputs=call.inputs,
@@ -420,20 +454,26 @@ def trace_layers(
             )
             for call in calls
         ),
-        left_float=tuple(_left_float(program, shapes, batch_size(inputs))),
+        left_float=tuple(list_left_float(program, shapes, batch, covers)),
         example=Example.of(inputs),
     )
+    _log(network.label, table)
+    return table
 
 
-def _left_float(
-    program: Program, shapes: dict[str, tuple[int, ...]], batch: int
-) -> Iterator[LeftFloat]:
-    """Lists the parameters and products that no layer covers."""
-    covered = {leaf for site in program.sites.sites for leaf in site.leaves}
-    for path, shape in shapes.items():
-        if path.startswith(layers.PARAMS) and path not in covered:
-            name = path.removeprefix(layers.PARAMS)
-            reason = "no product reads it as a kernel"
-            yield LeftFloat(name, "parameter", math.prod(shape), reason)
-    for product in program.sites.uncovered:
-        yield LeftFloat(product.scope, "product", product.macs // batch, product.reason)
+def _log(label: str, table: LayerTable) -> None:
+    """Says what stays float; as a warning where it is work that integers could do."""
+    products = [one for one in table.left_float if one.kind == "product"]
+    level = logging.WARNING if products else logging.INFO
+    others = len(table.left_float) - len(products)
+    work = sum(one.size for one in products)
+    logging.log(
+        level,
+        "%s: layers: %d; products that stay float: %d (%s MACs per example); variables that stay "
+        "float: %d. print(table) lists them",
+        label,
+        len(table),
+        len(products),
+        f"{work:,}",
+        others,
+    )

@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 from mpq_jax.program import paths
 from mpq_jax.program.evaluate import Change, Place
-from mpq_jax.program.layers import site_names
-from mpq_jax.program.sites import Site, scope_output
+from mpq_jax.program.layers import product_names, site_names
+from mpq_jax.program.sites import Product, Site, scope_output
 from mpq_jax.program.trace import Program
 from mpq_jax.supernet.layer_table import LayerTable
 
@@ -61,12 +61,41 @@ class PlacedSite(NamedTuple):
         return jnp.broadcast_to(picked.reshape(shape), self.site.loops)
 
 
+class PlacedProduct(NamedTuple):
+    """A product of activations of a program that is a layer.
+
+    Attributes:
+        product: the product.
+        layer: index of the layer in the table.
+    """
+
+    product: Product
+    layer: int
+
+    def spread(self, values: Any) -> Any:
+        """Picks the value of its layer, with one axis for each loop around it."""
+        value = values[self.layer]
+        return jnp.broadcast_to(value, self.product.loops) if self.product.loops else value
+
+
+@functools.lru_cache(maxsize=256)
+def placed_products(table: LayerTable, program: Program) -> tuple[PlacedProduct, ...]:
+    """Finds the products of a table in a program of the same model."""
+    names = product_names(program)
+    return tuple(
+        PlacedProduct(program.sites.products[names.index(layer.name)], index)
+        for index, layer in enumerate(table.layers)
+        if layer.is_product
+    )
+
+
 @functools.lru_cache(maxsize=256)
 def placed_sites(table: LayerTable, program: Program) -> tuple[PlacedSite, ...]:
     """Finds the layers of a table in a program of the same model."""
     indices: dict[str, list[int]] = {}
     for number, layer in enumerate(table.layers):
-        indices.setdefault(layer.site_name, []).append(number)
+        if not layer.is_product:
+            indices.setdefault(layer.site_name, []).append(number)
     return tuple(
         PlacedSite(number, site, np.array(indices[name]).reshape(site.slices))
         for number, (site, name) in enumerate(
@@ -102,7 +131,8 @@ def data_changes(
     table: LayerTable,
     program: Program,
     quantize: Callable[[Array, Any], Array],
-    arrays: Any,
+    arrays: dict[str, Any],
+    second: dict[str, Any],
 ) -> Iterator[tuple[Place, Change, Any]]:
     """Yields the change of every layer's input that does not stay float.
 
@@ -110,9 +140,17 @@ def data_changes(
         table: the layers.
         program: the program.
         quantize: `(value, arrays of the layer) -> value`.
-        arrays: pytree of arrays with one value per layer.
+        arrays: arrays with one value per layer, by name.
+        second: the same of the second operands of products.
     """
     for placed in placed_sites(table, program):
         if placed.site.data is not None and not table.layers[placed.first].float_acts:
             own = {name: placed.spread(values) for name, values in arrays.items()}
             yield placed.site.data, Change(f"input {placed.number}", quantize), own
+    for placed in placed_products(table, program):
+        layer = table.layers[placed.layer]
+        both = ("first", arrays, layer.float_acts), ("second", second, layer.float_weights)
+        for place, (which, values, is_float) in zip(placed.product.operands, both, strict=True):
+            if not is_float:
+                own = {name: placed.spread(of_layers) for name, of_layers in values.items()}
+                yield place, Change(f"{which} operand of {layer.name}", quantize), own

@@ -35,6 +35,7 @@ from mpq_jax.supernet.placement import (
     Edit,
     data_changes,
     feature_places,
+    placed_products,
     placed_sites,
 )
 
@@ -83,6 +84,8 @@ class Subnet(NamedTuple):
         signed: bool [layers].
         computed: kernels that the model computes from several parameters, by layer; they take the
             place of what it computes.
+        second: "step_size", float32 [layers], and "bits", int32 [layers], of the second operands of
+            products; empty if the table has no products.
     """
 
     params: PyTree
@@ -91,6 +94,7 @@ class Subnet(NamedTuple):
     act_bits: Int[Array, " layers"]
     signed: Bool[Array, " layers"]
     computed: dict[str, Array]
+    second: dict[str, Array]
 
 
 class Output(NamedTuple):
@@ -141,21 +145,26 @@ class Supernet:
         table, quantizer = self.table, self.quantizer
         candidates = jnp.array(table.candidates, jnp.int32)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        read = self._layer_inputs(variables, inputs)
+        read, second = self._layer_inputs(variables, inputs)
         signed = jnp.stack(
             [
                 jnp.asarray(jnp.min(x) < 0 if layer.signed is None else layer.signed)
                 for layer, x in zip(table.layers, read, strict=True)
             ]
         )
+
+        def of_weights(w: Array) -> Array:
+            return jax.vmap(lambda bits: quantizer.weights.init_step(w, bits))(candidates)
+
+        def of_acts(x: Array, is_signed: Any) -> Array:
+            init_step = functools.partial(quantizer.acts.init_step, signed=is_signed)
+            return jax.vmap(lambda bits: init_step(x, bits))(candidates)
+
         weight_step_sizes = [
-            jax.vmap(lambda bits, w=w: quantizer.weights.init_step(w, bits))(candidates)
-            for w in self.kernels(params)
+            of_acts(second[index], jnp.array(True)) if index in second else of_weights(w)
+            for index, w in enumerate(self.kernels(params))
         ]
-        act_step_sizes = [
-            jax.vmap(lambda bits, x=x, s=s: quantizer.acts.init_step(x, bits, signed=s))(candidates)
-            for x, s in zip(read, signed, strict=True)
-        ]
+        act_step_sizes = [of_acts(x, s) for x, s in zip(read, signed, strict=True)]
         return SupernetState(
             trainable=TrainableParams(
                 bn_banks.tile(table, params),
@@ -267,14 +276,21 @@ class Supernet:
             computed={
                 layer.name: w
                 for layer, w in zip(table.layers, quantized, strict=True)
-                if layer.kernel is None
+                if layer.is_computed
             },
+            second=self._second(state.trainable, jnp.asarray(bits.weights)),
         )
+
+    def _second(self, trainable: TrainableParams, weight_bits: Array) -> dict[str, Array]:
+        if not any(layer.is_product for layer in self.table.layers):
+            return {}
+        step_sizes = self.weight_step_sizes(trainable, weight_bits)
+        return {"step_size": step_sizes, "bits": weight_bits}
 
     def weight_step_sizes(
         self, trainable: TrainableParams, weight_bits: Int[Array, " layers"]
     ) -> Float[Array, " layers"]:
-        """Gathers the step size of each layer's kernel at some bits."""
+        """Gathers the step size of each layer's kernel, or second operand, at some bits."""
         columns = choice_index(self.table, self._bits_of_step_sizes(weight_bits))
         return trainable.weight_step_sizes[jnp.arange(len(self.table)), columns]
 
@@ -283,7 +299,8 @@ class Supernet:
         if not self.quantizer.weights.shared_step_size:
             return weight_bits
         max_bits = jnp.array([layer.max_bits for layer in self.table.layers], jnp.int32)
-        return jnp.broadcast_to(max_bits, weight_bits.shape)
+        is_product = jnp.array([layer.is_product for layer in self.table.layers])
+        return jnp.where(is_product, weight_bits, max_bits)
 
     def forward(
         self,
@@ -333,7 +350,8 @@ class Supernet:
             "bits": subnet.act_bits,
             "signed": subnet.signed,
         }
-        for place, change, own in data_changes(self.table, program, quantized, of_layers):
+        second = subnet.second | {"signed": jnp.ones(len(self.table), bool)}
+        for place, change, own in data_changes(self.table, program, quantized, of_layers, second):
             changes[place], arrays[change.name] = change, own
         places = feature_places(self.table, program, self.network.label)
         results, recorded = evaluate(
@@ -376,22 +394,24 @@ class Supernet:
         )
 
     def kernels(self, params: PyTree) -> list[Array]:
-        """Lists the kernel of every layer of the table, in its order."""
-        flat, computed = paths.flatten(params), self._computed_kernels(params)
-        return [
-            computed[layer.name] if layer.kernel is None else _slice(flat[layer.kernel], layer)
-            for layer in self.table.layers
-        ]
+        """Lists the kernel of every layer of the table, in its order; a zero for products."""
+        return self._kernels(params, self._computed_kernels(params))
 
     def kernels_of(self, subnet: Subnet) -> list[Array]:
         """Lists the kernels of a subnet, as `kernels` does."""
-        flat = paths.flatten(subnet.params)
-        return [
-            subnet.computed[layer.name]
-            if layer.kernel is None
-            else _slice(flat[layer.kernel], layer)
-            for layer in self.table.layers
-        ]
+        return self._kernels(subnet.params, subnet.computed)
+
+    def _kernels(self, params: PyTree, computed: dict[str, Array]) -> list[Array]:
+        flat = paths.flatten(params)
+
+        def kernel(layer: Layer) -> Array:
+            if layer.is_product:
+                return jnp.zeros(())
+            if layer.kernel is None:
+                return computed[layer.name]
+            return flat[layer.kernel][layer.index] if layer.index else flat[layer.kernel]
+
+        return [kernel(layer) for layer in self.table.layers]
 
     def call_with(
         self, kernels: Sequence[Array], params: PyTree, batch_stats: PyTree, inputs: Any
@@ -414,7 +434,7 @@ class Supernet:
         computed = {
             layer.name: w
             for layer, w in zip(self.table.layers, kernels, strict=True)
-            if layer.kernel is None
+            if layer.is_computed
         }
         edit = self._kernel_edit(program, computed)
         arguments = jax.tree.leaves((variables, inputs))
@@ -426,7 +446,7 @@ class Supernet:
         placed = [
             (site, layer)
             for site in placed_sites(self.table, program)
-            if (layer := self.table.layers[site.first]).kernel is None
+            if (layer := self.table.layers[site.first]).is_computed
         ]
 
         def replaced(x: Array, w: Array) -> Array:
@@ -443,7 +463,7 @@ class Supernet:
 
         The rest of the model is dead code to the compiler.
         """
-        if all(layer.kernel is not None for layer in self.table.layers):
+        if not any(layer.is_computed for layer in self.table.layers):
             return {}
         if self.table.example is None:
             raise ValueError("the table was not made by trace_layers, so kernels are not known")
@@ -457,7 +477,7 @@ class Supernet:
         records = {
             self.table.layers[placed.first].name: placed.site.kernel
             for placed in placed_sites(self.table, program)
-            if self.table.layers[placed.first].kernel is None
+            if self.table.layers[placed.first].is_computed
         }
         arguments = jax.tree.leaves((variables, inputs))
         return evaluate(program.jaxpr, arguments, {}, {}, records)[1]
@@ -580,15 +600,24 @@ class Supernet:
             ),
         )
 
-    def _layer_inputs(self, variables: PyTree, inputs: Any) -> list[Array]:
+    def _layer_inputs(
+        self, variables: PyTree, inputs: Any
+    ) -> tuple[list[Array], dict[int, Array]]:
         """Records what every layer reads in one training-mode pass of the float model.
 
         What several calls of a layer read is joined; a layer that reads nothing has no input.
+
+        Returns:
+            What each layer reads, and the second operands of products by layer.
         """
         key = jax.random.key(0)
         program = self.program(variables, inputs, train=True, dropout_key=key)
         sites = [s for s in placed_sites(self.table, program) if s.site.data is not None]
+        products = placed_products(self.table, program)
         records = {str(placed.number): placed.site.data for placed in sites}
+        for placed in products:
+            for number, place in enumerate(placed.product.operands):
+                records[f"product {placed.layer}.{number}"] = place
         arguments = jax.tree.leaves((variables, inputs, key))
         _, recorded = evaluate(program.jaxpr, arguments, {}, {}, records)
         read: list[list[Array]] = [[] for _ in self.table.layers]
@@ -597,7 +626,14 @@ class Supernet:
             x = jnp.moveaxis(x, placed.site.stacked, range(len(placed.site.stacked)))
             for position in np.ndindex(placed.layers.shape):
                 read[placed.layers[position]].append(x[position] if position else x)
-        return [_joined(calls) for calls in read]
+        second = {}
+        for placed in products:
+            first, second[placed.layer] = (
+                recorded[f"product {placed.layer}.{number}"].astype(jnp.float32)
+                for number in range(2)
+            )
+            read[placed.layer].append(first)
+        return [_joined(calls) for calls in read], second
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -624,10 +660,6 @@ def _joined(calls: list[Array]) -> Array:
     if not calls:
         return jnp.zeros((1,), jnp.float32)
     return calls[0] if len(calls) == 1 else jnp.concatenate([x.ravel() for x in calls])
-
-
-def _slice(variable: AnyArray, layer: Layer) -> Array:
-    return variable[layer.index] if layer.index else variable
 
 
 def choice_index(table: LayerTable, bits: Int[Array, " layers"]) -> Int[Array, " layers"]:

@@ -119,14 +119,19 @@ def with_planes(
         float_acts: whether these inputs stay float.
         planes: number of planes of every layer with a choice; None: the largest candidate.
     """
-    if not any(len(layer.weight_candidates) > 1 for layer in table.layers):
+    if not any(len(one.weight_candidates) > 1 and not one.is_product for one in table.layers):
         raise ValueError(
             "the weights of no layer have a choice of bits, so no scheme can grow; list at least "
             "two values in config.bits.candidates, of which the largest is the number of planes"
         )
     layers = []
     for layer in table.layers:
-        if len(layer.weight_candidates) > 1:
+        if layer.is_product:
+            fixed = layer.act_candidates if len(layer.act_candidates) == 1 else (act_bits,)
+            layer = layer._replace(
+                weight_candidates=fixed, float_weights=layer.float_weights or float_acts
+            )
+        elif len(layer.weight_candidates) > 1:
             max_planes = planes or layer.max_bits
             if max_planes >= MAX_BITS:
                 raise ValueError(
@@ -176,7 +181,7 @@ def init(
         if layer.searchable
     }
     for layer in network.table.layers:
-        if layer.searchable and layer.kernel is not None:
+        if layer.searchable and not layer.is_computed:
             params.pop(layer.kernel, None)
     around = state.trainable._replace(params=paths.unflatten(params))
     return CsqParams(around, paths.unflatten(planes)), state.batch_stats, state.signed
