@@ -114,7 +114,7 @@ def _site_calls(
             kernel=first.leaf and first.leaf.removeprefix(PARAMS),
             sites=tuple(members),
             norm=next((found.norms[i] for i in members if i in found.norms), None),
-            first=any(site.depth == 0 for site in sites),
+            first=any(site.depth == 0 for site in reading or sites),
             last=bool(found.last.intersection(members)),
         )
         for position in itertools.product(*map(range, slices)):

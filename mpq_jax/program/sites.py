@@ -37,6 +37,8 @@ class Value(NamedTuple):
         nearest: sites that reach it without another site in between.
         site: site whose result it is, but for layout, conversions and a bias.
         normed: site whose result it is, but for these and a norm.
+        owner: path of the module whose parameters and statistics this norm read so far.
+        alone: whether a single equation reads it, or returns it.
         start: first place that reads its elements in a chain of moves and conversions that nothing
             else reads; None: it is no end of such a chain.
         running: running statistic that it is, updated or not.
@@ -57,6 +59,8 @@ class Value(NamedTuple):
     nearest: frozenset[int] = frozenset()
     site: int | None = None
     normed: int | None = None
+    owner: str | None = None
+    alone: bool = False
     start: Place | None = None
     running: str | None = None
     decayed: str | None = None
@@ -269,7 +273,9 @@ class _Walk:
         def read(var: Any) -> Value:
             if isinstance(var, jex.Literal):
                 return self.new()
-            return values[var] if uses[var] == 1 else values[var]._replace(start=None)
+            alone = uses[var] == 1
+            value = values[var]
+            return value._replace(alone=alone, start=value.start if alone else None)
 
         for index, equation in enumerate(program.eqns):
             operands = [read(var) for var in equation.invars]
@@ -327,18 +333,11 @@ class _Walk:
             moved=value.moved or name in MOVES,
             start=None if resized else start,
         )
-        self.advance(value, result)
+        if place is not None and value.site is not None and value.alone:
+            self.outputs[value.site] = place
+        if place is not None and value.normed is not None and (value.alone or not value.owner):
+            self.norm_outputs[value.normed] = place
         return result
-
-    def advance(self, value: Value, result: Value) -> None:
-        """Moves the outputs of a site on, from a value to one that is made of it."""
-        for outputs, before, after in (
-            (self.outputs, value.site, result.site),
-            (self.norm_outputs, value.normed, result.normed),
-        ):
-            if after is not None and before == after and outputs[after] == value.place:
-                if result.place is not None:
-                    outputs[after] = result.place
 
     def elementwise(self, equation: jex.JaxprEqn, operands: list[Value], result: Value) -> Value:
         """Looks for a bias, a norm, or the update of a running statistic."""
@@ -356,11 +355,25 @@ class _Walk:
                     self.norms.setdefault(value.site, norms.pop().removeprefix(STATE))
                 elif other.leaves and not norms and name != "mul":
                     result = result._replace(site=value.site)
-            own = frozenset({value.normed})
-            if value.normed is not None and small and (other.leaves or other.nearest == own):
-                result = result._replace(normed=value.normed)
-            self.advance(value, result)
+                    if result.place is not None:
+                        self.outputs[value.site] = result.place
+            if value.normed is not None and small:
+                result = self.normalized(value, other, result)
         return result
+
+    def normalized(self, value: Value, other: Value, result: Value) -> Value:
+        """Follows a norm through an operation with one number per channel or example."""
+        owners = {paths.parent(leaf.partition("/")[2]) for leaf in other.leaves}
+        if other.nearest != frozenset({value.normed}) and not owners:
+            return result
+        is_bias = result.site is not None
+        known = owners if value.owner is None else {value.owner}
+        if not is_bias and (len(owners) > 1 or not owners <= known):
+            return result
+        owner = value.owner if is_bias else next(iter(known), None)
+        if result.place is not None and value.normed is not None:
+            self.norm_outputs[value.normed] = result.place
+        return result._replace(normed=value.normed, owner=owner)
 
     def updated(self, operands: list[Value], result: Value) -> Value:
         """Notes the batch statistic with which a running one is updated."""
@@ -428,8 +441,11 @@ class _Walk:
         params = equation.params
         body, length = params["jaxpr"].jaxpr, params["length"]
         first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-        fixed = [value._replace(start=None, place=None) for value in operands[:first]]
-        carry = [value._replace(start=None, place=None) for value in operands[first:last]]
+        entering = [
+            value._replace(start=None, place=None, site=None, normed=None)
+            for value in operands[:last]
+        ]
+        fixed, carry = entering[:first], entering[first:]
         slices = [
             self.new(
                 data=value.data,
@@ -589,8 +605,8 @@ def _channels(equation: jex.JaxprEqn, kernel: int) -> int:
         return math.prod(shape[1:])
     if equation.primitive.name == "conv_general_dilated":
         return shape[params["dimension_numbers"].rhs_spec[0]]
-    contracted, batch = (axes[kernel] for axes in params["dimension_numbers"])
-    return math.prod(size for axis, size in enumerate(shape) if axis not in (*contracted, *batch))
+    contracted, _ = (axes[kernel] for axes in params["dimension_numbers"])
+    return math.prod(size for axis, size in enumerate(shape) if axis not in contracted)
 
 
 def scope_output(sites: Sites, scope: str) -> Place | None:

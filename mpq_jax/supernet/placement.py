@@ -105,26 +105,48 @@ def placed_sites(table: LayerTable, program: Program) -> tuple[PlacedSite, ...]:
     )
 
 
+class Feature(NamedTuple):
+    """A feature of a layer in a program.
+
+    Attributes:
+        place: its value, or those of all slices of a loop.
+        stacked: axes of these slices in what is recorded at the place.
+        position: indices of the layer's slice along them.
+    """
+
+    place: Place
+    stacked: tuple[int, ...] = ()
+    position: tuple[int, ...] = ()
+
+    def of(self, recorded: Array) -> Array:
+        """Picks the feature from what was recorded at its place."""
+        if not self.position:
+            return recorded
+        return jnp.moveaxis(recorded, self.stacked, range(len(self.stacked)))[self.position]
+
+
 @functools.lru_cache(maxsize=256)
-def feature_places(table: LayerTable, program: Program, label: str) -> dict[str, Place]:
-    """Finds the features of layers with a choice: path -> place.
+def find_features(table: LayerTable, program: Program, label: str) -> dict[str, Feature]:
+    """Finds the features of layers with a choice, by path.
 
     They are the outputs of the norm behind the layer (or of the layer, where it has none), and of
     the module around that norm, where the model names its modules.
     """
-    found, places = program.sites, {}
-    features = {index: path for path, index in table.features.items()}
+    found, features = program.sites, {}
+    wanted = {index: path for path, index in table.features.items()}
     for placed in placed_sites(table, program):
-        path = features.get(placed.first)
-        if path is not None:
-            has_norm = table.layers[placed.first].norm == path
-            outputs = found.norm_outputs if has_norm else found.outputs
-            places[path] = outputs[placed.number]
+        for position, index in np.ndenumerate(placed.layers):
+            path = wanted.get(index)
+            if path is not None:
+                has_norm = table.layers[index].norm == path
+                outputs = found.norm_outputs if has_norm else found.outputs
+                place = outputs[placed.number]
+                features[path] = Feature(place, placed.site.stacked, position)
     for path in {paths.parent(norm) for norm in table.searchable_norms} - {""}:
         place = scope_output(found, f"{label}/{path}")
-        if place is not None and path not in places:
-            places[path] = place
-    return places
+        if place is not None and path not in features:
+            features[path] = Feature(place)
+    return features
 
 
 def data_changes(

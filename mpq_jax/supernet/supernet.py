@@ -20,7 +20,7 @@ from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
 from mpq_jax.program import paths
-from mpq_jax.program.evaluate import UNKNOWN, Change, evaluate
+from mpq_jax.program.evaluate import UNKNOWN, Change, Place, evaluate
 from mpq_jax.program.layers import shapes_of
 from mpq_jax.program.network import Network, as_float32, as_network
 from mpq_jax.program.trace import Program, trace
@@ -34,7 +34,7 @@ from mpq_jax.supernet.placement import (
     NO_EDIT,
     Edit,
     data_changes,
-    feature_places,
+    find_features,
     placed_products,
     placed_sites,
 )
@@ -353,7 +353,7 @@ class Supernet:
         second = subnet.second | {"signed": jnp.ones(len(self.table), bool)}
         for place, change, own in data_changes(self.table, program, quantized, of_layers, second):
             changes[place], arrays[change.name] = change, own
-        places = feature_places(self.table, program, self.network.label)
+        features = find_features(self.table, program, self.network.label)
         results, recorded = evaluate(
             program.jaxpr,
             [
@@ -362,13 +362,17 @@ class Supernet:
             ],
             changes,
             arrays,
-            {**{f"{OUTPUT}/{path}": place for path, place in places.items()}, **records},
+            {_record(one.place): one.place for one in features.values()} | records,
         )
         logits, batch_stats = program.out_tree.unflatten(results)
         return Output(
             jax.tree.map(as_float32, logits),
             batch_stats,
-            {path: x for path in places if (x := recorded.get(f"{OUTPUT}/{path}")) is not None},
+            {
+                path: one.of(recorded[_record(one.place)])
+                for path, one in features.items()
+                if _record(one.place) in recorded
+            },
             {name: recorded[name] for name in records},
         )
 
@@ -654,6 +658,10 @@ def _recalibrate(
 def _as_jax(state: SupernetState) -> SupernetState:
     """Converts NumPy arrays, as of a checkpoint: traced bits could not index them."""
     return jax.tree.map(jnp.asarray, state)
+
+
+def _record(place: Place) -> str:
+    return f"{OUTPUT}/{place}"
 
 
 def _joined(calls: list[Array]) -> Array:
