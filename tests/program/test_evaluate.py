@@ -1,5 +1,7 @@
 """Evaluated programs against the functions that they were traced from."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.extend.core as jex
@@ -248,20 +250,60 @@ def test_gradients_reach_the_arrays_of_changes(program):
         (found, _), _ = run(program, {"w": W}, X, changes=changes, arrays={"amount": amount})
         return found.sum()
 
-    wanted = 2 * len(X) * np.sum(W, dtype=np.float64)
+    wanted = 2 * len(X) * np.asarray(W, np.float64).sum()
     np.testing.assert_allclose(jax.grad(total)(jnp.float32(0)), wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("call", [custom, custom_backward, checkpointed, jitted])
-def test_places_inside_nested_programs_are_visited(call):
-    program = trace_function(call, {"w": W}, X)
-    site = program.sites.sites[-1]
-    assert any(len(site.key) > 1 for site in program.sites.sites) or call in FUNCTIONS[:2]
-    changes = {site.kernel: Change("factor", lambda w, factor: factor * w)}
-    (found, _), _ = run(program, {"w": W}, X, changes=changes, arrays={"factor": jnp.float32(0)})
-    last = jax.tree.leaves(found)[-1]
-    assert np.ptp(last) == 0
-    assert np.ptp(jax.tree.leaves(call({"w": W}, X))[-1]) > 0
+def inside(call):
+    """Wraps a product of `call`'s own, `sin(x @ w)`."""
+    return lambda variables, x: call(lambda x, w: jnp.sin(x @ w))(x, variables["w"])
+
+
+def with_custom_gradient(function):
+    call = jax.custom_vjp(function)
+    call.defvjp(lambda x, w: (function(x, w), None), lambda _, g: (7 * g, jnp.zeros((6, 6))))
+    return call
+
+
+def with_custom_derivative(function):
+    call = jax.custom_jvp(function)
+    call.defjvp(lambda primals, _: (function(*primals), jnp.full((4, 6), 7.0)))
+    return call
+
+
+WRAPPERS = [jax.jit, jax.checkpoint, with_custom_gradient, with_custom_derivative]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_places_inside_nested_programs_are_visited(wrap):
+    program = trace_function(inside(wrap), {"w": W}, X)
+    (site,) = program.sites.sites
+    assert len(site.key) > 1
+    (found, _), records = run(
+        program,
+        {"w": W},
+        X,
+        changes={site.kernel: Change("amount", add)},
+        arrays={"amount": jnp.float32(1)},
+        records={"w": site.kernel},
+    )
+    np.testing.assert_allclose(found, jnp.sin(X @ (W + 1)), rtol=1e-6, atol=1e-6)  # compiled
+    np.testing.assert_array_equal(records["w"], W)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS[2:])
+def test_a_program_with_a_derivative_of_its_own_has_that_of_its_equations_once_entered(wrap):
+    program = trace_function(inside(wrap), {"w": W}, X)
+    (site,) = program.sites.sites
+
+    def gradient(changes):
+        return jax.grad(lambda x: run(program, {"w": W}, x, changes=changes)[0][0].sum())(X)
+
+    entered = gradient({site.data: Change("none", identity)})
+    wanted = jax.grad(lambda x: jnp.sin(x @ W).sum())(X)
+    np.testing.assert_allclose(entered, wanted, rtol=1e-5, atol=1e-6)
+    if wrap is with_custom_gradient:
+        np.testing.assert_array_equal(gradient({}), jnp.full((4, 6), 7.0))
 
 
 # Loops.
@@ -335,7 +377,8 @@ def chain(variables, x):
 def test_what_depends_on_an_unknown_argument_is_not_evaluated():
     program = trace_function(chain, {"w": W}, X)
     (site,) = program.sites.sites
-    places = {"y": site.data, "w": site.kernel, "z": Place(site.key, 0, result=True)}
+    (sine,) = places_of(program.jaxpr, "sin")
+    places = {"y": Place(sine, 0, result=True), "z": Place(site.key, 0, result=True)}
     results, records = evaluate(program.jaxpr, [UNKNOWN, X], {}, {}, places)
     np.testing.assert_array_equal(results[0], jnp.sin(X))
     assert results[1] is results[2] is UNKNOWN
@@ -422,13 +465,19 @@ def test_the_policy_of_recomputation_is_kept():
     assert keeping(apply) > keeping(checkpointed)
 
 
-def test_names_of_modules_are_those_of_the_model():
-    variables = drawn_variables(Looped(), X, 0)
-    program = trace_model(Looped(), X, train=True)
+@pytest.mark.parametrize("model", [Recomputed(), Looped()], ids=lambda m: type(m).__name__)
+def test_names_of_modules_are_those_of_the_model(model):
+    variables = drawn_variables(model, X, 0)
+    program = trace_model(model, X, train=True)
     changes = {site.data: Change("none", identity) for site in program.sites.sites}
-    call = jax.jit(lambda variables, x: run(program, variables, x, changes=changes))
-    lowered = call.lower(variables, X).as_text(debug_info=True)
-    assert "Looped/blocks" in lowered and "dense" in lowered
+
+    def names(call):
+        lowered = jax.jit(call).lower(variables, X).as_text(debug_info=True)
+        return {name for name in re.findall(r'loc\("([^"]*)"', lowered) if "dense" in name}
+
+    wanted = names(lambda variables, x: original(model, variables, x))
+    assert any(name.endswith("dense/dot_general") for name in wanted)
+    assert names(lambda variables, x: run(program, variables, x, changes=changes)) == wanted
 
 
 def test_names_around_the_evaluation_come_before_those_of_the_model():
@@ -439,7 +488,9 @@ def test_names_around_the_evaluation_come_before_those_of_the_model():
             return run(program, variables, x)
 
     jaxpr = jax.make_jaxpr(call)(drawn_variables(Net(), X, 0), X)
-    stacks = {str(e.source_info.name_stack) for e in jaxpr.eqns if e.primitive.name == "dot_general"}
+    stacks = {
+        str(e.source_info.name_stack) for e in jaxpr.eqns if e.primitive.name == "dot_general"
+    }
     assert stacks == {"outer/Net/dense"}
 
 

@@ -428,7 +428,11 @@ def test_the_outputs_of_layers_and_of_their_norms_are_known(train):
     def both(variables, x):
         _, recorded = run(program, variables, x, records=records)
         _, state = model.apply(
-            variables, x, train, capture_intermediates=True, mutable=["batch_stats", "intermediates"]
+            variables,
+            x,
+            train,
+            capture_intermediates=True,
+            mutable=["batch_stats", "intermediates"],
         )
         return recorded, state["intermediates"]
 
