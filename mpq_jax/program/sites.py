@@ -390,8 +390,11 @@ class _Walk:
         params = equation.params
         body, length = params["jaxpr"].jaxpr, params["length"]
         first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-        fixed = [value._replace(start=None, place=None) for value in operands[:first]]
-        carry = [value._replace(start=None, place=None) for value in operands[first:last]]
+        outside = [
+            value._replace(start=None, place=None, site=None, normed=None)
+            for value in operands[:last]
+        ]
+        fixed, carry = outside[:first], outside[first:]
         slices = [
             self.new(
                 data=value.data,
@@ -429,7 +432,8 @@ class _Walk:
     def carried(self, before: Value, end: Value) -> Value:
         """Describes a carried value by what it is before and after a turn of the loop."""
         leaves = before.leaves | end.leaves
-        if before.data or (not end.data and leaves == before.leaves):
+        is_same = leaves == before.leaves and before.leaf in (None, end.leaf)
+        if before.data or (not end.data and is_same):
             return before
         return self.new(data=end.data, leaves=frozenset() if end.data else leaves)
 
@@ -461,6 +465,8 @@ def _reason(name: str, operands: list[Value], kernels: list[int]) -> str | None:
         return "both operands are activations"
     if not operands[kernels[0]].leaves:
         return "its matrix is a constant"
+    if any(leaf.startswith(STATE) for leaf in operands[kernels[0]].leaves):
+        return "its matrix depends on running statistics"
     if name == "conv_general_dilated" and kernels != [1]:
         return "its parameters are slid over its input"
     return None
