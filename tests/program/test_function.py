@@ -138,6 +138,19 @@ def test_statistics_come_back_as_nested_dicts(train):
     assert jax.tree.map(float, stats) == {"0": 5.0 + train}
 
 
+def test_there_may_be_no_statistics_at_all():
+    """Libraries with a state return an empty one where a network has none."""
+
+    def apply(variables, x):
+        return x @ variables["params"]["w"], variables["batch_stats"]
+
+    model = function(apply, {"params": {"w": W}, "batch_stats": {}})
+    variables = network.init_variables(model, jax.random.key(0), (3,))
+    found, stats = network.forward(model, variables, X, train=True)
+    np.testing.assert_array_equal(found, X @ W)
+    assert stats == {}
+
+
 @pytest.mark.parametrize(
     "variables",
     [{"batch_stats": {}}, {"batch_stats": {}, "params": {}, "cache": {}}],

@@ -241,6 +241,16 @@ def test_computed_kernels_of_one_module_are_counted():
     assert [layer.name for layer in rows] == ["low", "low#2"]
 
 
+def test_a_computed_kernel_is_no_part_of_the_layer_whose_variable_it_is_made_of():
+    def apply(variables, x):
+        w, gain = variables["dense"]["kernel"], variables["dense"]["gain"]
+        return (x @ (w * gain[None])) @ w
+
+    model = function(apply, {"dense": {"kernel": ones(4, 4), "gain": ones(4)}})
+    rows = [(layer.name, layer.kernel, layer.macs) for layer in layers_of(model, array(2, 4))]
+    assert rows == [("dense#2", None, 16), ("dense", "dense/kernel", 16)]
+
+
 # Programs in both modes.
 
 

@@ -1,5 +1,7 @@
 """Products of traced programs: what they multiply, what reads them, and which are not covered."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -273,6 +275,66 @@ def test_a_carried_value_is_data_once_any_turn_makes_it_data():
     assert [site.leaf for site in found.sites] == ["params/w"]
 
 
+def test_a_kernel_that_changes_from_turn_to_turn_is_computed():
+    def apply(variables, x):
+        def turn(carry, _):
+            x, same, halved, late = carry
+            return (x @ same @ halved @ late, same, halved / 2, variables["c"]), None
+
+        start = (x, variables["a"], variables["b"], 0 * variables["c"])
+        return jax.lax.scan(turn, start, length=3)[0][0]
+
+    same, halved, late = sites_of(apply, {name: ones(4, 4) for name in "abc"}, array(2, 4)).sites
+    assert (same.leaf, halved.leaf, late.leaf) == ("params/a", None, None)
+    assert (halved.leaves, late.leaves) == ({"params/b"}, {"params/c"})
+
+
+class PreNormed(nn.Module):
+    norm: str
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x, _):
+        batch = functools.partial(nn.BatchNorm, not self.train)
+        layer = nn.LayerNorm if self.norm == "layer" else batch
+        return x + nn.Dense(4, name="dense")(layer(name="norm")(x)), None
+
+
+class Blocks(nn.Module):
+    """A layer before a loop whose blocks begin with a norm."""
+
+    norm: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        axes = {"params": 0, "batch_stats": 0}
+        blocks = nn.scan(PreNormed, variable_axes=axes, split_rngs={"params": True}, length=3)
+        return blocks(self.norm, train, name="blocks")(nn.Dense(4, name="stem")(x), None)[0]
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_norms_of_loops_are_not_those_of_layers_before_them(norm, train):
+    program = trace_model(Blocks(norm), array(6, 3), train=train)
+    found = program.sites
+    assert [site.leaf.split("/")[1] for site in found.sites] == ["stem", "blocks"]
+    assert found.norms == {}
+    assert found.last == {1}
+    (moments,) = {len(places) for places in found.moments.values()} or {0}
+    assert moments == (1 if train and norm == "batch" else 0)
+
+
+def test_moments_of_norms_in_loops_are_those_of_every_turn():
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    program = trace_model(Blocks("batch"), x, train=True)
+    (place,) = program.sites.moments["batch_stats/blocks/norm/mean"]
+    variables = drawn_variables(Blocks("batch"), (3,), 0)
+    records = {"mean": place, "stem": program.sites.outputs[0]}
+    _, found = run(program, variables, x, records=records)
+    assert found["mean"].shape == (3, 4)
+    np.testing.assert_allclose(found["mean"][0], found["stem"].mean(0), rtol=1e-5, atol=1e-6)
+
+
 def test_a_kernel_that_a_loop_makes_is_computed():
     def apply(variables, x):
         def turn(w, scale):
@@ -316,6 +378,20 @@ def ragged(variables, x):
 
 def fixed(variables, x):
     return x @ jnp.eye(4) + variables["w"]
+
+
+def test_products_with_running_statistics_are_not_covered():
+    """They change without training, and no optimizer knows of them."""
+
+    class Spectral(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.SpectralNorm(nn.Dense(3), name="norm")(x, update_stats=train)
+
+    found = trace_model(Spectral(), array(2, 4)).sites
+    (product,) = found.uncovered
+    assert found.sites == ()
+    assert (product.reason, product.macs) == ("its matrix depends on running statistics", 24)
 
 
 @pytest.mark.parametrize(
