@@ -395,18 +395,7 @@ class _Walk:
             for value in operands[:last]
         ]
         fixed, carry = outside[:first], outside[first:]
-        slices = [
-            self.new(
-                data=value.data,
-                leaf=None if value.moved else value.leaf,
-                running=None if value.moved else value.running,
-                leaves=value.leaves,
-                stacked=(*value.stacked, len(where.loops)),
-                depth=value.depth,
-                nearest=value.nearest,
-            )
-            for value in operands[last:]
-        ]
+        slices = [self.sliced(value, len(where.loops)) for value in operands[last:]]
         inside = where._replace(loops=(*where.loops, length))
         while True:
             trial = _Walk(self.count)
@@ -428,6 +417,16 @@ class _Walk:
             )
             for index, value in enumerate(results)
         ]
+
+    def sliced(self, value: Value, depth: int) -> Value:
+        """Describes the slices along the first axis that a loop takes of a value."""
+        known: dict[str, Any] = {}
+        if value.leaf is not None and not value.moved:
+            stacked = (*value.stacked, depth)
+            known = {"leaf": value.leaf, "running": value.running, "stacked": stacked}
+        return self.new(
+            data=value.data, leaves=value.leaves, depth=value.depth, nearest=value.nearest, **known
+        )
 
     def carried(self, before: Value, end: Value) -> Value:
         """Describes a carried value by what it is before and after a turn of the loop."""
