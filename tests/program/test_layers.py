@@ -205,6 +205,36 @@ def test_slices_of_slices_have_two_indices():
     assert {(layer.kernel_shape, layer.macs) for layer in rows} == {((4, 4), 16)}
 
 
+class OtherAxis(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        options = {"variable_axes": {"params": 1}, "split_rngs": {"params": True}}
+        return nn.scan(Dense, length=3, **options)(name="blocks")(x, None)[0]
+
+
+class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(x.shape[-1], name="dense")(x), None
+
+
+def scaled_before(variables, x):
+    scaled = variables["blocks"]["w"] * variables["blocks"]["gain"][:, None, None]
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, scaled)[0]
+
+
+SCALED = function(scaled_before, {"blocks": {"w": ones(3, 4, 4), "gain": ones(3)}})
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(OtherAxis(), "blocks/dense"), (SCALED, "blocks")], ids=["axis", "scaled"]
+)
+def test_slices_of_what_is_no_variable_are_one_layer_with_the_work_of_all(model, name):
+    (layer,) = layers_of(model, array(2, 4))
+    assert (layer.name, layer.kernel, layer.index) == (name, None, ())
+    assert (layer.macs, layer.inputs) == (3 * 4 * 4, 3 * 4)
+
+
 @pytest.mark.parametrize("cell", [nn.SimpleCell(5), nn.LSTMCell(5), nn.GRUCell(5)])
 def test_the_layers_of_recurrent_cells_have_the_work_of_all_turns(cell):
     rows = layers_of(nn.RNN(cell, name="rnn"), array(2, 7, 3))

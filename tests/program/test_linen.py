@@ -153,3 +153,23 @@ def test_norms_of_bfloat16_work_where_mixing_types_is_an_error(images, train):
         )
     # One unit in the last of bfloat16's 8 digits, as XLA may fuse the norms.
     np.testing.assert_allclose(logits, wanted.astype(jnp.float32), atol=2**-6)
+
+
+class Listed(nn.Module):
+    """Has an attribute that cannot be hashed."""
+
+    widths: list
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.Dense(width)(x)
+        self.sow("intermediates", "last", x)
+        return x
+
+
+def test_modules_with_lists_can_be_static_arguments(images):
+    one, same, other = (network.as_network(Listed(widths)) for widths in ([2], [2], [3]))
+    assert one == same and hash(one) == hash(same) and one != other
+    found, stats = forward(one, init(one), images, train=True)
+    assert found.shape == (16, 2) and stats == {}  # what is sown is left out
