@@ -205,17 +205,25 @@ def test_slices_of_slices_have_two_indices():
     assert {(layer.kernel_shape, layer.macs) for layer in rows} == {((4, 4), 16)}
 
 
+class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(x.shape[-1], name="dense")(x), None
+
+
+@pytest.mark.xfail(strict=True, reason="slices are not told apart by what reaches each of them")
+def test_of_a_loop_that_is_the_whole_model_the_first_slice_is_first_and_the_last_one_last():
+    options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    rows = layers_of(nn.scan(Dense, length=3, **options)(), (array(2, 4), None))
+    assert [layer.first for layer in rows] == [True, False, False]
+    assert [layer.last for layer in rows] == [False, False, True]
+
+
 class OtherAxis(nn.Module):
     @nn.compact
     def __call__(self, x):
         options = {"variable_axes": {"params": 1}, "split_rngs": {"params": True}}
         return nn.scan(Dense, length=3, **options)(name="blocks")(x, None)[0]
-
-
-class Dense(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return nn.Dense(x.shape[-1], name="dense")(x), None
 
 
 def scaled_before(variables, x):

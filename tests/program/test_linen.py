@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.traced_programs import array, layers_of
 
 from mpq_jax.program import network
 
@@ -173,3 +174,17 @@ def test_modules_with_lists_can_be_static_arguments(images):
     assert one == same and hash(one) == hash(same) and one != other
     found, stats = forward(one, init(one), images, train=True)
     assert found.shape == (16, 2) and stats == {}  # what is sown is left out
+
+
+class Partitioned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+        return nn.Dense(2, kernel_init=init, name="head")(x)
+
+
+@pytest.mark.xfail(strict=True, reason="variables stay in the boxes that hold their axes")
+def test_variables_with_names_of_axes_are_arrays():
+    variables = network.init_variables(Partitioned(), jax.random.key(0), (3,))
+    assert isinstance(variables["params"]["head"]["kernel"], jax.Array)
+    assert [layer.name for layer in layers_of(Partitioned(), array(2, 3))] == ["head"]

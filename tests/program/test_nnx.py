@@ -64,12 +64,18 @@ def test_variables_are_those_that_the_module_holds(model):
     assert all(isinstance(leaf, jax.Array) for leaf in flat.values())
 
 
-@pytest.mark.parametrize("key", [None, jax.random.key(3)], ids=["no key", "key"])
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("jitted", [False, True])
-def test_calls_leave_the_module_as_it_is(model, jitted, train, key):
+@pytest.mark.parametrize(
+    ("call", "train", "key"),
+    [
+        (forward, False, None),
+        (forward, True, None),
+        (forward, True, jax.random.key(3)),
+        (network.forward, True, jax.random.key(3)),
+    ],
+    ids=["evaluation", "training", "dropout", "not compiled"],
+)
+def test_calls_leave_the_module_as_it_is(model, call, train, key):
     before = held_by(model)
-    call = forward if jitted else network.forward
     variables = jax.tree.map(lambda leaf: leaf + 1, variables_of(model))
     call(model, variables, X, train=train, dropout_key=key)
     after = held_by(model)
