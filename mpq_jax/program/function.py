@@ -61,7 +61,7 @@ class Function:
         if not self.has_statistics:
             params = from_dict(held, variables["params"])
             return self.apply(params, *network.arguments(inputs), **given), {}
-        whole = {name: from_dict(held[name], variables[name]) for name in held}
+        whole = {name: from_dict(held[name], variables.get(name, {})) for name in held}
         outputs, statistics = self.apply(whole, *network.arguments(inputs), **given)
         return outputs, to_dict(statistics)
 

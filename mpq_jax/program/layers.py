@@ -171,19 +171,21 @@ def site_names(program: Program) -> tuple[str, ...]:
     sites = program.sites.sites
     leaves = {site.leaf for site in sites if site.leaf is not None}
     held_by = Counter(paths.parent(leaf) for leaf in leaves)
+    named: dict[str, str] = {}
+    for leaf in leaves:
+        path = leaf.removeprefix(PARAMS)
+        holder, last = paths.parent(path), path.rpartition("/")[2]
+        alone = held_by[paths.parent(leaf)] == 1 and last in KERNEL_NAMES
+        named[leaf] = holder if alone and holder else path
     names: list[str] = []
-    computed: Counter[str] = Counter()
+    taken = Counter(named.values())
     for site in sites:
         if site.leaf is not None:
-            path = site.leaf.removeprefix(PARAMS)
-            holder, last = paths.parent(path), path.rpartition("/")[2]
-            alone = held_by[paths.parent(site.leaf)] == 1 and last in KERNEL_NAMES
-            names.append(holder if alone and holder else path)
+            names.append(named[site.leaf])
             continue
-        holders = sorted(paths.parent(leaf.removeprefix(PARAMS)) for leaf in site.leaves)
-        name = holders[0] or site.kind
-        computed[name] += 1
-        names.append(name if computed[name] == 1 else f"{name}#{computed[name]}")
+        name = min(paths.parent(leaf.removeprefix(PARAMS)) for leaf in site.leaves) or site.kind
+        taken[name] += 1
+        names.append(name if taken[name] == 1 else f"{name}#{taken[name]}")
     return tuple(names)
 
 

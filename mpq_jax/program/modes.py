@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mpq_jax.program.liveness import find_live
@@ -38,7 +39,8 @@ def check_modes(network: Network, variables: Any, inputs: Any) -> None:
             f"{network.label} has running statistics, but does not read them in evaluation mode; "
             "let its norms use them when it is called with train=False"
         )
-    training = trace(network, variables, inputs, train=True)
+    key = jax.random.key(0)
+    training = trace(network, variables, inputs, train=True, dropout_key=key)
     updated = _changed(training)
     if not updated:
         raise ValueError(

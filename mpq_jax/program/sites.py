@@ -441,23 +441,12 @@ class _Walk:
         params = equation.params
         body, length = params["jaxpr"].jaxpr, params["length"]
         first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-        entering = [
+        outside = [
             value._replace(start=None, place=None, site=None, normed=None)
             for value in operands[:last]
         ]
-        fixed, carry = entering[:first], entering[first:]
-        slices = [
-            self.new(
-                data=value.data,
-                leaf=None if value.moved else value.leaf,
-                running=None if value.moved else value.running,
-                leaves=value.leaves,
-                stacked=(*value.stacked, len(where.loops)),
-                depth=value.depth,
-                nearest=value.nearest,
-            )
-            for value in operands[last:]
-        ]
+        fixed, carry = outside[:first], outside[first:]
+        slices = [self.sliced(value, len(where.loops)) for value in operands[last:]]
         inside = where._replace(loops=(*where.loops, length))
         while True:
             trial = _Walk(self.count)
@@ -492,10 +481,26 @@ class _Walk:
             multiplied=value.multiplied,
         )
 
+    def sliced(self, value: Value, depth: int) -> Value:
+        """Describes the slices along the first axis that a loop takes of a value."""
+        known: dict[str, Any] = {}
+        if value.leaf is not None and not value.moved:
+            stacked = (*value.stacked, depth)
+            known = {"leaf": value.leaf, "running": value.running, "stacked": stacked}
+        return self.new(
+            data=value.data,
+            leaves=value.leaves,
+            depth=value.depth,
+            nearest=value.nearest,
+            multiplied=value.multiplied,
+            **known,
+        )
+
     def carried(self, before: Value, end: Value) -> Value:
         """Describes a carried value by what it is before and after a turn of the loop."""
         leaves = before.leaves | end.leaves
-        if before.data or (not end.data and leaves == before.leaves):
+        is_same = leaves == before.leaves and before.leaf in (None, end.leaf)
+        if before.data or (not end.data and is_same):
             return before
         return self.new(data=end.data, leaves=frozenset() if end.data else leaves)
 
@@ -524,9 +529,7 @@ def _scaled(operands: list[Value], result: Value) -> Value:
     return result
 
 
-def _product(
-    equation: jex.JaxprEqn, operands: list[Value], where: _Where, macs: int
-) -> Product:
+def _product(equation: jex.JaxprEqn, operands: list[Value], where: _Where, macs: int) -> Product:
     """Describes a product of two activations."""
     left, right = operands
     order = (1, 0) if right.multiplied and not left.multiplied else (0, 1)
@@ -548,6 +551,8 @@ def _reason(name: str, operands: list[Value], kernels: list[int]) -> str | None:
         return f"it is computed by {name!r}"
     if not operands[kernels[0]].leaves:
         return "its matrix is a constant"
+    if any(leaf.startswith(STATE) for leaf in operands[kernels[0]].leaves):
+        return "its matrix depends on running statistics"
     if name == "conv_general_dilated" and kernels != [1]:
         return "its parameters are slid over its input"
     return None

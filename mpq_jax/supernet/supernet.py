@@ -604,9 +604,7 @@ class Supernet:
             ),
         )
 
-    def _layer_inputs(
-        self, variables: PyTree, inputs: Any
-    ) -> tuple[list[Array], dict[int, Array]]:
+    def _layer_inputs(self, variables: PyTree, inputs: Any) -> tuple[list[Array], dict[int, Array]]:
         """Records what every layer reads in one training-mode pass of the float model.
 
         What several calls of a layer read is joined; a layer that reads nothing has no input.

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.traced_programs import array, layers_of
 
 from mpq_jax.program import network
 
@@ -153,3 +154,37 @@ def test_norms_of_bfloat16_work_where_mixing_types_is_an_error(images, train):
         )
     # One unit in the last of bfloat16's 8 digits, as XLA may fuse the norms.
     np.testing.assert_allclose(logits, wanted.astype(jnp.float32), atol=2**-6)
+
+
+class Listed(nn.Module):
+    """Has an attribute that cannot be hashed."""
+
+    widths: list
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.Dense(width)(x)
+        self.sow("intermediates", "last", x)
+        return x
+
+
+def test_modules_with_lists_can_be_static_arguments(images):
+    one, same, other = (network.as_network(Listed(widths)) for widths in ([2], [2], [3]))
+    assert one == same and hash(one) == hash(same) and one != other
+    found, stats = forward(one, init(one), images, train=True)
+    assert found.shape == (16, 2) and stats == {}  # what is sown is left out
+
+
+class Partitioned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+        return nn.Dense(2, kernel_init=init, name="head")(x)
+
+
+@pytest.mark.xfail(strict=True, reason="variables stay in the boxes that hold their axes")
+def test_variables_with_names_of_axes_are_arrays():
+    variables = network.init_variables(Partitioned(), jax.random.key(0), (3,))
+    assert isinstance(variables["params"]["head"]["kernel"], jax.Array)
+    assert [layer.name for layer in layers_of(Partitioned(), array(2, 3))] == ["head"]
