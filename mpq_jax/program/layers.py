@@ -114,14 +114,20 @@ def _site_calls(
             kernel=first.leaf and first.leaf.removeprefix(PARAMS),
             sites=tuple(members),
             norm=next((found.norms[i] for i in members if i in found.norms), None),
-            first=any(site.depth == 0 for site in reading or sites),
-            last=bool(found.last.intersection(members)),
         )
+        is_last = bool(found.last.intersection(members))
         for position in itertools.product(*map(range, slices)):
-            indices = "".join(f"[{i}]" for i in position)
+            depths = [
+                site.depth if any(position) else site.first_depth for site in reading or sites
+            ]
             yield (
                 first._replace(reads=reading[0].reads if reading else None),
-                whole._replace(name=name + indices, index=position),
+                whole._replace(
+                    name=name + "".join(f"[{i}]" for i in position),
+                    index=position,
+                    first=0 in depths,
+                    last=is_last and all(i + 1 == n for i, n in zip(position, slices, strict=True)),
+                ),
             )
 
 

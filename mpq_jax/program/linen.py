@@ -45,7 +45,8 @@ class LinenNetwork:
         mode = network.mode_kwargs(type(self.model).__call__, train=False)
         rngs = {"params": key, "dropout": key}
         with _hooked(_allow_mixed_dtypes):
-            variables = dict(self.model.init(rngs, *network.arguments(inputs), **mode))
+            boxed = self.model.init(rngs, *network.arguments(inputs), **mode)
+        variables = dict(nn.meta.unbox(boxed))
         return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
 
     def call(

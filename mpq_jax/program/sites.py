@@ -92,6 +92,7 @@ class Site(NamedTuple):
         channels: output channels.
         reads: identity of the elements that it reads.
         depth: largest number of sites between the inputs and this one.
+        first_depth: the same in the first turn of the loops around it.
         scope: names under which the model calls it.
     """
 
@@ -109,6 +110,7 @@ class Site(NamedTuple):
     channels: int
     reads: int
     depth: int
+    first_depth: int
     scope: str
 
     @property
@@ -421,6 +423,7 @@ class _Walk:
                 channels=_channels(equation, index),
                 reads=data.holds,
                 depth=data.depth,
+                first_depth=data.depth,
                 scope=where.scope,
             )
         )
@@ -448,16 +451,22 @@ class _Walk:
         fixed, carry = outside[:first], outside[first:]
         slices = [self.sliced(value, len(where.loops)) for value in operands[last:]]
         inside = where._replace(loops=(*where.loops, length))
+        first_depths: dict[Key, int] = {}
         while True:
             trial = _Walk(self.count)
             ends = trial.run(body, [*fixed, *carry, *slices], inside)[: last - first]
             merged = [self.carried(before, end) for before, end in zip(carry, ends, strict=True)]
+            first_depths = {site.key: site.first_depth for site in trial.sites} | first_depths
             if merged == carry:
                 break
             carry = merged
         depths = [max(before.depth, end.depth) for before, end in zip(carry, ends, strict=True)]
         carry = [value._replace(depth=d) for value, d in zip(carry, depths, strict=True)]
+        count = len(self.sites)
         results = self.run(body, [*fixed, *carry, *slices], inside)
+        self.sites[count:] = [
+            site._replace(first_depth=first_depths[site.key]) for site in self.sites[count:]
+        ]
         ends = [
             operand._replace(start=None) if end.number == start.number else self.left(end, None)
             for operand, start, end in zip(operands[first:last], carry, results, strict=False)

@@ -183,7 +183,6 @@ class Partitioned(nn.Module):
         return nn.Dense(2, kernel_init=init, name="head")(x)
 
 
-@pytest.mark.xfail(strict=True, reason="variables stay in the boxes that hold their axes")
 def test_variables_with_names_of_axes_are_arrays():
     variables = network.init_variables(Partitioned(), jax.random.key(0), (3,))
     assert isinstance(variables["params"]["head"]["kernel"], jax.Array)

@@ -11,6 +11,7 @@ from flax import nnx
 from helpers.random_variables import drawn_variables
 from helpers.traced_programs import array, ones, run, sites_of, trace_function, trace_model
 
+from mpq_jax.program.evaluate import equation_at
 from mpq_jax.program.sites import scope_output
 
 # Kinds of products.
@@ -86,7 +87,7 @@ def test_the_work_of_convolutions_has_a_closed_form(case):
         (nn.Dense(5), (2, 3, 4), (4, 5), 2 * 3 * 4 * 5, 5),
         (nn.DenseGeneral((2, 3), axis=(-2, -1)), (2, 5, 4), (5, 4, 2, 3), 2 * 20 * 6, 6),
         (nn.Einsum((4, 3, 2), "bti,ihd->bthd"), (2, 5, 4), (4, 3, 2), 2 * 5 * 4 * 6, 6),
-        (nn.Einsum((3, 4, 2), "bhi,hio->bho"), (2, 3, 4), (3, 4, 2), 2 * 3 * 4 * 2, 2),
+        (nn.Einsum((3, 4, 2), "bhi,hio->bho"), (2, 3, 4), (3, 4, 2), 2 * 3 * 4 * 2, 6),
     ],
 )
 def test_dot_products_are_dense_whatever_axes_they_contract(module, shape, kernel, macs, channels):
@@ -349,15 +350,41 @@ def test_a_kernel_that_a_loop_makes_is_computed():
     assert found.uncovered == ()
 
 
-# Products that are not covered.
+# Products of activations, and those that are not covered.
 
 
-def test_products_of_attention_are_not_covered():
+def test_the_probabilities_of_attention_are_the_first_operand():
     model = nn.MultiHeadDotProductAttention(2, qkv_features=6)
     found = trace_model(model, array(3, 5, 4)).sites
     assert [site.leaf.split("/")[1] for site in found.sites] == ["query", "key", "value", "out"]
-    assert [product.reason for product in found.uncovered] == 2 * ["both operands are activations"]
-    assert [product.macs for product in found.uncovered] == 2 * [3 * 2 * 5 * 5 * 3]
+    assert found.uncovered == ()
+    scores, values = found.products
+    assert scores.macs == values.macs == 3 * 2 * 5 * 5 * 3
+    assert (scores.nearest, values.nearest) == ({0, 1}, {0, 1, 2})
+    assert (scores.inputs, values.inputs) == (2 * 3 * 5 * 6, 3 * 5 * 6 + 3 * 2 * 5 * 5)
+    equation = equation_at(trace_model(model, array(3, 5, 4)).jaxpr.jaxpr, values.key)
+    probabilities, _ = values.operands
+    assert equation.invars[probabilities.index].aval.shape[-2:] == (5, 5)
+
+
+def test_a_product_in_a_loop_knows_its_turns():
+    def apply(variables, x):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=5)[0]
+
+    (product,) = sites_of(apply, {"w": ones(1)}, array(4, 4)).products
+    assert (product.macs, product.loops) == (4**3, (5,))
+    assert product.operands[0] != product.operands[1]
+
+
+def test_the_first_turn_of_a_loop_reads_the_inputs():
+    def apply(variables, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, variables["w"])[0]
+
+    (site,) = sites_of(apply, {"w": ones(3, 4, 4)}, array(2, 4)).sites
+    assert (site.first_depth, site.depth) == (0, 1)
+
+
+# Products that are not covered.
 
 
 def branch(variables, x):
@@ -409,15 +436,6 @@ def test_products_that_are_not_covered_say_why(apply, reason, macs):
     assert found.sites == ()
     ((_, _, work, why),) = found.uncovered
     assert (why, work) == (reason, macs)
-
-
-def test_the_work_of_products_in_loops_that_are_not_covered_is_that_of_all_turns():
-    def apply(variables, x):
-        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=5)[0]
-
-    found = sites_of(apply, {"w": ones(1)}, array(4, 4))
-    (product,) = found.uncovered
-    assert product.macs == 5 * 4**3
 
 
 def test_products_without_activations_are_no_products_of_layers():
