@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
+from mpq_jax.export import signature
 from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.program import paths
 from mpq_jax.program.network import example_batch
@@ -65,7 +66,7 @@ def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq
         net=net,
         state=state,
         bits=bits,
-        image_shape=tuple(example_batch(shape).shape[1:]),
+        inputs=signature.one_example(example_batch(shape)),
         num_classes=10,
         mean=(0.5,),
         std=(0.25,),

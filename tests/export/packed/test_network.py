@@ -292,7 +292,6 @@ def test_models_of_the_library_are_found_by_name(tmp_path):
         table,
         shape=shape,
         num_classes=7,
-        image_shape=shape,
         model_spec=ModelSpec("resnet18", options),
     )
     packed = network.load(tmp_path / "named")
