@@ -117,8 +117,13 @@ def make(
     """Makes the record of a network of any model.
 
     Args:
-        net, state, bits, mean, std, provenance: see `ExportedModel`.
+        net: the network; its layer table tells what the model takes.
+        state: its state, with the norm statistics that belong to `bits`.
+        bits: one configuration; None: all that the layer table allows.
         image_shape: shape of an image, if it is not that with which the layers were traced.
+        mean: mean of the images that training subtracted, per channel, on the scale 0 to 1.
+        std: standard deviation that it divided by, likewise.
+        provenance: facts to add to the provenance.
 
     Raises:
         ValueError: the layer table does not allow the bits, or the inputs are not known or do not
@@ -142,12 +147,12 @@ def make(
 
 def _inputs(table: LayerTable, image_shape: tuple[int, ...] | None) -> Any:
     """Describes the inputs of a model: those that its layers were traced with."""
-    if table.example is None and image_shape is None:
-        raise ValueError(
-            "the layer table does not say what the model takes, as trace_layers did not make it; "
-            "give image_shape"
-        )
     if table.example is None:
+        if image_shape is None:
+            raise ValueError(
+                "the layer table does not say what the model takes, as trace_layers did not make "
+                "it; give image_shape"
+            )
         return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     inputs = signature.one_example(table.example.inputs)
     if image_shape is None:

@@ -234,4 +234,5 @@ def _near(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Tells which examples of two outputs are equal up to rounding: bool [batch]."""
     x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
     scale = np.abs(np.where(np.isfinite(x), x, 0)).max(-1, keepdims=True, initial=0)
-    return np.isclose(x, y, rtol=0, atol=ROUNDING * scale, equal_nan=True).all(-1)
+    near = np.isclose(x, y, rtol=0, atol=ROUNDING * scale, equal_nan=True)
+    return np.all(near, axis=-1)

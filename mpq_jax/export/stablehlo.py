@@ -9,7 +9,9 @@ The content is what `jax.export` serializes, so it runs without this library:
     outputs = network.call(inputs)  # such as normalized images [any batch, height, width, channels]
 
 Inputs and outputs are pytrees of arrays, as the model takes and returns them; a tuple of inputs
-holds several arguments of the model. Kernels are constants of 4, 8 or 16 bits, converted to floats while the program runs; inputs of
+holds several arguments of the model.
+
+Kernels are constants of 4, 8 or 16 bits, converted to floats while the program runs; inputs of
 layers are quantized as in training. JAX promises to read such files for six months after they were
 written, and to run them on the platforms that they were written for. Behind the program stands a
 line of JSON, which JAX does not read: facts about the network, and a checksum.

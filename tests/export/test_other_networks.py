@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("lenient")
 def made(name, **options):
     make, shape = NETWORKS[name]
     exported = make_exported(make(), shape, **options)
-    dtype = exported.image.dtype
+    dtype = exported.inputs.dtype
     images = some_images(exported)
     return exported, np.abs(3 * images).astype(dtype) % 10 if dtype == "int32" else images
 

@@ -41,6 +41,7 @@ from mpq_jax.export.onnx.values import (
     Constant,
     Kernel,
     Quantized,
+    Shape,
     Tensor,
     Unsupported,
     Value,
@@ -94,7 +95,7 @@ class End(NamedTuple):
     """An input or output of the graph: its name, its shape and its dtype."""
 
     name: str
-    shape: Sequence[Any]
+    shape: Shape
     dtype: str
 
 

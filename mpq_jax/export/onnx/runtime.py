@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,7 +58,7 @@ def open_file(path: pathlib.Path) -> Callable[[Any], Any]:
     return run
 
 
-def _named(fact: str | None, ends: list[Any]) -> Any:
+def _named(fact: str | None, ends: Sequence[Any]) -> Any:
     """Returns the pytree whose leaves are the names of a graph's inputs or outputs."""
     if fact is not None:
         return signature.from_json(json.loads(fact), str)

@@ -242,6 +242,7 @@ def load(path: str | os.PathLike[str], *, model: Any = None) -> PackedNetwork:
     )
     if model is None and file.model is not None:
         options = {name: _hashable(value) for name, value in file.model["options"].items()}
+        assert file.num_classes is not None  # models of the library return logits
         model = make_model(file.model["name"], num_classes=file.num_classes, **options)
     return PackedNetwork(file, table, _state(file, table), model)
 
