@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
@@ -80,6 +81,13 @@ def _first_candidates(table):
 
 
 def some_images(exported, count=8, seed=1):
-    """Drawn images."""
-    images = np.random.default_rng(seed).normal(size=(count, *exported.image_shape))
-    return images.astype(np.float32)
+    """Drawn images, or other inputs as the model takes them; integers are 0 to 9."""
+    generator = np.random.default_rng(seed)
+
+    def draw(leaf):
+        x = generator.normal(size=(count, *leaf.shape[1:]))
+        if leaf.dtype == "bool":
+            return x > 0
+        return np.abs(3 * x).astype("int32") % 10 if leaf.dtype == "int32" else np.float32(x)
+
+    return jax.tree.map(draw, exported.inputs)

@@ -55,14 +55,15 @@ class PackedNetwork:
     def net(self) -> Supernet:
         """The network as a supernet.
 
-        With norms kept as they are, and no kernel computed by the model, it can be recalibrated.
+        With norms kept as they are, and no kernel computed by the model, it can be recalibrated;
+        otherwise a ValueError says what is missing.
         """
         if self.model is None:
             raise ValueError(
                 "the file is of a model that is not in mpq_jax.models; call load(path, model=...)"
             )
         # Inputs of all quantizers with step sizes are rounded alike once these are learned.
-        return Supernet(self.model, self.table, quantizer=double_rounding.STORED)
+        return StoredSupernet(self.model, self.table, quantizer=double_rounding.STORED)
 
     @property
     def precisions(self) -> tuple[int, ...]:
@@ -115,6 +116,27 @@ class PackedNetwork:
             signature.check(self.file.inputs, inputs, size=signature.any_size)
         check_model(self.net.model, self.table, Example.of(inputs))
         return _forward(self.net, subnet, inputs)
+
+
+class StoredSupernet(Supernet):
+    """The supernet of a packed file, which may lack variables of the model."""
+
+    def program(self, variables: Any, inputs: Any, **options: Any) -> Program:
+        """Traces a call of the model, see `Supernet.program`.
+
+        Raises:
+            ValueError: the file lacks some of the variables.
+        """
+        wanted = {"params": {}, "batch_stats": {}} | shapes_of(self.network, inputs)
+        missing = sorted(paths.flatten(wanted).keys() - paths.flatten(variables).keys())
+        if missing:
+            raise ValueError(
+                f"the file lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: it holds "
+                "the results of folded norms and computed kernels alone. Run its network by `at`, "
+                "or by `switch` and `forward`, and recalibrate before saving; norms='kept' saves "
+                "what recalibration needs, unless the model computes kernels"
+            )
+        return super().program(variables, inputs, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
