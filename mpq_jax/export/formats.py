@@ -137,8 +137,14 @@ def format_of(path: pathlib.Path) -> str:
 
 
 def _open_packed(path: pathlib.Path, model: Any, bits: BitConfig | None) -> Run:
-    apply = jax.jit(network.load(path, model=model).at(bits))
-    return lambda inputs: jax.tree.map(np.asarray, apply(inputs))
+    packed = network.load(path, model=model)
+    apply = jax.jit(packed.at(bits))
+
+    def run(inputs: Any) -> Any:
+        packed.check(inputs)  # outside of `jit`, which adds words to errors
+        return jax.tree.map(np.asarray, apply(inputs))
+
+    return run
 
 
 def _packed_bits(path: pathlib.Path) -> str | None:

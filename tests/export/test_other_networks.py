@@ -90,7 +90,7 @@ def test_files_that_lack_variables_cannot_be_recalibrated(name, tmp_path):
     writer.save(path, exported, norms="float32" if name == "pre-activation" else "kept")
     packed = network.load(path, model=exported.net.model)
     bits = packed.table.max_config
-    message = r"the file lacks (params|batch_stats)/.*: it holds the results of folded norms and"
+    message = r"the file lacks (params|batch_stats)/.*: of folded norms and computed kernels"
     with pytest.raises(ValueError, match=message):
         packed.net.recalibrate(packed.state, bits, images[None])
     with pytest.raises(ValueError, match=message):

@@ -1,7 +1,10 @@
 """Networks whose inputs and outputs are dicts, lists and tuples, in all formats."""
 
+import dataclasses
+import json
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -169,9 +172,9 @@ def test_image_shapes_of_other_inputs_are_refused(tmp_path):
 
 
 def test_tables_without_inputs_need_a_shape(tmp_path):
-    exported, images = made("detector")
+    exported, _ = made("detector")
     table = LayerTable(exported.table.layers, "shared")
-    bare = exported._replace(net=type(exported.net)(exported.net.model, table, quantizer=None))
+    bare = exported._replace(net=dataclasses.replace(exported.net, table=table))
     with pytest.raises(ValueError, match="does not say what the model takes.*give image_shape"):
         save(tmp_path / "network.safetensors", bare)
     with pytest.raises(ValueError, match="a supernet is saved with its state; give it"):
@@ -183,9 +186,24 @@ def test_inputs_without_a_batch_axis_are_refused():
     image, facts = exported.inputs
     example = Example.of((jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32), facts))
     table = LayerTable(exported.table.layers, "shared", example=example)
-    net = type(exported.net)(exported.net.model, table, quantizer=exported.net.quantizer)
+    net = dataclasses.replace(exported.net, table=table)
     with pytest.raises(ValueError, match=rf"the inputs are {TAKES['pair']}, .* sizes \[1, 2\]"):
         exported_model.make(net, exported.state, exported.bits)
+
+
+class Mixing(nn.Module):
+    """Asks for the batch size; one of its outputs depends on the whole batch."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        x = nn.Dense(3, name="dense")(inputs["x"].reshape(len(inputs["x"]), 4))
+        return {"alone": x, "mixed": x - x.mean(0)}
+
+
+def test_examples_that_are_computed_together_are_refused(tmp_path):
+    exported = make_exported(Mixing(), {"x": jax.ShapeDtypeStruct((1, 2, 2), jnp.float32)})
+    with pytest.raises(ValueError, match="computes with several examples at once"):
+        save(tmp_path / "network.stablehlo", exported)
 
 
 # Containers of types of the user's own.
@@ -210,14 +228,8 @@ def test_named_tuples_are_refused_by_stablehlo_unless_jax_knows_them(tmp_path):
 
 
 def test_named_tuples_as_inputs_of_packed_files(tmp_path):
-    model, _ = NETWORKS["pair"]
-
-    class First(type(model)):
-        def __call__(self, inputs):
-            return super().__call__(inputs.box, inputs.label)
-
-    box, label = NETWORKS["pair"][1]
-    exported = make_exported(First(), Found(box, label))
+    model, arguments = NETWORKS["pair"]
+    exported = make_exported(model, Found(*arguments))
     path = save(tmp_path / "network.safetensors", exported)
     packed, inputs = network.load(path, model=exported.net.model), some_images(exported)
     assert packed.table.example is None  # the type is not known where the file is read
@@ -232,20 +244,12 @@ def test_named_tuples_as_inputs_of_packed_files(tmp_path):
 def test_older_files_are_read(tmp_path):
     exported, inputs = made("finder")
     path = save(tmp_path / "new.safetensors", exported)
-    held = parse(path)[0]["network"]
-    older = rewritten(path, tmp_path / "old.safetensors", metadata={"network": without(held)})
+    entry = json.loads(parse(path)[0]["network"])
+    assert entry.pop("inputs") == {"dtype": "float32", "shape": list(SHAPE)}
+    older = rewritten(path, tmp_path / "old.safetensors", metadata={"network": json.dumps(entry)})
     assert reader.read(older).inputs is None
     packed = network.load(older, model=exported.net.model)
     check_equal(jax.tree.map(np.asarray, packed.at()(inputs)), exported, inputs)
-
-
-def without(network_entry):
-    """Leaves out what older files do not say."""
-    import json
-
-    held = json.loads(network_entry)
-    del held["inputs"]
-    return json.dumps(held)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +259,7 @@ def without(network_entry):
 def test_commands_about_images_refuse_other_networks(name, message, tmp_path):
     exported, _ = made(name)
     exported = exported_model.make(exported.net, exported.state, exported.bits)
-    digits = data.load("digits", batch_size=8, seed=0)
+    digits = data.load("digits", batch_size=8, seed=0, validation_fraction=0.0)
     with pytest.raises(ValueError, match=rf"this one takes {message}\. Compare"):
         verification.check_dataset(exported, digits)
     path = formats.save(tmp_path / "network.safetensors", exported)

@@ -10,12 +10,12 @@ SHAPE = (6, 6, 3)
 
 
 class Detector(nn.Module):
-    """Finds one box in each of four cells of an image."""
+    """Finds one box in each cell of an image."""
 
     @nn.compact
     def __call__(self, image):
         x = nn.relu(nn.Conv(6, (3, 3), strides=3, name="features")(image))
-        x = x.reshape(-1, 4, 6)
+        x = x.reshape(x.shape[0], -1, 6)
         scores = nn.Dense(5, name="scores")(x)
         return {"boxes": nn.Dense(4, name="boxes")(x), "scores": [scores, scores.max(-1)]}
 

@@ -112,10 +112,14 @@ class PackedNetwork:
             ValueError: the inputs or the layers of the model are not those of the file.
         """
         inputs = jax.tree.map(jnp.asarray, inputs)
-        if self.file.inputs is not None:
-            signature.check(self.file.inputs, inputs, size=signature.any_size)
+        self.check(inputs)
         check_model(self.net.model, self.table, Example.of(inputs))
         return _forward(self.net, subnet, inputs)
+
+    def check(self, inputs: Any) -> None:
+        """Raises ValueError where inputs differ from the file's in more than the sizes of axes."""
+        if self.file.inputs is not None:
+            signature.check(self.file.inputs, inputs, size=signature.any_size)
 
 
 class StoredSupernet(Supernet):
@@ -131,10 +135,10 @@ class StoredSupernet(Supernet):
         missing = sorted(paths.flatten(wanted).keys() - paths.flatten(variables).keys())
         if missing:
             raise ValueError(
-                f"the file lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: it holds "
-                "the results of folded norms and computed kernels alone. Run its network by `at`, "
-                "or by `switch` and `forward`, and recalibrate before saving; norms='kept' saves "
-                "what recalibration needs, unless the model computes kernels"
+                f"the file lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: of "
+                "folded norms and computed kernels it holds the results alone. Run its network by "
+                "`at`, or by `switch` and `forward`, and recalibrate before saving; norms='kept' "
+                "saves what recalibration needs, unless the model computes kernels"
             )
         return super().program(variables, inputs, **options)
 
