@@ -225,8 +225,8 @@ def _check_alone(call: Callable, alone: Callable, variables: PyTree, batch: PyTr
     if not all(agree):
         raise ValueError(
             "the model needs the batch size (len(x) or int(x.shape[0])) and computes with several "
-            "examples at once, such as statistics of a batch, so it cannot be exported for any batch "
-            "size: write -1 for the size (reshape), or compute each image alone"
+            "examples at once, such as statistics of a batch, so it cannot be exported for any "
+            "batch size: write -1 for the size (reshape), or compute each example alone"
         )
 
 
