@@ -210,9 +210,10 @@ def _check_alone(call: Callable, alone: Callable, variables: PyTree, batch: PyTr
 
     A few examples may differ, where rounding moves an input of a layer to another integer.
     """
-    key = jax.random.key(0)
-    drawn = jax.tree.map(
-        lambda leaf: jax.random.normal(key, (TRIED, *leaf.shape[1:])).astype(leaf.dtype), batch
+    leaves, tree = jax.tree.flatten(batch)
+    drawn = tree.unflatten(
+        jax.random.normal(key, (TRIED, *leaf.shape[1:])).astype(leaf.dtype)
+        for key, leaf in zip(jax.random.split(jax.random.key(0), len(leaves)), leaves, strict=True)
     )
     together, apart = (
         [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(one)(variables, drawn))]
