@@ -69,6 +69,15 @@ def test_what_makes_a_computed_kernel_is_not_in_the_file(tmp_path):
     }
 
 
+def test_kernels_computed_in_a_loop_have_an_axis_for_its_turns(tmp_path):
+    exported, _ = made("computed in a loop")
+    path = tmp_path / "network.safetensors"
+    writer.save(path, exported)
+    shapes = {x.name: (x.kernel_shape, x.integers.shape) for x in reader.read(path).layers}
+    assert shapes["blocks/dense"] == ((8, 8), (3, 8, 8))
+    assert shapes["head"] == ((8, 10), (8, 10))
+
+
 @pytest.mark.parametrize("name", ["computed kernel", "loop", "computed in a loop"])
 def test_float_layers_beside_quantized_ones(name, tmp_path):
     rules = (

@@ -266,3 +266,6 @@ def test_commands_about_images_refuse_other_networks(name, message, tmp_path):
     packed = network.load(path, model=exported.net.model)
     with pytest.raises(ValueError, match=f"network takes {message}; leave --dataset out"):
         inspect.check_dataset(packed, digits)
+    if exported.num_classes is None:
+        with pytest.raises(ValueError, match="returns something else; use mpq_jax.export.open_fil"):
+            inspect.load(path, "nets.py:Net")
