@@ -1,6 +1,7 @@
 """Networks of other libraries, computed kernels, loops and norms anywhere, in all formats."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.exported_models import make_exported, some_images
@@ -101,7 +102,7 @@ def test_files_that_lack_variables_cannot_be_recalibrated(name, tmp_path):
     bits = packed.table.max_config
     message = r"the file lacks (params|batch_stats)/.*: of folded norms and computed kernels"
     with pytest.raises(ValueError, match=message):
-        packed.net.recalibrate(packed.state, bits, images[None])
+        packed.net.recalibrate(packed.state, bits, jnp.asarray(images)[None])
     with pytest.raises(ValueError, match=message):
         packed.net.predict(packed.state, bits, images)
 
