@@ -20,7 +20,7 @@ import numpy as np
 from mpq_jax.export import ExportedModel, formats, load_run, verification
 from mpq_jax.export.packed import writer
 from mpq_jax.models import make_model
-from mpq_jax.program.network import init_variables
+from mpq_jax.program.network import example_batch, init_variables
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
@@ -105,7 +105,7 @@ def mixed(name: str) -> ExportedModel:
         net=Supernet(model, table, quantizer=lsq.QUANTIZER),
         state=SupernetState(trainable, variables["batch_stats"], jnp.zeros(len(table), bool)),
         bits=BitConfig(*(jnp.asarray(column, jnp.int32) for column in chosen)),
-        image_shape=SHAPE,
+        inputs=example_batch(SHAPE),
         num_classes=CLASSES,
         provenance={"bits": "in turn"},
     )

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from mpq_jax.export import checksum
+from mpq_jax.export import checksum, signature
 from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
@@ -45,8 +45,10 @@ class ExportedModel(NamedTuple):
         net: the network: model, layers, quantizer.
         state: its state, with the norm statistics that belong to `bits`.
         bits: one configuration; None: all that the layer table allows, which packed files hold.
-        image_shape: height, width and channels of an image.
-        num_classes: size of the output.
+        inputs: inputs of the model, any pytree of `jax.ShapeDtypeStruct`s with a batch axis of 1; a
+            tuple holds several arguments.
+        num_classes: size of the last axis of the output; None: the model does not return one array
+            [batch, ..., classes].
         mean, std: normalization of the images, per channel, on the scale 0 to 1; None: unknown.
         model_spec: the model by name; None: a user's own model.
         layouts: notes of the training method on how the integers of a layer are made, by path.
@@ -56,8 +58,8 @@ class ExportedModel(NamedTuple):
     net: Supernet
     state: SupernetState
     bits: BitConfig | None
-    image_shape: tuple[int, ...]
-    num_classes: int
+    inputs: Any
+    num_classes: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     model_spec: ModelSpec | None = None
@@ -70,13 +72,10 @@ class ExportedModel(NamedTuple):
         return self.net.table
 
     @property
-    def image(self) -> jax.ShapeDtypeStruct:
-        """A batch of one image, of the type with which the layers were traced."""
-        example = self.table.example
-        dtypes = {dtype for _, dtype in example.leaves} if example is not None else {"float32"}
-        if len(dtypes) > 1:
-            raise ValueError("the model takes several inputs, and a file has one: an array")
-        return jax.ShapeDtypeStruct((1, *self.image_shape), jnp.dtype(dtypes.pop()))
+    def image_shape(self) -> tuple[int, ...] | None:
+        """Shape of one example, of images height, width and channels; None: it is no array."""
+        is_array = isinstance(self.inputs, jax.ShapeDtypeStruct)
+        return tuple(self.inputs.shape[1:]) if is_array else None
 
 
 class QuantizedLayer(NamedTuple):
@@ -110,33 +109,66 @@ def make(
     state: SupernetState,
     bits: BitConfig | None,
     *,
-    image_shape: tuple[int, ...],
+    image_shape: tuple[int, ...] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> ExportedModel:
-    """Makes the record of a network of any model; for arguments see `ExportedModel`.
+    """Makes the record of a network of any model.
+
+    Args:
+        net: the network; its layer table tells what the model takes.
+        state: its state, with the norm statistics that belong to `bits`.
+        bits: one configuration; None: all that the layer table allows.
+        image_shape: shape of an image, if it is not that with which the layers were traced.
+        mean: mean of the images that training subtracted, per channel, on the scale 0 to 1.
+        std: standard deviation that it divided by, likewise.
+        provenance: facts to add to the provenance.
 
     Raises:
-        ValueError: the layer table does not allow the bits.
+        ValueError: the layer table does not allow the bits, or the inputs are not known or do not
+            share a batch axis.
     """
     config = net.table.max_config if bits is None else bits
     net.table.check(config)
     origin = {"mpq_jax": importlib.metadata.version("mpq_jax"), "jax": jax.__version__}
-    made = ExportedModel(
+    inputs = _inputs(net.table, image_shape)
+    return ExportedModel(
         net,
         state,
         bits,
-        tuple(image_shape),
-        0,
+        inputs,
+        _num_classes(jax.eval_shape(net.apply, state, config, inputs)),
         None if mean is None else tuple(map(float, mean)),
         None if std is None else tuple(map(float, std)),
         provenance=origin | (provenance or {}),
     )
-    output = jax.eval_shape(net.apply, state, config, made.image)
-    if not hasattr(output, "shape"):
-        raise ValueError("the model returns several outputs, and a file has one: an array")
-    return made._replace(num_classes=output.shape[-1])
+
+
+def _inputs(table: LayerTable, image_shape: tuple[int, ...] | None) -> Any:
+    """Describes the inputs of a model: those that its layers were traced with."""
+    if table.example is None:
+        if image_shape is None:
+            raise ValueError(
+                "the layer table does not say what the model takes, as trace_layers did not make "
+                "it; give image_shape"
+            )
+        return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    inputs = signature.one_example(table.example.inputs)
+    if image_shape is None:
+        return inputs
+    if not isinstance(inputs, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"image_shape is {tuple(image_shape)}, and the model takes "
+            f"{signature.describe(signature.to_json(inputs))}; leave image_shape out: the "
+            "shapes are those with which the layers were traced"
+        )
+    return jax.ShapeDtypeStruct((1, *image_shape), inputs.dtype)
+
+
+def _num_classes(output: Any) -> int | None:
+    is_array = isinstance(output, jax.ShapeDtypeStruct) and len(output.shape) > 1
+    return output.shape[-1] if is_array else None
 
 
 def config_of(exported: ExportedModel) -> BitConfig:
@@ -152,9 +184,9 @@ def select(exported: ExportedModel) -> supernet.Subnet:
 _select = jax.jit(Supernet.select, static_argnums=0)
 
 
-def logits(exported: ExportedModel, images: Any) -> Float[Array, "batch classes"]:
-    """Computes the logits of the training-time model on normalized images; traceable."""
-    return exported.net.apply(exported.state, config_of(exported), images)
+def logits(exported: ExportedModel, inputs: Any) -> Any:
+    """Computes what the training-time model returns, such as logits of images; traceable."""
+    return exported.net.apply(exported.state, config_of(exported), inputs)
 
 
 def float_reference(exported: ExportedModel) -> ExportedModel:

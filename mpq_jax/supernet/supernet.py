@@ -486,10 +486,8 @@ class Supernet:
         arguments = jax.tree.leaves((variables, inputs))
         return evaluate(program.jaxpr, arguments, {}, {}, records)[1]
 
-    def apply(
-        self, state: SupernetState, bits: BitConfig | None, inputs: Any
-    ) -> Float[Array, "batch classes"]:
-        """Computes the model's logits at one configuration, in evaluation mode; traceable.
+    def apply(self, state: SupernetState, bits: BitConfig | None, inputs: Any) -> PyTree:
+        """Computes the model's outputs at one configuration, in evaluation mode; traceable.
 
         Raises:
             ValueError: the bits are None, as those of methods without bits.
@@ -498,9 +496,7 @@ class Supernet:
             raise ValueError("a supernet needs to be told its bits; they are None")
         return self.forward(self.select(state, bits), inputs, train=False).logits
 
-    def predict(
-        self, state: SupernetState, bits: BitConfig, inputs: Any
-    ) -> Float[Array, "batch classes"]:
+    def predict(self, state: SupernetState, bits: BitConfig, inputs: Any) -> PyTree:
         """Computes `apply` by a compiled program; one program serves all bits.
 
         Raises:
@@ -639,7 +635,7 @@ class Supernet:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(net: Supernet, state: SupernetState, bits: BitConfig, inputs: Any) -> Array:
+def _apply(net: Supernet, state: SupernetState, bits: BitConfig, inputs: Any) -> PyTree:
     return net.apply(state, bits, inputs)
 
 

@@ -18,6 +18,7 @@ from mpq_jax.export import finished_run, formats, verification
 from mpq_jax.export.exported_model import ExportedModel, ModelSpec
 from mpq_jax.export.packed import reader, writer
 from mpq_jax.models import make_model
+from mpq_jax.program.network import example_batch
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
@@ -68,7 +69,7 @@ def save(path, digits, table, config):
     images = jnp.asarray((batch - np.float32(digits.mean)) / np.float32(digits.std))
     state = jax.jit(Supernet.init, static_argnums=0)(net, drawn_variables(MODEL, SHAPE, 0), images)
     exported = ExportedModel(
-        *(net, state, None, SHAPE, 10, digits.mean, digits.std, SPEC),
+        *(net, state, None, example_batch(SHAPE), 10, digits.mean, digits.std, SPEC),
         provenance={"config": config},
     )
     return Saved(exported, path, writer.save(path, exported, norms="kept"), digits)
@@ -247,7 +248,8 @@ def test_datasets_of_another_kind_of_images_are_refused(tmp_path, capsys, classe
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), state)
     half = (0.5,) * shape[-1]
     path = tmp_path / "other.safetensors"
-    writer.save(path, ExportedModel(net, ones, None, shape, classes, half, half, SPEC))
+    inputs = example_batch(shape)
+    writer.save(path, ExportedModel(net, ones, None, inputs, classes, half, half, SPEC))
     assert message in failure([path, "--dataset", "digits"], capsys)
 
 

@@ -1,6 +1,7 @@
 """Networks of other libraries, computed kernels, loops and norms anywhere, in all formats."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.exported_models import make_exported, some_images
@@ -18,11 +19,13 @@ FOLDED = {
     "nnx": {"first", "norm"},
     "computed kernel": set(),
     "loop": set(),
+    "computed in a loop": set(),
     "pre-activation": {"input_norm", "norm0", "norm1", "last_norm"},
     "function": {"norm"},
     "embedding": set(),
 }
 REFUSED = {
+    "computed in a loop": "layer 'blocks/dense' is inside a loop",
     "loop": r"layer 'blocks/dense\[0\]' is inside a loop \(scan\) of 3 turns, '.*blocks",
     "embedding": "reads int32, as lookups do",
 }
@@ -33,9 +36,7 @@ pytestmark = pytest.mark.usefixtures("lenient")
 def made(name, **options):
     make, shape = NETWORKS[name]
     exported = make_exported(make(), shape, **options)
-    dtype = exported.image.dtype
-    images = some_images(exported)
-    return exported, np.abs(3 * images).astype(dtype) % 10 if dtype == "int32" else images
+    return exported, some_images(exported)
 
 
 def check_equal(found, wanted):
@@ -69,10 +70,19 @@ def test_what_makes_a_computed_kernel_is_not_in_the_file(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["computed kernel", "loop"])
+def test_kernels_computed_in_a_loop_have_an_axis_for_its_turns(tmp_path):
+    exported, _ = made("computed in a loop")
+    path = tmp_path / "network.safetensors"
+    writer.save(path, exported)
+    shapes = {x.name: (x.kernel_shape, x.integers.shape) for x in reader.read(path).layers}
+    assert shapes["blocks/dense"] == ((8, 8), (3, 8, 8))
+    assert shapes["head"] == ((8, 10), (8, 10))
+
+
+@pytest.mark.parametrize("name", ["computed kernel", "loop", "computed in a loop"])
 def test_float_layers_beside_quantized_ones(name, tmp_path):
     rules = (
-        Rule("normalized", weights=32, float_weights=True, acts=8),
+        Rule("normalized|dense$", weights=32, float_weights=True, acts=8),
         Rule("first", weights=4, acts=8),
         Rule(weights=8, acts=8),
     )
@@ -81,6 +91,20 @@ def test_float_layers_beside_quantized_ones(name, tmp_path):
     writer.save(path, exported)
     found = network.load(path, model=exported.net.model).at()(images)
     check_equal(found, logits_of(exported, images))
+
+
+@pytest.mark.parametrize("name", ["computed kernel", "computed in a loop", "pre-activation"])
+def test_files_that_lack_variables_cannot_be_recalibrated(name, tmp_path):
+    exported, images = made(name)
+    path = tmp_path / "network.safetensors"
+    writer.save(path, exported, norms="float32" if name == "pre-activation" else "kept")
+    packed = network.load(path, model=exported.net.model)
+    bits = packed.table.max_config
+    message = r"the file lacks (params|batch_stats)/.*: of folded norms and computed kernels"
+    with pytest.raises(ValueError, match=message):
+        packed.net.recalibrate(packed.state, bits, jnp.asarray(images)[None])
+    with pytest.raises(ValueError, match=message):
+        packed.net.predict(packed.state, bits, images)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -136,7 +136,7 @@ def test_images_that_are_computed_together_stay_so_or_are_refused():
     network = jax.export.deserialize(bytearray(to_stablehlo(exported)))
     images = some_images(exported)
     check_equal(np.asarray(network.call(images)), logits_of(exported, images))
-    with pytest.raises(ValueError, match="computes with several images at once"):
+    with pytest.raises(ValueError, match="computes with several examples at once"):
         to_stablehlo(with_model(exported, Mixing(counted=True)))
 
 

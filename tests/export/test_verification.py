@@ -16,6 +16,7 @@ from mpq_jax.cli import datasets
 from mpq_jax.export import checksum, finished_run, formats, verification
 from mpq_jax.export import exported_model as networks
 from mpq_jax.export.packed import writer
+from mpq_jax.program.network import example_batch
 from mpq_jax.supernet.layer_table import LayerTable
 
 
@@ -105,7 +106,10 @@ def test_another_network_disagrees(exported, digits, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_shape": (16, 16, 1)}, r"digits has images of shape \(8, 8, 1\), the network"),
+        (
+            {"inputs": example_batch((16, 16, 1))},
+            r"digits has images of shape \(8, 8, 1\), the network",
+        ),
         ({"num_classes": 7}, "digits has this number of classes: 10, the network 7"),
         ({"mean": None}, "the normalization of the network.s images is unknown; give mean and std"),
     ],

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
+from mpq_jax.export import signature
 from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.program import paths
 from mpq_jax.program.network import example_batch
@@ -65,7 +67,7 @@ def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq
         net=net,
         state=state,
         bits=bits,
-        image_shape=tuple(example_batch(shape).shape[1:]),
+        inputs=signature.one_example(example_batch(shape)),
         num_classes=10,
         mean=(0.5,),
         std=(0.25,),
@@ -79,6 +81,13 @@ def _first_candidates(table):
 
 
 def some_images(exported, count=8, seed=1):
-    """Drawn images."""
-    images = np.random.default_rng(seed).normal(size=(count, *exported.image_shape))
-    return images.astype(np.float32)
+    """Drawn images, or other inputs as the model takes them; integers are 0 to 9."""
+    generator = np.random.default_rng(seed)
+
+    def draw(leaf):
+        x = generator.normal(size=(count, *leaf.shape[1:]))
+        if leaf.dtype == "bool":
+            return x > 0
+        return np.abs(3 * x).astype("int32") % 10 if leaf.dtype == "int32" else np.float32(x)
+
+    return jax.tree.map(draw, exported.inputs)

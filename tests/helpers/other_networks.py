@@ -44,13 +44,26 @@ class Block(nn.Module):
         return x + nn.Dense(8, name="dense")(nn.relu(x)), None
 
 
+class NormalizedBlock(nn.Module):
+    """One turn of a loop that computes its kernel."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        dense = nn.WeightNorm(nn.Dense(8, name="dense"), name="weight_norm")
+        return x + dense(nn.relu(x)), None
+
+
 class Scanned(nn.Module):
     """Has a stack of layers in a loop."""
+
+    block: type[nn.Module] = Block
 
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(8, name="first")(x.reshape(x.shape[0], -1))
-        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        blocks = nn.scan(
+            self.block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
         x, _ = blocks(name="blocks")(x, None)
         return nn.Dense(10, name="head")(x)
 
@@ -114,6 +127,7 @@ NETWORKS = {  # model and its inputs
     "nnx": (lambda: NnxNet(nnx.Rngs(0)), SHAPE),
     "computed kernel": (Normalized, SHAPE),
     "loop": (Scanned, SHAPE),
+    "computed in a loop": (lambda: Scanned(NormalizedBlock), SHAPE),
     "pre-activation": (PreActivation, SHAPE),
     "function": (by_hand, SHAPE),
     "embedding": (Embedding, jax.ShapeDtypeStruct((1, 5), jnp.int32)),

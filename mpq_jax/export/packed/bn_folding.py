@@ -15,7 +15,7 @@ from mpq_jax.program.norms import Norm, find_norms
 
 def norms_of(exported: ExportedModel) -> dict[str, Norm]:
     """Finds the norms of a network that may be folded, by path."""
-    return find_norms(program.of_one_image(exported))
+    return find_norms(program.of_one_example(exported))
 
 
 def fold(variables: dict[str, Any], norms: dict[str, Norm]) -> dict[str, norm_encoding.Leaves]:

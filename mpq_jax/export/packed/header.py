@@ -19,6 +19,7 @@ LAYER_DEFAULTS = {  # of columns that may be left out
     "shares_input_with": None,
     "kernel": None,
     "index": None,
+    "loops": None,
 }
 
 

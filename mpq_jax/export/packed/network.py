@@ -1,7 +1,7 @@
 """Runs packed files in JAX: a supernet whose kernels are the stored integers.
 
 network = load("digits.safetensors")
-logits = network.at(4)(images)  # at 4 bits, derived from the stored integers
+outputs = network.at(4)(inputs)  # at 4 bits, derived from the stored integers
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ from typing import Any, SupportsIndex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from mpq_jax.export import signature
 from mpq_jax.export.packed import header, norm_encoding, reader
 from mpq_jax.export.packed.reader import PackedFile
 from mpq_jax.models import make_model
@@ -54,24 +55,23 @@ class PackedNetwork:
     def net(self) -> Supernet:
         """The network as a supernet.
 
-        With norms kept as they are, and no kernel computed by the model, it can be recalibrated.
+        With norms kept as they are, and no kernel computed by the model, it can be recalibrated;
+        otherwise a ValueError says what is missing.
         """
         if self.model is None:
             raise ValueError(
                 "the file is of a model that is not in mpq_jax.models; call load(path, model=...)"
             )
         # Inputs of all quantizers with step sizes are rounded alike once these are learned.
-        return Supernet(self.model, self.table, quantizer=double_rounding.STORED)
+        return StoredSupernet(self.model, self.table, quantizer=double_rounding.STORED)
 
     @property
     def precisions(self) -> tuple[int, ...]:
         """Bits that the network can run at, descending."""
         return self.table.precisions
 
-    def at(
-        self, bits: SupportsIndex | BitConfig | None = None
-    ) -> Callable[[Any], Float[Array, "batch classes"]]:
-        """Switches to a precision; returns `apply(normalized images) -> logits`, a pure function.
+    def at(self, bits: SupportsIndex | BitConfig | None = None) -> Callable[[Any], Any]:
+        """Switches to a precision; returns `apply(inputs) -> outputs`, a pure function.
 
         Neither the switch nor the function compiles anew for other bits. Arguments and errors are
         those of `switch`.
@@ -100,15 +100,47 @@ class PackedNetwork:
         self.table.check(bits)
         return _switch(self.net, self.state, bits)
 
-    def forward(self, subnet: Subnet, images: Any) -> Float[Array, "batch classes"]:
-        """Computes the logits of a subnet from `switch` on normalized images; traceable.
+    def forward(self, subnet: Subnet, inputs: Any) -> Any:
+        """Computes the outputs of a subnet from `switch`; traceable.
+
+        Args:
+            subnet: the subnet.
+            inputs: a batch, as the model takes it; a tuple holds several arguments. Sizes other
+                than those of the file are the model's to judge.
 
         Raises:
-            ValueError: the layers of the model are not those of the file.
+            ValueError: the inputs or the layers of the model are not those of the file.
         """
-        images = jax.tree.map(jnp.asarray, images)
-        check_model(self.net.model, self.table, Example.of(images))
-        return _forward(self.net, subnet, images)
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        self.check(inputs)
+        check_model(self.net.model, self.table, Example.of(inputs))
+        return _forward(self.net, subnet, inputs)
+
+    def check(self, inputs: Any) -> None:
+        """Raises ValueError where inputs differ from the file's in more than the sizes of axes."""
+        if self.file.inputs is not None:
+            signature.check(self.file.inputs, inputs, size=signature.any_size)
+
+
+class StoredSupernet(Supernet):
+    """The supernet of a packed file, which may lack variables of the model."""
+
+    def program(self, variables: Any, inputs: Any, **options: Any) -> Program:
+        """Traces a call of the model, see `Supernet.program`.
+
+        Raises:
+            ValueError: the file lacks some of the variables.
+        """
+        wanted = {"params": {}, "batch_stats": {}} | shapes_of(self.network, inputs)
+        missing = sorted(paths.flatten(wanted).keys() - paths.flatten(variables).keys())
+        if missing:
+            raise ValueError(
+                f"the file lacks {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: of "
+                "folded norms and computed kernels it holds the results alone. Run its network by "
+                "`at`, or by `switch` and `forward`, and recalibrate before saving; norms='kept' "
+                "saves what recalibration needs, unless the model computes kernels"
+            )
+        return super().program(variables, inputs, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -133,22 +165,22 @@ def _stored(table: LayerTable) -> LayerTable:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(net: Supernet, subnet: Subnet, images: Any) -> Array:
-    whole, others = _whole(net, subnet, images)
+def _forward(net: Supernet, subnet: Subnet, inputs: Any) -> Any:
+    whole, others = _whole(net, subnet, inputs)
     leaves = {paths.parent(path) for path in others if path.endswith(norm_encoding.FOLDED[0])}
     norms = {norm: _folded_leaves(others, norm) for norm in leaves}
     return net.forward(
-        whole, images, train=False, edit=functools.partial(_fold, norms=norms)
+        whole, inputs, train=False, edit=functools.partial(_fold, norms=norms)
     ).logits
 
 
-def _whole(net: Supernet, subnet: Subnet, images: Any) -> tuple[Subnet, dict[str, Array]]:
+def _whole(net: Supernet, subnet: Subnet, inputs: Any) -> tuple[Subnet, dict[str, Array]]:
     """Completes variables by zeros for those that the file has not.
 
     Returns:
         The subnet, and those parameters of the file that the model has not.
     """
-    wanted = {"params": {}, "batch_stats": {}} | shapes_of(net.network, images)
+    wanted = {"params": {}, "batch_stats": {}} | shapes_of(net.network, inputs)
     held = {name: paths.flatten(getattr(subnet, name)) for name in wanted}
     trees = {
         name: paths.map_leaves(
@@ -194,16 +226,25 @@ def _constant(x: Array, _: Any, *, number: int) -> Array:
 
 
 @functools.lru_cache(maxsize=16)
-def check_model(model: Any, table: LayerTable, images: Example) -> None:
+def check_model(model: Any, table: LayerTable, example: Example) -> None:
     """Raises ValueError, naming layers, unless a model's layers are those of a table."""
-    layers = trace_layers(model, images.inputs).layers
+    layers = trace_layers(model, example.inputs).layers
     traced = {layer.name: layer.kernel_shape for layer in layers}
     wanted = {layer.name: layer.kernel_shape for layer in table.layers}
     different = sorted(dict(traced.items() ^ wanted.items()))[:5]
     if different:
         raise ValueError(
             f"the model is not the one of the file: these layers differ: {', '.join(different)}"
+            + _other_sizes(table.example, example)
         )
+
+
+def _other_sizes(written: Example | None, called: Example) -> str:
+    """Tells of inputs of other sizes than those of the file, which may be why layers differ."""
+    if written is None:
+        return ""
+    texts = [signature.describe(signature.to_json(x.inputs)) for x in (written, called)]
+    return "" if len(set(texts)) == 1 else f"; the file's model takes {texts[0]}, not {texts[1]}"
 
 
 def load(path: str | os.PathLike[str], *, model: Any = None) -> PackedNetwork:
@@ -223,11 +264,23 @@ def load(path: str | os.PathLike[str], *, model: Any = None) -> PackedNetwork:
         tuple(map(_layer, file.table["layers"])),
         file.table["bn_banks"],
         tuple(map(tuple, file.table["tied_groups"])),
+        example=_example(file),
     )
     if model is None and file.model is not None:
         options = {name: _hashable(value) for name, value in file.model["options"].items()}
+        assert file.num_classes is not None  # models of the library return logits
         model = make_model(file.model["name"], num_classes=file.num_classes, **options)
     return PackedNetwork(file, table, _state(file, table), model)
+
+
+def _example(file: PackedFile) -> Example | None:
+    """Rebuilds the inputs of the model; None: the file does not tell."""
+    if file.inputs is None:
+        return None
+    try:
+        return Example.of(signature.from_json(file.inputs))
+    except ValueError:  # inputs in containers of types that the file cannot name
+        return None
 
 
 def _layer(row: dict[str, Any]) -> Layer:

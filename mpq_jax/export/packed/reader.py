@@ -34,7 +34,8 @@ class PackedLayer(NamedTuple):
         kind: "conv", "depthwise", "dense" or "embedding".
         kernel_shape: shape of the kernel, output channels last in Flax's layers.
         integers: integer values of the kernel, int8 up to 8 bits and int16 beyond; None: the
-            kernel is float, in `PackedFile.params`.
+            kernel is float, in `PackedFile.params`. A kernel that the model computes inside loops
+            has one leading axis for each of them.
         bits: bits of the integers, two's complement; 0: all are zero; 32 of a float kernel.
         step_size: value of one unit of the integers: the kernel is `integers * step_size`.
         candidates: bits that `at` can switch the kernel to, descending.
@@ -140,8 +141,10 @@ class PackedFile(NamedTuple):
         norms: folded BatchNorms, by path.
         params: all other parameters, by path; those of norms kept as they are among them.
         batch_stats: running statistics of norms that are not folded, by path.
-        image_shape: height, width and channels of an image.
-        num_classes: size of the output.
+        inputs: description of the inputs by `export.signature.to_json`; None: an older file.
+        image_shape: shape of one example, such as height, width and channels; None: the inputs are
+            not one array.
+        num_classes: size of the output; None: the outputs are not one array.
         mean, std: normalization of the images, per channel, on the scale 0 to 1; None: unknown.
         model: name and options of a model of `mpq_jax.models`; None: a user's own model.
         table: layer table: "layers" as rows, "bn_banks" and "tied_groups".
@@ -153,8 +156,9 @@ class PackedFile(NamedTuple):
     norms: dict[str, FoldedNorm]
     params: dict[str, np.ndarray]
     batch_stats: dict[str, np.ndarray]
-    image_shape: tuple[int, ...]
-    num_classes: int
+    inputs: Any
+    image_shape: tuple[int, ...] | None
+    num_classes: int | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     model: dict[str, Any] | None
@@ -204,10 +208,11 @@ def _content(
         norms=folded,
         params=params,
         batch_stats=batch_stats,
-        image_shape=tuple(network["image_shape"]),
+        inputs=network.get("inputs"),
+        image_shape=_tuple(network["image_shape"]),
         num_classes=network["num_classes"],
-        mean=_channels(network["mean"]),
-        std=_channels(network["std"]),
+        mean=_tuple(network["mean"]),
+        std=_tuple(network["std"]),
         model=network["model"],
         table=network["table"] | {"layers": rows},
         provenance=header["provenance"],
@@ -240,7 +245,7 @@ def _layers(
             raise ValueError(f"step sizes have shape {tensor.shape}; wanted ({size},)")
     ends = np.cumsum(counts)
     for row, step_size, count, end in zip(rows, step_sizes, counts, ends, strict=True):
-        shape, bits, integers = tuple(row["kernel_shape"]), row["bits"][0], None
+        shape, bits, integers = _stored_shape(row), row["bits"][0], None
         if row["float_weights"]:
             _check_float_kernel(row, params)
         else:
@@ -254,8 +259,13 @@ def _layers(
     return layers
 
 
+def _stored_shape(row: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the shape of a layer's numbers in the file: one kernel, or one per turn of loops."""
+    return (*(row["loops"] or ()), *row["kernel_shape"])
+
+
 def _check_float_kernel(row: dict[str, Any], params: dict[str, np.ndarray]) -> None:
-    name, shape, kernel = row["name"], tuple(row["kernel_shape"]), params.get(kernel_of(row))
+    name, shape, kernel = row["name"], _stored_shape(row), params.get(kernel_of(row))
     if kernel is not None and row["index"]:
         kernel = kernel[tuple(row["index"])]
     held = "nothing" if kernel is None else f"shape {kernel.shape}"
@@ -301,5 +311,5 @@ def _layer(
     )
 
 
-def _channels(values: list[float] | None) -> tuple[float, ...] | None:
+def _tuple(values: list[Any] | None) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values)

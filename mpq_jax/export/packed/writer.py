@@ -14,7 +14,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from mpq_jax.export import exported_model, program, safetensors_file
+from mpq_jax.export import exported_model, program, safetensors_file, signature
 from mpq_jax.export.exported_model import ExportedModel, QuantizedLayer
 from mpq_jax.export.packed import bit_stream, bn_folding, header, norm_encoding, reader
 from mpq_jax.program import paths
@@ -143,7 +143,7 @@ def _other_tensors(
 
 def _replaced(exported: ExportedModel) -> set[str]:
     """Finds the variables that nothing reads but kernels that the model computes."""
-    traced = program.of_one_image(exported)
+    traced = program.of_one_example(exported)
     sites = [
         placed.site
         for placed in placed_sites(exported.table, traced)
@@ -162,6 +162,7 @@ def _network(exported: ExportedModel) -> dict[str, Any]:
     spec, table = exported.model_spec, exported.table
     kept = exported.bits is None
     return {
+        "inputs": signature.to_json(exported.inputs),
         "image_shape": exported.image_shape,
         "num_classes": exported.num_classes,
         "mean": exported.mean,
@@ -176,7 +177,7 @@ def _network(exported: ExportedModel) -> dict[str, Any]:
 
 def _rows(exported: ExportedModel, layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
     """Describes every layer, as the header's table has it."""
-    traced, rows = program.of_one_image(exported), []
+    traced, rows = program.of_one_example(exported), []
     equations = {
         int(number): equation_at(traced.jaxpr.jaxpr, placed.site.key)
         for placed in reversed(placed_sites(exported.table, traced))
@@ -202,10 +203,16 @@ def _rows(exported: ExportedModel, layers: list[QuantizedLayer]) -> list[dict[st
                 "shares_input_with": entry.shares_input_with,
                 "kernel": _unless(_place(entry), header.default_kernel(entry.name)),
                 "index": _unless(list(entry.index), []),
+                "loops": _unless(_loops(entry, layer), []),
             }
             | _geometry(equations[index])
         )
     return rows
+
+
+def _loops(entry: Layer, layer: QuantizedLayer) -> list[int]:
+    """Lists the lengths of the loops that compute a kernel in each of their turns."""
+    return list(layer.kernel.shape[: layer.kernel.ndim - len(entry.kernel_shape)])
 
 
 def _geometry(equation: jex.JaxprEqn) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.layer_table import Example, LayerTable, trace_layers
 from mpq_jax.supernet.scoring import make_score
 from mpq_jax.training.metrics import CompileCounter
 
@@ -105,7 +105,8 @@ def test_sizes_are_those_of_the_numbers(saved):
 
 
 def test_the_table_and_all_that_is_float_come_back(saved):
-    whole = dataclasses.replace(saved.table, left_float=(), example=None)
+    example = Example.of(saved.exported.inputs)
+    whole = dataclasses.replace(saved.table, left_float=(), example=example)
     assert saved.packed.table == whole
     assert saved.packed.precisions == saved.table.precisions
     before, after = (
@@ -292,7 +293,6 @@ def test_models_of_the_library_are_found_by_name(tmp_path):
         table,
         shape=shape,
         num_classes=7,
-        image_shape=shape,
         model_spec=ModelSpec("resnet18", options),
     )
     packed = network.load(tmp_path / "named")

@@ -17,6 +17,7 @@ from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.export.packed import bn_folding, network, reader, writer
 from mpq_jax.models import make_model
 from mpq_jax.program import paths
+from mpq_jax.program.network import example_batch
 from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
@@ -87,7 +88,8 @@ def drawn_network(model, shape, bits_of, *, quantizer=lsq.QUANTIZER):
         jnp.zeros(len(table), bool),
     )
     net = Supernet(model, table, quantizer=quantizer)
-    return ExportedModel(net, state, table.max_config, shape, 10, provenance={"bits": "drawn"})
+    inputs = example_batch(shape)
+    return ExportedModel(net, state, table.max_config, inputs, 10, provenance={"bits": "drawn"})
 
 
 def test_integers_come_back_bit_for_bit(exported, path):

@@ -34,6 +34,7 @@ from mpq_jax.export.exported_model import ExportedModel, is_switchable
 from mpq_jax.export.packed import writer
 from mpq_jax.export.packed.network import load
 from mpq_jax.methods.csq import network
+from mpq_jax.program.network import example_batch
 from mpq_jax.quantizers import batch_max, double_rounding
 from mpq_jax.quantizers import bit_planes as quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
@@ -199,7 +200,7 @@ def test_found_bits_are_billed_and_written(case):
 
 
 def exported(found, bits=None):
-    return ExportedModel(found.net, jax.device_get(found.state), bits, SHAPE, 3)
+    return ExportedModel(found.net, jax.device_get(found.state), bits, example_batch(SHAPE), 3)
 
 
 NOT_STORED = {
