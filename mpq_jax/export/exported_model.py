@@ -81,6 +81,8 @@ class ExportedModel(NamedTuple):
 class QuantizedLayer(NamedTuple):
     """One layer as it is computed.
 
+    A product of activations has no kernel: step size and bits are those of its second operand.
+
     Attributes:
         name: path of the layer.
         kind: "conv", "depthwise", "dense" or "embedding".
@@ -233,6 +235,8 @@ def quantized_layers(exported: ExportedModel) -> list[QuantizedLayer]:
     layers = []
     for index, layer in enumerate(exported.table.layers):
         integers, step_size = found.get(layer.name, (None, 1))
+        if layer.is_product and not layer.float_weights:
+            step_size = subnet.second["step_size"][index]
         layers.append(
             QuantizedLayer(
                 name=layer.name,
@@ -263,7 +267,7 @@ def _integers(
             kernels[index], step_sizes[index], weight_bits[index], max_bits=layer.max_bits
         )
         for index, layer in enumerate(net.table.layers)
-        if not layer.float_weights
+        if not (layer.float_weights or layer.is_product)
     }
 
 

@@ -16,7 +16,7 @@ from mpq_jax.program import paths
 from mpq_jax.program import trace as trace_module
 from mpq_jax.program.evaluate import Change
 from mpq_jax.supernet.layer_table import Layer, LayerTable
-from mpq_jax.supernet.placement import Edit, placed_sites
+from mpq_jax.supernet.placement import Edit, placed_products, placed_sites
 from mpq_jax.supernet.supernet import Subnet, Supernet
 
 PyTree = Any
@@ -74,7 +74,10 @@ def trace(exported: ExportedModel) -> Program:
     layers = exported_model.quantized_layers(exported)
     _check_loops(exported)
     net, subnet = exported.net, jax.device_get(exported_model.select(exported))
-    in_float = [layer._replace(float_acts=True) for layer in net.table.layers]
+    in_float = [
+        layer._replace(float_acts=True, float_weights=layer.float_weights or layer.is_product)
+        for layer in net.table.layers
+    ]
     table = dataclasses.replace(net.table, layers=tuple(in_float))
     unquantized = dataclasses.replace(net, table=table)
     edit = functools.partial(_marks, table=net.table)
@@ -94,11 +97,17 @@ def trace(exported: ExportedModel) -> Program:
         layers={
             _argument(entry): layer
             for entry, layer in zip(exported.table.layers, layers, strict=True)
+            if not entry.is_product
         },
         inputs={
             index: InputQuantizer(layer.input_step_size, layer.input_bits, layer.input_signed)
             for index, layer in enumerate(layers)
             if layer.input_step_size is not None
+        }
+        | {
+            len(layers) + index: InputQuantizer(layer.step_size, layer.bits, signed=True)
+            for index, (entry, layer) in enumerate(zip(exported.table.layers, layers, strict=True))
+            if entry.is_product and not entry.float_weights
         },
         batch=batch,
         outputs=outputs,
@@ -106,7 +115,10 @@ def trace(exported: ExportedModel) -> Program:
 
 
 def _marks(program: trace_module.Program, table: LayerTable) -> Edit:
-    """Marks the input of every layer that does not stay float, with the index of the layer."""
+    """Marks the input of every layer that does not stay float, with the index of the layer.
+
+    The second operand of a product has this index plus the number of layers.
+    """
 
     def mark(x: jax.Array, _: Any, *, index: int) -> jax.Array:
         marked = checkpoint_name(x.astype("float32"), f"{MARK}{index}")
@@ -117,6 +129,14 @@ def _marks(program: trace_module.Program, table: LayerTable) -> Edit:
         for placed in placed_sites(table, program)
         if placed.site.data is not None and not table.layers[placed.first].float_acts
     }
+    for placed in placed_products(table, program):
+        layer, (first, second) = table.layers[placed.layer], placed.product.operands
+        for place, is_float, index in (
+            (first, layer.float_acts, placed.layer),
+            (second, layer.float_weights, len(table) + placed.layer),
+        ):
+            if not is_float:
+                changes[place] = Change(MARK, functools.partial(mark, index=index))
     return Edit(changes, {}, {})
 
 
@@ -129,13 +149,15 @@ def _argument(layer: Layer) -> str:
 
 def _check_loops(exported: ExportedModel) -> None:
     """Raises ValueError where a layer is inside of a loop."""
-    for placed in placed_sites(exported.table, of_one_example(exported)):
-        if placed.site.loops:
-            turns = " x ".join(map(str, placed.site.loops))
+    table, traced = exported.table, of_one_example(exported)
+    found = [(placed.first, placed.site.loops) for placed in placed_sites(table, traced)]
+    found += [(placed.layer, placed.product.loops) for placed in placed_products(table, traced)]
+    for index, loops in found:
+        if loops:
             raise ValueError(
-                f"layer {exported.table.names[placed.first]!r} is inside a loop (scan) of {turns} "
-                f"turns, {placed.site.scope!r}, which a graph cannot hold: unroll it, or export to "
-                "StableHLO or packed instead"
+                f"layer {table.names[index]!r} is inside a loop (scan) of "
+                f"{' x '.join(map(str, loops))} turns, which a graph cannot hold: unroll it, or "
+                "export to StableHLO or packed instead"
             )
 
 

@@ -26,12 +26,12 @@ class Place(NamedTuple):
 
     Attributes:
         equation: key of the equation.
-        index: position among its operands or results.
+        position: index among its operands or results.
         result: whether it is a result.
     """
 
     equation: Key
-    index: int
+    position: int
     result: bool = False
 
 
@@ -163,7 +163,7 @@ def _evaluate(
 def _visit(visits: list[_Visit], values: list[Any], arrays: Arrays, records: Records) -> None:
     """Changes some of an equation's operands or results, in place, and records some."""
     for visit in visits:
-        index = visit.place.index
+        index = visit.place.position
         if visit.change is not None:
             values[index] = visit.change.function(values[index], arrays.get(visit.change.name))
         elif values[index] is not UNKNOWN:
@@ -219,7 +219,7 @@ def nested(equation: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     name, params = equation.primitive.name, equation.params
     if name not in (*INLINED, *RECOMPUTED, "scan"):
         return None
-    inner = params.get("jaxpr", params.get("call_jaxpr"))
+    inner: Any = params.get("jaxpr", params.get("call_jaxpr"))
     return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, ())
 
 

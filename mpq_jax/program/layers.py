@@ -35,7 +35,7 @@ class LayerCall(NamedTuple):
         channels: output channels; 0: a product has none.
         shares_input_with: index of the first layer that reads the same values.
         kernel: path of the variable, without "params/"; None: the kernel is computed.
-        index: indices of its slice along the leading axes of the variable.
+        position: indices of its slice along the leading axes of the variable.
         sites: indices of its sites in the program.
         norm: path of the norm behind it.
         first: whether it reads the inputs of the model, without another layer in between.
@@ -50,7 +50,7 @@ class LayerCall(NamedTuple):
     channels: int = 0
     shares_input_with: int = 0
     kernel: str | None = None
-    index: tuple[int, ...] = ()
+    position: tuple[int, ...] = ()
     sites: tuple[int, ...] = ()
     norm: str | None = None
     first: bool = False
@@ -124,7 +124,7 @@ def _site_calls(
                 first._replace(reads=reading[0].reads if reading else None),
                 whole._replace(
                     name=name + "".join(f"[{i}]" for i in position),
-                    index=position,
+                    position=position,
                     first=0 in depths,
                     last=is_last and all(i + 1 == n for i, n in zip(position, slices, strict=True)),
                 ),

@@ -42,7 +42,7 @@ class LinenNetwork:
 
     def init(self, key: jax.Array, inputs: PyTree) -> Variables:
         """Draws the model's initial variables."""
-        mode = network.mode_kwargs(type(self.model).__call__, train=False)
+        mode: dict[str, Any] = network.mode_kwargs(type(self.model).__call__, train=False)
         rngs = {"params": key, "dropout": key}
         with _hooked(_allow_mixed_dtypes):
             boxed = self.model.init(rngs, *network.arguments(inputs), **mode)
@@ -59,7 +59,7 @@ class LinenNetwork:
         shard: BatchShard,
     ) -> tuple[PyTree, PyTree]:
         """Calls the module."""
-        mode = network.mode_kwargs(type(self.model).__call__, train=train)
+        mode: dict[str, Any] = network.mode_kwargs(type(self.model).__call__, train=train)
         hooks: list[Hook] = [functools.partial(_reduce_over, shard.axis), _allow_mixed_dtypes]
         if dropout_key is None:
             hooks.append(_without_dropout)

@@ -50,11 +50,12 @@ class NnxNetwork:
             model.set_attributes(deterministic=True, raise_if_not_found=False)
         else:
             streams = {str(count.tag) for count in _variables(model, nnx.RngCount).values()}
-            nnx.reseed(model, **dict.fromkeys(streams, dropout_key))
+            keys: dict[str, Any] = dict.fromkeys(streams, dropout_key)
+            nnx.reseed(model, **keys)
         if shard.axis is not None:
             for _, module in nnx.iter_modules(model):
                 if isinstance(module, nnx.BatchNorm) and module.axis_name is None:
-                    module.axis_name = shard.axis
+                    module.set_attributes(axis_name=shard.axis)
         mode = network.mode_kwargs(type(model).__call__, train=train)
         outputs = model(*network.arguments(inputs), **mode)
         return outputs, _as_dict(model, nnx.BatchStat)

@@ -14,6 +14,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from mpq_jax.program import paths
+from mpq_jax.program.equations import array
 from mpq_jax.program.evaluate import Key, Place, nested
 from mpq_jax.program.liveness import find_live
 from mpq_jax.program.trace import Program
@@ -246,7 +247,7 @@ class _Walk:
         data, known = operands[index], operands[1 - index]
         assert isinstance(data, Data) and isinstance(known, Known)
         name = equation.primitive.name
-        before, after = _array(equation.invars[index]), _array(equation.outvars[0])
+        before, after = array(equation.invars[index]), array(equation.outvars[0])
         if index and name in ("sub", "div") or before.shape != after.shape:
             return Data()
         if str(after.dtype) != "float32" or not after.shape:
@@ -266,11 +267,6 @@ class _Walk:
         *_, channels = after.shape
         self.calls[place] = Call(data.norm, data.steps, len(after.shape), channels)
         return data._replace(output=place)
-
-
-def _array(var: Any) -> Any:
-    """Returns shape and type of a value."""
-    return var.aval
 
 
 def _variable(name: str) -> Known:

@@ -8,8 +8,9 @@ import jax.extend.core as jex
 
 from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
 from mpq_jax.program import paths
+from mpq_jax.program.dataflow import find_sites
 from mpq_jax.program.network import Network
-from mpq_jax.program.sites import Sites, find_sites
+from mpq_jax.program.sites import Sites
 
 PyTree = Any
 

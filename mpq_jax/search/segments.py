@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from mpq_jax.program.equations import array
 from mpq_jax.program.evaluate import UNKNOWN, Change, Key, Place, equation_at
 from mpq_jax.program.layers import shapes_of
 from mpq_jax.program.sites import Value
@@ -179,7 +180,7 @@ def _size(program: Program, value: Value) -> tuple[Place, int] | None:
     if value.place is None:
         return None
     equation = equation_at(program.jaxpr.jaxpr, value.place.equation)
-    shape = equation.outvars[value.place.index].aval.shape
+    shape = array(equation.outvars[value.place.position]).shape
     return (value.place, math.prod(shape[1:])) if shape and shape[0] == BATCH else None
 
 

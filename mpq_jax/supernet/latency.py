@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from mpq_jax.program import layers
+from mpq_jax.program.equations import array
 from mpq_jax.program.evaluate import equation_at
 from mpq_jax.program.network import as_network
 from mpq_jax.program.sites import Site
@@ -105,8 +106,8 @@ def _call(program: Program, site: Site) -> Call:
     return Call(
         equation.primitive,
         equation.params,
-        tuple(var.aval.shape for var in equation.invars),
-        site.kernel.index,
+        tuple(array(var).shape for var in equation.invars),
+        site.kernel.position,
         math.prod(repeated),
     )
 

@@ -60,8 +60,8 @@ class Layer(NamedTuple):
         channels: number of output channels.
         kernel: path of the kernel among the parameters; None: it is computed from several, or the
             layer is a product.
-        index: indices of the layer's slice along the leading axes of that parameter, where a loop
-            runs over layers.
+        position: indices of the layer's slice along the leading axes of that parameter, where a
+            loop runs over layers.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Layer(NamedTuple):
     inputs: int = 0
     channels: int = 0
     kernel: str | None = None
-    index: tuple[int, ...] = ()
+    position: tuple[int, ...] = ()
 
     @property
     def searchable(self) -> bool:
@@ -99,7 +99,7 @@ class Layer(NamedTuple):
     @property
     def site_name(self) -> str:
         """Name of the layer without the indices of its slice."""
-        return self.name.removesuffix("".join(f"[{i}]" for i in self.index))
+        return self.name.removesuffix("".join(f"[{i}]" for i in self.position))
 
     @property
     def summary(self) -> tuple[str, ...]:
@@ -314,8 +314,8 @@ class LayerTable:
         for layer in self.layers:
             if layer.kernel is None or layer.name not in kernels:
                 continue
-            if layer.index:
-                slices.setdefault(layer.kernel, {})[layer.index] = kernels[layer.name]
+            if layer.position:
+                slices.setdefault(layer.kernel, {})[layer.position] = kernels[layer.name]
             else:
                 flat[layer.kernel] = kernels[layer.name]
         for path, parts in slices.items():
@@ -448,7 +448,7 @@ def trace_layers(
                 inputs=call.inputs,
                 channels=call.channels,
                 kernel=call.kernel,
-                index=call.index,
+                position=call.position,
                 **apply_rules(call, rules)._asdict(),
             )
             for call in calls

@@ -413,7 +413,7 @@ class Supernet:
                 return jnp.zeros(())
             if layer.kernel is None:
                 return computed[layer.name]
-            return flat[layer.kernel][layer.index] if layer.index else flat[layer.kernel]
+            return flat[layer.kernel][layer.position] if layer.position else flat[layer.kernel]
 
         return [kernel(layer) for layer in self.table.layers]
 
@@ -610,9 +610,11 @@ class Supernet:
         """
         key = jax.random.key(0)
         program = self.program(variables, inputs, train=True, dropout_key=key)
-        sites = [s for s in placed_sites(self.table, program) if s.site.data is not None]
+        sites = placed_sites(self.table, program)
         products = placed_products(self.table, program)
-        records = {str(placed.number): placed.site.data for placed in sites}
+        records = {
+            str(placed.number): placed.site.data for placed in sites if placed.site.data is not None
+        }
         for placed in products:
             for number, place in enumerate(placed.product.operands):
                 records[f"product {placed.layer}.{number}"] = place
@@ -620,6 +622,8 @@ class Supernet:
         _, recorded = evaluate(program.jaxpr, arguments, {}, {}, records)
         read: list[list[Array]] = [[] for _ in self.table.layers]
         for placed in sites:
+            if placed.site.data is None:
+                continue  # it looks rows up
             x = recorded[str(placed.number)].astype(jnp.float32)
             x = jnp.moveaxis(x, placed.site.stacked, range(len(placed.site.stacked)))
             for position in np.ndindex(placed.layers.shape):

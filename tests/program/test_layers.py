@@ -179,7 +179,7 @@ def test_slices_of_a_variable_are_layers_with_their_index():
     stem, *blocks, head = layers_of(Looped(), array(2, 5, 6))
     assert [layer.name for layer in blocks] == [f"blocks/dense[{i}]" for i in range(3)]
     for index, layer in enumerate(blocks):
-        assert (layer.kernel, layer.index) == ("blocks/dense/kernel", (index,))
+        assert (layer.kernel, layer.position) == ("blocks/dense/kernel", (index,))
         assert (layer.kernel_shape, layer.macs, layer.inputs) == ((4, 4), 5 * 4 * 4, 5 * 4)
         assert (layer.sites, layer.shares_input_with) == ((1,), index + 1)
         assert not (layer.first or layer.last)
@@ -201,7 +201,7 @@ def test_slices_of_slices_have_two_indices():
     assert [layer.name for layer in rows] == [
         f"inner/dense[{i}][{j}]" for i in range(3) for j in range(2)
     ]
-    assert [layer.index for layer in rows] == [(i, j) for i in range(3) for j in range(2)]
+    assert [layer.position for layer in rows] == [(i, j) for i in range(3) for j in range(2)]
     assert {(layer.kernel_shape, layer.macs) for layer in rows} == {((4, 4), 16)}
 
 
@@ -238,7 +238,7 @@ SCALED = function(scaled_before, {"blocks": {"w": ones(3, 4, 4), "gain": ones(3)
 )
 def test_slices_of_what_is_no_variable_are_one_layer_with_the_work_of_all(model, name):
     (layer,) = layers_of(model, array(2, 4))
-    assert (layer.name, layer.kernel, layer.index) == (name, None, ())
+    assert (layer.name, layer.kernel, layer.position) == (name, None, ())
     assert (layer.macs, layer.inputs) == (3 * 4 * 4, 3 * 4)
 
 
@@ -249,7 +249,7 @@ def test_the_layers_of_recurrent_cells_have_the_work_of_all_turns(cell):
     shapes = sorted(layer.kernel_shape for layer in rows)
     assert gates >= 1 and shapes == gates * [(3, 5)] + gates * [(5, 5)]
     assert all(layer.macs == 7 * layer.kernel_shape[0] * 5 for layer in rows)
-    assert all(layer.index == () for layer in rows)
+    assert all(layer.position == () for layer in rows)
 
 
 # Computed kernels.

@@ -101,8 +101,8 @@ def test_either_operand_may_be_the_kernel():
         return x @ variables["right"], variables["left"] @ x
 
     right, left = sites_of(apply, {"left": ones(2, 3), "right": ones(3, 5)}, array(3, 3)).sites
-    assert (right.leaf, right.kernel.index, right.data.index) == ("params/right", 1, 0)
-    assert (left.leaf, left.kernel.index, left.data.index) == ("params/left", 0, 1)
+    assert (right.leaf, right.kernel.position, right.data.position) == ("params/right", 1, 0)
+    assert (left.leaf, left.kernel.position, left.data.position) == ("params/left", 0, 1)
     assert (left.macs, right.macs) == (2 * 3 * 3, 3 * 3 * 5)
     assert (left.channels, right.channels) == (2, 5)
 
@@ -364,7 +364,7 @@ def test_the_probabilities_of_attention_are_the_first_operand():
     assert (scores.inputs, values.inputs) == (2 * 3 * 5 * 6, 3 * 5 * 6 + 3 * 2 * 5 * 5)
     equation = equation_at(trace_model(model, array(3, 5, 4)).jaxpr.jaxpr, values.key)
     probabilities, _ = values.operands
-    assert equation.invars[probabilities.index].aval.shape[-2:] == (5, 5)
+    assert equation.invars[probabilities.position].aval.shape[-2:] == (5, 5)
 
 
 def test_a_product_in_a_loop_knows_its_turns():

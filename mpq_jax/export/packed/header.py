@@ -2,6 +2,7 @@
 
 from typing import Any
 
+PRODUCT = "product"  # kind of layers that multiply two activations and have no kernel
 COMPUTED = "mpq_jax.computed"  # begins the places of kernels that the model computes
 
 LAYER_DEFAULTS = {  # of columns that may be left out

@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from mpq_jax.export import signature
 from mpq_jax.export.packed import header, norm_encoding, reader
+from mpq_jax.export.packed.header import PRODUCT
 from mpq_jax.export.packed.reader import PackedFile
 from mpq_jax.models import make_model
 from mpq_jax.program import paths
@@ -150,7 +151,7 @@ def _switch(net: Supernet, state: SupernetState, bits: BitConfig) -> Subnet:
     computed = {
         layer.name: kernel
         for layer, kernel in zip(net.table.layers, stored.kernels_of(subnet), strict=True)
-        if layer.kernel is None
+        if layer.is_computed
     }
     return subnet._replace(computed=computed)
 
@@ -158,7 +159,9 @@ def _switch(net: Supernet, state: SupernetState, bits: BitConfig) -> Subnet:
 def _stored(table: LayerTable) -> LayerTable:
     """Returns the layers of a model whose parameters all kernels are, as in the state."""
     layers = [
-        layer._replace(kernel=layer.kernel or paths.join((header.COMPUTED, layer.name)))
+        layer._replace(kernel=paths.join((header.COMPUTED, layer.name)))
+        if layer.is_computed
+        else layer
         for layer in table.layers
     ]
     return dataclasses.replace(table, layers=tuple(layers))
@@ -286,12 +289,13 @@ def _example(file: PackedFile) -> Example | None:
 def _layer(row: dict[str, Any]) -> Layer:
     """Rebuilds a layer from its row in the header."""
     fields = {name: _hashable(value) for name, value in row.items() if name in Layer._fields}
-    kernel = header.kernel_of(row)
-    fields["kernel"] = None if kernel.startswith(f"{header.COMPUTED}/") else kernel
-    fields["index"] = fields["index"] or ()
+    kernel, is_product = header.kernel_of(row), row["kind"] == PRODUCT
+    is_computed = kernel.startswith(f"{header.COMPUTED}/")
+    fields["kernel"] = None if is_product or is_computed else kernel
+    fields["position"] = _hashable(row["index"]) or ()
     return Layer(
         **fields,
-        params=int(np.prod(row["kernel_shape"])),
+        params=0 if is_product else int(np.prod(row["kernel_shape"])),
         weight_candidates=tuple(row["bits"]),
         act_candidates=tuple(row["input_bits"]),
     )
@@ -311,14 +315,19 @@ def _state(file: PackedFile, table: LayerTable) -> SupernetState:
         if layer.integers is None
         else layer.integers
         for layer in file.layers
+        if layer.kind != PRODUCT
     }
     placed = _stored(table).with_kernels(paths.unflatten(params), _of_equal_types(file, kernels))
     weight_step_sizes = np.ones((len(table), len(table.candidates)), np.float32)
     weight_step_sizes *= np.array([[layer.step_size] for layer in file.layers], np.float32)
     act_step_sizes = np.ones_like(weight_step_sizes)
     for index, layer in enumerate(file.layers):
-        for bits, step_size in layer.input_step_sizes.items():
-            act_step_sizes[index, table.candidates.index(bits)] = step_size
+        for step_sizes, of_bits in (
+            (act_step_sizes, layer.input_step_sizes),
+            (weight_step_sizes, layer.second_step_sizes),
+        ):
+            for bits, step_size in of_bits.items():
+                step_sizes[index, table.candidates.index(bits)] = step_size
     trainable = TrainableParams(placed, weight_step_sizes, act_step_sizes)
     signed = jnp.array([layer.input_signed for layer in file.layers])
     state = SupernetState(trainable, paths.unflatten(file.batch_stats), signed)
@@ -328,7 +337,8 @@ def _state(file: PackedFile, table: LayerTable) -> SupernetState:
 def _of_equal_types(file: PackedFile, kernels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Converts the kernels that are slices of one parameter to one type that holds them all."""
     types: dict[str, Any] = {}
-    for layer in file.layers:
+    layers = [layer for layer in file.layers if layer.name in kernels]
+    for layer in layers:
         mine = kernels[layer.name].dtype
         types[layer.kernel] = np.result_type(types.get(layer.kernel, mine), mine)
-    return {layer.name: kernels[layer.name].astype(types[layer.kernel]) for layer in file.layers}
+    return {layer.name: kernels[layer.name].astype(types[layer.kernel]) for layer in layers}

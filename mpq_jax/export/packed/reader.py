@@ -15,7 +15,7 @@ import numpy as np
 
 from mpq_jax.export import safetensors_file
 from mpq_jax.export.packed import bit_stream, norm_encoding
-from mpq_jax.export.packed.header import LAYER_DEFAULTS, kernel_of, to_rows
+from mpq_jax.export.packed.header import LAYER_DEFAULTS, PRODUCT, kernel_of, to_rows
 
 FORMAT, VERSION = "mpq_jax.packed", 2
 HOW_TO_WRITE = (
@@ -43,6 +43,8 @@ class PackedLayer(NamedTuple):
         input_step_size: value of one unit of them; None: the input stays float.
         input_signed: whether they are two's complement; false: natural binary.
         input_step_sizes: step size of the input at each of its numbers of bits.
+        second_step_sizes: the same of the second operand of a product of activations, which
+            `bits` are those of; its codes are signed. Empty for layers with a kernel.
         norm: path of the norm that reads the output, or None.
         kernel: path of the parameter that the kernel is; it begins with `header.COMPUTED` where
             the model computes the kernel of other parameters.
@@ -67,6 +69,7 @@ class PackedLayer(NamedTuple):
     input_step_size: float | None
     input_signed: bool
     input_step_sizes: dict[int, float]
+    second_step_sizes: dict[int, float]
     norm: str | None
     kernel: str
     position: tuple[int, ...]
@@ -100,7 +103,7 @@ class PackedLayer(NamedTuple):
         return self._replace(
             integers=integers,
             bits=bits,
-            step_size=float(np.ldexp(self.step_size, halvings)),
+            step_size=self.second_step_sizes.get(bits, float(np.ldexp(self.step_size, halvings))),
             candidates=tuple(fewer for fewer in self.candidates if fewer <= bits),
             input_bits=input_bits,
             input_step_size=self.input_step_sizes.get(input_bits),
@@ -238,25 +241,37 @@ def _layers(
     tensors: dict[str, np.ndarray], rows: list[dict[str, Any]], params: dict[str, np.ndarray]
 ) -> list[PackedLayer]:
     stream, layers, start = tensors[STREAM], [], 0
-    counts = [0 if row["float_acts"] else len(row["input_bits"]) for row in rows]
-    step_sizes, input_step_sizes = tensors[STEP_SIZES], tensors[INPUT_STEP_SIZES]
-    for tensor, size in ((step_sizes, len(rows)), (input_step_sizes, sum(counts))):
-        if tensor.shape != (size,):
-            raise ValueError(f"step sizes have shape {tensor.shape}; wanted ({size},)")
-    ends = np.cumsum(counts)
-    for row, step_size, count, end in zip(rows, step_sizes, counts, ends, strict=True):
+    step_sizes, of_inputs = tensors[STEP_SIZES], list(map(float, tensors[INPUT_STEP_SIZES]))
+    firsts = [[] if row["float_acts"] else row["input_bits"] for row in rows]
+    seconds = [row["bits"] if _has_second(row) else [] for row in rows]
+    for count, size in (
+        (len(step_sizes), len(rows)),
+        (len(of_inputs), sum(map(len, firsts + seconds))),
+    ):
+        if count != size:
+            raise ValueError(f"there are {count} step sizes; wanted {size}")
+    given = iter(of_inputs)
+    by_bits, second_by_bits = (
+        [{bits: next(given) for bits in some} for some in each] for each in (firsts, seconds)
+    )
+    for row, step_size, own, second in zip(rows, step_sizes, by_bits, second_by_bits, strict=True):
         shape, bits, integers = _stored_shape(row), row["bits"][0], None
-        if row["float_weights"]:
+        if row["kind"] == PRODUCT:
+            pass
+        elif row["float_weights"]:
             _check_float_kernel(row, params)
         else:
             stop = start + bit_stream.packed_size(int(np.prod(shape)), bits)
             integers, start = bit_stream.unpack(stream[start:stop], bits, shape), stop
-        own = map(float, input_step_sizes[end - count : end])
-        by_bits = dict(zip(row["input_bits"][:count], own, strict=True))
-        layers.append(_layer(row, integers, float(step_size), by_bits))
+        layers.append(_layer(row, integers, float(step_size), own, second))
     if start != len(stream):
         raise ValueError(f"the layers take {start} bytes of integers, and there are {len(stream)}")
     return layers
+
+
+def _has_second(row: dict[str, Any]) -> bool:
+    """Whether a layer is a product whose second operand is quantized."""
+    return row["kind"] == PRODUCT and not row["float_weights"]
 
 
 def _stored_shape(row: dict[str, Any]) -> tuple[int, ...]:
@@ -278,6 +293,7 @@ def _layer(
     integers: np.ndarray | None,
     step_size: float,
     input_step_sizes: dict[int, float],
+    second_step_sizes: dict[int, float],
 ) -> PackedLayer:
     is_conv = row["kind"] in ("conv", "depthwise")
     ones = (1,) * (len(row["kernel_shape"]) - 2) if is_conv else ()
@@ -299,6 +315,7 @@ def _layer(
         input_step_size=input_step_sizes.get(input_bits),
         input_signed=row["input_signed"],
         input_step_sizes=input_step_sizes,
+        second_step_sizes=second_step_sizes,
         norm=row["norm"],
         kernel=kernel_of(row),
         position=tuple(row["index"] or ()),

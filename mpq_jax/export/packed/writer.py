@@ -21,7 +21,7 @@ from mpq_jax.program import paths
 from mpq_jax.program.evaluate import equation_at
 from mpq_jax.program.liveness import find_live
 from mpq_jax.supernet.layer_table import Layer
-from mpq_jax.supernet.placement import placed_sites
+from mpq_jax.supernet.placement import placed_products, placed_sites
 
 NORMS = ("float32", "float16", "kept")
 
@@ -96,10 +96,17 @@ def _layer_tensors(exported: ExportedModel, layers: list[QuantizedLayer]) -> dic
         if layer.input_step_size is not None
         for bits in _input_bits(exported, index, layer)
     ]
+    second = np.asarray(exported.state.trainable.weight_step_sizes)
+    second_step_sizes = [
+        second[index, table.candidates.index(bits)]
+        for index, (entry, layer) in enumerate(zip(table.layers, layers, strict=True))
+        if entry.is_product and not entry.float_weights
+        for bits in _bits(exported, index, layer)
+    ]
     return {
         reader.STREAM: np.concatenate([np.zeros(0, np.uint8), *streams]),
         reader.STEP_SIZES: np.array([layer.step_size for layer in layers], np.float32),
-        reader.INPUT_STEP_SIZES: np.array(input_step_sizes, np.float32),
+        reader.INPUT_STEP_SIZES: np.array(input_step_sizes + second_step_sizes, np.float32),
     }
 
 
@@ -131,7 +138,7 @@ def _other_tensors(
     computed = {
         f"params/{_place(entry)}": layer.kernel
         for entry, layer in zip(entries, layers, strict=True)
-        if entry.kernel is None and entry.float_weights
+        if entry.is_computed and entry.float_weights
     }
     others = {
         name: np.array(leaf, order="C")
@@ -147,7 +154,7 @@ def _replaced(exported: ExportedModel) -> set[str]:
     sites = [
         placed.site
         for placed in placed_sites(exported.table, traced)
-        if exported.table.layers[placed.first].kernel is None
+        if exported.table.layers[placed.first].is_computed
     ]
     needed = find_live(traced, {site.kernel for site in sites}).variables
     return {leaf for site in sites for leaf in site.leaves} - needed
@@ -178,11 +185,12 @@ def _network(exported: ExportedModel) -> dict[str, Any]:
 def _rows(exported: ExportedModel, layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
     """Describes every layer, as the header's table has it."""
     traced, rows = program.of_one_example(exported), []
-    equations = {
-        int(number): equation_at(traced.jaxpr.jaxpr, placed.site.key)
+    keys = {
+        int(number): placed.site.key
         for placed in reversed(placed_sites(exported.table, traced))
         for number in placed.layers.flat
     }
+    keys |= {one.layer: one.product.key for one in placed_products(exported.table, traced)}
     for index, (entry, layer) in enumerate(zip(exported.table.layers, layers, strict=True)):
         rows.append(
             {
@@ -201,11 +209,13 @@ def _rows(exported: ExportedModel, layers: list[QuantizedLayer]) -> list[dict[st
                 "inputs": entry.inputs,
                 "channels": entry.channels,
                 "shares_input_with": entry.shares_input_with,
-                "kernel": _unless(_place(entry), header.default_kernel(entry.name)),
-                "index": _unless(list(entry.index), []),
+                "kernel": None
+                if entry.is_product
+                else _unless(_place(entry), header.default_kernel(entry.name)),
+                "index": _unless(list(entry.position), []),
                 "loops": _unless(_loops(entry, layer), []),
             }
-            | _geometry(equations[index])
+            | _geometry(equation_at(traced.jaxpr.jaxpr, keys[index]))
         )
     return rows
 

@@ -181,7 +181,7 @@ def init(
         if layer.searchable
     }
     for layer in network.table.layers:
-        if layer.searchable and not layer.is_computed:
+        if layer.searchable and layer.kernel is not None:
             params.pop(layer.kernel, None)
     around = state.trainable._replace(params=paths.unflatten(params))
     return CsqParams(around, paths.unflatten(planes)), state.batch_stats, state.signed
