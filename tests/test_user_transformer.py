@@ -115,7 +115,8 @@ def test_every_projection_is_a_layer():
 def test_the_table_is_that_of_dense_layers():
     for layer, dense in zip(TABLE.layers, PLAIN_TABLE.layers, strict=True):
         assert layer.name.replace("attention/", "attention_") == dense.name
-        assert layer._replace(name="", kernel_shape=()) == dense._replace(name="", kernel_shape=())
+        same = {"name": "", "kernel_shape": (), "kernel": None}
+        assert layer._replace(**same) == dense._replace(**same)
 
 
 class Axes(nn.Module):
@@ -220,8 +221,8 @@ def test_its_layers_are_measured_as_integers():
     for name, calls in latency.layer_calls(GENERAL, SHAPE, batch=2).items():
         (call,) = calls
         generator = np.random.default_rng(0)
-        kernel = latency.draw_codes(generator, call.kernel_shape, 4, "int8")
-        x = latency.draw_codes(generator, call.input_shape, 4, "int8")
+        kernel = latency.draw_codes(generator, call.shapes[call.kernel], 4, "int8")
+        x = latency.draw_codes(generator, call.shapes[1 - call.kernel], 4, "int8")
         found = latency.multiply(call, kernel, x)
         assert found.dtype == jnp.int32
         if "attention" in name:

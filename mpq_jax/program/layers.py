@@ -30,6 +30,7 @@ class LayerCall(NamedTuple):
             indices behind it, `blocks/dense[2]`.
         kind: "conv", "depthwise", "dense", "embedding" or "product".
         kernel_shape: shape of the kernel; () of a product.
+        params: number of weights; a kernel that is computed in a loop has some for each turn.
         macs: multiply-accumulates per example, of all its calls.
         inputs: values per example that it reads.
         channels: output channels; 0: a product has none.
@@ -45,6 +46,7 @@ class LayerCall(NamedTuple):
     name: str
     kind: str
     kernel_shape: tuple[int, ...]
+    params: int
     macs: int
     inputs: int
     channels: int = 0
@@ -103,11 +105,12 @@ def _site_calls(
         sites = [found.sites[index] for index in members]
         slices, first = sites[0].slices, sites[0]
         reading = [site for site in sites if site.data is not None]
-        count = math.prod(slices) * batch
+        count, shape = math.prod(slices) * batch, kernel_shape(first, shapes)
         whole = LayerCall(
             name,
             next((site.kind for site in sites if site.macs), first.kind),
-            kernel_shape(first, shapes),
+            shape,
+            params=math.prod(shape) * (1 if first.leaf else math.prod(first.loops)),
             macs=sum(site.macs * math.prod(site.loops) for site in sites) // count,
             inputs=sum(site.inputs * math.prod(site.loops) for site in reading) // count,
             channels=first.channels,
@@ -138,6 +141,7 @@ def product_calls(program: Program, batch: int) -> list[LayerCall]:
             name,
             PRODUCT,
             (),
+            params=0,
             macs=product.macs * math.prod(product.loops) // batch,
             inputs=product.inputs * math.prod(product.loops) // batch,
             first=product.depth == 0,

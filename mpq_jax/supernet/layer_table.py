@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -442,7 +441,7 @@ def trace_layers(
                 kind=call.kind,
                 kernel_shape=call.kernel_shape,
                 macs=call.macs,
-                params=0 if call.kind == PRODUCT else math.prod(call.kernel_shape),
+                params=call.params,
                 norm=call.norm,
                 shares_input_with=call.shares_input_with,
                 inputs=call.inputs,

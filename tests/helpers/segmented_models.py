@@ -316,7 +316,7 @@ USERS = {
     ),
     "another program in evaluation": (
         OtherInEvaluation(),
-        {"": ["stem", "one", "two", "three", "head"]},
+        {"": ["stem", "one"], "two": ["two"], "three": ["three", "head"]},
     ),
     "norms": (
         Normed(),

@@ -91,6 +91,11 @@ def test_cuts_of_a_users_model(name):
     assert segments_of(model) == list(wanted.values())
 
 
+def test_each_mode_has_cuts_of_its_own():
+    model, _ = USERS["another program in evaluation"]
+    assert segments_of(model, train=False) == [["stem", "one", "two", "three", "head"]]
+
+
 def test_a_row_that_bits_of_the_layer_before_name_belongs_to_both():
     rows = {"pair": [], "weights": [], "shared": [], "transition": ["one"]}
     for bn_banks, before in rows.items():

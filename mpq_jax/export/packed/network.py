@@ -6,6 +6,7 @@ outputs = network.at(4)(inputs)  # at 4 bits, derived from the stored integers
 
 import dataclasses
 import functools
+import math
 import operator
 import os
 from collections.abc import Callable
@@ -23,12 +24,13 @@ from mpq_jax.export.packed.reader import PackedFile
 from mpq_jax.models import make_model
 from mpq_jax.program import paths
 from mpq_jax.program.evaluate import Change
-from mpq_jax.program.layers import shapes_of
+from mpq_jax.program.layers import find_layers, shapes_of, variable_shapes
+from mpq_jax.program.network import as_network, batch_size
 from mpq_jax.program.norms import find_norms
-from mpq_jax.program.trace import Program
+from mpq_jax.program.trace import Program, trace
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import Example, Layer, LayerTable, trace_layers
+from mpq_jax.supernet.layer_table import Example, Layer, LayerTable
 from mpq_jax.supernet.placement import Edit
 from mpq_jax.supernet.supernet import Subnet, Supernet, SupernetState, TrainableParams
 
@@ -231,9 +233,16 @@ def _constant(x: Array, _: Any, *, number: int) -> Array:
 @functools.lru_cache(maxsize=16)
 def check_model(model: Any, table: LayerTable, example: Example) -> None:
     """Raises ValueError, naming layers, unless a model's layers are those of a table."""
-    layers = trace_layers(model, example.inputs).layers
-    traced = {layer.name: layer.kernel_shape for layer in layers}
     wanted = {layer.name: layer.kernel_shape for layer in table.layers}
+    network, inputs = as_network(model), example.inputs
+    shapes = shapes_of(network, inputs)
+    calls = find_layers(
+        trace(network, shapes, inputs, train=False),
+        variable_shapes(shapes),
+        batch_size(inputs),
+        covers=lambda product: product.name in wanted,
+    )
+    traced = {call.name: call.kernel_shape for call in calls}
     different = sorted(dict(traced.items() ^ wanted.items()))[:5]
     if different:
         raise ValueError(
@@ -295,7 +304,7 @@ def _layer(row: dict[str, Any]) -> Layer:
     fields["position"] = _hashable(row["index"]) or ()
     return Layer(
         **fields,
-        params=0 if is_product else int(np.prod(row["kernel_shape"])),
+        params=0 if is_product else math.prod([*row["kernel_shape"], *(row["loops"] or ())]),
         weight_candidates=tuple(row["bits"]),
         act_candidates=tuple(row["input_bits"]),
     )
