@@ -12,7 +12,7 @@ from mpq_jax.supernet.left_float import describe
 from mpq_jax.training.metrics import CompileCounter
 
 KIB = 2**10
-LARGE_PROGRAM = 0.2  # seconds of compilation from which on a program is named
+LARGE_PROGRAM = 0.005  # share of all seconds of compilation from which on a program is named
 
 
 def make_console(*, quiet: bool = False) -> rich.console.Console:
@@ -82,9 +82,10 @@ def print_corrupt(console: rich.console.Console, dataset: data.Dataset) -> None:
 
 def print_compilations(console: rich.console.Console, counter: CompileCounter) -> None:
     """Prints how often each large program was compiled; once each means: bits never recompile."""
-    large = {name: n for name, n in counter.counts.items() if counter.seconds[name] > LARGE_PROGRAM}
+    total = sum(counter.seconds.values())
+    least = LARGE_PROGRAM * total
+    large = {name: n for name, n in counter.counts.items() if counter.seconds[name] > least}
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(large.items()))
     small = sum(counter.counts.values()) - sum(large.values())
-    total = sum(counter.seconds.values())
     line = f"compilations: {listed}; {small} small ones; {total:.0f} s in all"
     console.print(line, soft_wrap=True)  # one line, for programs that read it

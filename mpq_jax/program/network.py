@@ -180,3 +180,15 @@ def _is_size(value: Any) -> bool:
 def batch_size(inputs: PyTree) -> int:
     """Returns the number of examples of a batch."""
     return jax.tree.leaves(inputs)[0].shape[0]
+
+
+def take(inputs: PyTree, examples: Any) -> PyTree:
+    """Takes examples of a batch, by indices or a slice."""
+    return jax.tree.map(lambda leaf: leaf[examples], inputs)
+
+
+def with_batch_size(inputs: PyTree, size: int) -> PyTree:
+    """Describes a batch of another size, as `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), inputs
+    )

@@ -7,14 +7,14 @@ those of `evaluate.make_score`.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mpq_jax.program import network
 from mpq_jax.search import segments
 from mpq_jax.search.segments import Segments
 from mpq_jax.supernet import scoring
@@ -32,7 +32,7 @@ WORTH_SHARING = 0.9  # part of the work that may be left
 class _Node(NamedTuple):
     """A beginning of the model: the activations that it ends with, and who shares it."""
 
-    x: Array
+    x: Any
     members: np.ndarray
 
 
@@ -80,7 +80,8 @@ def make_prefix_score(
 
         if len(inputs) == 1:
             return (run(inputs[0]),)
-        return tuple(jax.vmap(run)(jnp.stack(inputs)))  # kernels are shared: one large convolution
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+        return tuple(jax.vmap(run)(stacked))  # kernels are shared: one large convolution
 
     def run_all(depth: int, bits: BitConfig, inputs: list[Array]) -> list[Array]:
         outputs: list[Array] = []
@@ -91,7 +92,7 @@ def make_prefix_score(
             outputs += run_segment(depth, state, quantized, bits, chosen)
         return outputs
 
-    def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
+    def score(configs: BitConfig, images: Any, labels: Array) -> Float[Array, " configs"]:
         bits = np.stack([np.asarray(configs.weights), np.asarray(configs.acts)], axis=-1)
         scores: list[Array] = [jnp.zeros(())] * len(bits)
         teacher = jnp.zeros(())
@@ -103,7 +104,7 @@ def make_prefix_score(
         def begun(depth: int, nodes: list[_Node]) -> list[tuple[int, list[_Group]]]:
             """Returns what is to be run next, in parts that fit into memory."""
             groups = _groups(nodes, bits[:, cut.parts[depth].layers])
-            size = cut.parts[min(depth + 1, last)].size * len(images) * 4
+            size = cut.parts[min(depth + 1, last)].size * network.batch_size(images) * 4
             return [(depth, part) for part in _parts(groups, max(1, memory // (last + 1) // size))]
 
         pending = begun(0, [_Node(images, np.arange(len(bits)))])
@@ -149,11 +150,11 @@ def shared_work(table: LayerTable, cut: Segments, configs: BitConfig) -> float:
 def make_fast_score(
     net: Supernet,
     state: SupernetState,
-    image_shape: Sequence[int],
+    example_inputs: Any,
     *,
     metric: str = "error",
     norms: str = "batch",
-    calibration: Float[Array, "batches batch ..."] | None = None,
+    calibration: Any | None = None,
     memory: int = MEMORY,
 ) -> BatchScore:
     """Returns the faster of both scores for each set of configurations; see `make_score`.
@@ -164,7 +165,7 @@ def make_fast_score(
     Args:
         net: the supernet.
         state: its state.
-        image_shape: shape of one image.
+        example_inputs: inputs as `trace_layers` takes them.
         metric: see `evaluate.make_score`, as for the next three.
         norms: statistics of the norms.
         calibration: images for them.
@@ -182,7 +183,7 @@ def make_fast_score(
     )
     if norms == "recalibrated":
         return one_by_one
-    cut = segments.find_segments(net, image_shape, train=norms == "batch")
+    cut = segments.find_segments(net, example_inputs, train=norms == "batch")
     if len(cut.parts) == 1:
         return one_by_one
     shared = make_prefix_score(
@@ -194,7 +195,7 @@ def make_fast_score(
         quantized=quantized,
     )
 
-    def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
+    def score(configs: BitConfig, images: Any, labels: Array) -> Float[Array, " configs"]:
         worth_it = shared_work(net.table, cut, configs) < WORTH_SHARING
         return (shared if worth_it else one_by_one)(configs, images, labels)
 

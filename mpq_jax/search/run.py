@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mpq_jax.program import network
 from mpq_jax.search import finalists, objectives, prefix_scoring
 from mpq_jax.search.budgets import SearchProblem, make_problem
 from mpq_jax.search.finalists import Evaluator, Find
@@ -54,8 +55,9 @@ def search(
     Args:
         net: the supernet.
         state: its trained state.
-        images: normalized validation images, [images, ...], which were not trained on.
-        labels: int [images], their classes.
+        images: normalized validation images, [images, ...], which were not trained on; for other
+            networks, inputs as any pytree of arrays.
+        labels: int [images, ...], their classes.
         calibration_images: normalized training images, [images, ...], to re-estimate norm
             statistics; None: the validation images.
         test_images: normalized test images; None: all accuracies are on validation images.
@@ -188,13 +190,13 @@ def _make_score(
     score = prefix_scoring.make_fast_score(
         net,
         state,
-        images.shape[1:],
+        network.with_batch_size(images, 1),
         metric=options.metric,
         norms=options.norms,
         calibration=readers.calibration() if options.norms == "recalibrated" else None,
         memory=options.memory,
     )
-    size = min(options.score_images // jax.process_count(), len(images))
+    size = min(options.score_images // jax.process_count(), network.batch_size(images))
     return on_drawn_images(score, images, labels, size=size, to_device=readers.to_device)
 
 

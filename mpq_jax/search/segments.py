@@ -6,19 +6,17 @@ found in the traced program, so any model that has some is cut.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array
 
+from mpq_jax.program import network
 from mpq_jax.program.equations import array
 from mpq_jax.program.evaluate import UNKNOWN, Change, Key, Place, equation_at
 from mpq_jax.program.layers import shapes_of
 from mpq_jax.program.sites import Value
 from mpq_jax.program.trace import Program
-from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.layer_table import Example, LayerTable
 from mpq_jax.supernet.placement import Edit, placed_sites
 from mpq_jax.supernet.supernet import Subnet, Supernet
 
@@ -45,12 +43,12 @@ class Segments(NamedTuple):
 
     Attributes:
         parts: the segments; only one if the model has no cut.
-        image_shape: shape of one image.
+        example: inputs with which they were found.
         train: whether they are those of training mode, in which norms use the batch's statistics.
     """
 
     parts: tuple[Segment, ...]
-    image_shape: tuple[int, ...]
+    example: Example
     train: bool
 
 
@@ -70,17 +68,16 @@ class _Span(NamedTuple):
     layers: tuple[int, ...]
 
 
-def find_segments(net: Supernet, image_shape: Sequence[int], *, train: bool) -> Segments:
+def find_segments(net: Supernet, example_inputs: Any, *, train: bool) -> Segments:
     """Returns the finest segments that each hold a layer with a choice.
 
     Args:
         net: the supernet.
-        image_shape: shape of one image.
+        example_inputs: inputs as `trace_layers` takes them.
         train: whether for training mode.
     """
-    shape = tuple(image_shape)
-    images = jax.ShapeDtypeStruct((BATCH, *shape), jnp.float32)
-    program = net.program(shapes_of(net.network, images), images, train=train)
+    inputs = network.with_batch_size(network.example_batch(example_inputs), BATCH)
+    program = net.program(shapes_of(net.network, inputs), inputs, train=train)
     spans = _spans(net.table, program)
     cuts = [
         cut
@@ -96,10 +93,10 @@ def find_segments(net: Supernet, image_shape: Sequence[int], *, train: bool) -> 
             Segment(
                 start and start.place,
                 tuple(sorted({index for span in inside for index in span.layers})),
-                start.size if start else math.prod(shape),
+                start.size if start else sum(x.size for x in jax.tree.leaves(inputs)) // BATCH,
             )
         )
-    return Segments(tuple(parts), shape, train)
+    return Segments(tuple(parts), Example.of(inputs), train)
 
 
 def _chosen(table: LayerTable, spans: list[_Span], cuts: list[_Cut]) -> list[_Cut]:
@@ -184,7 +181,7 @@ def _size(program: Program, value: Value) -> tuple[Place, int] | None:
     return (value.place, math.prod(shape[1:])) if shape and shape[0] == BATCH else None
 
 
-def run(net: Supernet, segments: Segments, place: int, subnet: Subnet, x: Array) -> Array:
+def run(net: Supernet, segments: Segments, place: int, subnet: Subnet, x: Any) -> Any:
     """Runs one segment of a subnet; returns the start of the next one, or the logits.
 
     What lies outside the segment is not evaluated.
@@ -194,7 +191,7 @@ def run(net: Supernet, segments: Segments, place: int, subnet: Subnet, x: Array)
         segments: its segments, from `find_segments`.
         place: index of the segment to run.
         subnet: the subnet.
-        x: images, for the first segment, or the result of the segment before it.
+        x: inputs, for the first segment, or the result of the segment before it.
     """
     start = segments.parts[place].start
     stop = segments.parts[place + 1].start if place + 1 < len(segments.parts) else None
@@ -208,7 +205,7 @@ def run(net: Supernet, segments: Segments, place: int, subnet: Subnet, x: Array)
             changes[stop] = Change(STOP, lambda *_: UNKNOWN, ends=True)
         return Edit(changes, {START: x}, {} if stop is None else {STOP: stop})
 
-    shape = jax.ShapeDtypeStruct((len(x), *segments.image_shape), jnp.float32)
-    images = x if start is None else shape
-    out = net.forward(subnet, images, train=segments.train, edit=edit)
+    shapes = network.with_batch_size(segments.example.inputs, network.batch_size(x))
+    inputs = x if start is None else shapes
+    out = net.forward(subnet, inputs, train=segments.train, edit=edit)
     return out.logits if stop is None else out.records[STOP]

@@ -505,9 +505,7 @@ class Supernet:
         self.table.check(bits)
         return _apply(self, state, bits, inputs)
 
-    def recalibrate(
-        self, state: SupernetState, bits: BitConfig, batches: Float[Array, "batches batch ..."]
-    ) -> SupernetState:
+    def recalibrate(self, state: SupernetState, bits: BitConfig, batches: Any) -> SupernetState:
         """Re-estimates the BatchNorm statistics of one configuration.
 
         Every batch is normalized by its own statistics, as in training. Means and variances are
@@ -522,7 +520,7 @@ class Supernet:
         """
         return _recalibrate(self, state, bits, batches)
 
-    def norm_statistics(self, subnet: Subnet, batches: Float[Array, "batches batch ..."]) -> PyTree:
+    def norm_statistics(self, subnet: Subnet, batches: Any) -> PyTree:
         """Estimates the statistics of all norms of a subnet on some images; see `recalibrate`."""
         return bn_recalibration.estimate(
             lambda batch, edit: self.forward(subnet, batch, train=True, edit=edit),
@@ -534,12 +532,12 @@ class Supernet:
         self,
         state: SupernetState,
         configs: BitConfig,
-        inputs: Float[Array, "batch ..."],
-        labels: Int[Array, " batch"],
+        inputs: Any,
+        labels: Int[Array, "*batch"],
         *,
         metric: str = "kl",
         norms: str = "batch",
-        calibration: Float[Array, "batches images ..."] | None = None,
+        calibration: Any | None = None,
     ) -> Float[Array, " configs"]:
         """Scores many configurations in one compiled program; smaller is better.
 

@@ -1,5 +1,6 @@
 """Cuts of models into segments."""
 
+import jax
 import pytest
 from helpers.segmented_models import MODELS, SHAPE, STAGES, USERS, Nested, Normed, Whole, net_of
 
@@ -111,7 +112,8 @@ def test_segments_say_what_they_begin_with():
     net = net_of(model)
     found = find_segments(net, SHAPE, train=False)
     assert [part.size for part in found.parts] == [8 * 8 * 3, 8 * 8 * 4, 8 * 8 * 4, 8 * 8 * 6]
-    assert found.image_shape == SHAPE
+    (image,) = jax.tree.leaves(found.example.inputs)
+    assert (image.shape[1:], image.dtype) == (SHAPE, "float32")
     assert hash(found) == hash(find_segments(net, SHAPE, train=False))
 
 
