@@ -33,7 +33,7 @@ class Experiment(NamedTuple):
     Attributes:
         dataset: images in batches of the run.
         mesh: devices that the run takes.
-        model: the Linen model.
+        model: the model.
         table: layers of the model, as the method uses them.
         method: functions of the training method.
         run: length of the run, and how a batch is prepared.
@@ -57,7 +57,9 @@ def build(config: Config) -> Experiment:
     mesh = sharding.make_mesh(config["device_count"] or None, fsdp=config["fsdp"])
     check_batch_size(config, mesh)
     dataset = load_dataset(config)
-    model = make_configured_model(config["model"], num_classes=dataset.num_classes)
+    model = make_configured_model(
+        config["model"], num_classes=dataset.num_classes, seed=config["seed"]
+    )
     table = trace_layers(model, dataset.image_shape, rules=rules)
     table = tied_layers.tie_matching(table, config["bits"]["groups"])
     if config["bits"]["shared_inputs"]:
@@ -104,14 +106,16 @@ def check_batch_size(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def make_configured_model(model: Config, *, num_classes: int) -> Any:
+def make_configured_model(model: Config, *, num_classes: int, seed: int) -> Any:
     """Makes the model that config.model names: one of `MODELS`, or a user's own class."""
     layer_options = {name: model[name] for name in LAYER_DEFAULTS}
     options = dict(model["options"])
     if not user_models.is_user_model(model["name"]):
         return make_model(model["name"], num_classes=num_classes, **layer_options, **options)
     changed = {name: x for name, x in layer_options.items() if x != LAYER_DEFAULTS[name]}
-    return user_models.make(model["name"], num_classes=num_classes, options=changed | options)
+    return user_models.make(
+        model["name"], num_classes=num_classes, options=changed | options, seed=seed
+    )
 
 
 def make_rules(bits: Config) -> tuple[Rule, ...]:
