@@ -178,6 +178,16 @@ def _open_cache(
     return scores
 
 
+def _example(net: Supernet, images: Any) -> Any:
+    """Describes the model's inputs: of the sizes of these images, which may not be normalized."""
+    shapes, traced = network.with_batch_size(images, 1), net.table.example
+    if traced is None:
+        return shapes
+    return jax.tree.map(
+        lambda own, like: jax.ShapeDtypeStruct(own.shape, like.dtype), shapes, traced.inputs
+    )
+
+
 def _make_score(
     net: Supernet,
     state: SupernetState,
@@ -190,7 +200,7 @@ def _make_score(
     score = prefix_scoring.make_fast_score(
         net,
         state,
-        network.with_batch_size(images, 1),
+        _example(net, images),
         metric=options.metric,
         norms=options.norms,
         calibration=readers.calibration() if options.norms == "recalibrated" else None,
