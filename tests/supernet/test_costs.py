@@ -247,7 +247,8 @@ def test_without_any_choice_there_is_no_mean():
 def test_unknown_budget_is_refused_with_the_choices(small):
     with pytest.raises(
         ValueError,
-        match=r"'flops'; known kinds are \['act_bytes', 'bitops', 'bytes', 'mean_bits'\]",
+        match=r"'flops'; known kinds are "
+        r"\['act_bytes', 'bitops', 'bytes', 'mean_bits', 'stored_bytes'\]",
     ):
         cost_table(small, "flops")
 
