@@ -1,4 +1,4 @@
-"""A small network with one block of attention, for tests of products of activations."""
+"""A small network with blocks of attention, for tests of products of activations."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -28,10 +28,14 @@ class Block(nn.Module):
 
 
 class TinyVit(nn.Module):
-    """Patches, one block of attention, and a head."""
+    """Patches, blocks of attention, and a head."""
+
+    depth: int = 1
 
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(DIM, (PATCH, PATCH), (PATCH, PATCH), name="stem")(x)
-        x = Block(name="block0")(x.reshape(len(x), TOKENS, DIM))
+        x = x.reshape(len(x), TOKENS, DIM)
+        for index in range(self.depth):
+            x = Block(name=f"block{index}")(x)
         return nn.Dense(CLASSES, name="head")(x.mean(1))

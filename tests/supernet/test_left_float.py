@@ -71,7 +71,7 @@ def test_every_variable_and_product_has_its_reason():
     ("model", "shape"), [(TinyVit(), SHAPE), (Sorts(), (4,))], ids=["attention", "sorts"]
 )
 def test_layers_and_what_stays_float_are_all_variables(model, shape):
-    """Every number is a weight of a layer, or listed; computed kernels have one more per channel."""
+    """Every number is a weight or listed; but a computed kernel has a length per channel, too."""
     table = trace_layers(model, shape, rules=[FIXED])
     variables = shapes_of(as_network(model), example_batch(shape))
     sizes = sum(leaf.size for leaf in jax.tree.leaves(variables))
