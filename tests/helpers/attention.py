@@ -39,3 +39,22 @@ class TinyVit(nn.Module):
         for index in range(self.depth):
             x = Block(name=f"block{index}")(x)
         return nn.Dense(CLASSES, name="head")(x.mean(1))
+
+
+class Turn(nn.Module):
+    """One turn of a loop over blocks."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return Block(name="block")(x), None
+
+
+class Scanned(nn.Module):
+    """Blocks in a loop of two turns."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(DIM, (PATCH, PATCH), (PATCH, PATCH), name="stem")(x)
+        turns = nn.scan(Turn, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = turns(name="turns")(x.reshape(len(x), TOKENS, DIM), None)
+        return nn.Dense(CLASSES, name="head")(x.mean(1))

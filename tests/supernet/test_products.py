@@ -1,12 +1,10 @@
 """Products of activations as layers: their entries in the table, their values and gradients."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.attention import (
-    CLASSES,
     DIM,
     HEADS,
     IMAGES,
@@ -19,7 +17,7 @@ from helpers.attention import (
     SHAPE,
     SIZE,
     TOKENS,
-    Block,
+    Scanned,
     TinyVit,
 )
 from helpers.random_variables import drawn_variables
@@ -84,25 +82,6 @@ def test_products_have_no_features_and_precede_no_norm(table):
     names = searched.names
     assert set(searched.features) == set(names) - set(PRODUCTS)
     assert searched.previous[names.index("block0/out")] == names.index("block0/value")
-
-
-class Turn(nn.Module):
-    """One turn of a loop over blocks."""
-
-    @nn.compact
-    def __call__(self, x, _):
-        return Block(name="block")(x), None
-
-
-class Scanned(nn.Module):
-    """Blocks in a loop of two turns."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(DIM, (PATCH, PATCH), (PATCH, PATCH), name="stem")(x)
-        turns = nn.scan(Turn, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
-        x, _ = turns(name="turns")(x.reshape(len(x), TOKENS, DIM), None)
-        return nn.Dense(CLASSES, name="head")(x.mean(1))
 
 
 def test_a_product_in_a_loop_is_one_layer_of_all_turns():
