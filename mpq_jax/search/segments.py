@@ -17,7 +17,7 @@ from mpq_jax.program.layers import shapes_of
 from mpq_jax.program.sites import Value
 from mpq_jax.program.trace import Program
 from mpq_jax.supernet.layer_table import Example, LayerTable
-from mpq_jax.supernet.placement import Edit, placed_sites
+from mpq_jax.supernet.placement import Edit, placed_products, placed_sites
 from mpq_jax.supernet.supernet import Subnet, Supernet
 
 START, STOP = "segment start", "segment stop"
@@ -135,6 +135,10 @@ def _spans(table: LayerTable, program: Program) -> list[_Span]:
             last = max(last, read_last.get(norm, last))
             layers |= _layers_of_row(table, table.bank_norms[norm])
         spans.append(_Span(min(first, last), last, tuple(sorted(layers))))
+    for product, layer in placed_products(table, program):
+        keys = (product.key, *(place.equation for place in product.operands))
+        steps = [_step_of(order, key) for key in keys]
+        spans.append(_Span(min(steps), max(steps), (layer,)))
     return sorted(spans)
 
 

@@ -150,11 +150,17 @@ def _matmul(graph: Graph, left: _Side, right: _Side, out: Shape) -> Tensor:
         (left, (left.free, left.summed)),
         (right, (right.summed, right.free)),
     ):
-        name = graph.arranged(side.value, side.shape, [*side.paired, *parts[0], *parts[1]])
-        if any(len(part) != 1 for part in parts):
-            matrix = [math.prod(side.sizes(part)) for part in parts]
-            name = graph.reshaped(name, (*side.sizes(side.paired), *matrix))
-        names.append(name)
+        matrix = [math.prod(side.sizes(part)) for part in parts]
+        several = any(len(part) != 1 for part in parts)
+        names.append(
+            _input(  # a transposition behind the quantizer confuses ONNX Runtime
+                graph,
+                side.value,
+                side.shape,
+                [*side.paired, *parts[0], *parts[1]],
+                (*side.sizes(side.paired), *matrix) if several else None,
+            )
+        )
     name = graph.add("MatMul", names)
     if any(len(side.free) != 1 for side in (left, right)):
         name = graph.reshaped(name, out)

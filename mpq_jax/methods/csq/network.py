@@ -127,10 +127,10 @@ def with_planes(
     layers = []
     for layer in table.layers:
         if layer.is_product:
-            fixed = layer.act_candidates if len(layer.act_candidates) == 1 else (act_bits,)
-            layer = layer._replace(
-                weight_candidates=fixed, float_weights=layer.float_weights or float_acts
-            )
+            if len(layer.weight_candidates) > 1:  # the second operand is an input like the first
+                layer = layer._replace(
+                    weight_candidates=(act_bits,), float_weights=layer.float_weights or float_acts
+                )
         elif len(layer.weight_candidates) > 1:
             max_planes = planes or layer.max_bits
             if max_planes >= MAX_BITS:
