@@ -30,7 +30,7 @@ def print_layers(console: rich.console.Console, table: LayerTable) -> None:
         name, kind, *numbers = layer.summary
         shown.add_row(name, kind, "x".join(map(str, layer.kernel_shape)), *numbers)
     console.print(shown)
-    for line in describe(table.left_float):
+    for line in describe(table.left_float or ()):
         console.print(f"stays float: {line}", highlight=False)
 
 

@@ -85,7 +85,7 @@ class QuantizedLayer(NamedTuple):
 
     Attributes:
         name: path of the layer.
-        kind: "conv", "depthwise", "dense" or "embedding".
+        kind: "conv", "depthwise", "dense", "embedding" or "product".
         integers: int32 integer values of the kernel, in its shape; None: the kernel stays float.
         step_size: value of one unit of the integers; the kernel is exactly `integers * step_size`.
         bits: two's-complement bits of the integers; 0: all are zero.

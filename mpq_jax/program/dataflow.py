@@ -378,7 +378,7 @@ def _product(equation: jex.JaxprEqn, operands: list[Value], where: _Where, macs:
         (first, second),
         where.loops,
         macs,
-        sum(array(var).size for var in equation.invars),
+        (array(equation.invars[order[0]]).size, array(equation.invars[order[1]]).size),
         max(left.depth, right.depth),
         left.nearest | right.nearest,
     )

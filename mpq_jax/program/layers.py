@@ -32,7 +32,8 @@ class LayerCall(NamedTuple):
         kernel_shape: shape of the kernel; () of a product.
         params: number of weights; a kernel that is computed in a loop has some for each turn.
         macs: multiply-accumulates per example, of all its calls.
-        inputs: values per example that it reads.
+        inputs: values per example that it reads; of a product, its first operand.
+        second_inputs: values per example of the second operand of a product.
         channels: output channels; 0: a product has none.
         shares_input_with: index of the first layer that reads the same values.
         kernel: path of the variable, without "params/"; None: the kernel is computed.
@@ -50,6 +51,7 @@ class LayerCall(NamedTuple):
     macs: int
     inputs: int
     channels: int = 0
+    second_inputs: int = 0
     shares_input_with: int = 0
     kernel: str | None = None
     position: tuple[int, ...] = ()
@@ -143,7 +145,8 @@ def product_calls(program: Program, batch: int) -> list[LayerCall]:
             (),
             params=0,
             macs=product.macs * math.prod(product.loops) // batch,
-            inputs=product.inputs * math.prod(product.loops) // batch,
+            inputs=product.inputs[0] * math.prod(product.loops) // batch,
+            second_inputs=product.inputs[1] * math.prod(product.loops) // batch,
             first=product.depth == 0,
         )
         for name, product in zip(product_names(program), program.sites.products, strict=True)

@@ -119,7 +119,7 @@ class Product(NamedTuple):
             are.
         loops: lengths of the loops around it, from the outermost inwards.
         macs: multiply-accumulates of one call.
-        inputs: number of values of both operands in one call.
+        inputs: number of values of each operand in one call.
         depth: largest number of sites between the inputs and this product.
         nearest: sites that reach it without another site in between.
     """
@@ -128,7 +128,7 @@ class Product(NamedTuple):
     operands: tuple[Place, Place]
     loops: tuple[int, ...]
     macs: int
-    inputs: int
+    inputs: tuple[int, int]
     depth: int
     nearest: frozenset[int]
 

@@ -62,11 +62,14 @@ def cost_metric(kind: str, cost: np.ndarray) -> CostMetric:
 def cost_metrics(table: LayerTable, latency: np.ndarray | None = None) -> dict[str, CostMetric]:
     """Returns all metrics of a table by kind; "latency" only where seconds are given.
 
+    "stored_bytes" is left out where the table does not know what stays float.
+
     Args:
         table: the layers.
         latency: seconds of each layer, from `costs.latency_table`.
     """
-    tables = {kind: costs.cost_table(table, kind) for kind in UNITS if kind != "latency"}
+    unknown = {"latency", *(["stored_bytes"] if table.left_float is None else [])}
+    tables = {kind: costs.cost_table(table, kind) for kind in UNITS if kind not in unknown}
     if latency is not None:
         tables["latency"] = latency
     return {kind: cost_metric(kind, values) for kind, values in tables.items()}

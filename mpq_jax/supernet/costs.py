@@ -58,7 +58,15 @@ def float_bytes(table: LayerTable) -> float:
 
     These are biases, norms with their statistics, all other parameters that no layer covers, and
     the step sizes of one configuration.
+
+    Raises:
+        ValueError: the table does not know what stays float.
     """
+    if table.left_float is None:
+        raise ValueError(
+            "the table does not know what stays float, as trace_layers did not make it; it can "
+            "count the bytes of kernels alone"
+        )
     variables = sum(one.size for one in table.left_float if one.kind != "product")
     step_sizes = sum(2 - layer.float_weights - layer.float_acts for layer in table.layers)
     return (variables + step_sizes) * FLOAT_BITS / BITS_PER_BYTE
@@ -70,8 +78,9 @@ def act_bytes(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
     An array that several layers read counts for each of them: this is memory traffic, not peak
     memory. A float input counts at the bits of its rule.
     """
-    read = jnp.array([layer.inputs for layer in table.layers], jnp.float32)
-    return jnp.sum(read * _as_float(bits.acts)) / BITS_PER_BYTE
+    first, second = jnp.array(_inputs(table), jnp.float32)
+    read = first * _as_float(bits.acts) + second * _as_float(bits.weights)
+    return jnp.sum(read) / BITS_PER_BYTE
 
 
 def mean_bits(
@@ -100,6 +109,12 @@ def _macs(table: LayerTable) -> Float[Array, " layers"]:
 
 def _params(table: LayerTable) -> Float[Array, " layers"]:
     return jnp.array([layer.params for layer in table.layers], jnp.float32)
+
+
+def _inputs(table: LayerTable) -> list[list[int]]:
+    """Counts the values per image that layers read, and of second operands: [2, layers]."""
+    layers = table.layers
+    return [[layer.inputs for layer in layers], [layer.second_inputs for layer in layers]]
 
 
 def _in_float(table: LayerTable) -> np.ndarray:
@@ -155,8 +170,9 @@ def cost_table(table: LayerTable, kind: str) -> np.ndarray:
         per_bit = np.array([layer.macs for layer in table.layers], np.float64)
         acts = choices
     elif kind == "act_bytes":
-        per_bit = np.array([layer.inputs for layer in table.layers], np.float64) / BITS_PER_BYTE
-        weights, acts = np.ones((1, 1, 1)), choices
+        first, second = np.array(_inputs(table), np.float64)[..., None, None]
+        read = first * choices + second * choices[:, None]
+        return np.where(allowed_pairs(table), read / BITS_PER_BYTE, np.inf)
     elif kind in ("bytes", "stored_bytes"):
         per_bit = np.array([layer.params for layer in table.layers], np.float64) / BITS_PER_BYTE
         if kind == "stored_bytes":

@@ -55,7 +55,8 @@ class Layer(NamedTuple):
         signed: whether the input's codes are signed; None: determined by calibration.
         float_weights: whether the kernel stays float; its bit-width then only enters the cost.
         shares_input_with: index of the first layer that reads the same array; None: this layer.
-        inputs: number of values per image that the layer reads.
+        inputs: number of values per image that the layer reads; of a product, its first operand.
+        second_inputs: the same of the second operand of a product.
         channels: number of output channels.
         kernel: path of the kernel among the parameters; None: it is computed from several, or the
             layer is a product.
@@ -79,6 +80,7 @@ class Layer(NamedTuple):
     channels: int = 0
     kernel: str | None = None
     position: tuple[int, ...] = ()
+    second_inputs: int = 0
 
     @property
     def searchable(self) -> bool:
@@ -153,14 +155,15 @@ class LayerTable:
             a choice; by default, one for each pair of weight and activation bits.
         tied_groups: groups of slots that always have equal bits, see `tied_layers`. Slot 2 * layer
             is the weights of a layer, slot 2 * layer + 1 its input.
-        left_float: variables and products that no layer covers.
+        left_float: variables and products that no layer covers; None: they are not known, as of a
+            table that was read from a file.
         example: inputs at which the model was traced.
     """
 
     layers: tuple[Layer, ...]
     bn_banks: str = "pair"
     tied_groups: tuple[tuple[int, ...], ...] = ()
-    left_float: tuple[LeftFloat, ...] = ()
+    left_float: tuple[LeftFloat, ...] | None = None
     example: "Example | None" = None
 
     def __len__(self) -> int:
@@ -172,7 +175,7 @@ class LayerTable:
         rows += [layer.summary for layer in self.layers]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        left = describe(self.left_float)
+        left = describe(self.left_float or ())
         return "\n".join([*lines, *(["", "Stays float:", *left] if left else [])])
 
     @property
@@ -448,6 +451,7 @@ def trace_layers(
                 channels=call.channels,
                 kernel=call.kernel,
                 position=call.position,
+                second_inputs=call.second_inputs,
                 **apply_rules(call, rules)._asdict(),
             )
             for call in calls
@@ -461,9 +465,10 @@ def trace_layers(
 
 def _log(label: str, table: LayerTable) -> None:
     """Says what stays float; as a warning where it is work that integers could do."""
-    products = [one for one in table.left_float if one.kind == "product"]
+    left = table.left_float or ()
+    products = [one for one in left if one.kind == "product"]
     level = logging.WARNING if products else logging.INFO
-    others = len(table.left_float) - len(products)
+    others = len(left) - len(products)
     work = sum(one.size for one in products)
     logging.log(
         level,

@@ -10,7 +10,7 @@ SHAPE, PATCH, TOKENS, HEADS, SIZE, CLASSES = (4, 4, 2), 2, 4, 2, 3, 3
 DIM = HEADS * SIZE
 SCORES, MIX = PRODUCTS = ("block0/product", "block0/product#2")
 PRODUCT_MACS = HEADS * TOKENS * TOKENS * SIZE  # of each of them
-PRODUCT_INPUTS = (2 * TOKENS * DIM, HEADS * TOKENS * TOKENS + TOKENS * DIM)
+PRODUCT_INPUTS = ((TOKENS * DIM, TOKENS * DIM), (HEADS * TOKENS * TOKENS, TOKENS * DIM))
 IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(8, *SHAPE)), jnp.float32)
 LABELS = jnp.arange(8, dtype=jnp.int32) % CLASSES
 

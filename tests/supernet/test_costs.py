@@ -337,7 +337,7 @@ def test_products_cost_work_and_traffic_but_no_bytes():
     table = trace_layers(TinyVit(), SHAPE, rules=rules)
     bits, without = table.uniform(4, 2), plain.max_config
     assert float(bitops(table, bits) - bitops(plain, without)) == 2 * PRODUCT_MACS * 4 * 2
-    read = sum(PRODUCT_INPUTS) * 2 / 8
+    read = sum(map(sum, PRODUCT_INPUTS)) * 2 / 8
     assert float(act_bytes(table, table.uniform(2, 2)) - act_bytes(plain, without)) == read
     assert float(model_bytes(table, bits)) == float(model_bytes(plain, without))
     assert float_bytes(table) - float_bytes(plain) == 4 * 2 * 2  # a step size of each operand

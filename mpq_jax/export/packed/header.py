@@ -21,6 +21,7 @@ LAYER_DEFAULTS = {  # of columns that may be left out
     "kernel": None,
     "index": None,
     "loops": None,
+    "second_inputs": 0,
 }
 
 

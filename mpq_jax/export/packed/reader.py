@@ -31,7 +31,7 @@ class PackedLayer(NamedTuple):
 
     Attributes:
         name: path of the layer.
-        kind: "conv", "depthwise", "dense" or "embedding".
+        kind: "conv", "depthwise", "dense", "embedding" or "product".
         kernel_shape: shape of the kernel, output channels last in Flax's layers.
         integers: integer values of the kernel, int8 up to 8 bits and int16 beyond; None: the
             kernel is float, in `PackedFile.params`. A kernel that the model computes inside loops

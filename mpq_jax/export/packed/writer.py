@@ -207,6 +207,7 @@ def _rows(exported: ExportedModel, layers: list[QuantizedLayer]) -> list[dict[st
                 "layout": exported.layouts.get(entry.name, ""),
                 "macs": entry.macs,
                 "inputs": entry.inputs,
+                "second_inputs": entry.second_inputs,
                 "channels": entry.channels,
                 "shares_input_with": entry.shares_input_with,
                 "kernel": None

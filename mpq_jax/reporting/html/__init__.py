@@ -56,7 +56,7 @@ def write_page(report: SearchReport, path: pathlib.Path, *, title: str, config: 
         cloud=cloud,
         headings=layers.headings(report.table),
         bits=layers.bit_rows(report),
-        left_float=describe(report.table.left_float),
+        left_float=describe(report.table.left_float or ()),
         legend=layers.bits_legend(report.table),
         sensitivity=layers.sensitivity(report),
         columns=cost_columns(report),
