@@ -26,7 +26,8 @@ from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training import config_record, experiment
 
 FILES = (  # format, options, what the table calls it

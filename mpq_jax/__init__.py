@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from mpq_jax.supernet.bits import BitConfig, from_json, to_json
     from mpq_jax.supernet.layer_table import Layer, LayerTable, trace_layers
     from mpq_jax.supernet.rules import FIRST_LAST, FIRST_LAST_8BIT, Rule, bit_rules
-    from mpq_jax.supernet.supernet import Subnet, Supernet, SupernetState
+    from mpq_jax.supernet.state import Subnet, SupernetState
+    from mpq_jax.supernet.supernet import Supernet
     from mpq_jax.supernet.tied_layers import (
         tie_acts_to_weights,
         tie_matching,
@@ -88,7 +89,8 @@ _HOMES = {  # module -> its public names
     "mpq_jax.supernet.bits": ("BitConfig", "from_json", "to_json"),
     "mpq_jax.supernet.layer_table": ("Layer", "LayerTable", "trace_layers"),
     "mpq_jax.supernet.rules": ("FIRST_LAST", "FIRST_LAST_8BIT", "Rule", "bit_rules"),
-    "mpq_jax.supernet.supernet": ("Subnet", "Supernet", "SupernetState"),
+    "mpq_jax.supernet.state": ("Subnet", "SupernetState"),
+    "mpq_jax.supernet.supernet": ("Supernet",),
     "mpq_jax.supernet.tied_layers": ("tie_acts_to_weights", "tie_matching", "tie_shared_inputs"),
 }
 _MODULES = {

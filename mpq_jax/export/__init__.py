@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mpq_jax.export.formats import FORMATS, Run
     from mpq_jax.export.verification import Verification
     from mpq_jax.supernet.bits import BitConfig
-    from mpq_jax.supernet.supernet import Supernet, SupernetState
+    from mpq_jax.supernet.state import SupernetState
+    from mpq_jax.supernet.supernet import Supernet
 
 __all__ = ["FORMATS", "ExportedModel", "load_run", "open_file", "save", "verify"]
 

@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Array
 
 from mpq_jax.export import checksum, signature
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.rules import FLOAT_BITS, MAX_BITS
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import Subnet, SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 LEARNED = "found by training"  # provenance label of bits that training learned
 
@@ -178,7 +178,7 @@ def config_of(exported: ExportedModel) -> BitConfig:
     return exported.table.max_config if exported.bits is None else exported.bits
 
 
-def select(exported: ExportedModel) -> supernet.Subnet:
+def select(exported: ExportedModel) -> Subnet:
     """Picks the subnet: plain variables, and the quantizers of the layers' inputs."""
     return _select(exported.net, exported.state, config_of(exported))
 
@@ -207,7 +207,7 @@ def float_reference(exported: ExportedModel) -> ExportedModel:
         exported.table, layers=tuple(layers), bn_banks="shared", tied_groups=()
     )
     unused = jnp.ones((len(table), 1), jnp.float32)
-    trainable = supernet.TrainableParams(variables["params"], unused, unused)
+    trainable = TrainableParams(variables["params"], unused, unused)
     return exported._replace(
         net=Supernet(exported.net.model, table, quantizer=exported.net.quantizer),
         state=SupernetState(trainable, variables["batch_stats"], exported.state.signed),
@@ -257,7 +257,7 @@ def quantized_layers(exported: ExportedModel) -> list[QuantizedLayer]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _integers(
-    net: Supernet, trainable: supernet.TrainableParams, weight_bits: Array
+    net: Supernet, trainable: TrainableParams, weight_bits: Array
 ) -> dict[str, tuple[Array, Array]]:
     """Computes integers and their step size of every quantized kernel, by layer."""
     step_sizes = net.weight_step_sizes(trainable, weight_bits)

@@ -16,7 +16,8 @@ from mpq_jax.program.network import example_batch
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training import checkpoints, config_record, experiment
 from mpq_jax.training.experiment import Experiment
 

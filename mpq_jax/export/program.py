@@ -17,7 +17,8 @@ from mpq_jax.program import trace as trace_module
 from mpq_jax.program.evaluate import Change
 from mpq_jax.supernet.layer_table import Layer, LayerTable
 from mpq_jax.supernet.placement import Edit, placed_products, placed_sites
-from mpq_jax.supernet.supernet import Subnet, Supernet
+from mpq_jax.supernet.state import Subnet
+from mpq_jax.supernet.supernet import Supernet
 
 PyTree = Any
 

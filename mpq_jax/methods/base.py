@@ -8,7 +8,8 @@ from jaxtyping import Array, Key
 from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 PyTree = Any
 Batch = dict[str, Array]  # "image" [batch, ...] as read from the dataset, "label" int32 [batch]

@@ -13,7 +13,8 @@ from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.costs import allowed_pairs
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.sensitivity import Trace
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 
 def measured_sensitivity(score: Score, space: SearchSpace, key: Key[Array, ""]) -> np.ndarray:

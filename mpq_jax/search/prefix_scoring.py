@@ -21,7 +21,8 @@ from mpq_jax.supernet import scoring
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.scoring import BatchScore
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 MEMORY = 2**31  # bytes of intermediate activations that are held at once
 TOGETHER = {"cpu": 1}  # inputs of one call by backend: on CPU, larger convolutions are no faster

@@ -13,7 +13,8 @@ from mpq_jax.program import network
 from mpq_jax.search.scoring import ToDevice, as_arrays
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.fingerprint import fingerprint
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.tasks import evaluation
 
 VALIDATION, TEST = "validation", "test"  # splits

@@ -26,7 +26,8 @@ from mpq_jax.search.scoring import on_drawn_images
 from mpq_jax.search.strategies import STRATEGIES
 from mpq_jax.supernet.fingerprint import fingerprint
 from mpq_jax.supernet.sensitivity import Trace
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 __all__ = ["SearchOptions", "SearchReport", "search"]
 

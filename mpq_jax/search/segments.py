@@ -18,7 +18,8 @@ from mpq_jax.program.sites import Value
 from mpq_jax.program.trace import Program
 from mpq_jax.supernet.layer_table import Example, LayerTable
 from mpq_jax.supernet.placement import Edit, placed_products, placed_sites
-from mpq_jax.supernet.supernet import Subnet, Supernet
+from mpq_jax.supernet.state import Subnet
+from mpq_jax.supernet.supernet import Supernet
 
 START, STOP = "segment start", "segment stop"
 BATCH = 2  # of the program in which cuts are looked for

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.tasks import classification
 
 BatchScore = Callable[[BitConfig, Array, Array], Float[Array, " configs"]]

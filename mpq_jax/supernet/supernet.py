@@ -10,108 +10,34 @@ its layers on the way. The model itself is never changed.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
 from mpq_jax.program import paths
-from mpq_jax.program.evaluate import UNKNOWN, Change, Place, evaluate
-from mpq_jax.program.layers import shapes_of
+from mpq_jax.program.evaluate import UNKNOWN, Place, evaluate
 from mpq_jax.program.network import Network, as_float32, as_network
 from mpq_jax.program.trace import Program, trace
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import bn_banks, bn_recalibration
+from mpq_jax.supernet import bn_banks, bn_recalibration, calibration, kernels
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import Layer, LayerTable
+from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.placement import (
     NO_EDIT,
     Edit,
     data_changes,
     find_features,
-    placed_products,
-    placed_sites,
 )
+from mpq_jax.supernet.state import Output, Subnet, SupernetState, TrainableParams
 
 PyTree = Any
 OUTPUT = "output"  # begins the names under which features are recorded
-
-
-class TrainableParams(NamedTuple):
-    """Parameters that the optimizer updates.
-
-    Attributes:
-        params: the model's parameters; leaves of a banked norm have leading row axes
-            (`table.bank_axes`), each in the order of `table.bank_bits`.
-        weight_step_sizes: float32 [layers, choices], step size of each kernel at each candidate;
-            quantizers with one step size for all bits use the column of the most bits.
-        act_step_sizes: float32 [layers, choices], step size of each layer's input.
-    """
-
-    params: PyTree
-    weight_step_sizes: Any
-    act_step_sizes: Any
-
-
-class SupernetState(NamedTuple):
-    """All arrays of a supernet.
-
-    Attributes:
-        trainable: parameters and step sizes.
-        batch_stats: the model's BatchNorm statistics, with row axes like the parameters.
-        signed: bool [layers], whether the codes of a layer's input are signed.
-    """
-
-    trainable: TrainableParams
-    batch_stats: PyTree
-    signed: Bool[Array, " layers"]
-
-
-class Subnet(NamedTuple):
-    """One subnet: plain variables of the model, and the quantizers of its layers' inputs.
-
-    Attributes:
-        params: parameters as the model expects them, kernels quantized.
-        batch_stats: statistics as the model expects them.
-        act_step_sizes: float32 [layers].
-        act_bits: int32 [layers].
-        signed: bool [layers].
-        computed: kernels that the model computes from several parameters, by layer; they take the
-            place of what it computes.
-        second: "step_size", float32 [layers], and "bits", int32 [layers], of the second operands of
-            products; empty if the table has no products.
-    """
-
-    params: PyTree
-    batch_stats: PyTree
-    act_step_sizes: Float[Array, " layers"]
-    act_bits: Int[Array, " layers"]
-    signed: Bool[Array, " layers"]
-    computed: dict[str, Array]
-    second: dict[str, Array]
-
-
-class Output(NamedTuple):
-    """Result of `Supernet.forward`.
-
-    Attributes:
-        logits: outputs of the model, as it returns them; floats in float32.
-        batch_stats: the model's statistics after the call (unchanged in evaluation mode).
-        features: outputs of the norm after every layer with a choice (of the layer itself where
-            it has no norm), and of the module around that norm, by path.
-        records: arrays that hooks recorded during the call, by path and name.
-    """
-
-    logits: Any
-    batch_stats: PyTree
-    features: dict[str, Array]
-    records: dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +71,10 @@ class Supernet:
         table, quantizer = self.table, self.quantizer
         candidates = jnp.array(table.candidates, jnp.int32)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        read, second = self._layer_inputs(variables, inputs)
+        key = jax.random.key(0)
+        program = self.program(variables, inputs, train=True, dropout_key=key)
+        arguments = jax.tree.leaves((variables, inputs, key))
+        read, second = calibration.read_inputs(table, program, arguments)
         signed = jnp.stack(
             [
                 jnp.asarray(jnp.min(x) < 0 if layer.signed is None else layer.signed)
@@ -330,7 +259,7 @@ class Supernet:
         variables = {"params": subnet.params, "batch_stats": subnet.batch_stats}
         program = self.program(variables, inputs, train=train, dropout_key=dropout_key, shard=shard)
         changes, arrays, records = (edit or (lambda _: NO_EDIT))(program)
-        own_changes, own_arrays, _ = self._kernel_edit(program, subnet.computed)
+        own_changes, own_arrays, _ = kernels.replace(self.table, program, subnet.computed)
         changes, arrays = changes | own_changes, arrays | own_arrays
 
         def quantized(x: Array, own: dict[str, Any]) -> Array:
@@ -399,92 +328,40 @@ class Supernet:
 
     def kernels(self, params: PyTree) -> list[Array]:
         """Lists the kernel of every layer of the table, in its order; a zero for products."""
-        return self._kernels(params, self._computed_kernels(params))
+        computed = kernels.compute(self.table, self.network, params)
+        return kernels.of_layers(self.table, params, computed)
 
     def kernels_of(self, subnet: Subnet) -> list[Array]:
         """Lists the kernels of a subnet, as `kernels` does."""
-        return self._kernels(subnet.params, subnet.computed)
-
-    def _kernels(self, params: PyTree, computed: dict[str, Array]) -> list[Array]:
-        flat = paths.flatten(params)
-
-        def kernel(layer: Layer) -> Array:
-            if layer.is_product:
-                return jnp.zeros(())
-            if layer.kernel is None:
-                return computed[layer.name]
-            return flat[layer.kernel][layer.position] if layer.position else flat[layer.kernel]
-
-        return [kernel(layer) for layer in self.table.layers]
+        return kernels.of_layers(self.table, subnet.params, subnet.computed)
 
     def call_with(
-        self, kernels: Sequence[Array], params: PyTree, batch_stats: PyTree, inputs: Any
+        self, own_kernels: Sequence[Array], params: PyTree, batch_stats: PyTree, inputs: Any
     ) -> Any:
         """Calls the float model in evaluation mode with other kernels; returns its outputs.
 
         Args:
-            kernels: one per layer, in the order of the table.
+            own_kernels: one per layer, in the order of the table.
             params: all other parameters, as those of the float model.
             batch_stats: its statistics.
             inputs: a batch.
         """
         variables = {
             "params": self.table.with_kernels(
-                params, dict(zip(self.table.names, kernels, strict=True))
+                params, dict(zip(self.table.names, own_kernels, strict=True))
             ),
             "batch_stats": batch_stats,
         }
         program = self.program(variables, inputs, train=False)
         computed = {
             layer.name: w
-            for layer, w in zip(self.table.layers, kernels, strict=True)
+            for layer, w in zip(self.table.layers, own_kernels, strict=True)
             if layer.is_computed
         }
-        edit = self._kernel_edit(program, computed)
+        edit = kernels.replace(self.table, program, computed)
         arguments = jax.tree.leaves((variables, inputs))
         results, _ = evaluate(program.jaxpr, arguments, *edit)
         return jax.tree.map(as_float32, program.out_tree.unflatten(results)[0])
-
-    def _kernel_edit(self, program: Program, computed: dict[str, Array]) -> Edit:
-        """Puts kernels in the place of those that the model computes."""
-        placed = [
-            (site, layer)
-            for site in placed_sites(self.table, program)
-            if (layer := self.table.layers[site.first]).is_computed
-        ]
-
-        def replaced(x: Array, w: Array) -> Array:
-            return w.astype(x.dtype)
-
-        return Edit(
-            {site.site.kernel: Change(layer.name, replaced) for site, layer in placed},
-            {layer.name: computed[layer.name] for _, layer in placed},
-            {},
-        )
-
-    def _computed_kernels(self, params: PyTree) -> dict[str, Array]:
-        """Computes the kernels that the model makes of several parameters.
-
-        The rest of the model is dead code to the compiler.
-        """
-        if not any(layer.is_computed for layer in self.table.layers):
-            return {}
-        if self.table.example is None:
-            raise ValueError("the table was not made by trace_layers, so kernels are not known")
-        inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.table.example.inputs)
-        shapes = shapes_of(self.network, self.table.example.inputs)
-        statistics = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), shapes.get("batch_stats", {})
-        )
-        variables = {"params": params, "batch_stats": statistics}
-        program = self.program(variables, inputs, train=False)
-        records = {
-            self.table.layers[placed.first].name: placed.site.kernel
-            for placed in placed_sites(self.table, program)
-            if self.table.layers[placed.first].is_computed
-        }
-        arguments = jax.tree.leaves((variables, inputs))
-        return evaluate(program.jaxpr, arguments, {}, {}, records)[1]
 
     def apply(self, state: SupernetState, bits: BitConfig | None, inputs: Any) -> PyTree:
         """Computes the model's outputs at one configuration, in evaluation mode; traceable.
@@ -598,43 +475,6 @@ class Supernet:
             ),
         )
 
-    def _layer_inputs(self, variables: PyTree, inputs: Any) -> tuple[list[Array], dict[int, Array]]:
-        """Records what every layer reads in one training-mode pass of the float model.
-
-        What several calls of a layer read is joined; a layer that reads nothing has no input.
-
-        Returns:
-            What each layer reads, and the second operands of products by layer.
-        """
-        key = jax.random.key(0)
-        program = self.program(variables, inputs, train=True, dropout_key=key)
-        sites = placed_sites(self.table, program)
-        products = placed_products(self.table, program)
-        records = {
-            str(placed.number): placed.site.data for placed in sites if placed.site.data is not None
-        }
-        for placed in products:
-            for number, place in enumerate(placed.product.operands):
-                records[f"product {placed.layer}.{number}"] = place
-        arguments = jax.tree.leaves((variables, inputs, key))
-        _, recorded = evaluate(program.jaxpr, arguments, {}, {}, records)
-        read: list[list[Array]] = [[] for _ in self.table.layers]
-        for placed in sites:
-            if placed.site.data is None:
-                continue  # it looks rows up
-            x = recorded[str(placed.number)].astype(jnp.float32)
-            x = jnp.moveaxis(x, placed.site.stacked, range(len(placed.site.stacked)))
-            for position in np.ndindex(placed.layers.shape):
-                read[placed.layers[position]].append(x[position] if position else x)
-        second = {}
-        for placed in products:
-            first, second[placed.layer] = (
-                recorded[f"product {placed.layer}.{number}"].astype(jnp.float32)
-                for number in range(2)
-            )
-            read[placed.layer].append(first)
-        return [_joined(calls) for calls in read], second
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(net: Supernet, state: SupernetState, bits: BitConfig, inputs: Any) -> PyTree:
@@ -658,12 +498,6 @@ def _as_jax(state: SupernetState) -> SupernetState:
 
 def _record(place: Place) -> str:
     return f"{OUTPUT}/{place}"
-
-
-def _joined(calls: list[Array]) -> Array:
-    if not calls:
-        return jnp.zeros((1,), jnp.float32)
-    return calls[0] if len(calls) == 1 else jnp.concatenate([x.ravel() for x in calls])
 
 
 def choice_index(table: LayerTable, bits: Int[Array, " layers"]) -> Int[Array, " layers"]:

@@ -22,7 +22,8 @@ from mpq_jax.program.network import example_batch
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_8BIT, FIRST_LAST_FLOAT, Rule, bit_rules
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 SHAPE = (8, 8, 2)
 IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(4, *SHAPE)), jnp.float32)

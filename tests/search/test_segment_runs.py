@@ -13,8 +13,8 @@ from helpers.segmented_models import BATCH, MODELS, SHAPE, USERS, net_of
 from mpq_jax.program import paths
 from mpq_jax.search import segments
 from mpq_jax.search.segments import find_segments
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.state import SupernetState, TrainableParams
 
 
 def drawn_images(shape):
@@ -47,8 +47,8 @@ def state_of(net, shape=SHAPE):
         )
     step = 2.0 ** -np.array(table.candidates) * generator.uniform(0.7, 1.4, (2, len(table), 1))
     weight_step_sizes, act_step_sizes = jnp.asarray(step * [[[1.0]], [[2.0]]], jnp.float32)
-    trainable = supernet.TrainableParams(params, weight_step_sizes, act_step_sizes)
-    return supernet.SupernetState(trainable, stats, jnp.ones(len(table), bool))
+    trainable = TrainableParams(params, weight_step_sizes, act_step_sizes)
+    return SupernetState(trainable, stats, jnp.ones(len(table), bool))
 
 
 def drawn_bits(table, seed):

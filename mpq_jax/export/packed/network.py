@@ -32,7 +32,8 @@ from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import Example, Layer, LayerTable
 from mpq_jax.supernet.placement import Edit
-from mpq_jax.supernet.supernet import Subnet, Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import Subnet, SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 
 @dataclasses.dataclass(frozen=True)

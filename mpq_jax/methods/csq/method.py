@@ -29,7 +29,8 @@ from mpq_jax.program import paths
 from mpq_jax.quantizers import bit_planes
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import TrainableParams, clip_step_sizes
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import clip_step_sizes
 from mpq_jax.tasks import classification
 
 PyTree = Any

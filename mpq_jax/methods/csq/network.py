@@ -16,13 +16,8 @@ from mpq_jax.quantizers.bit_planes import BitPlanes
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.rules import FLOAT_BITS, MAX_BITS
-from mpq_jax.supernet.supernet import (
-    Subnet,
-    Supernet,
-    SupernetState,
-    TrainableParams,
-    choice_index,
-)
+from mpq_jax.supernet.state import Subnet, SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet, choice_index
 
 PyTree = Any
 

@@ -18,12 +18,8 @@ from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program import paths
 from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import (
-    Supernet,
-    SupernetState,
-    TrainableParams,
-    clip_step_sizes,
-)
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet, clip_step_sizes
 from mpq_jax.tasks import classification
 
 PyTree = Any

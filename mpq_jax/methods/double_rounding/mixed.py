@@ -17,7 +17,8 @@ from mpq_jax.methods.warm_start import supernet_or_float_variables
 from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState, expand_bn_banks
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet, expand_bn_banks
 
 PyTree = Any
 

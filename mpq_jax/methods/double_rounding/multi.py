@@ -12,7 +12,8 @@ from mpq_jax.methods.double_rounding.options import Options
 from mpq_jax.methods.warm_start import float_variables
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 PyTree = Any
 

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 from mpq_jax.methods.rfquant.options import Options
 from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, TrainableParams
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 
 def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:

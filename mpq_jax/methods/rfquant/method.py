@@ -23,12 +23,8 @@ from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.rules import CONVOLUTIONS
-from mpq_jax.supernet.supernet import (
-    Supernet,
-    SupernetState,
-    TrainableParams,
-    clip_step_sizes,
-)
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet, clip_step_sizes
 from mpq_jax.tasks import classification
 
 PyTree = Any

@@ -11,7 +11,8 @@ from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.rules import CONVOLUTIONS
-from mpq_jax.supernet.supernet import Supernet, TrainableParams, choice_index
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet, choice_index
 
 TWO_BITS = 2
 

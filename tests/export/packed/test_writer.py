@@ -22,7 +22,8 @@ from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
 from mpq_jax.supernet.rules import bit_rules
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 # Folding multiplies and adds float32 numbers in another order, a few roundings in all:
 ROUNDING = 1e-5  # part of the largest logit, as long as no input of a layer changes its integer

@@ -14,7 +14,8 @@ from mpq_jax.methods.rfquant.options import Options, published
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule, bit_rules
-from mpq_jax.supernet.supernet import Supernet, TrainableParams
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 
 class Deep(nn.Module):

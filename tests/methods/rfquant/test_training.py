@@ -30,7 +30,7 @@ from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
-from mpq_jax.supernet.supernet import SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
 from mpq_jax.training import metrics as recording
 
 # Constant rates, and every term large enough to matter from the first steps on.
