@@ -33,7 +33,8 @@ from mpq_jax.search.strategies import STRATEGIES
 from mpq_jax.supernet import costs, scoring
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 LEVELS = {"4-bit level": 4.0, "3-bit level": 3.0, "2.5-bit level": 2.5}
 SCORES = 400  # per budget, about; the greedy descent takes what it takes

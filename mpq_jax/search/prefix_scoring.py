@@ -3,7 +3,7 @@
 Searches that change one layer at a time ask for configurations that agree in all layers but one.
 Here a set of configurations is a tree: each segment of the model is run once for each different
 beginning, so of a change in a late layer only the end of the model is computed. The scores are
-those of `evaluate.make_score`.
+those of `scoring.make_score`.
 """
 
 import functools
@@ -50,7 +50,7 @@ def make_prefix_score(
     together: int | None = None,
     quantized: dict[str, Array] | None = None,
 ) -> BatchScore:
-    """Returns `score(configs, images, labels)` like `evaluate.make_score`, by shared beginnings.
+    """Returns `score(configs, images, labels)` like `scoring.make_score`, by shared beginnings.
 
     Each segment is compiled once, and once more for several inputs at a time.
 
@@ -59,11 +59,11 @@ def make_prefix_score(
         state: its state.
         cut: the model's segments, from `segments.find_segments`; those of training mode use the
             norm statistics of the images ("batch"), those of evaluation mode the stored ones.
-        metric: see `evaluate.make_score`.
+        metric: see `scoring.make_score`.
         memory: bytes of activations to hold at once, about; what does not fit is computed later.
         together: how many activations a segment is run on at once, where several beginnings meet
             the same bits. 1: never; None: 1 on CPU, where it costs time, 8 elsewhere.
-        quantized: kernels from `evaluate.quantize_all`; None: they are made here.
+        quantized: kernels from `scoring.quantize_all`; None: they are made here.
     """
     scoring.check(metric, "stored", None)
     if quantized is None:
@@ -167,7 +167,7 @@ def make_fast_score(
         net: the supernet.
         state: its state.
         example_inputs: inputs as `trace_layers` takes them.
-        metric: see `evaluate.make_score`, as for the next three.
+        metric: see `scoring.make_score`, as for the next three.
         norms: statistics of the norms.
         calibration: images for them.
         memory: see `make_prefix_score`.
