@@ -2,7 +2,8 @@
 
 The result is traceable like the program's own function: `jit`, `grad`, `vmap` and `shard_map` apply
 to it. Nested programs (`jit`, `checkpoint`, `scan`, ...) are entered only where something in them
-is visited; all others are bound as they are.
+is visited; all others are bound as they are. Where a visit enters a function with a derivative of
+its own (`custom_jvp`, `custom_vjp`), the function's body is differentiated instead.
 """
 
 import contextlib
@@ -75,7 +76,8 @@ def evaluate(
         arguments: values of its arguments.
         changes: values to replace.
         arrays: arrays of the changes, by name.
-        records: places of values to return, before changes, by name.
+        records: places of values to return, before changes, by name; operands are recorded where
+            all operands of the equation are known.
 
     Returns:
         The results, and what was recorded; what is recorded inside loops has one leading axis per

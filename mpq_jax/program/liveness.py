@@ -14,7 +14,7 @@ class Live(NamedTuple):
 
     Attributes:
         variables: paths of variables.
-        equations: keys of equations outside of loops.
+        equations: keys of equations.
     """
 
     variables: frozenset[str]
