@@ -368,7 +368,7 @@ def _scaled(operands: list[Value], result: Value) -> Value:
     return result
 
 
-def _product(equation: jex.JaxprEqn, operands: list[Value], where: _Where, macs: int) -> Product:
+def _product(equation: jex.JaxprEqn, operands: list[Value], where: _Where, macs: Any) -> Product:
     """Describes a product of two activations."""
     left, right = operands
     order = (1, 0) if right.multiplied and not left.multiplied else (0, 1)

@@ -1,5 +1,6 @@
 """The kernels of layers: parameters, slices of them, or what the model computes of several."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from mpq_jax.program import paths
 from mpq_jax.program.evaluate import Change, evaluate
 from mpq_jax.program.layers import shapes_of
 from mpq_jax.program.network import Network
-from mpq_jax.program.trace import Program, trace
+from mpq_jax.program.trace import Program
 from mpq_jax.supernet.layer_table import Layer, LayerTable
 from mpq_jax.supernet.placement import Edit, placed_sites
 
@@ -37,10 +38,18 @@ def of_layers(table: LayerTable, params: PyTree, computed: dict[str, Array]) -> 
     return [kernel(layer) for layer in table.layers]
 
 
-def compute(table: LayerTable, network: Network, params: PyTree) -> dict[str, Array]:
+def compute(
+    table: LayerTable, network: Network, call: Callable[[PyTree, Any], Program], params: PyTree
+) -> dict[str, Array]:
     """Computes the kernels that a model makes of several parameters, by layer.
 
     The rest of the model is dead code to the compiler.
+
+    Args:
+        table: the layers.
+        network: the model.
+        call: `(variables, inputs) -> program` of a call in evaluation mode.
+        params: parameters of the model.
 
     Raises:
         ValueError: the table does not know the inputs of the model.
@@ -51,8 +60,8 @@ def compute(table: LayerTable, network: Network, params: PyTree) -> dict[str, Ar
         raise ValueError("the table was not made by trace_layers, so kernels are not known")
     shapes = table.example.inputs, shapes_of(network, table.example.inputs).get("batch_stats", {})
     inputs, statistics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    variables = {"params": params} | ({"batch_stats": statistics} if statistics else {})
-    program = trace(network, variables, inputs, train=False)
+    variables = {"params": params, "batch_stats": statistics}
+    program = call(variables, inputs)
     records = {
         table.layers[placed.first].name: placed.site.kernel
         for placed in placed_sites(table, program)

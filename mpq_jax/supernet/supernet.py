@@ -328,7 +328,8 @@ class Supernet:
 
     def kernels(self, params: PyTree) -> list[Array]:
         """Lists the kernel of every layer of the table, in its order; a zero for products."""
-        computed = kernels.compute(self.table, self.network, params)
+        call = functools.partial(self.program, train=False)
+        computed = kernels.compute(self.table, self.network, call, params)
         return kernels.of_layers(self.table, params, computed)
 
     def kernels_of(self, subnet: Subnet) -> list[Array]:

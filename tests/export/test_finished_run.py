@@ -54,7 +54,7 @@ def test_a_precision_of_training_keeps_its_statistics(workdirs, exported):
     images, _ = some_digits(exported, 16)
     predict = jax.jit(setup.method.predict)
     wanted = predict(state.variables, setup.table.uniform(4, 4), images)
-    logits = jax.jit(functools.partial(exported_model.logits, exported))(images)
+    logits = exported.net.predict(exported.state, exported.bits, images)
     np.testing.assert_array_equal(logits, wanted)
 
 
@@ -169,7 +169,7 @@ def test_the_float_reference_is_the_float_model(exported):
     plain = exported.net.float_variables(exported.state, exported.bits)
     call = jax.jit(functools.partial(forward, exported.net.model, train=False))
     wanted = call(plain, images)[0]
-    logits = jax.jit(functools.partial(exported_model.logits, reference))(images)
+    logits = reference.net.predict(reference.state, reference.bits, images)
     np.testing.assert_array_equal(logits, wanted)
 
 

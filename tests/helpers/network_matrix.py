@@ -272,7 +272,8 @@ CASES: dict[str, Case] = {
     "`nn.WeightNorm`": Case(Normalized, _images(*IMAGES)),
     "standardized kernels, `jax.lax`": Case(Standardized, _images(*IMAGES)),
     "BatchNorm with a mask, dict of inputs": Case(
-        Masked, {"x": _images(BATCH, 6, 5), "mask": jnp.arange(6) < jnp.array([[6], [4], [3], [5]])}
+        Masked,
+        {"x": _images(BATCH, 6, 5), "mask": jnp.arange(6)[None] < jnp.array([[6], [4], [3], [5]])},
     ),
     "NNX ResNet": Case(lambda: NnxResNet(nnx.Rngs(0)), _images(*IMAGES)),
     "NNX transformer": Case(lambda: NnxTransformer(nnx.Rngs(0)), _tokens()),

@@ -98,6 +98,9 @@ def written_by_hand(variables, x, train=False):
     """A network of matrices, with a norm of its own."""
     held, stats = variables["params"], variables["batch_stats"]
     x = x.reshape(x.shape[0], -1) @ held["first"]["w"]
+    if train:
+        batch = {"mean": x.mean(0), "var": x.var(0)}
+        stats = {"norm": {name: 0.9 * stats["norm"][name] + 0.1 * batch[name] for name in batch}}
     y = (x - stats["norm"]["mean"][None]) / jnp.sqrt(stats["norm"]["var"] + 0.1)[None]
     y = nn.relu(y * held["norm"]["scale"][None] + held["norm"]["bias"][None])
     return y @ held["last"]["w"], stats

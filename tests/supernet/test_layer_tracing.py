@@ -29,10 +29,10 @@ class Detours(nn.Module):
     """A norm that reads the first layer's output after the second layer was called."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train=False):
         first, second = (nn.Conv(4, (1, 1), name=name)(x) for name in ("first", "second"))
         relu_between = nn.Conv(4, (1, 1), name="third")(x)
-        norms = [nn.BatchNorm(use_running_average=True, name=f"norm{i}") for i in range(3)]
+        norms = [nn.BatchNorm(use_running_average=not train, name=f"norm{i}") for i in range(3)]
         return norms[0](second) + norms[1](first) + norms[2](nn.relu(relu_between))
 
 
@@ -70,7 +70,7 @@ class Stacked(nn.Module):
 class NoLayers(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.BatchNorm(use_running_average=True)(x)
+        return nn.LayerNorm()(x)
 
 
 def test_own_model_of_several_kinds_of_layers():
@@ -197,7 +197,7 @@ TOKENS = jax.ShapeDtypeStruct((2, 5, 6), jnp.float32)
 def test_a_kernel_that_a_loop_slices_is_one_layer_for_each_slice():
     table = trace_layers(Repeated(shared=False), TOKENS, rules=ANY)
     assert table.names == tuple(f"Dense_0[{i}]" for i in range(4))
-    assert column(table, "index") == [(i,) for i in range(4)]
+    assert column(table, "position") == [(i,) for i in range(4)]
     assert column(table, "kernel_shape") == [(6, 6)] * 4
     assert column(table, "macs") == [5 * 36] * 4
 

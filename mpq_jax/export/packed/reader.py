@@ -249,7 +249,7 @@ def _layers(
         (len(of_inputs), sum(map(len, firsts + seconds))),
     ):
         if count != size:
-            raise ValueError(f"there are {count} step sizes; wanted {size}")
+            raise ValueError(f"step sizes have shape ({count},); wanted ({size},)")
     given = iter(of_inputs)
     by_bits, second_by_bits = (
         [{bits: next(given) for bits in some} for some in each] for each in (firsts, seconds)

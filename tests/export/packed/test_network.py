@@ -106,7 +106,7 @@ def test_sizes_are_those_of_the_numbers(saved):
 
 def test_the_table_and_all_that_is_float_come_back(saved):
     example = Example.of(saved.exported.inputs)
-    whole = dataclasses.replace(saved.table, left_float=(), example=example)
+    whole = dataclasses.replace(saved.table, left_float=None, example=example)
     assert saved.packed.table == whole
     assert saved.packed.precisions == saved.table.precisions
     before, after = (

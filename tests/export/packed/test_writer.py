@@ -178,9 +178,8 @@ class Odd(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         x = nn.Conv(4, (3, 3), strides=2, use_bias=False, name="conv0")(x)
-        x = nn.BatchNorm(use_running_average=True, axis=3, name="folded")(x)
+        x = nn.BatchNorm(use_running_average=not train, axis=3, name="folded")(x)
         x = nn.Conv(6, (3, 2), (1, 2), padding="VALID", kernel_dilation=2, name="conv1")(x)
-        x = nn.BatchNorm(use_running_average=False, name="batch")(x)
         x = nn.PReLU()(
             nn.Conv(4, (2, 2), padding=[1, (0, 2)], feature_group_count=2, name="conv2")(x)
         )
@@ -196,7 +195,7 @@ def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
     writer.save(path, exported)
     file = reader.read(path)
     assert set(file.norms) == {"folded", "tanh", "OwnNorm_0"}
-    assert {paths.parent(name) for name in file.batch_stats} == {"batch", "rows"}
+    assert {paths.parent(name) for name in file.batch_stats} == {"rows"}
     assert file.params["PReLU_0/negative_slope"].shape == ()
     assert file.layers[-1].input_dilation == () and file.layers[0].input_dilation == (1, 1)
     found = [(x.strides, x.padding, x.dilation, x.groups) for x in file.layers]
