@@ -74,6 +74,7 @@ def train(method, state, batches):
     return state, events
 
 
+@pytest.mark.slow
 def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
     images, labels = digits
     batches = train_batches(digits)

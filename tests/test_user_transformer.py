@@ -138,6 +138,7 @@ def test_axes_of_all_kinds_are_counted():
     assert own.macs == 7 * 4 * 5 * 2
 
 
+@pytest.mark.slow
 def test_subnets_and_their_gradients_are_those_of_dense_layers(variables):
     random = np.random.default_rng(0)
     searched = np.where(TABLE.searchable, random.choice((4, 3, 2), (2, len(TABLE))), 8)
@@ -195,6 +196,7 @@ def test_its_dropout_is_on_only_where_there_is_a_key(variables):
     np.testing.assert_allclose(none, evaluated, rtol=1e-5, atol=1e-5)  # LayerNorm has no mode
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_scored(variables):
     options = rfquant.Options(random_subnets=1, warmup=0.0, subnet_loop="calls", qe_start=0.0)
     run = TrainingInfo(epochs=1, steps_per_epoch=1, prepare=lambda batch, key: batch["image"])

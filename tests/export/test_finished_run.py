@@ -66,6 +66,7 @@ def test_the_provenance_is_json_without_places_of_files(exported):
     assert (exported.image_shape, exported.num_classes) == ((8, 8, 1), 10)
 
 
+@pytest.mark.slow
 def test_what_no_one_tested_is_estimated_anew_as_the_search_does(workdirs, tmp_path):
     workdir, setup = workdirs("rfquant"), experiment.build(make_config("rfquant"))
     bits = mixed(setup.table)
@@ -123,6 +124,7 @@ def test_a_damaged_file_of_statistics_is_refused(workdirs, tmp_path):
         finished_run.load(workdir, "uniform:4")
 
 
+@pytest.mark.slow
 def test_a_run_that_found_its_bits_is_loaded_without_any(workdirs, tmp_path):
     workdir = copy_of(workdirs("csq"), tmp_path)
     found = finished_run.load(workdir)

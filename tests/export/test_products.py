@@ -84,6 +84,7 @@ def test_stablehlo_is_the_network(exported, wanted):
 # Several precisions.
 
 
+@pytest.mark.slow
 def test_a_switchable_file_has_the_step_sizes_of_all_precisions(tmp_path):
     rules = (Rule(kind="product", weights=(8, 4, 2)), *bit_rules((8, 4, 2)))
     exported = make_exported(MODEL, SHAPE, rules, quantizer=double_rounding.QUANTIZER, kept=True)
@@ -125,6 +126,7 @@ def test_a_switchable_file_has_the_step_sizes_of_all_precisions(tmp_path):
 # Loops.
 
 
+@pytest.mark.slow
 def test_products_in_loops_are_the_network(tmp_path):
     rules = (Rule(kind="product", weights=4, acts=8), Rule(weights=8, acts=8))
     exported = make_exported(Scanned(), TINY_SHAPE, rules)

@@ -62,6 +62,7 @@ def test_packed_files_are_the_network(name, tmp_path):
     assert table.layers == exported.table.layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TAKES)
 def test_stablehlo_is_the_network(name, tmp_path):
     exported, inputs = made(name)

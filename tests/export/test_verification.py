@@ -91,6 +91,7 @@ def test_a_sound_file_agrees(exported, digits, file):
     assert abs(agreement.trained - right) < 0.2  # of a part of the images
 
 
+@pytest.mark.slow
 def test_another_network_disagrees(exported, digits, tmp_path):
     trainable = exported.state.trainable
     head = trainable.params["head"]
@@ -191,6 +192,7 @@ def test_files_can_be_read_by_all_and_links_stay_links(exported, tmp_path):
     assert stat.S_IMODE((tmp_path / "network").stat().st_mode) == 0o666 & ~mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(formats.FORMATS))
 def test_every_format_is_saved_and_run(exported, digits, name, tmp_path):
     path = formats.save(tmp_path / "folder" / "network", exported, name)

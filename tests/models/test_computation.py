@@ -94,6 +94,7 @@ def test_types_and_their_names_mean_the_same(dtype):
     assert computation.type_of(dtype) == jnp.bfloat16
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("options", [{"remat": True}, {"dtype": "bfloat16"}])
 def test_layers_and_variables_are_the_same(name, options):
@@ -108,6 +109,7 @@ def test_layers_and_variables_are_the_same(name, options):
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 @each_way
 def test_recomputing_changes_neither_losses_nor_gradients(name):
     found, wanted = trained(name, remat=True), trained(name)
@@ -171,6 +173,7 @@ def test_recomputed_bfloat16_models_are_cut_like_others(name):
     assert found == wanted and len(found) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_segments_of_recomputed_bfloat16_models_give_what_the_model_gives(name):
     net = net_of(TINY[name](dtype="bfloat16", remat=True))

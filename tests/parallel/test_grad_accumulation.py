@@ -204,6 +204,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -240,6 +241,7 @@ def test_a_step_on_eight_devices_is_that_on_one(name, count, batch, start, monke
         assert leaf.sharding.is_equivalent_to(one, leaf.ndim)
 
 
+@pytest.mark.slow
 def test_what_devices_send_does_not_grow_with_the_subnets(batch, mesh, start):
     """But for the statistics of norms: mean and mean square, forward and backward."""
 

@@ -182,6 +182,7 @@ def score(made):
     return make_prefix_score(NET, made, CUT, metric="loss", together=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bn_banks", ["weights", "transition"])
 def test_norms_of_all_kinds(bn_banks):  # "pair" is that of all other tests
     net = Supernet(MODEL, TABLE.with_bn_banks(bn_banks), quantizer=lsq.QUANTIZER)
@@ -226,6 +227,7 @@ class Stage(nn.Module):
         return nn.relu(nn.Conv(4, (3, 3), name="b")(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [SharedLayer(), Nested()], ids=["shared layer", "nested"])
 def test_models_of_a_user(model):
     net = net_of(model)

@@ -71,6 +71,7 @@ def own_logits(net, state, bits, x, train):
 CASES = MODELS | {name: (model, SHAPE) for name, (model, _) in USERS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES)[1:])
 def test_segments_one_after_another_are_the_model(name):
     model, shape = CASES[name]

@@ -85,6 +85,7 @@ KERNEL_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), KERNEL_CASES)
 def test_kernels_that_were_quantized_before_make_the_same_subnets(float_variables, kind, name):
     table = QUANTIZED_TABLES[kind]

@@ -411,6 +411,7 @@ class KeywordCalls(nn.Module):
         return nn.Dense(3)(inputs=x.mean((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "eval_mode"),
     [

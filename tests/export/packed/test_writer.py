@@ -210,6 +210,7 @@ def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
     check_close(logits_of(path, images, Odd()), training_logits(exported, images))
 
 
+@pytest.mark.slow
 def test_a_network_computes_in_the_type_that_it_was_trained_in(tmp_path):
     workdir = make_run(tmp_path / "run", "rfquant", **{"model.dtype": "bfloat16"})
     exported = finished_run.load(workdir, "uniform:4")
@@ -243,6 +244,7 @@ def mixed_bits(table):
     ]
 
 
+@pytest.mark.slow
 def test_a_file_of_85_kb_is_as_large_as_its_numbers(tmp_path):
     # 4.5 % are the header's: names and kinds of layers, and the origin of the file.
     exported = drawn_network(make_model("resnet20", num_classes=10), (32, 32, 3), mixed_bits)
@@ -292,6 +294,7 @@ def test_layers_of_learned_bits_keep_their_bits_and_notes(tmp_path):
     assert np.abs(layers["stage0_block0/conv2"].integers).max() == 255
 
 
+@pytest.mark.slow
 def test_a_users_own_model_is_given_to_load(tmp_path):
     model = make_model("resnet8", num_classes=10, width=4)
     exported = drawn_network(model, (8, 8, 1), mixed_bits)

@@ -117,6 +117,7 @@ def test_compiled_programs_agree_on_the_step_of_the_integers(planes):
         assert codes(given)[1] == quantizer.codes(given)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_found_network_predicts_as_the_binarized_one(case):
     found = found_case(case)[3]
@@ -209,6 +210,7 @@ NOT_STORED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_STORED])
 def test_stored_integers_predict_as_the_binarized_network(case, tmp_path):
     found, path = found_case(case)[3], tmp_path / "network.safetensors"
@@ -249,6 +251,7 @@ class Bare(nn.Module):
         return nn.Dense(3, use_bias=False, name="second")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "rules", "names"),
     [

@@ -43,6 +43,7 @@ def test_products_alone_grow_no_scheme():
         with_planes(table, act_bits=4, float_acts=False)
 
 
+@pytest.mark.slow
 def test_csq_trains_products_and_hands_them_on():
     options = csq.Options(act_bits=4, target=3.0, least_planes=1, step_learning_rate=0.01)
     method = csq.FAMILY.make(MODEL, table_of(CHOICE, candidates=(4, 2)), options, RUN)

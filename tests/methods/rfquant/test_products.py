@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers.attention import PRODUCTS, SHAPE
 from helpers.attention_training import CHOICE, MODEL, RUN, one_step, places_of, table_of
 from helpers.random_variables import drawn_variables
@@ -12,6 +13,7 @@ from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
 
 
+@pytest.mark.slow
 def test_rfquant_trains_the_step_sizes_of_both_operands():
     options = rfquant.Options(
         random_subnets=1, warmup=0.0, subnet_loop="calls", qe_start=0.0, step_learning_rate=0.01

@@ -70,6 +70,7 @@ class TwoKinds(nn.Module):
         return nn.Dense(8, name="dense")(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subnets", [1, 2])
 @pytest.mark.parametrize("layer", ["conv", "dense"])
 def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
