@@ -17,7 +17,7 @@ import numpy as np
 from mpq_jax.export.exported_model import ExportedModel, ModelSpec
 from mpq_jax.export.packed import network, writer
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program.network import example_batch, init_variables
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
@@ -38,13 +38,13 @@ def make_network(name: str, side: int):
 
     @jax.jit
     def init(key, images):
-        return net.init(linen.init_variables(model, key, shape), images)
+        return net.init(init_variables(model, key, shape), images)
 
     exported = ExportedModel(
         net=net,
         state=init(jax.random.key(0), images),
         bits=None,
-        image_shape=shape,
+        inputs=example_batch(shape),
         num_classes=CLASSES,
         model_spec=ModelSpec(name),
     )

@@ -60,7 +60,7 @@ def step_program(model_name: str, pixels: int, partition, *, subnets: int) -> tu
     from mpq_jax.methods.base import TrainingInfo
     from mpq_jax.models import make_model
     from mpq_jax.parallel import mesh as sharding
-    from mpq_jax.program import linen
+    from mpq_jax.program import network
     from mpq_jax.supernet.layer_table import trace_layers
     from mpq_jax.supernet.rules import bit_rules
 
@@ -77,7 +77,7 @@ def step_program(model_name: str, pixels: int, partition, *, subnets: int) -> tu
 
     def start(key):
         images = jnp.zeros((1, *shape), jnp.float32)
-        return method.init(linen.init_variables(model, key, shape), images)
+        return method.init(network.init_variables(model, key, shape), images)
 
     state = jax.eval_shape(start, jax.random.key(0))
     placed = jax.tree.map(

@@ -21,7 +21,7 @@ from mpq_jax.methods import csq, float_training
 from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.csq import network as networks
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.quantizers.bit_planes import BitPlanes, plane_gates, significances
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_SAME, bit_rules
@@ -70,7 +70,7 @@ def make_step(name: str, arguments):
     images = jax.random.normal(jax.random.key(0), (arguments.batch, *shape))
     labels = jnp.arange(arguments.batch, dtype=jnp.int32) % arguments.classes
     batch = {"image": images, "label": labels}
-    state = method.init(linen.init_variables(model, jax.random.key(1), shape), images[:2])
+    state = method.init(network.init_variables(model, jax.random.key(1), shape), images[:2])
     kernel = networks.kernel
     if STEPS[name]:
         kernel, state = plane_wise, planes_last(state)

@@ -20,13 +20,14 @@ import numpy as np
 from mpq_jax.export import ExportedModel, formats, load_run, verification
 from mpq_jax.export.packed import writer
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program.network import example_batch, init_variables
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training import config_record, experiment
 
 FILES = (  # format, options, what the table calls it
@@ -96,7 +97,7 @@ def mixed(name: str) -> ExportedModel:
     """Returns an untrained network whose layers with a choice take turns at the bits."""
     model = make_model(name, num_classes=CLASSES)
     table = trace_layers(model, SHAPE, rules=bit_rules(BITS)).with_bn_banks("shared")
-    variables = jax.jit(lambda key: linen.init_variables(model, key, SHAPE))(jax.random.key(0))
+    variables = jax.jit(lambda key: init_variables(model, key, SHAPE))(jax.random.key(0))
     step_sizes = jnp.full((len(table), len(table.candidates)), 0.01, jnp.float32)
     trainable = TrainableParams(variables["params"], step_sizes, step_sizes)
     in_turn = np.arange(len(table)) % len(BITS) + min(BITS)
@@ -105,7 +106,7 @@ def mixed(name: str) -> ExportedModel:
         net=Supernet(model, table, quantizer=lsq.QUANTIZER),
         state=SupernetState(trainable, variables["batch_stats"], jnp.zeros(len(table), bool)),
         bits=BitConfig(*(jnp.asarray(column, jnp.int32) for column in chosen)),
-        image_shape=SHAPE,
+        inputs=example_batch(SHAPE),
         num_classes=CLASSES,
         provenance={"bits": "in turn"},
     )

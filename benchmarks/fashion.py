@@ -11,7 +11,7 @@ from mpq_jax import data
 from mpq_jax.methods import METHODS
 from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.search.scoring import on_drawn_images
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
@@ -76,7 +76,7 @@ class Bench:
         """Returns the variables of a float model and its test accuracy."""
         options = METHODS["plain"].options(weight_decay=5e-4)
         method = METHODS["plain"].make(self.model, self.table((8,)), options, self.run)
-        fresh = linen.init_variables(
+        fresh = network.init_variables(
             self.model, jax.random.key(self.seed), self.dataset.image_shape
         )
         variables, _ = self.train(method, fresh)

@@ -32,7 +32,8 @@ from mpq_jax.supernet import costs, sensitivity, tied_layers
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.rules import FIRST_LAST_FLOAT
 from mpq_jax.supernet.scoring import make_score
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 ROULETTES = ("published", "uniform")
 BUDGETS = (7.0, 6.0, 5.0, 4.0, 3.0)  # mean bits

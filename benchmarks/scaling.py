@@ -31,7 +31,7 @@ def measure(arguments) -> None:
     from mpq_jax.models import make_model
     from mpq_jax.parallel import mesh as sharding
     from mpq_jax.parallel.grad_accumulation import BatchPartition
-    from mpq_jax.program import linen
+    from mpq_jax.program import network
     from mpq_jax.supernet.layer_table import trace_layers
     from mpq_jax.supernet.rules import bit_rules
 
@@ -46,7 +46,7 @@ def measure(arguments) -> None:
     images = generator.normal(size=(arguments.batch, *shape)).astype(np.float32)
     labels = generator.integers(0, 10, arguments.batch).astype(np.int32)
     batch = sharding.global_batch({"image": images, "label": labels}, partition.mesh)
-    state = method.init(linen.init_variables(model, jax.random.key(0), shape), images)
+    state = method.init(network.init_variables(model, jax.random.key(0), shape), images)
     kept = sharding.state_shardings(state, partition.mesh)
     state = jax.tree.map(jax.device_put, state, kept)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
@@ -88,7 +88,7 @@ def print_sizes() -> None:
     from mpq_jax.methods.base import TrainingInfo
     from mpq_jax.models import make_model
     from mpq_jax.parallel import mesh as sharding
-    from mpq_jax.program import linen
+    from mpq_jax.program import network
     from mpq_jax.supernet.layer_table import trace_layers
     from mpq_jax.supernet.rules import bit_rules
 
@@ -112,7 +112,7 @@ def print_sizes() -> None:
 
         def start(key, method=method, model=model):
             images = jnp.zeros((1, *shape), jnp.float32)
-            return method.init(linen.init_variables(model, key, shape), images)
+            return method.init(network.init_variables(model, key, shape), images)
 
         state = jax.eval_shape(start, jax.random.key(0))
         trainable, whole = (

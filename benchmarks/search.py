@@ -4,11 +4,11 @@
 
 "scores": one plain forward of the float model and of a subnet, then a set of configurations that
 differ in one layer (a greedy move) by a loop over a jitted forward, `vmap`, `lax.map`
-(`evaluate.make_score`) and shared beginnings (`prefixes.make_prefix_score`). All take turns in one
-process; printed are medians per configuration and the median of the ratios to the subnet's forward
-in the same round. "descent": the greedy search of the 4-bit level, from 5 bits, with and without
-shared beginnings on the same images. The others: time against layers, configurations and (virtual)
-devices. Weights are random: time does not depend on them, but the path of a descent does.
+(`scoring.make_score`) and shared beginnings (`prefix_scoring.make_prefix_score`). All take turns
+in one process; printed are medians per configuration and the median of the ratios to the subnet's
+forward in the same round. "descent": the greedy search of the 4-bit level, from 5 bits, with and
+without shared beginnings on the same images. The others: time against layers, configurations and
+(virtual) devices. Weights are random: time does not depend on them, but the path of a descent does.
 """
 
 import argparse
@@ -24,14 +24,17 @@ import numpy as np
 
 from mpq_jax.models import make_model
 from mpq_jax.parallel import mesh as sharding
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.quantizers import lsq
-from mpq_jax.search import greedy, prefix_scoring, segments
-from mpq_jax.search.problem import Budget, Limit, Space, words_of
-from mpq_jax.supernet import costs, scoring, supernet
+from mpq_jax.search import prefix_scoring, segments
+from mpq_jax.search.greedy import greedy_search
+from mpq_jax.search.problem import Budget, Constraint, seed_words
+from mpq_jax.search.space import WEIGHTS, SearchSpace
+from mpq_jax.supernet import costs, scoring
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training.metrics import CompileCounter
 
 NETWORKS = {"resnet20": (32, 128), "resnet18": (64, 32)}  # pixels, batch
@@ -48,31 +51,37 @@ class Case:
         self.shape = (pixels, pixels, 3)
         self.model = make_model(name, num_classes=10)
         self.table = trace_layers(self.model, self.shape, rules=bit_rules())
+        self.net = Supernet(self.model, self.table, quantizer=lsq.QUANTIZER)
+        self.space = SearchSpace(self.table)
         generator = np.random.default_rng(0)
         self.images = jnp.asarray(generator.normal(size=(batch, *self.shape)), jnp.float32)
         self.labels = jnp.asarray(generator.integers(0, 10, batch), jnp.int32)
-        self.float = linen.init_variables(self.model, jax.random.key(0), self.shape)
-        init = jax.jit(supernet.init, static_argnums=(0, 1))
-        self.variables = init(self.model, self.table, self.float, self.images)
-        self.space = Space(self.table, self.table.candidates, self.table.mask)
+        self.float = network.init_variables(self.model, jax.random.key(0), self.shape)
+        self.state = jax.jit(self.net.init)(self.float, self.images)
 
     def neighbors(self) -> BitConfig:
         """Returns what the first greedy move compares: each layer's weights up and down."""
-        genes = [gene for gene in self.space.genes if gene % 2 == 0]
-        return self.space.config(self.space.neighbors(self.space.uniform(5), genes))
+        variables = [v for v in self.space.variables if self.space.column(v) == WEIGHTS]
+        return self.space.bits_of(self.space.neighbors(self.space.uniform(5), variables))
+
+    def sampled(self, count: int) -> BitConfig:
+        """Returns random configurations."""
+        generator = np.random.default_rng(0)
+        return self.space.bits_of(np.array([self.space.sample(generator) for _ in range(count)]))
+
+    def segments(self) -> segments.Segments:
+        return segments.find_segments(self.net, self.shape, train=True)
 
     def score(self) -> scoring.BatchScore:
-        return scoring.make_score(self.model, self.table, self.variables, metric="loss")
+        return scoring.make_score(self.net, self.state, metric="loss")
 
     def prefix_score(self) -> scoring.BatchScore:
-        cut = segments.find_segments(self.model, self.table, self.shape)
         return prefix_scoring.make_prefix_score(
-            self.model, self.table, self.variables, cut, metric="loss"
+            self.net, self.state, self.segments(), metric="loss"
         )
 
-    def loss(self, variables, bits, images):
-        selected = supernet.select(self.table, variables, bits, quantizer=lsq.QUANTIZER)
-        out = supernet.apply(self.model, self.table, selected, images, train=True)
+    def loss(self, state, bits, images):
+        out = self.net.forward(self.net.select(state, bits), images, train=True)
         return scoring.mean_loss(out.logits, self.labels, jnp.zeros(()))
 
 
@@ -95,23 +104,23 @@ def print_scores(name: str, rounds: int) -> None:
     forward = jax.jit(case.loss)
     vmapped = jax.jit(jax.vmap(case.loss, in_axes=(None, 0, None)))
     few = jax.tree.map(lambda bits: bits[:4], configs)
-    plain = jax.jit(lambda x: linen.forward(case.model, case.float, x, train=True)[0])
+    plain = jax.jit(lambda x: network.forward(case.model, case.float, x, train=True)[0])
     by_map, by_prefix = case.score(), case.prefix_score()
 
     def loop():
         return [
-            forward(case.variables, jax.tree.map(lambda bits, i=i: bits[i], configs), images)
+            forward(case.state, jax.tree.map(lambda bits, i=i: bits[i], configs), images)
             for i in range(count)
         ]
 
     works = {
         "float forward": (lambda: plain(images), 1),
         "subnet forward": (
-            lambda: forward(case.variables, case.table.uniform(5, 5), images),
+            lambda: forward(case.state, case.table.uniform(5, 5), images),
             1,
         ),
         "loop over jitted forward": (loop, count),
-        "vmap, of 4": (lambda: vmapped(case.variables, few, images), 4),
+        "vmap, of 4": (lambda: vmapped(case.state, few, images), 4),
         "lax.map": (lambda: by_map(configs, images, labels), count),
         "shared beginnings": (lambda: by_prefix(configs, images, labels), count),
     }
@@ -129,7 +138,8 @@ def print_scores(name: str, rounds: int) -> None:
 def print_descents(rounds: int) -> None:
     case = Case("resnet20", *NETWORKS["resnet20"])
     cost = costs.cost_table(case.table, "bitops")
-    limit = Limit("bitops", cost, costs.total(case.table, cost, case.table.uniform(4, 4)))
+    most = costs.total(case.table, cost, case.table.uniform(4, 4))
+    budget = Budget("4-bit level", (Constraint("bitops", cost, most),))
     batches = np.random.default_rng(1).normal(size=(64, *case.images.shape)).astype(np.float32)
     counts: dict[str, int] = {}
     paths: dict[str, list] = {}
@@ -144,17 +154,9 @@ def print_descents(rounds: int) -> None:
 
         def scored(configs, key):
             counts[kind] += len(configs.weights)
-            return score(configs, drawn(words_of(key)), case.labels)
+            return score(configs, drawn(seed_words(key)), case.labels)
 
-        return greedy.search(
-            scored,
-            case.table,
-            case.table.candidates,
-            case.table.mask,
-            [Budget("4-bit level", (limit,))],
-            jax.random.key(0),
-            watch=paths[kind].append,
-        )[0].bits
+        greedy_search(scored, case.space, [budget], jax.random.key(0), on_step=paths[kind].append)
 
     scores = {"lax.map": case.score(), "shared beginnings": case.prefix_score()}
     works = {kind: functools.partial(descend, kind, score) for kind, score in scores.items()}
@@ -195,7 +197,7 @@ def print_layers(rounds: int) -> None:
             for kind, score in scores.items()
         }
         seconds = in_turn(works, rounds)
-        parts = len(segments.find_segments(case.model, case.table, case.shape).parts)
+        parts = len(case.segments().parts)
         medians = {kind: float(np.median(values)) for kind, values in seconds.items()}
         ratio = float(np.median(seconds["map"] / seconds["prefix"]))
         print(
@@ -206,13 +208,11 @@ def print_layers(rounds: int) -> None:
 
 def print_counts(rounds: int) -> None:
     case = Case("resnet20", 32, 32)
-    generator, score = np.random.default_rng(0), case.score()
-    works = {}
-    for count in COUNTS:
-        states = np.array([case.space.drawn(generator) for _ in range(count)])
-        works[str(count)] = functools.partial(
-            score, case.space.config(states), case.images, case.labels
-        )
+    score = case.score()
+    works = {
+        str(count): functools.partial(score, case.sampled(count), case.images, case.labels)
+        for count in COUNTS
+    }
     with CompileCounter() as counter:
         seconds = in_turn(works, rounds)
     print("\n| random configurations | s | s per configuration |\n|---|---|---|")
@@ -233,17 +233,12 @@ def print_devices() -> None:
 
 def print_on_devices(rounds: int) -> None:
     case = Case("resnet20", 32, 32)
-    generator = np.random.default_rng(0)
-    configs = case.space.config(np.array([case.space.drawn(generator) for _ in range(32)]))
+    configs = case.sampled(32)
     works = {}
     for count in DEVICES:
         mesh = sharding.make_mesh(count)
         score = scoring.make_score(
-            case.model,
-            case.table,
-            sharding.replicate(case.variables, mesh),
-            metric="loss",
-            mesh=mesh,
+            case.net, sharding.replicate(case.state, mesh), metric="loss", mesh=mesh
         )
         images, labels = sharding.replicate((case.images, case.labels), mesh)
         works[str(count)] = functools.partial(score, configs, images, labels)

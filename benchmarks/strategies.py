@@ -22,13 +22,19 @@ import scipy.stats
 
 from benchmarks.fashion import Bench, append, cell, read
 from mpq_jax.methods import METHODS
+from mpq_jax.methods.base import Method
 from mpq_jax.models import make_model
+from mpq_jax.program import network
 from mpq_jax.search import prefix_scoring
-from mpq_jax.search.problem import Budget, Limit, Space
-from mpq_jax.search.random import into_budget
+from mpq_jax.search.problem import Budget, Constraint
+from mpq_jax.search.sampling import repair
+from mpq_jax.search.space import SearchSpace
 from mpq_jax.search.strategies import STRATEGIES
-from mpq_jax.supernet import costs, scoring, supernet
+from mpq_jax.supernet import costs, scoring
 from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 LEVELS = {"4-bit level": 4.0, "3-bit level": 3.0, "2.5-bit level": 2.5}
 SCORES = 400  # per budget, about; the greedy descent takes what it takes
@@ -39,7 +45,7 @@ VARIANTS = {
     "ilp": ("ilp", {}),
     "hybrid": ("hybrid", {"rounds": 4}),
     "hybrid, loss": ("hybrid", {"rounds": 4}),
-    "exchange": ("exchange", {"rounds": 2}),
+    "tabu": ("tabu", {"rounds": 2}),
     "evolution": ("evolution", {"population": 50, "generations": SCORES // 50}),
     "random": ("random", {"samples": SCORES}),
 }
@@ -48,45 +54,46 @@ CORRELATED = 30  # random configurations that scores and test accuracy are compa
 METRICS = {"greedy": "error", "greedy, patience 8": "error", "hybrid, loss": "loss"}  # others: kl
 
 
-def trained(bench: Bench, table, out: pathlib.Path) -> supernet.SupernetState:
+def trained(bench: Bench, method: Method, out: pathlib.Path) -> SupernetState:
     """Trains the supernet, or reads it from where it was left."""
-    method = METHODS["rfquant"].make(
-        bench.model,
-        table,
-        METHODS["rfquant"].options(learning_rate=0.02, ema_decay=0.99),
-        bench.run,
-    )
     path = out / "supernet.npz"
     if not path.exists():
         variables, accuracy = bench.train_float()
         print(f"float: {accuracy:.2%}", flush=True)
         variables, _ = bench.train(method, variables)
         np.savez(path, *map(np.asarray, jax.tree.leaves(variables)), float=accuracy)
-    images = jnp.zeros((1, *bench.dataset.image_shape), jnp.float32)
-    shape = jax.eval_shape(lambda: method.init(bench.model.init(jax.random.key(0), images), images))
-    shape = jax.eval_shape(method.variables, shape)
+    image_shape = bench.dataset.image_shape
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+
+    def start(key):
+        return method.variables(
+            method.init(network.init_variables(bench.model, key, image_shape), images)
+        )
+
+    shape = jax.eval_shape(start, jax.random.key(0))
     with np.load(path) as saved:
         leaves = [jnp.asarray(saved[f"arr_{i}"]) for i in range(len(saved.files) - 1)]
     return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
 
-def make_budgets(table) -> list[Budget]:
+def make_budgets(table: LayerTable) -> list[Budget]:
     cost = costs.cost_table(table, "bitops")
     uniform = {b: costs.total(table, cost, table.uniform(b, b)) for b in (4, 3, 2)}
     amounts = {4.0: uniform[4], 3.0: uniform[3], 2.5: (uniform[3] * uniform[2]) ** 0.5}
     return [
-        Budget(name, (Limit("bitops", cost, amounts[level]),)) for name, level in LEVELS.items()
+        Budget(name, (Constraint("bitops", cost, amounts[level]),))
+        for name, level in LEVELS.items()
     ]
 
 
-def search(bench: Bench, table, variables, name: str, seed: int, accuracy) -> dict:
+def search(
+    bench: Bench, net: Supernet, state: SupernetState, name: str, seed: int, accuracy
+) -> dict:
     """Runs one search; returns its accuracies by budget, and what it took."""
     strategy, options = VARIANTS[name]
     metric = METRICS.get(name, "kl")
     score = bench.on_validation(
-        prefix_scoring.make_fast_score(
-            bench.model, table, variables, bench.dataset.image_shape, metric=metric
-        ),
+        prefix_scoring.make_fast_score(net, state, bench.dataset.image_shape, metric=metric),
         IMAGES,
     )
     scored = 0
@@ -97,12 +104,10 @@ def search(bench: Bench, table, variables, name: str, seed: int, accuracy) -> di
         return score(configs, key)
 
     started = time.perf_counter()
-    found = STRATEGIES[strategy](
+    found = STRATEGIES[strategy].search(
         counted,
-        table,
-        table.candidates,
-        table.mask,
-        make_budgets(table),
+        SearchSpace(net.table),
+        make_budgets(net.table),
         jax.random.key(seed),
         **options,
     )
@@ -110,28 +115,30 @@ def search(bench: Bench, table, variables, name: str, seed: int, accuracy) -> di
     return {
         "scored": scored,
         "seconds": seconds,
-        "test": {one.budget: accuracy(variables, one.bits, "test") for one in found},
-        "validation": {one.budget: accuracy(variables, one.bits, "validation") for one in found},
+        "test": {one.budget: accuracy(state, one.bits, "test") for one in found},
+        "validation": {one.budget: accuracy(state, one.bits, "validation") for one in found},
         "score": {one.budget: one.score for one in found},
         "bits": {one.budget: [np.asarray(b).tolist() for b in one.bits] for one in found},
     }
 
 
-def correlations(bench: Bench, table, variables, accuracy) -> dict[str, list[float]]:
+def correlations(
+    bench: Bench, net: Supernet, state: SupernetState, accuracy
+) -> dict[str, list[float]]:
     """Returns Spearman's rank correlations of scores with validation and with test error.
 
     By metric and norms. The 40,000 validation images include those of the score.
     """
-    space, generator = Space(table, table.candidates, table.mask), np.random.default_rng(0)
-    states = [
-        into_budget(space, budget, space.drawn(generator), generator, window=0.05)
-        for budget in make_budgets(table)[:1]
+    space, generator = SearchSpace(net.table), np.random.default_rng(0)
+    budget = make_budgets(net.table)[0]
+    drawn = [
+        repair(space, budget, space.sample(generator), generator, window=0.05)
         for _ in range(CORRELATED)
     ]
-    configs = space.config(np.array(states))
+    configs = space.bits_of(np.array(drawn))
     each = [BitConfig(*(bits[i] for bits in configs)) for i in range(CORRELATED)]
     splits = [
-        scipy.stats.rankdata([accuracy(variables, bits, split) for bits in each])
+        scipy.stats.rankdata([accuracy(state, bits, split) for bits in each])
         for split in ("validation", "test")
     ]
     calibration = bench.recalibration_images(8)
@@ -139,9 +146,8 @@ def correlations(bench: Bench, table, variables, accuracy) -> dict[str, list[flo
     for norms in ("batch", "recalibrated"):
         for metric in scoring.METRICS:
             score = scoring.make_score(
-                bench.model,
-                table,
-                variables,
+                net,
+                state,
                 metric=metric,
                 norms=norms,
                 calibration=calibration if norms == "recalibrated" else None,
@@ -185,23 +191,25 @@ def main():
     bench = Bench(arguments.data_dir, 0, arguments.epochs)
     bench.model = make_model("resnet20", num_classes=10, width=8, stem_stride=2)
     table = bench.table((6, 5, 4, 3, 2))
-    variables = trained(bench, table, out)
-    method = METHODS["rfquant"].make(bench.model, table, METHODS["rfquant"].options(), bench.run)
+    options = METHODS["rfquant"].options(learning_rate=0.02, ema_decay=0.99)
+    method = METHODS["rfquant"].make(bench.model, table, options, bench.run)
+    net, state = method.net, trained(bench, method, out)
+    assert net is not None  # RFQuant has a supernet
     accuracy = bench.recalibrated(method, 24)
     done = {(row["variant"], row["seed"]) for row in read(out)}
     if ("uniform", 0) not in done:
         levels = {"4-bit level": 4, "3-bit level": 3}
         test = {
-            name: accuracy(variables, table.uniform(b, b), "test") for name, b in levels.items()
+            name: accuracy(state, net.table.uniform(b, b), "test") for name, b in levels.items()
         }
         append(out, {"seed": 0, "variant": "uniform", "test": test})
     for seed in range(max(SEEDS.values())):
         for name in VARIANTS:
             if seed < SEEDS.get(name, 3) and (name, seed) not in done:
-                row = search(bench, table, variables, name, seed, accuracy)
+                row = search(bench, net, state, name, seed, accuracy)
                 append(out, {"seed": seed, "variant": name} | row)
     if ("correlation", 0) not in done:
-        found = correlations(bench, table, variables, accuracy)
+        found = correlations(bench, net, state, accuracy)
         append(out, {"seed": 0, "variant": "correlation", "spearman": found})
     print_searches(read(out))
 

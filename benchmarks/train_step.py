@@ -27,7 +27,7 @@ import numpy as np
 from mpq_jax.methods import float_training, rfquant
 from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models import make_model
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
 
@@ -56,7 +56,7 @@ def make_step(name: str, arguments):
         method = rfquant.make(model, table, options, run)
     images = jax.random.normal(jax.random.key(0), (arguments.batch, *shape))
     batch = {"image": images, "label": jnp.arange(arguments.batch, dtype=jnp.int32) % 10}
-    state = method.init(linen.init_variables(model, jax.random.key(1), shape), images)
+    state = method.init(network.init_variables(model, jax.random.key(1), shape), images)
     return functools.partial(one_step, method, batch), state
 
 

@@ -87,13 +87,13 @@ def search_options() -> ConfigDict:
     search = ConfigDict()
     # greedy (as published), tabu, evolution, random, ilp, hybrid (ilp, then exchanges of bits):
     search.strategy = "hybrid"
-    search.cost = "bitops"  # of budgets: bitops, bytes, act_bytes, mean_bits, latency
+    search.cost = "bitops"  # of budgets: bitops, bytes, stored_bytes, act_bytes, mean_bits, latency
     search.levels = (4, 3)  # budgets: the cost of these uniform bits ...
     search.budgets = ()  # ... these numbers: bit operations per image, bytes, bits, s ...
     search.pareto_points = 0  # ... and so many more between the smallest and the largest cost
     search.max_accuracy_drop = 0.0  # points: the cheapest bits that lose no more; 0: off
     search.limits = ConfigDict()  # further limits on every budget, all at once; 0: none
-    for kind in ("bitops", "bytes", "act_bytes", "mean_bits", "latency"):
+    for kind in ("bitops", "bytes", "stored_bytes", "act_bytes", "mean_bits", "latency"):
         search.limits[kind] = 0.0
     search.latency = ""  # JSON file of seconds by layer and bits, see `mpq latency`
     search.metric = "kl"  # error (as published), loss, kl (from the largest bits)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from mpq_jax.methods.base import TrainingInfo
     from mpq_jax.models import MODELS, make_model
     from mpq_jax.models.pretrained import import_torch
-    from mpq_jax.program.linen import init_variables
+    from mpq_jax.program.function import function
+    from mpq_jax.program.network import init_variables
     from mpq_jax.search.problem import Budget, Constraint
     from mpq_jax.search.run import SearchOptions, SearchReport
     from mpq_jax.search.strategies import STRATEGIES
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from mpq_jax.supernet.bits import BitConfig, from_json, to_json
     from mpq_jax.supernet.layer_table import Layer, LayerTable, trace_layers
     from mpq_jax.supernet.rules import FIRST_LAST, FIRST_LAST_8BIT, Rule, bit_rules
-    from mpq_jax.supernet.supernet import Subnet, Supernet, SupernetState
+    from mpq_jax.supernet.state import Subnet, SupernetState
+    from mpq_jax.supernet.supernet import Supernet
     from mpq_jax.supernet.tied_layers import (
         tie_acts_to_weights,
         tie_matching,
@@ -59,6 +61,7 @@ __all__ = [
     "data",
     "export",
     "from_json",
+    "function",
     "import_torch",
     "init_variables",
     "make_model",
@@ -78,14 +81,16 @@ _HOMES = {  # module -> its public names
     "mpq_jax.methods.base": ("TrainingInfo",),
     "mpq_jax.models": ("MODELS", "make_model"),
     "mpq_jax.models.pretrained": ("import_torch",),
-    "mpq_jax.program.linen": ("init_variables",),
+    "mpq_jax.program.function": ("function",),
+    "mpq_jax.program.network": ("init_variables",),
     "mpq_jax.search.problem": ("Budget", "Constraint"),
     "mpq_jax.search.run": ("SearchOptions", "SearchReport"),
     "mpq_jax.search.strategies": ("STRATEGIES",),
     "mpq_jax.supernet.bits": ("BitConfig", "from_json", "to_json"),
     "mpq_jax.supernet.layer_table": ("Layer", "LayerTable", "trace_layers"),
     "mpq_jax.supernet.rules": ("FIRST_LAST", "FIRST_LAST_8BIT", "Rule", "bit_rules"),
-    "mpq_jax.supernet.supernet": ("Subnet", "Supernet", "SupernetState"),
+    "mpq_jax.supernet.state": ("Subnet", "SupernetState"),
+    "mpq_jax.supernet.supernet": ("Supernet",),
     "mpq_jax.supernet.tied_layers": ("tie_acts_to_weights", "tie_matching", "tie_shared_inputs"),
 }
 _MODULES = {

@@ -11,7 +11,7 @@ import sklearn.datasets
 
 from mpq_jax.methods import float_training, rfquant
 from mpq_jax.methods.base import TrainingInfo
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.search.greedy import greedy_search
 from mpq_jax.search.problem import Budget, Constraint
 from mpq_jax.search.scoring import on_drawn_images
@@ -74,13 +74,16 @@ def train(method, state, batches):
     return state, events
 
 
+@pytest.mark.slow
 def test_a_users_model_is_trained_once_and_searched_for_two_budgets(digits):
     images, labels = digits
     batches = train_batches(digits)
     weight = jnp.ones(len(images) - TRAIN_IMAGES)
     test = [{"image": images[TRAIN_IMAGES:], "label": labels[TRAIN_IMAGES:], "weight": weight}]
 
-    variables = jax.jit(lambda key: linen.init_variables(MODEL, key, (8, 8, 1)))(jax.random.key(0))
+    variables = jax.jit(lambda key: network.init_variables(MODEL, key, (8, 8, 1)))(
+        jax.random.key(0)
+    )
     floats = float_training.make(MODEL, TABLE, float_training.Options(), RUN)
     state, _ = train(floats, floats.init(variables, images[:BATCH]), batches)
     float_score = make_evaluate(floats.predict, lambda x: x)(floats.variables(state), None, test)

@@ -13,7 +13,12 @@ from ml_collections import ConfigDict
 
 PLANES = 8  # of every layer at the start (n), as published
 CODE_TO_BITS = 1 / PLANES  # the published code's lambda weighs a fraction of the bits
-FLOAT_SHORTCUTS = {"pattern": "shortcut", "weights": 32, "float_weights": True}  # as published
+FLOAT_SHORTCUTS = {  # as published; networks without shortcuts have none
+    "pattern": "shortcut",
+    "weights": 32,
+    "float_weights": True,
+    "optional": True,
+}
 FLOAT_INPUT_OF_HEAD = {"kind": "dense", "acts": 32, "float_acts": True}
 
 

@@ -8,10 +8,11 @@ from mpq_jax.export.packed import reader
 from mpq_jax.methods.base import LearnedScheme
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.left_float import describe
 from mpq_jax.training.metrics import CompileCounter
 
 KIB = 2**10
-LARGE_PROGRAM = 0.2  # seconds of compilation from which on a program is named
+LARGE_PROGRAM = 0.005  # share of all seconds of compilation from which on a program is named
 
 
 def make_console(*, quiet: bool = False) -> rich.console.Console:
@@ -23,23 +24,14 @@ def make_console(*, quiet: bool = False) -> rich.console.Console:
 
 
 def print_layers(console: rich.console.Console, table: LayerTable) -> None:
-    """Prints the layers and the bits among which each may choose."""
+    """Prints the layers, the bits among which each may choose, and what stays float."""
     shown = rich.table.Table("layer", "kind", "kernel", "MACs", "weights", "bits w", "bits a")
     for layer in table.layers:
-        weights, acts = (
-            "float, counted as " if is_float else ""
-            for is_float in (layer.float_weights, layer.float_acts)
-        )
-        shown.add_row(
-            layer.name,
-            layer.kind,
-            "x".join(map(str, layer.kernel_shape)),
-            f"{layer.macs:,}",
-            f"{layer.params:,}",
-            weights + " ".join(map(str, layer.weight_candidates)),
-            acts + " ".join(map(str, layer.act_candidates)),
-        )
+        name, kind, *numbers = layer.summary
+        shown.add_row(name, kind, "x".join(map(str, layer.kernel_shape)), *numbers)
     console.print(shown)
+    for line in describe(table.left_float or ()):
+        console.print(f"stays float: {line}", highlight=False)
 
 
 def print_integers(
@@ -90,9 +82,10 @@ def print_corrupt(console: rich.console.Console, dataset: data.Dataset) -> None:
 
 def print_compilations(console: rich.console.Console, counter: CompileCounter) -> None:
     """Prints how often each large program was compiled; once each means: bits never recompile."""
-    large = {name: n for name, n in counter.counts.items() if counter.seconds[name] > LARGE_PROGRAM}
+    total = sum(counter.seconds.values())
+    least = LARGE_PROGRAM * total
+    large = {name: n for name, n in counter.counts.items() if counter.seconds[name] > least}
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(large.items()))
     small = sum(counter.counts.values()) - sum(large.values())
-    total = sum(counter.seconds.values())
     line = f"compilations: {listed}; {small} small ones; {total:.0f} s in all"
     console.print(line, soft_wrap=True)  # one line, for programs that read it

@@ -11,6 +11,7 @@ from mpq_jax import data
 from mpq_jax.cli import datasets, networks
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import KIB, make_console
+from mpq_jax.export import signature
 from mpq_jax.export.packed import network
 from mpq_jax.export.packed.network import PackedNetwork
 from mpq_jax.models import user_models
@@ -53,6 +54,11 @@ def load(path: pathlib.Path, own_model: str | None) -> PackedNetwork:
     packed = network.load(path)
     if own_model is None:
         return packed
+    if packed.file.num_classes is None:
+        raise ValueError(
+            "--model makes networks of some number of classes, and the file's network returns "
+            f"something else; use mpq_jax.export.open_file({str(path)!r}, model=model)"
+        )
     options = origin_of(packed).get("model", {}).get("options", {})
     model = user_models.make(own_model, num_classes=packed.file.num_classes, options=options)
     return network.load(path, model=model)
@@ -108,6 +114,12 @@ def check_dataset(packed: PackedNetwork, dataset: data.Dataset) -> None:
         raise ValueError(
             "the file is of a model that is not in mpq_jax.models; say where its class is: "
             "--model=FILE.py:Class"
+        )
+    if file.image_shape is None or file.num_classes is None:
+        raise ValueError(
+            "accuracy is that of networks of one array of images and one of logits, and the file's "
+            f"network takes {signature.describe(file.inputs)}"
+            f"{'' if file.num_classes else ' and returns something else'}; leave --dataset out"
         )
     if file.mean is None or file.std is None:
         raise ValueError("the file does not say how its images are normalized; save it with them")

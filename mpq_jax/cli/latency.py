@@ -13,7 +13,6 @@ from absl import flags
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import make_console
 from mpq_jax.models import MODELS, make_model, user_models
-from mpq_jax.program import linen
 from mpq_jax.supernet import latency
 from mpq_jax.supernet.latency import FLOAT, Pair, Timings
 from mpq_jax.supernet.layer_table import trace_layers
@@ -45,7 +44,7 @@ def define_flags(values: flags.FlagValues) -> None:
 class Request(NamedTuple):
     """A command line, checked."""
 
-    model: linen.Model
+    model: Any
     input_shape: tuple[int, ...]
     pairs: tuple[Pair, ...]
     out: pathlib.Path
@@ -79,7 +78,7 @@ def _integers(flag: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"--{flag} is {text!r}; wanted integers like 8,4,2") from error
 
 
-def _make_model(given: Any, shape: tuple[int, ...]) -> linen.Model:
+def _make_model(given: Any, shape: tuple[int, ...]) -> Any:
     """Makes the model, and traces it to be sure that it takes such inputs."""
     try:
         options = json.loads(given.options)

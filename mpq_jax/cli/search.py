@@ -32,7 +32,8 @@ from mpq_jax.search.report import SEARCHED, SearchReport
 from mpq_jax.search.strategies import STRATEGIES
 from mpq_jax.supernet import costs, tied_layers
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.tasks import evaluation
 from mpq_jax.training import checkpoints, config_record, initial_state
 from mpq_jax.training.config_record import Config

@@ -1,6 +1,6 @@
 """Networks as files that run outside the trainer.
 
-save("net.onnx", net, state, bits, image_shape=(32, 32, 3))
+save("net.onnx", net, state, bits)
 exported = load_run("runs/digits/supernet", "uniform:4")
 save("digits.stablehlo", exported)
 verify("digits.stablehlo", exported, dataset)
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from mpq_jax import data
     from mpq_jax.export.exported_model import ExportedModel
-    from mpq_jax.export.formats import FORMATS, RunImages
+    from mpq_jax.export.formats import FORMATS, Run
     from mpq_jax.export.verification import Verification
-    from mpq_jax.program import linen
     from mpq_jax.supernet.bits import BitConfig
-    from mpq_jax.supernet.supernet import Supernet, SupernetState
+    from mpq_jax.supernet.state import SupernetState
+    from mpq_jax.supernet.supernet import Supernet
 
 __all__ = ["FORMATS", "ExportedModel", "load_run", "open_file", "save", "verify"]
 
@@ -57,7 +57,8 @@ def save(
         state: state of the supernet, with the norm statistics that belong to the bits.
         bits: one configuration; None: all precisions of a Double Rounding network, which packed
             files can hold.
-        image_shape: height, width and channels of an image.
+        image_shape: height, width and channels of an image, if they are not those with which the
+            layers were traced.
         mean: mean of the images that training subtracted, per channel, on the scale 0 to 1.
         std: standard deviation that it divided by, likewise.
         format: a key of `FORMATS`; None: by the ending of the file's name.
@@ -77,8 +78,8 @@ def save(
         if (state, bits, image_shape, mean, std) != (None,) * 5:
             raise ValueError("a network from load_run has its state and bits; leave them out")
         return formats.save(path, network, format, **options)
-    if state is None or image_shape is None:
-        raise ValueError("a supernet is saved with its state and with image_shape; give both")
+    if state is None:
+        raise ValueError("a supernet is saved with its state; give it")
     exported = exported_model.make(
         network, state, bits, image_shape=image_shape, mean=mean, std=std
     )
@@ -110,15 +111,18 @@ def open_file(
     path: "str | os.PathLike[str]",
     format: str | None = None,
     *,
-    model: "linen.Model | None" = None,
+    model: Any = None,
     bits: "BitConfig | None" = None,
-) -> "RunImages":
-    """Opens an exported file; returns `run(normalized images) -> logits`.
+) -> "Run":
+    """Opens an exported file; returns `run(inputs) -> outputs`, those of the model.
+
+    Inputs and outputs are pytrees of arrays, as the model takes and returns them: normalized images
+    and logits, for example. A tuple of inputs holds several arguments.
 
     Args:
         path: the file.
         format: a key of `FORMATS`; None: by the ending of the file's name.
-        model: a user's own model, which packed files need.
+        model: a user's own model, of any library, which packed files need.
         bits: configuration to run, for packed files of several; None: the one with the most bits.
     """
     from mpq_jax.export import formats

@@ -5,6 +5,7 @@ logits(exported, images)    # the training-time model, the reference of every ex
 quantized_layers(exported)  # its integers, layer by layer
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -13,16 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
-from jaxtyping import ArrayLike as AnyArray
+from jaxtyping import Array
 
-from mpq_jax.export import checksum
-from mpq_jax.program import paths
-from mpq_jax.supernet import supernet
+from mpq_jax.export import checksum, signature
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.rules import FLOAT_BITS, MAX_BITS
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import Subnet, SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 LEARNED = "found by training"  # provenance label of bits that training learned
 
@@ -46,8 +45,10 @@ class ExportedModel(NamedTuple):
         net: the network: model, layers, quantizer.
         state: its state, with the norm statistics that belong to `bits`.
         bits: one configuration; None: all that the layer table allows, which packed files hold.
-        image_shape: height, width and channels of an image.
-        num_classes: size of the output.
+        inputs: inputs of the model, any pytree of `jax.ShapeDtypeStruct`s with a batch axis of 1; a
+            tuple holds several arguments.
+        num_classes: size of the last axis of the output; None: the model does not return one array
+            [batch, ..., classes].
         mean, std: normalization of the images, per channel, on the scale 0 to 1; None: unknown.
         model_spec: the model by name; None: a user's own model.
         layouts: notes of the training method on how the integers of a layer are made, by path.
@@ -57,8 +58,8 @@ class ExportedModel(NamedTuple):
     net: Supernet
     state: SupernetState
     bits: BitConfig | None
-    image_shape: tuple[int, ...]
-    num_classes: int
+    inputs: Any
+    num_classes: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     model_spec: ModelSpec | None = None
@@ -70,13 +71,21 @@ class ExportedModel(NamedTuple):
         """Layers of the network."""
         return self.net.table
 
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """Shape of one example, of images height, width and channels; None: it is no array."""
+        is_array = isinstance(self.inputs, jax.ShapeDtypeStruct)
+        return tuple(self.inputs.shape[1:]) if is_array else None
+
 
 class QuantizedLayer(NamedTuple):
     """One layer as it is computed.
 
+    A product of activations has no kernel: step size and bits are those of its second operand.
+
     Attributes:
         name: path of the layer.
-        kind: "conv", "depthwise" or "dense".
+        kind: "conv", "depthwise", "dense", "embedding" or "product".
         integers: int32 integer values of the kernel, in its shape; None: the kernel stays float.
         step_size: value of one unit of the integers; the kernel is exactly `integers * step_size`.
         bits: two's-complement bits of the integers; 0: all are zero.
@@ -102,31 +111,66 @@ def make(
     state: SupernetState,
     bits: BitConfig | None,
     *,
-    image_shape: tuple[int, ...],
+    image_shape: tuple[int, ...] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> ExportedModel:
-    """Makes the record of a network of any model; for arguments see `ExportedModel`.
+    """Makes the record of a network of any model.
+
+    Args:
+        net: the network; its layer table tells what the model takes.
+        state: its state, with the norm statistics that belong to `bits`.
+        bits: one configuration; None: all that the layer table allows.
+        image_shape: shape of an image, if it is not that with which the layers were traced.
+        mean: mean of the images that training subtracted, per channel, on the scale 0 to 1.
+        std: standard deviation that it divided by, likewise.
+        provenance: facts to add to the provenance.
 
     Raises:
-        ValueError: the layer table does not allow the bits.
+        ValueError: the layer table does not allow the bits, or the inputs are not known or do not
+            share a batch axis.
     """
     config = net.table.max_config if bits is None else bits
     net.table.check(config)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    output = jax.eval_shape(net.apply, state, config, image)
     origin = {"mpq_jax": importlib.metadata.version("mpq_jax"), "jax": jax.__version__}
+    inputs = _inputs(net.table, image_shape)
     return ExportedModel(
         net,
         state,
         bits,
-        tuple(image_shape),
-        output.shape[-1],
+        inputs,
+        _num_classes(jax.eval_shape(net.apply, state, config, inputs)),
         None if mean is None else tuple(map(float, mean)),
         None if std is None else tuple(map(float, std)),
         provenance=origin | (provenance or {}),
     )
+
+
+def _inputs(table: LayerTable, image_shape: tuple[int, ...] | None) -> Any:
+    """Describes the inputs of a model: those that its layers were traced with."""
+    if table.example is None:
+        if image_shape is None:
+            raise ValueError(
+                "the layer table does not say what the model takes, as trace_layers did not make "
+                "it; give image_shape"
+            )
+        return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    inputs = signature.one_example(table.example.inputs)
+    if image_shape is None:
+        return inputs
+    if not isinstance(inputs, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"image_shape is {tuple(image_shape)}, and the model takes "
+            f"{signature.describe(signature.to_json(inputs))}; leave image_shape out: the "
+            "shapes are those with which the layers were traced"
+        )
+    return jax.ShapeDtypeStruct((1, *image_shape), inputs.dtype)
+
+
+def _num_classes(output: Any) -> int | None:
+    is_array = isinstance(output, jax.ShapeDtypeStruct) and len(output.shape) > 1
+    return output.shape[-1] if is_array else None
 
 
 def config_of(exported: ExportedModel) -> BitConfig:
@@ -134,7 +178,7 @@ def config_of(exported: ExportedModel) -> BitConfig:
     return exported.table.max_config if exported.bits is None else exported.bits
 
 
-def select(exported: ExportedModel) -> supernet.Subnet:
+def select(exported: ExportedModel) -> Subnet:
     """Picks the subnet: plain variables, and the quantizers of the layers' inputs."""
     return _select(exported.net, exported.state, config_of(exported))
 
@@ -142,11 +186,9 @@ def select(exported: ExportedModel) -> supernet.Subnet:
 _select = jax.jit(Supernet.select, static_argnums=0)
 
 
-def logits(
-    exported: ExportedModel, images: Float[AnyArray, "batch ..."]
-) -> Float[Array, "batch classes"]:
-    """Computes the logits of the training-time model on normalized images; traceable."""
-    return exported.net.apply(exported.state, config_of(exported), images)
+def logits(exported: ExportedModel, inputs: Any) -> Any:
+    """Computes what the training-time model returns, such as logits of images; traceable."""
+    return exported.net.apply(exported.state, config_of(exported), inputs)
 
 
 def float_reference(exported: ExportedModel) -> ExportedModel:
@@ -161,9 +203,11 @@ def float_reference(exported: ExportedModel) -> ExportedModel:
         )
         for layer in exported.table.layers
     ]
-    table = LayerTable(tuple(layers), bn_banks="shared")
+    table = dataclasses.replace(
+        exported.table, layers=tuple(layers), bn_banks="shared", tied_groups=()
+    )
     unused = jnp.ones((len(table), 1), jnp.float32)
-    trainable = supernet.TrainableParams(variables["params"], unused, unused)
+    trainable = TrainableParams(variables["params"], unused, unused)
     return exported._replace(
         net=Supernet(exported.net.model, table, quantizer=exported.net.quantizer),
         state=SupernetState(trainable, variables["batch_stats"], exported.state.signed),
@@ -180,16 +224,19 @@ def quantized_layers(exported: ExportedModel) -> list[QuantizedLayer]:
     """
     check(exported)
     config = config_of(exported)
-    subnet, found = jax.device_get(
+    chosen = select(exported)
+    subnet, kernels, found = jax.device_get(
         (
-            select(exported),
+            chosen,
+            exported.net.kernels_of(chosen),
             _integers(exported.net, exported.state.trainable, jnp.asarray(config.weights)),
         )
     )
-    params = paths.flatten(subnet.params)
     layers = []
     for index, layer in enumerate(exported.table.layers):
         integers, step_size = found.get(layer.name, (None, 1))
+        if layer.is_product and not layer.float_weights:
+            step_size = subnet.second["step_size"][index]
         layers.append(
             QuantizedLayer(
                 name=layer.name,
@@ -197,7 +244,7 @@ def quantized_layers(exported: ExportedModel) -> list[QuantizedLayer]:
                 integers=integers,
                 step_size=np.float32(step_size),
                 bits=int(np.asarray(config.weights)[index]),
-                kernel=np.asarray(params[f"{layer.name}/kernel"]),
+                kernel=np.asarray(kernels[index]),
                 input_step_size=(
                     None if layer.float_acts else np.float32(subnet.act_step_sizes[index])
                 ),
@@ -210,17 +257,17 @@ def quantized_layers(exported: ExportedModel) -> list[QuantizedLayer]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _integers(
-    net: Supernet, trainable: supernet.TrainableParams, weight_bits: Array
+    net: Supernet, trainable: TrainableParams, weight_bits: Array
 ) -> dict[str, tuple[Array, Array]]:
     """Computes integers and their step size of every quantized kernel, by layer."""
     step_sizes = net.weight_step_sizes(trainable, weight_bits)
-    kernels = supernet.kernels(net.table, trainable.params)
+    kernels = net.kernels(trainable.params)
     return {
         layer.name: net.quantizer.weights.codes(
             kernels[index], step_sizes[index], weight_bits[index], max_bits=layer.max_bits
         )
         for index, layer in enumerate(net.table.layers)
-        if not layer.float_weights
+        if not (layer.float_weights or layer.is_product)
     }
 
 

@@ -12,10 +12,12 @@ import numpy as np
 from mpq_jax.export import norm_statistics
 from mpq_jax.export.exported_model import LEARNED, ExportedModel, ModelSpec
 from mpq_jax.models import user_models
+from mpq_jax.program.network import example_batch
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training import checkpoints, config_record, experiment
 from mpq_jax.training.experiment import Experiment
 
@@ -108,7 +110,7 @@ def of_experiment(
         net=net,
         state=state,
         bits=bits,
-        image_shape=tuple(dataset.image_shape),
+        inputs=example_batch(tuple(dataset.image_shape)),
         num_classes=dataset.num_classes,
         mean=tuple(float(value) for value in dataset.mean),
         std=tuple(float(value) for value in dataset.std),

@@ -2,7 +2,7 @@
 
 save("digits.onnx", exported)
 run = open_file("digits.onnx")
-logits = run(images)
+logits = run(images)  # or other inputs and outputs, as those of the model
 """
 
 import os
@@ -20,11 +20,10 @@ from mpq_jax.export import stablehlo
 from mpq_jax.export.exported_model import LEARNED, ExportedModel
 from mpq_jax.export.onnx import OPSETS
 from mpq_jax.export.packed import network, reader, writer
-from mpq_jax.program import linen
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.bits import BitConfig
 
-RunImages = Callable[[np.ndarray], np.ndarray]  # normalized float32 images -> logits
+Run = Callable[[Any], Any]  # inputs -> outputs: pytrees as of the model, outputs as NumPy arrays
 
 
 class Format(NamedTuple):
@@ -46,7 +45,7 @@ class Format(NamedTuple):
     runtime: str
     options: Mapping[str, Collection[Any]]
     write: Callable[..., Any]
-    open: Callable[[pathlib.Path, linen.Model | None, BitConfig | None], RunImages]
+    open: Callable[[pathlib.Path, Any, BitConfig | None], Run]
     bits: Callable[[pathlib.Path], str | None]
 
 
@@ -86,10 +85,10 @@ def open_file(
     path: str | os.PathLike[str],
     format_name: str | None = None,
     *,
-    model: linen.Model | None = None,
+    model: Any = None,
     bits: BitConfig | None = None,
-) -> RunImages:
-    """Opens a file; returns `run(normalized images) -> logits`.
+) -> Run:
+    """Opens a file; returns `run(inputs) -> outputs`, those of the model.
 
     Args:
         path: the file.
@@ -137,11 +136,15 @@ def format_of(path: pathlib.Path) -> str:
     raise ValueError(f"the name of {path} has no known ending; name the format: {endings}")
 
 
-def _open_packed(
-    path: pathlib.Path, model: linen.Model | None, bits: BitConfig | None
-) -> RunImages:
-    apply = jax.jit(network.load(path, model=model).at(bits))
-    return lambda images: np.asarray(apply(images))
+def _open_packed(path: pathlib.Path, model: Any, bits: BitConfig | None) -> Run:
+    packed = network.load(path, model=model)
+    apply = jax.jit(packed.at(bits))
+
+    def run(inputs: Any) -> Any:
+        packed.check(inputs)  # outside of `jit`, which adds words to errors
+        return jax.tree.map(np.asarray, apply(inputs))
+
+    return run
 
 
 def _packed_bits(path: pathlib.Path) -> str | None:

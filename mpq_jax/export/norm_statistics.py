@@ -17,7 +17,8 @@ from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.fingerprint import fingerprint
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 FORMAT, VERSION = "mpq_jax.norms", 2
 HOW_TO_WRITE = (

@@ -6,7 +6,10 @@ The content is what `jax.export` serializes, so it runs without this library:
 
     import jax.export
     network = jax.export.deserialize(pathlib.Path("net.stablehlo").read_bytes())
-    logits = network.call(images)  # float32 [any batch, height, width, channels], normalized
+    outputs = network.call(inputs)  # such as normalized images [any batch, height, width, channels]
+
+Inputs and outputs are pytrees of arrays, as the model takes and returns them; a tuple of inputs
+holds several arguments of the model.
 
 Kernels are constants of 4, 8 or 16 bits, converted to floats while the program runs; inputs of
 layers are quantized as in training. JAX promises to read such files for six months after they were
@@ -25,7 +28,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax.export import checksum, exported_model, program, safetensors_file
+from mpq_jax.export import checksum, exported_model, program, safetensors_file, signature
 from mpq_jax.export.exported_model import ExportedModel, QuantizedLayer
 from mpq_jax.supernet import bits as bit_configs
 
@@ -35,37 +38,41 @@ INTEGER_TYPES = {4: jnp.int4, 8: jnp.int8, 16: jnp.int16}  # by bits
 
 
 def to_stablehlo(exported: ExportedModel, *, platforms: Sequence[str] = PLATFORMS) -> bytes:
-    """Writes a network as a StableHLO program of normalized images.
+    """Writes a network as a StableHLO program of its inputs, for any batch size.
 
     Args:
         exported: the network.
         platforms: platforms to run on, by JAX's names.
 
     Raises:
-        ValueError: the network cannot be exported, see `exported_model.check`.
+        ValueError: the network cannot be exported, see `exported_model.check`, or its inputs or
+            outputs hold containers that JAX cannot write.
     """
     subnet = exported_model.select(exported)
-    integers = {
-        f"params/{layer.name}/kernel": (_stored(layer), layer.step_size)
-        for layer in exported_model.quantized_layers(exported)
-        if layer.integers is not None
-    }
-    variables = program.flat_variables(subnet)
-    floats = {name: value for name, value in variables.items() if name not in integers}
+    net, layers = exported.net, exported_model.quantized_layers(exported)
+    integers = {layer.name: _stored(layer) for layer in layers if layer.integers is not None}
 
-    def call(_: Any, images: jax.Array) -> jax.Array:
-        kernels = {name: _value(stored, step) for name, (stored, step) in integers.items()}
-        return program.forward(exported.net, subnet, floats | kernels, images)
+    def call(_: Any, batch: Any) -> Any:
+        kernels = {
+            layer.name: (
+                _value(integers[layer.name], layer.step_size)
+                if layer.name in integers
+                else jnp.asarray(layer.kernel)
+            )
+            for layer in layers
+        }
+        whole = program.with_kernels(net, subnet, kernels)
+        return net.forward(whole, batch, train=False).logits
 
-    images = program.any_batch(exported)
-    any_batch = program.for_any_batch(call, (), images)
+    batch = program.any_batch(exported)
+    any_batch = program.for_any_batch(call, (), batch)
 
-    def logits(images: jax.Array) -> jax.Array:
-        return any_batch((), images)
+    def forward(batch: Any) -> Any:
+        return any_batch((), batch)
 
     with _without_paths():
-        serialized = jax.export.export(jax.jit(logits), platforms=tuple(platforms))(images)
-        content = bytes(serialized.serialize())
+        written = jax.export.export(jax.jit(forward), platforms=tuple(platforms))(batch)
+        content = _serialized(written)
     facts = {
         "format": FORMAT,
         "version": VERSION,
@@ -84,8 +91,8 @@ def write(path: pathlib.Path, exported: ExportedModel) -> None:
     safetensors_file.write_whole(path, to_stablehlo(exported))
 
 
-def open_file(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Opens a file; returns `run(normalized images) -> logits`."""
+def open_file(path: pathlib.Path) -> Callable[[Any], Any]:
+    """Opens a file; returns `run(inputs) -> outputs`, with the outputs as NumPy arrays."""
     content = path.read_bytes()
     facts_of(path, content)
     try:
@@ -97,7 +104,14 @@ def open_file(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
             f"JAX that is too old or too new: {error}"
         ) from error
     call = jax.jit(network.call)
-    return lambda images: np.asarray(call(images))
+    (batch,), _ = network.in_tree.unflatten(network.in_avals)
+    wanted = signature.to_json(batch)
+
+    def run(batch: Any) -> Any:
+        signature.check(wanted, batch)
+        return jax.tree.map(np.asarray, call(batch))
+
+    return run
 
 
 def facts_of(path: pathlib.Path, content: bytes) -> dict[str, Any]:
@@ -139,6 +153,20 @@ def _without_paths() -> Iterator[None]:
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def _serialized(written: jax.export.Exported) -> bytes:
+    try:
+        return bytes(written.serialize())
+    except ValueError as error:
+        if "unregistered type" not in str(error):
+            raise
+        raise ValueError(
+            "the inputs or outputs of the model hold a container that JAX cannot write: use dicts, "
+            "tuples and lists, or register its type by "
+            "jax.export.register_namedtuple_serialization(TYPE, serialized_name=NAME) before the "
+            f"file is written and before it is read. JAX says: {error}"
+        ) from error
 
 
 def _stored(layer: QuantizedLayer) -> jax.Array:

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from mpq_jax import data
-from mpq_jax.export import exported_model, formats
+from mpq_jax.export import exported_model, formats, signature
 from mpq_jax.export.exported_model import ExportedModel
-from mpq_jax.export.formats import RunImages
+from mpq_jax.export.formats import Run
 from mpq_jax.supernet import bits as bit_configs
 
 LATENCY_BATCHES = (1, 64)  # images
@@ -145,6 +145,13 @@ def check_bits(path: pathlib.Path, format_name: str, exported: ExportedModel) ->
 
 def check_dataset(exported: ExportedModel, dataset: data.Dataset) -> None:
     """Raises ValueError where a dataset has other images or classes than the network."""
+    if exported.image_shape is None or exported.num_classes is None:
+        raise ValueError(
+            "verify is for networks of one array of images and one of logits; this one takes "
+            f"{signature.describe(signature.to_json(exported.inputs))}"
+            f"{' and returns something else' if exported.num_classes is None else ''}. Compare "
+            "mpq_jax.export.open_file(path)(inputs) with net.predict(state, bits, inputs) instead"
+        )
     for what, held, wanted in (
         ("images of shape", tuple(dataset.image_shape), tuple(exported.image_shape)),
         ("this number of classes:", dataset.num_classes, exported.num_classes),
@@ -173,9 +180,7 @@ def some_images(exported: ExportedModel, dataset: data.Dataset, count: int) -> n
     return np.resize(real, (count, *real.shape[1:]))
 
 
-def compare(
-    exported: RunImages, trained: RunImages, images: Iterable[Mapping[str, Any]]
-) -> Agreement:
+def compare(exported: Run, trained: Run, images: Iterable[Mapping[str, Any]]) -> Agreement:
     """Compares two networks on batches of normalized images with labels and weights.
 
     Raises:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, Protocol
 from jaxtyping import Array, Key
 
 from mpq_jax.parallel.grad_accumulation import BatchPartition
-from mpq_jax.program import linen
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 PyTree = Any
 Batch = dict[str, Array]  # "image" [batch, ...] as read from the dataset, "label" int32 [batch]
@@ -112,9 +112,7 @@ class Method(NamedTuple):
 class MakeMethod(Protocol):
     """Builds a method for one model and run."""
 
-    def __call__(
-        self, model: linen.Model, table: LayerTable, options: Any, run: TrainingInfo
-    ) -> Method:
+    def __call__(self, model: Any, table: LayerTable, options: Any, run: TrainingInfo) -> Method:
         """Builds the method; `options` are those of its family."""
         ...
 

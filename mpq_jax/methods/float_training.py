@@ -17,7 +17,8 @@ from mpq_jax.parallel.grad_accumulation import (
     partitioned_gradient,
     reduce_mean,
 )
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
+from mpq_jax.program.network import forward
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.tasks import classification
 
@@ -63,7 +64,7 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
-def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
+def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds float training; the table is only passed on, because a float model has no bits."""
     schedule = optim.warmup_cosine(
         peak=options.learning_rate,
@@ -85,7 +86,7 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
     def loss_of(params, _, batch_stats, examples, dropout_key):
-        logits, batch_stats = linen.forward(
+        logits, batch_stats = forward(
             model,
             {"params": params, "batch_stats": batch_stats},
             examples["image"],
@@ -122,7 +123,7 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
 
     def predict(variables, bits, images):
         del bits
-        return linen.forward(model, variables, images, train=False)[0]
+        return forward(model, variables, images, train=False)[0]
 
     return Method(
         table=table,

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mpq_jax.program import paths
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 PyTree = Any
 SHOWN_DIFFERENCES = 5

@@ -1,25 +1,26 @@
-"""Models of users, given as the file or the module that defines their class.
+"""Models of users, given as the file or the module that defines them.
 
     make("my_models.py:TinyNet", num_classes=10, options={"width": 8})
     make("package.models:TinyNet", num_classes=10)
 
-The class is a Linen module with a field `num_classes`; options set its other fields.
+The name is that of a Linen or NNX class, or of any function that returns a model. It takes the
+argument `num_classes`, and NNX's `rngs` if it has one; options are its other arguments.
 """
 
-import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import flax.linen as nn
+from mpq_jax.program.network import as_network
 
 PREFIX = "_mpq_user_model_"  # prefix of the module names under which files are imported
-LINEN_FIELDS = ("parent", "name")  # fields of every Linen module, not options
+NO_OPTIONS = ("self", "parent", "name", "rngs")  # of Linen modules; random streams of NNX
 
 
 def is_user_model(name: str | None) -> bool:
@@ -37,56 +38,63 @@ def absolute(name: str, folders: Sequence[pathlib.Path]) -> str:
     return f"{file.resolve()}:{class_name}"
 
 
-def make(name: str, *, num_classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:
+def make(
+    name: str, *, num_classes: int, options: Mapping[str, Any] | None = None, seed: int = 0
+) -> Any:
     """Builds a user's model.
 
     Args:
         name: `FILE.py:Class`, or `module:Class` for an importable module.
         num_classes: size of the output.
-        options: values of other fields of the class.
+        options: values of other arguments.
+        seed: seed of the initial variables, for models that draw them when they are made.
 
     Raises:
-        ValueError: the file, module or class does not exist, is not a Linen module, or lacks one of
-            the fields.
+        ValueError: the file, module or class does not exist, makes no model, or lacks one of the
+            arguments.
     """
-    module_class = find_class(name)
-    given = dict(options or {})
-    fields = [
-        field.name
-        for field in dataclasses.fields(module_class)
-        if field.init and field.name not in LINEN_FIELDS
-    ]
-    if "num_classes" not in fields:
+    maker, given = find_maker(name), dict(options or {})
+    called: Any = maker.__init__ if isinstance(maker, type) else maker
+    parameters = inspect.signature(called).parameters
+    known = [key for key in parameters if key not in NO_OPTIONS]
+    if "num_classes" not in known:
         raise ValueError(
-            f"the model {name!r} has no field num_classes, only {fields}; give its class the field "
-            "`num_classes: int`, set from the dataset, and use it as the size of the last layer"
+            f"the model {name!r} takes no num_classes, only {known}; give it the argument "
+            "`num_classes: int` (a field, in Linen), set from the dataset, and use it as the size "
+            "of the last layer"
         )
-    unknown = sorted(set(given) - set(fields))
+    unknown = sorted(set(given) - set(known))
     if unknown:
-        raise ValueError(f"the model {name!r} has no fields {unknown}; it has {fields}")
+        raise ValueError(f"the model {name!r} takes no {unknown}; it takes {known}")
+    if "rngs" in parameters:
+        from flax import nnx  # only models of NNX need it
+
+        given["rngs"] = nnx.Rngs(seed)
     try:
-        return module_class(num_classes=num_classes, **given)
+        model = maker(num_classes=num_classes, **given)
+        as_network(model)
     except TypeError as error:
         raise ValueError(f"the model {name!r} cannot be built with {given}: {error}") from error
+    return model
 
 
-def find_class(name: str) -> type[nn.Module]:
-    """Imports the class to which a name refers; arguments and errors as in `make`."""
-    place, _, class_name = name.rpartition(":")
+def find_maker(name: str) -> Callable[..., Any]:
+    """Imports the class or function to which a name refers; errors as in `make`."""
+    place, _, own_name = name.rpartition(":")
     module = _import_file(pathlib.Path(place)) if place.endswith(".py") else _import_module(place)
-    model_class = getattr(module, class_name, None)
-    if model_class is None:
-        classes = [
+    maker = getattr(module, own_name, None)
+    if not callable(maker):
+        makers = [
             key
             for key, value in vars(module).items()
-            if isinstance(value, type) and issubclass(value, nn.Module) and value is not nn.Module
+            if callable(value) and getattr(value, "__module__", None) == module.__name__
         ]
-        raise ValueError(f"{place} has no class {class_name!r}; its Linen modules are {classes}")
-    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        held = "nothing" if maker is None else repr(maker)
         raise ValueError(
-            f"{class_name!r} in {place} is {model_class!r}; wanted a subclass of flax.linen.Module"
+            f"{own_name!r} in {place} is {held}; wanted a class or function that makes a model. It "
+            f"has {makers}"
         )
-    return model_class
+    return maker
 
 
 def _import_file(path: pathlib.Path) -> ModuleType:

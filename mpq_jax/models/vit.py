@@ -79,8 +79,8 @@ class ViT(nn.Module):
     """Vision Transformer for images of one size, divisible by `patch_size`, fixed at `init`.
 
     Every projection is an `nn.Dense` and the patch embedding is an `nn.Conv`, so each is a layer
-    with its own bit-widths. The two matrix products of attention and its softmax stay float and do
-    not count toward costs.
+    with its own bit-widths. The softmax of attention stays float; its two matrix products have
+    bits where a rule of kind "product" gives them.
 
     Attributes:
         num_classes: size of the output.

@@ -1,30 +1,32 @@
 """Nested dicts of variables as flat dicts by path, `stage1/block0/conv1/kernel`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.traverse_util
 import jax
 
+SLASH = "\u2215"  # stands for a "/" in the name of a variable, as in those of Linen's WeightNorm
+
+
+def join(names: Iterable[str]) -> str:
+    """Joins names to a path."""
+    return "/".join(name.replace("/", SLASH) for name in names)
+
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Flattens nested dicts into their leaves by path; leaves may be of any type.
-
-    Raises:
-        ValueError: a name contains a "/", as those of `nn.WeightNorm` do.
-    """
+    """Flattens nested dicts into their leaves by path; leaves may be of any type."""
     flat: Any = flax.traverse_util.flatten_dict(tree)
-    for name in {name for path in flat for name in path if "/" in name}:
-        raise ValueError(
-            f"the variable {name!r} has a '/' in its name, which separates names here; rename it "
-            "(Flax's WeightNorm and SpectralNorm use such names and are not supported)"
-        )
-    return {"/".join(path): leaf for path, leaf in flat.items()}
+    return {join(path): leaf for path, leaf in flat.items()}
 
 
 def unflatten(flat: dict[str, Any]) -> dict:
     """Rebuilds the nested dicts that `flatten` took apart."""
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    split = {
+        tuple(name.replace(SLASH, "/") for name in path.split("/")): leaf
+        for path, leaf in flat.items()
+    }
+    return flax.traverse_util.unflatten_dict(split)
 
 
 def map_leaves(tree: Any, change: Callable[[str, jax.Array], Any]) -> dict:

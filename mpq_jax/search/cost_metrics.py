@@ -15,6 +15,7 @@ _BYTES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
 UNITS: dict[str, tuple[Unit, ...]] = {
     "bitops": ((1e12, "TBitOPs"), (1e9, "GBitOPs"), (1e6, "MBitOPs"), (1e3, "kBitOPs")),
     "bytes": _BYTES,
+    "stored_bytes": _BYTES,
     "act_bytes": _BYTES,
     "mean_bits": ((1.0, "mean bits"),),
     "latency": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
@@ -61,11 +62,14 @@ def cost_metric(kind: str, cost: np.ndarray) -> CostMetric:
 def cost_metrics(table: LayerTable, latency: np.ndarray | None = None) -> dict[str, CostMetric]:
     """Returns all metrics of a table by kind; "latency" only where seconds are given.
 
+    "stored_bytes" is left out where the table does not know what stays float.
+
     Args:
         table: the layers.
         latency: seconds of each layer, from `costs.latency_table`.
     """
-    tables = {kind: costs.cost_table(table, kind) for kind in UNITS if kind != "latency"}
+    unknown = {"latency", *(["stored_bytes"] if table.left_float is None else [])}
+    tables = {kind: costs.cost_table(table, kind) for kind in UNITS if kind not in unknown}
     if latency is not None:
         tables["latency"] = latency
     return {kind: cost_metric(kind, values) for kind, values in tables.items()}

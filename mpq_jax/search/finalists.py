@@ -12,7 +12,8 @@ from mpq_jax.search.report import SEARCHED, UNIFORM, EvaluatedConfig
 from mpq_jax.search.tolerance import cheapest_within
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.tasks.evaluation import Score
 
 Find = Callable[[Sequence[Budget]], list[SearchResult]]

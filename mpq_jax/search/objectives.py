@@ -13,7 +13,8 @@ from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.costs import allowed_pairs
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.sensitivity import Trace
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 
 def measured_sensitivity(score: Score, space: SearchSpace, key: Key[Array, ""]) -> np.ndarray:
@@ -130,6 +131,13 @@ OBJECTIVES: dict[str, Callable[..., np.ndarray]] = {
 
 def check_inputs_are_determined(table: LayerTable) -> None:
     """Raises ValueError if a Hessian objective, which knows only weights, would choose inputs."""
+    products = [layer.name for layer in table.layers if layer.is_product and layer.searchable]
+    if products:
+        raise ValueError(
+            f"the objectives {sorted(OBJECTIVES)} know only kernels, and {products[0]!r} is a "
+            "product of activations with a choice of bits; fix its bits by a rule, or use the "
+            "measured objective"
+        )
     has_choice = np.array([len(layer.act_candidates) > 1 for layer in table.layers])
     if (has_choice & (table.group_leaders[:, 0] != table.group_leaders[:, 1])).any():
         raise ValueError(
@@ -164,5 +172,5 @@ def hessian_objective(
     variables = net.float_variables(state, net.table.max_config)
     traces = sensitivity.layer_traces(net, variables, batches, key, probes=probes)
     errors = sensitivity.weight_errors(net, state.trainable)
-    weights = np.array([layer.params for layer in net.table.layers])
+    weights = np.array([max(layer.params, 1) for layer in net.table.layers])
     return OBJECTIVES[name](net.table, np.asarray(traces.mean) / weights, errors), traces

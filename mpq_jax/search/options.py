@@ -22,8 +22,8 @@ class SearchOptions:
 
     Attributes:
         cost: kind of the budgets: "bitops" (bit operations per image), "bytes" (of the weights),
-            "act_bytes" (of the activations that layers read, per image), "mean_bits" (of the
-            weights) or "latency" (seconds).
+            "stored_bytes" (with all that stays float), "act_bytes" (of the activations that layers
+            read, per image), "mean_bits" (of the weights) or "latency" (seconds).
         levels: uniform bits; their costs are budgets.
         budgets: numbers that are budgets, in the unit of `cost`.
         pareto_points: number of further budgets, spread over the range of costs.

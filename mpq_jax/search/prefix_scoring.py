@@ -3,25 +3,26 @@
 Searches that change one layer at a time ask for configurations that agree in all layers but one.
 Here a set of configurations is a tree: each segment of the model is run once for each different
 beginning, so of a change in a late layer only the end of the model is computed. The scores are
-those of `evaluate.make_score`.
+those of `scoring.make_score`.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mpq_jax.program import network
 from mpq_jax.search import segments
 from mpq_jax.search.segments import Segments
 from mpq_jax.supernet import scoring
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.scoring import BatchScore
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 MEMORY = 2**31  # bytes of intermediate activations that are held at once
 TOGETHER = {"cpu": 1}  # inputs of one call by backend: on CPU, larger convolutions are no faster
@@ -32,7 +33,7 @@ WORTH_SHARING = 0.9  # part of the work that may be left
 class _Node(NamedTuple):
     """A beginning of the model: the activations that it ends with, and who shares it."""
 
-    x: Array
+    x: Any
     members: np.ndarray
 
 
@@ -45,27 +46,26 @@ def make_prefix_score(
     cut: Segments,
     *,
     metric: str = "error",
-    norms: str = "batch",
     memory: int = MEMORY,
     together: int | None = None,
     quantized: dict[str, Array] | None = None,
 ) -> BatchScore:
-    """Returns `score(configs, images, labels)` like `evaluate.make_score`, by shared beginnings.
+    """Returns `score(configs, images, labels)` like `scoring.make_score`, by shared beginnings.
 
     Each segment is compiled once, and once more for several inputs at a time.
 
     Args:
         net: the supernet.
         state: its state.
-        cut: the model's segments, from `segments.find_segments`.
-        metric: see `evaluate.make_score`.
-        norms: "batch" or "stored"; see there. Norms that are recalibrated depend on other images.
+        cut: the model's segments, from `segments.find_segments`; those of training mode use the
+            norm statistics of the images ("batch"), those of evaluation mode the stored ones.
+        metric: see `scoring.make_score`.
         memory: bytes of activations to hold at once, about; what does not fit is computed later.
         together: how many activations a segment is run on at once, where several beginnings meet
             the same bits. 1: never; None: 1 on CPU, where it costs time, 8 elsewhere.
-        quantized: kernels from `evaluate.quantize_all`; None: they are made here.
+        quantized: kernels from `scoring.quantize_all`; None: they are made here.
     """
-    scoring.check(metric, norms, None)
+    scoring.check(metric, "stored", None)
     if quantized is None:
         quantized = scoring.quantize_all(net, state.trainable)
     measure = jax.jit(scoring.METRICS[metric])
@@ -77,11 +77,12 @@ def make_prefix_score(
         subnet = net.select_quantized(state, quantized, bits)
 
         def run(x: Array) -> Array:
-            return segments.run(net, cut, depth, subnet, x, train=norms == "batch")
+            return segments.run(net, cut, depth, subnet, x)
 
         if len(inputs) == 1:
             return (run(inputs[0]),)
-        return tuple(jax.vmap(run)(jnp.stack(inputs)))  # kernels are shared: one large convolution
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+        return tuple(jax.vmap(run)(stacked))  # kernels are shared: one large convolution
 
     def run_all(depth: int, bits: BitConfig, inputs: list[Array]) -> list[Array]:
         outputs: list[Array] = []
@@ -92,7 +93,7 @@ def make_prefix_score(
             outputs += run_segment(depth, state, quantized, bits, chosen)
         return outputs
 
-    def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
+    def score(configs: BitConfig, images: Any, labels: Array) -> Float[Array, " configs"]:
         bits = np.stack([np.asarray(configs.weights), np.asarray(configs.acts)], axis=-1)
         scores: list[Array] = [jnp.zeros(())] * len(bits)
         teacher = jnp.zeros(())
@@ -104,7 +105,7 @@ def make_prefix_score(
         def begun(depth: int, nodes: list[_Node]) -> list[tuple[int, list[_Group]]]:
             """Returns what is to be run next, in parts that fit into memory."""
             groups = _groups(nodes, bits[:, cut.parts[depth].layers])
-            size = cut.parts[min(depth + 1, last)].size * len(images) * 4
+            size = cut.parts[min(depth + 1, last)].size * network.batch_size(images) * 4
             return [(depth, part) for part in _parts(groups, max(1, memory // (last + 1) // size))]
 
         pending = begun(0, [_Node(images, np.arange(len(bits)))])
@@ -150,11 +151,11 @@ def shared_work(table: LayerTable, cut: Segments, configs: BitConfig) -> float:
 def make_fast_score(
     net: Supernet,
     state: SupernetState,
-    image_shape: Sequence[int],
+    example_inputs: Any,
     *,
     metric: str = "error",
     norms: str = "batch",
-    calibration: Float[Array, "batches batch ..."] | None = None,
+    calibration: Any | None = None,
     memory: int = MEMORY,
 ) -> BatchScore:
     """Returns the faster of both scores for each set of configurations; see `make_score`.
@@ -165,8 +166,8 @@ def make_fast_score(
     Args:
         net: the supernet.
         state: its state.
-        image_shape: shape of one image.
-        metric: see `evaluate.make_score`, as for the next three.
+        example_inputs: inputs as `trace_layers` takes them.
+        metric: see `scoring.make_score`, as for the next three.
         norms: statistics of the norms.
         calibration: images for them.
         memory: see `make_prefix_score`.
@@ -183,7 +184,7 @@ def make_fast_score(
     )
     if norms == "recalibrated":
         return one_by_one
-    cut = segments.find_segments(net, image_shape)
+    cut = segments.find_segments(net, example_inputs, train=norms == "batch")
     if len(cut.parts) == 1:
         return one_by_one
     shared = make_prefix_score(
@@ -191,12 +192,11 @@ def make_fast_score(
         state,
         cut,
         metric=metric,
-        norms=norms,
         memory=memory,
         quantized=quantized,
     )
 
-    def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
+    def score(configs: BitConfig, images: Any, labels: Array) -> Float[Array, " configs"]:
         worth_it = shared_work(net.table, cut, configs) < WORTH_SHARING
         return (shared if worth_it else one_by_one)(configs, images, labels)
 

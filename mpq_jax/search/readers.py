@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mpq_jax.data.batches import pad_batch
+from mpq_jax.program import network
 from mpq_jax.search.scoring import ToDevice, as_arrays
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.fingerprint import fingerprint
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.tasks import evaluation
 
 VALIDATION, TEST = "validation", "test"  # splits
@@ -52,7 +53,7 @@ def readers_of_arrays(
     test_images: Any | None = None,
     test_labels: Any | None = None,
 ) -> ImageReaders:
-    """Makes the functions from arrays of normalized images, [images, ...].
+    """Makes the functions from normalized images, [images, ...], or any pytree of such arrays.
 
     Args:
         net: the supernet.
@@ -69,7 +70,9 @@ def readers_of_arrays(
     if test_images is not None or test_labels is not None:
         splits[TEST] = (test_images, test_labels)
     for name, (some_images, some_labels) in splits.items():
-        counts = [0 if some is None else len(some) for some in (some_images, some_labels)]
+        counts = [
+            0 if some is None else network.batch_size(some) for some in (some_images, some_labels)
+        ]
         if counts[0] != counts[1] or not counts[0]:
             raise ValueError(
                 f"there are {counts[0]} {name} images and {counts[1]} labels; wanted one label for "
@@ -78,15 +81,22 @@ def readers_of_arrays(
     training: Any = images if calibration_images is None else calibration_images
 
     def calibration() -> Array:
-        size = min(BATCH, len(training))
-        count = len(training) // size
-        return jnp.asarray(training[: count * size]).reshape(count, size, *training.shape[1:])
+        size = min(BATCH, network.batch_size(training))
+        count = network.batch_size(training) // size
+
+        def in_batches(leaf: Any) -> Array:
+            return jnp.asarray(leaf[: count * size]).reshape(count, size, *leaf.shape[1:])
+
+        return jax.tree.map(in_batches, training)
 
     def labeled_batches(count: int) -> Batches:
-        size = min(BATCH, count, len(images))
-        for first in range(0, min(count, len(images)) - size + 1, size):
-            chosen = slice(first, first + size)
-            yield {"image": jnp.asarray(images[chosen]), "label": jnp.asarray(labels[chosen])}
+        most = min(count, len(labels))
+        size = min(BATCH, most)
+        for first in range(0, most - size + 1, size):
+            some, some_labels = as_arrays(
+                *network.take((images, labels), slice(first, first + size))
+            )
+            yield {"image": some, "label": some_labels}
 
     def evaluate(state: SupernetState, bits: BitConfig, split: str) -> evaluation.Score:
         return _evaluate(net)(state, bits, _padded_batches(*splits[split]))
@@ -99,11 +109,15 @@ def readers_of_arrays(
 
 def _padded_batches(images: Any, labels: Any) -> Batches:
     """Yields batches of one size; the last is filled up with images of weight 0."""
-    size = min(BATCH, len(images))
-    for first in range(0, len(images), size):
-        chosen = slice(first, first + size)
-        batch = {"image": np.asarray(images[chosen]), "label": np.asarray(labels[chosen])}
-        yield pad_batch(batch, size=size)
+    size = min(BATCH, len(labels))
+    whole = {"image": images, "label": labels, "weight": np.ones(len(labels), np.float32)}
+
+    def padded(leaf: Any) -> np.ndarray:
+        room = [(0, size - len(leaf))] + [(0, 0)] * (leaf.ndim - 1)
+        return np.pad(np.asarray(leaf), room)
+
+    for first in range(0, len(labels), size):
+        yield jax.tree.map(padded, network.take(whole, slice(first, first + size)))
 
 
 @functools.lru_cache(maxsize=4)  # one compiled program serves all searches of a supernet

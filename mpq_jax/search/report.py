@@ -12,7 +12,7 @@ from mpq_jax.search.readers import TEST, VALIDATION
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.sensitivity import Trace
-from mpq_jax.supernet.supernet import SupernetState
+from mpq_jax.supernet.state import SupernetState
 from mpq_jax.tasks.evaluation import Score
 
 UNIFORM, SEARCHED = "uniform", "searched"  # groups of tested configurations

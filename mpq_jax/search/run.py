@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mpq_jax.program import network
 from mpq_jax.search import finalists, objectives, prefix_scoring
 from mpq_jax.search.budgets import SearchProblem, make_problem
 from mpq_jax.search.finalists import Evaluator, Find
@@ -25,7 +26,8 @@ from mpq_jax.search.scoring import on_drawn_images
 from mpq_jax.search.strategies import STRATEGIES
 from mpq_jax.supernet.fingerprint import fingerprint
 from mpq_jax.supernet.sensitivity import Trace
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 __all__ = ["SearchOptions", "SearchReport", "search"]
 
@@ -54,8 +56,9 @@ def search(
     Args:
         net: the supernet.
         state: its trained state.
-        images: normalized validation images, [images, ...], which were not trained on.
-        labels: int [images], their classes.
+        images: normalized validation images, [images, ...], which were not trained on; for other
+            networks, inputs as any pytree of arrays.
+        labels: int [images, ...], their classes.
         calibration_images: normalized training images, [images, ...], to re-estimate norm
             statistics; None: the validation images.
         test_images: normalized test images; None: all accuracies are on validation images.
@@ -176,6 +179,16 @@ def _open_cache(
     return scores
 
 
+def _example(net: Supernet, images: Any) -> Any:
+    """Describes the model's inputs: of the sizes of these images, which may not be normalized."""
+    shapes, traced = network.with_batch_size(images, 1), net.table.example
+    if traced is None:
+        return shapes
+    return jax.tree.map(
+        lambda own, like: jax.ShapeDtypeStruct(own.shape, like.dtype), shapes, traced.inputs
+    )
+
+
 def _make_score(
     net: Supernet,
     state: SupernetState,
@@ -188,13 +201,13 @@ def _make_score(
     score = prefix_scoring.make_fast_score(
         net,
         state,
-        images.shape[1:],
+        _example(net, images),
         metric=options.metric,
         norms=options.norms,
         calibration=readers.calibration() if options.norms == "recalibrated" else None,
         memory=options.memory,
     )
-    size = min(options.score_images // jax.process_count(), len(images))
+    size = min(options.score_images // jax.process_count(), network.batch_size(images))
     return on_drawn_images(score, images, labels, size=size, to_device=readers.to_device)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from mpq_jax.program import network
 from mpq_jax.search.problem import Score, seed_words
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.scoring import BatchScore
@@ -19,7 +20,7 @@ ToDevice = Callable[[Any, Any], tuple[Array, Array]]
 
 def as_arrays(images: Any, labels: Any) -> tuple[Array, Array]:
     """Returns images, which are normalized already, and labels as JAX arrays."""
-    return jnp.asarray(images), jnp.asarray(labels)
+    return jax.tree.map(jnp.asarray, (images, labels))
 
 
 def on_drawn_images(
@@ -34,14 +35,15 @@ def on_drawn_images(
         size: number of images that this process draws.
         to_device: prepares what was drawn.
     """
-    if not 1 <= size <= len(images):
-        raise ValueError(f"size is {size}; there are {len(images)} images to draw from")
+    count = network.batch_size(images)
+    if not 1 <= size <= count:
+        raise ValueError(f"size is {size}; there are {count} images to draw from")
 
     @functools.lru_cache(maxsize=1)  # most strategies score everything with one key
     def drawn(words: tuple[int, ...]) -> tuple[Array, Array]:
         generator = np.random.default_rng([*words, jax.process_index()])
-        chosen = generator.choice(len(images), size, replace=False)
-        return to_device(images[chosen], labels[chosen])
+        chosen = generator.choice(count, size, replace=False)
+        return to_device(network.take(images, chosen), labels[chosen])
 
     def score_drawn(configs: BitConfig, key: Key[Array, ""]) -> Array:
         return score(configs, *drawn(seed_words(key)))

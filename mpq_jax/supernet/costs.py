@@ -18,6 +18,7 @@ from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.rules import FLOAT_BITS
 
 BITS_PER_BYTE = 8
 LATENCY_FORMAT = "mpq_jax.latency"
@@ -35,9 +36,40 @@ def bitops(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
     return jnp.sum(_macs(table) * _as_float(bits.weights) * _as_float(bits.acts))
 
 
-def model_bytes(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
-    """Computes the bytes of all kernels at their bits, without norms, biases and step sizes."""
-    return jnp.sum(_params(table) * _as_float(bits.weights)) / BITS_PER_BYTE
+def model_bytes(
+    table: LayerTable, bits: BitConfig, *, count_float: bool = False
+) -> Float[Array, ""]:
+    """Computes the bytes of all kernels at their bits.
+
+    Args:
+        table: the layers.
+        bits: one configuration.
+        count_float: whether to count everything that must be stored, see `float_bytes`, and float
+            kernels at 32 bits, whatever a rule lets them count as.
+    """
+    if not count_float:
+        return jnp.sum(_params(table) * _as_float(bits.weights)) / BITS_PER_BYTE
+    stored = jnp.where(_in_float(table), FLOAT_BITS, _as_float(bits.weights))
+    return jnp.sum(_params(table) * stored) / BITS_PER_BYTE + float_bytes(table)
+
+
+def float_bytes(table: LayerTable) -> float:
+    """Computes the bytes of what a network stores beside its kernels, in float32.
+
+    These are biases, norms with their statistics, all other parameters that no layer covers, and
+    the step sizes of one configuration.
+
+    Raises:
+        ValueError: the table does not know what stays float.
+    """
+    if table.left_float is None:
+        raise ValueError(
+            "the table does not know what stays float, as trace_layers did not make it; it can "
+            "count the bytes of kernels alone"
+        )
+    variables = sum(one.size for one in table.left_float if one.kind != "product")
+    step_sizes = sum(2 - layer.float_weights - layer.float_acts for layer in table.layers)
+    return (variables + step_sizes) * FLOAT_BITS / BITS_PER_BYTE
 
 
 def act_bytes(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
@@ -46,14 +78,15 @@ def act_bytes(table: LayerTable, bits: BitConfig) -> Float[Array, ""]:
     An array that several layers read counts for each of them: this is memory traffic, not peak
     memory. A float input counts at the bits of its rule.
     """
-    read = jnp.array([layer.inputs for layer in table.layers], jnp.float32)
-    return jnp.sum(read * _as_float(bits.acts)) / BITS_PER_BYTE
+    first, second = jnp.array(_inputs(table), jnp.float32)
+    read = first * _as_float(bits.acts) + second * _as_float(bits.weights)
+    return jnp.sum(read) / BITS_PER_BYTE
 
 
 def mean_bits(
     table: LayerTable, bits: BitConfig, *, by: Literal["layer", "param"]
 ) -> Float[Array, ""]:
-    """Computes the mean weight bits over the layers that have a choice.
+    """Computes the mean weight bits over the layers with a kernel that have a choice.
 
     Args:
         table: the layers.
@@ -63,9 +96,9 @@ def mean_bits(
     """
     if by not in ("layer", "param"):
         raise ValueError(f'by is {by!r}; wanted "layer" or "param"')
-    if not table.searchable.any():
+    if not _with_choice(table).any():
         raise ValueError("no layer of the table has a choice of bits, so there is no mean of them")
-    chosen = jnp.asarray(table.searchable, jnp.float32)
+    chosen = jnp.asarray(_with_choice(table), jnp.float32)
     weight = chosen * _params(table) if by == "param" else chosen
     return jnp.sum(weight * _as_float(bits.weights)) / jnp.sum(weight)
 
@@ -78,6 +111,21 @@ def _params(table: LayerTable) -> Float[Array, " layers"]:
     return jnp.array([layer.params for layer in table.layers], jnp.float32)
 
 
+def _inputs(table: LayerTable) -> list[list[int]]:
+    """Counts the values per image that layers read, and of second operands: [2, layers]."""
+    layers = table.layers
+    return [[layer.inputs for layer in layers], [layer.second_inputs for layer in layers]]
+
+
+def _in_float(table: LayerTable) -> np.ndarray:
+    return np.array([layer.float_weights for layer in table.layers])
+
+
+def _with_choice(table: LayerTable) -> np.ndarray:
+    """Marks the layers with a kernel that have a choice: bool [layers]."""
+    return np.array([layer.searchable and not layer.is_product for layer in table.layers])
+
+
 def _as_float(bits: Int[AnyArray, " layers"]) -> Float[Array, " layers"]:
     return jnp.asarray(bits).astype(jnp.float32)
 
@@ -85,6 +133,7 @@ def _as_float(bits: Int[AnyArray, " layers"]) -> Float[Array, " layers"]:
 COSTS: dict[str, Callable[[LayerTable, BitConfig], Array]] = {
     "bitops": bitops,
     "bytes": model_bytes,
+    "stored_bytes": functools.partial(model_bytes, count_float=True),
     "act_bytes": act_bytes,
     "mean_bits": functools.partial(mean_bits, by="layer"),
 }
@@ -108,27 +157,34 @@ def cost_table(table: LayerTable, kind: str) -> np.ndarray:
 
     Args:
         table: the layers.
-        kind: "bitops" (bit operations per image), "bytes" (of the kernels), "act_bytes" (of the
-            inputs that layers read, per image) or "mean_bits" (weight bits by layer, over the
-            layers that have a choice; the others count 0).
+        kind: "bitops" (bit operations per image), "bytes" (of the kernels), "stored_bytes" (of
+            everything that must be stored; what belongs to no layer counts with the first one),
+            "act_bytes" (of the inputs that layers read, per image) or "mean_bits" (weight bits by
+            layer, over the layers that have a choice; the others count 0).
     """
     if kind not in COSTS:
         raise ValueError(f"the budget kind is {kind!r}; known kinds are {sorted(COSTS)}")
     choices = np.array(table.candidates, np.float64)
-    weights, acts = choices, np.ones_like(choices)
+    weights, acts, rest = choices[None, :, None], np.ones_like(choices), 0.0
     if kind == "bitops":
         per_bit = np.array([layer.macs for layer in table.layers], np.float64)
         acts = choices
     elif kind == "act_bytes":
-        per_bit = np.array([layer.inputs for layer in table.layers], np.float64) / BITS_PER_BYTE
-        weights, acts = acts, choices
-    elif kind == "bytes":
+        first, second = np.array(_inputs(table), np.float64)[..., None, None]
+        read = first * choices + second * choices[:, None]
+        return np.where(allowed_pairs(table), read / BITS_PER_BYTE, np.inf)
+    elif kind in ("bytes", "stored_bytes"):
         per_bit = np.array([layer.params for layer in table.layers], np.float64) / BITS_PER_BYTE
+        if kind == "stored_bytes":
+            weights = np.where(_in_float(table)[:, None, None], FLOAT_BITS, weights)
+            rest = float_bytes(table)
     else:
-        if not table.searchable.any():
+        chosen = _with_choice(table)
+        if not chosen.any():
             raise ValueError("no layer of the table has a choice of bits: there is no mean of them")
-        per_bit = table.searchable / table.searchable.sum()
-    cost = per_bit[:, None, None] * weights[:, None] * acts
+        per_bit = chosen / chosen.sum()
+    cost = per_bit[:, None, None] * weights * acts
+    cost[0] += rest
     return np.where(allowed_pairs(table), cost, np.inf)
 
 

@@ -11,20 +11,23 @@ searching with comes from the runtime that the network will run on. Let it write
 which `costs.latency_table` describes.
 """
 
-import functools
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mpq_jax.program import linen
+from mpq_jax.program import layers
+from mpq_jax.program.equations import array
+from mpq_jax.program.evaluate import equation_at
+from mpq_jax.program.network import as_network
+from mpq_jax.program.sites import Site
+from mpq_jax.program.trace import Program, trace
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.rules import MAX_BITS
 
@@ -39,14 +42,18 @@ class Call(NamedTuple):
     """One call of a layer in a model.
 
     Attributes:
-        module: the layer, one of `linen.LAYERS`, detached from the model.
-        kernel_shape: shape of its kernel.
-        input_shape: shape of its input, batch axis included.
+        primitive: the convolution or product.
+        params: its settings.
+        shapes: shapes of its two operands.
+        kernel: which of them is the kernel.
+        times: how often a loop repeats it.
     """
 
-    module: nn.Module
-    kernel_shape: tuple[int, ...]
-    input_shape: tuple[int, ...]
+    primitive: Any
+    params: dict[str, Any]
+    shapes: tuple[tuple[int, ...], ...]
+    kernel: int
+    times: int
 
 
 class Timing(NamedTuple):
@@ -67,33 +74,46 @@ Timings = dict[str, dict[Pair, Timing]]  # by path of the layer and pair of bits
 
 
 def layer_calls(
-    model: nn.Module, input_shape: Sequence[int], *, batch: int = 1
+    model: Any, input_shape: Sequence[int], *, batch: int = 1
 ) -> dict[str, tuple[Call, ...]]:
     """Lists the calls of every layer by its path, in call order, without computing anything.
 
+    Lookups of rows are left out: nothing is multiplied.
+
     Args:
-        model: the Linen model.
+        model: the model: a Linen or NNX module, or a `function`.
         input_shape: shape of one image.
         batch: images per call.
     """
-    found: dict[str, tuple[Call, ...]] = {}
+    network = as_network(model)
+    inputs = jax.ShapeDtypeStruct((batch, *input_shape), jnp.float32)
+    variables = layers.shapes_of(network, inputs)
+    program = trace(network, variables, inputs, train=False)
+    shapes = layers.variable_shapes(variables)
+    return {
+        layer.name: tuple(
+            _call(program, program.sites.sites[index])
+            for index in layer.sites
+            if program.sites.sites[index].data is not None
+        )
+        for layer in layers.find_layers(program, shapes, batch)
+    }
 
-    def record(call: linen.ModuleCall) -> Any:
-        out = call.run()  # first: it draws the kernel
-        if isinstance(call.module, linen.LAYERS):
-            kernel = call.module.variables["params"]["kernel"]
-            alone = call.module.clone(parent=None, name=None)
-            found[call.path] = (*found.get(call.path, ()), Call(alone, kernel.shape, call.x.shape))
-        return out
 
-    shape = (batch, *input_shape)
-    with linen.intercept(record):
-        jax.eval_shape(lambda key: linen.init_variables(model, key, shape), jax.random.key(0))
-    return found
+def _call(program: Program, site: Site) -> Call:
+    equation = equation_at(program.jaxpr.jaxpr, site.key)
+    repeated = [n for depth, n in enumerate(site.loops) if depth not in site.stacked]
+    return Call(
+        equation.primitive,
+        equation.params,
+        tuple(array(var).shape for var in equation.invars),
+        site.kernel.position,
+        math.prod(repeated),
+    )
 
 
 def measure_model(
-    model: nn.Module,
+    model: Any,
     input_shape: Sequence[int],
     pairs: Sequence[Pair],
     *,
@@ -104,7 +124,7 @@ def measure_model(
     """Measures every layer of a model, see `measure_layer`.
 
     Args:
-        model: the Linen model.
+        model: the model, see `layer_calls`.
         input_shape: shape of one image.
         pairs: bits of weights and input.
         batch: images per call.
@@ -130,20 +150,23 @@ def multiply(call: Call, kernel: Array, x: Array) -> Array:
         Sums, int32, or float32 where the codes are floats.
     """
     sums = jnp.float32 if x.dtype == jnp.float32 else jnp.int32
-    changes: dict[str, Any] = {"use_bias": False, "precision": None, "promote_dtype": _unchanged}
-    if isinstance(call.module, nn.Dense | nn.DenseGeneral):
-        product = functools.partial(jax.lax.dot_general, preferred_element_type=sums)
-        changes["dot_general_cls"] = lambda: product
-    else:
-        convolution = functools.partial(jax.lax.conv_general_dilated, preferred_element_type=sums)
-        changes["conv_general_dilated_cls"] = lambda: convolution
-    out: Any = call.module.clone(**changes).apply({"params": {"kernel": kernel}}, x)
-    return out
+    operands = (kernel, x) if call.kernel == 0 else (x, kernel)
+    params = call.params | {"preferred_element_type": jnp.dtype(sums), "precision": None}
+    return call.primitive.bind(*operands, **params)
 
 
-def _unchanged(*arrays, dtype, **others):
-    del dtype, others
-    return arrays
+def _repeat(call: Call, kernel: Array, x: Array) -> Array:
+    """Computes a call as often as its loop does; every turn depends on the one before."""
+    if call.times == 1:
+        return multiply(call, kernel, x)
+
+    def turn(_, carried: tuple[Array, Array]) -> tuple[Array, Array]:
+        out = multiply(call, kernel, carried[0])
+        return jax.lax.optimization_barrier((x, out))
+
+    out = jax.eval_shape(lambda: multiply(call, kernel, x))
+    start = (x, jnp.zeros(out.shape, out.dtype))
+    return jax.lax.fori_loop(0, call.times, turn, start)[1]
 
 
 def draw_codes(
@@ -165,10 +188,12 @@ def measure_layer(
         rounds: samples of each pair. Pairs take turns, so that a disturbance of the machine meets
             all of them.
     """
+    if not calls:
+        return {pair: Timing(0.0, 0.0, "nothing") for pair in pairs}
 
     @jax.jit
     def layer(operands: list[tuple[Array, Array]]) -> list[Array]:
-        return [multiply(call, *both) for call, both in zip(calls, operands, strict=True)]
+        return [_repeat(call, *both) for call, both in zip(calls, operands, strict=True)]
 
     prepared = {pair: _prepare(layer, calls, pair) for pair in pairs}
     times = max(1, math.ceil(SAMPLE_SECONDS / _sample(layer, prepared[pairs[0]][1], 1)))
@@ -186,8 +211,8 @@ def _prepare(layer: Callable, calls: Sequence[Call], pair: Pair) -> tuple[str, A
         try:
             operands = [
                 (
-                    draw_codes(generator, call.kernel_shape, pair[0], dtype),
-                    draw_codes(generator, call.input_shape, pair[1], dtype),
+                    draw_codes(generator, call.shapes[call.kernel], pair[0], dtype),
+                    draw_codes(generator, call.shapes[1 - call.kernel], pair[1], dtype),
                 )
                 for call in calls
             ]

@@ -2,16 +2,29 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from mpq_jax.program import linen
+from mpq_jax.program import layers, paths
+from mpq_jax.program.layers import PRODUCT
+from mpq_jax.program.modes import check_modes
+from mpq_jax.program.network import as_network, batch_size, example_batch
+from mpq_jax.program.trace import trace
 from mpq_jax.supernet.bits import BitConfig, max_config
-from mpq_jax.supernet.rules import FIRST_LAST_8BIT, Rule, apply_rules, check_rule
+from mpq_jax.supernet.left_float import LeftFloat, describe, list_left_float
+from mpq_jax.supernet.rules import (
+    FIRST_LAST_8BIT,
+    Rule,
+    apply_rules,
+    check_matches,
+    check_rule,
+    covers_product,
+)
 
 BN_BANKS: dict[str, tuple[str, ...]] = {
     "shared": (),
@@ -25,14 +38,16 @@ BN_BANKS: dict[str, tuple[str, ...]] = {
 
 
 class Layer(NamedTuple):
-    """One quantizable layer.
+    """One quantizable layer: a kernel and what reads it, or a product of two activations.
+
+    Of a product, the "weights" are its second operand, whose codes are signed.
 
     Attributes:
         name: path of the module, `stage1/block0/conv1`.
-        kind: "conv", "depthwise" or "dense".
-        kernel_shape: shape of the kernel in Flax's layout, output channels last.
+        kind: one of `rules.KINDS`: "conv", "depthwise", "dense", "embedding" or "product".
+        kernel_shape: shape of the kernel in the layout of the parameter; () of a product.
         macs: multiply-accumulates per image.
-        params: number of weights in the kernel.
+        params: number of weights in the kernel; 0 of a product.
         norm: path of the BatchNorm that reads this layer's output; None: there is none.
         weight_candidates: allowed bits of the kernel, descending; a single one is fixed.
         act_candidates: allowed bits of the input, descending; a single one is fixed.
@@ -40,8 +55,13 @@ class Layer(NamedTuple):
         signed: whether the input's codes are signed; None: determined by calibration.
         float_weights: whether the kernel stays float; its bit-width then only enters the cost.
         shares_input_with: index of the first layer that reads the same array; None: this layer.
-        inputs: number of values per image that the layer reads.
+        inputs: number of values per image that the layer reads; of a product, its first operand.
+        second_inputs: the same of the second operand of a product.
         channels: number of output channels.
+        kernel: path of the kernel among the parameters; None: it is computed from several, or the
+            layer is a product.
+        position: indices of the layer's slice along the leading axes of that parameter, where a
+            loop runs over layers.
     """
 
     name: str
@@ -58,6 +78,9 @@ class Layer(NamedTuple):
     shares_input_with: int | None = None
     inputs: int = 0
     channels: int = 0
+    kernel: str | None = None
+    position: tuple[int, ...] = ()
+    second_inputs: int = 0
 
     @property
     def searchable(self) -> bool:
@@ -65,9 +88,61 @@ class Layer(NamedTuple):
         return len(self.weight_candidates) > 1 or len(self.act_candidates) > 1
 
     @property
+    def is_product(self) -> bool:
+        """Whether it multiplies two activations."""
+        return self.kind == PRODUCT
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the model computes its kernel from several parameters."""
+        return self.kernel is None and not self.is_product
+
+    @property
+    def site_name(self) -> str:
+        """Name of the layer without the indices of its slice."""
+        return self.name.removesuffix("".join(f"[{i}]" for i in self.position))
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Name, kind, work, weights and bits, as they are shown."""
+        weights, acts = (
+            ("float, counted as " if is_float else "") + " ".join(map(str, candidates))
+            for is_float, candidates in (
+                (self.float_weights, self.weight_candidates),
+                (self.float_acts, self.act_candidates),
+            )
+        )
+        return self.name, self.kind, f"{self.macs:,}", f"{self.params:,}", weights, acts
+
+    @property
     def max_bits(self) -> int:
         """Largest allowed bits of the kernel."""
         return self.weight_candidates[0]
+
+
+class Example(NamedTuple):
+    """Shapes of a batch of inputs; hashable.
+
+    Attributes:
+        tree: structure of the inputs.
+        leaves: shape and dtype of each array.
+    """
+
+    tree: Any
+    leaves: tuple[tuple[tuple[int, ...], str], ...]
+
+    @classmethod
+    def of(cls, inputs: Any) -> "Example":
+        """Describes inputs."""
+        leaves, tree = jax.tree.flatten(inputs)
+        return cls(tree, tuple((tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for leaf in leaves))
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs as `jax.ShapeDtypeStruct`s."""
+        return self.tree.unflatten(
+            [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in self.leaves]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +155,28 @@ class LayerTable:
             a choice; by default, one for each pair of weight and activation bits.
         tied_groups: groups of slots that always have equal bits, see `tied_layers`. Slot 2 * layer
             is the weights of a layer, slot 2 * layer + 1 its input.
+        left_float: variables and products that no layer covers; None: they are not known, as of a
+            table that was read from a file.
+        example: inputs at which the model was traced.
     """
 
     layers: tuple[Layer, ...]
     bn_banks: str = "pair"
     tied_groups: tuple[tuple[int, ...], ...] = ()
+    left_float: tuple[LeftFloat, ...] | None = None
+    example: "Example | None" = None
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __str__(self) -> str:
+        """Lists the layers with their bits, and what stays float."""
+        rows = [("layer", "kind", "MACs", "weights", "bits w", "bits a")]
+        rows += [layer.summary for layer in self.layers]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        left = describe(self.left_float or ())
+        return "\n".join([*lines, *(["", "Stays float:", *left] if left else [])])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -183,7 +272,8 @@ class LayerTable:
     def _previous(self, index: int) -> int:
         first_reader = self.layers[index].shares_input_with
         before = range(index if first_reader is None else first_reader)
-        return max((i for i in before if self.layers[i].searchable), default=index)
+        chosen = (i for i in before if self.layers[i].searchable and not self.layers[i].is_product)
+        return max(chosen, default=index)
 
     @functools.cached_property
     def searchable_norms(self) -> dict[str, int]:
@@ -209,8 +299,32 @@ class LayerTable:
         return {
             norms.get(index, layer.name): index
             for index, layer in enumerate(self.layers)
-            if layer.searchable
+            if layer.searchable and not layer.is_product
         }
+
+    def with_kernels(self, params: Any, kernels: dict[str, Any]) -> dict:
+        """Puts kernels of some layers into the model's parameters.
+
+        Kernels that the model computes are no parameters, and left out.
+
+        Args:
+            params: the parameters; those of the given kernels may be missing.
+            kernels: kernels by the name of their layer; of slices, all or none.
+        """
+        flat = paths.flatten(params)
+        slices: dict[str, dict[tuple[int, ...], Any]] = {}
+        for layer in self.layers:
+            if layer.kernel is None or layer.name not in kernels:
+                continue
+            if layer.position:
+                slices.setdefault(layer.kernel, {})[layer.position] = kernels[layer.name]
+            else:
+                flat[layer.kernel] = kernels[layer.name]
+        for path, parts in slices.items():
+            lengths = np.max(list(parts), axis=0) + 1
+            stacked = jnp.stack([parts[index] for index in sorted(parts)])
+            flat[path] = stacked.reshape(*lengths, *stacked.shape[1:])
+        return paths.unflatten(flat)
 
     def with_bn_banks(self, bn_banks: str) -> "LayerTable":
         """Returns the same layers with other norm banks, a key of `BN_BANKS`."""
@@ -280,13 +394,24 @@ def _nearest(allowed: tuple[int, ...], wanted: int) -> int:
 
 
 def trace_layers(
-    model: linen.Model, input_shape: Sequence[int], *, rules: Sequence[Rule] = FIRST_LAST_8BIT
+    model: Any,
+    example_inputs: Any,
+    *,
+    variables: Any = None,
+    rules: Sequence[Rule] = FIRST_LAST_8BIT,
 ) -> LayerTable:
-    """Lists every layer with a kernel (`linen.LAYERS`) in call order, without computing anything.
+    """Lists every layer with a kernel in call order, without computing anything.
+
+    A layer is a variable, or what is computed from variables alone, that the model convolves with,
+    multiplies by or looks up rows of. It is found in the traced program, so it does not matter
+    which library the model is written with.
 
     Args:
-        model: any Linen model whose first argument is a batch of inputs.
-        input_shape: (height, width, channels) or (features,), optionally after a batch axis.
+        model: a Linen or NNX module, or a `function` with its variables.
+        example_inputs: a batch of inputs, as arrays or shapes, see `network.example_batch`; a tuple
+            holds several arguments. For images and feature vectors, a shape will do: (height,
+            width, channels) or (features,).
+        variables: the model's variables or their shapes; None: those that it is initialized with.
         rules: rules that assign bits to layers; a layer that no rule matches gets
             `DEFAULT_CANDIDATES`. See `Rule` and `bit_rules`.
 
@@ -294,31 +419,64 @@ def trace_layers(
         The table, from which all costs, samples and searches are derived.
 
     Raises:
-        ValueError: the model has no such layer, calls one in a loop or with stacked kernels
-            (`nn.scan`, `nn.vmap`), or a rule is malformed.
+        ValueError: the model has no such layer, or a rule is malformed.
     """
-    calls, norms = linen.record_layers(model, input_shape)
-    if not calls:
-        raise ValueError(
-            f"{type(model).__name__} calls no nn.Conv, nn.Dense or nn.DenseGeneral, so there is "
-            "nothing to quantize; other layer types are not supported"
-        )
+    network, inputs = as_network(model), example_batch(example_inputs)
     for rule in rules:
         check_rule(rule)
-    return LayerTable(
+    if variables is None:
+        variables = layers.shapes_of(network, inputs)
+    check_modes(network, variables, inputs)
+    program = trace(network, variables, inputs, train=False)
+    shapes, batch = layers.variable_shapes(variables), batch_size(inputs)
+    covers = functools.partial(covers_product, rules)
+    calls = layers.find_layers(program, shapes, batch, covers=covers)
+    if not calls:
+        raise ValueError(
+            f"{network.label} multiplies its inputs by no parameters, so there is nothing to "
+            "quantize"
+        )
+    check_matches(rules, calls)
+    table = LayerTable(
         tuple(
             Layer(
                 name=call.name,
                 kind=call.kind,
                 kernel_shape=call.kernel_shape,
                 macs=call.macs,
-                params=math.prod(call.kernel_shape),
-                norm=norms.get(call.name),
+                params=call.params,
+                norm=call.norm,
                 shares_input_with=call.shares_input_with,
                 inputs=call.inputs,
                 channels=call.channels,
-                **apply_rules(call, calls, rules)._asdict(),
+                kernel=call.kernel,
+                position=call.position,
+                second_inputs=call.second_inputs,
+                **apply_rules(call, rules)._asdict(),
             )
             for call in calls
-        )
+        ),
+        left_float=tuple(list_left_float(program, shapes, batch, covers)),
+        example=Example.of(inputs),
+    )
+    _log(network.label, table)
+    return table
+
+
+def _log(label: str, table: LayerTable) -> None:
+    """Says what stays float; as a warning where it is work that integers could do."""
+    left = table.left_float or ()
+    products = [one for one in left if one.kind == "product"]
+    level = logging.WARNING if products else logging.INFO
+    others = len(left) - len(products)
+    work = sum(one.size for one in products)
+    logging.log(
+        level,
+        "%s: layers: %d; products that stay float: %d (%s MACs per example); variables that stay "
+        "float: %d. print(table) lists them",
+        label,
+        len(table),
+        len(products),
+        f"{work:,}",
+        others,
     )

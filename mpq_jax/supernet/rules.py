@@ -4,26 +4,33 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mpq_jax.program.linen import LayerCall
+from mpq_jax.program.layers import PRODUCT, LayerCall
 
 DEFAULT_CANDIDATES = (6, 5, 4, 3, 2)  # RFQuant's published search space (w2-6 a2-6)
 MAX_BITS, FLOAT_BITS = 16, 32  # most bits of integer codes; bits that a float tensor may count as
-KINDS = ("conv", "depthwise", "dense")
+CONVOLUTIONS = ("conv", "depthwise")
+KINDS = (*CONVOLUTIONS, "dense", "embedding", PRODUCT)
 POSITIONS = ("first", "last")
+SHOWN = 10  # names in a message
 
 
 class Rule(NamedTuple):
     """Assigns bit-widths to the layers it matches; for each field, the first matching rule wins.
 
+    Products of activations, as in attention, are layers only if a rule of kind "product" matches
+    them: `weights` and `acts` are the bits of their two operands, and one stands for both.
+
     Attributes:
         pattern: regular expression, searched in the layer's path ("" matches every layer).
-        kind: kind of the layers it matches, "conv", "depthwise" or "dense"; None: all.
-        position: "first" or "last", in call order, of the layers that match otherwise; None: all.
+        kind: kind of the layers it matches, one of `KINDS`; None: all.
+        position: "first", the layers that read the inputs of the model, or "last", those that make
+            its outputs, without another layer in between; None: all.
         weights: allowed bits of the kernel: a tuple of candidates, or one number to fix it.
         acts: allowed bits of the layer's input, likewise.
         float_weights: whether the kernel stays float; `weights` is then only what it counts as.
         float_acts: whether the input stays float; `acts` likewise.
         signed: whether the input's codes are signed; None leaves it to calibration.
+        optional: whether it may match no layer at all, which is an error otherwise.
     """
 
     pattern: str = ""
@@ -34,18 +41,21 @@ class Rule(NamedTuple):
     float_weights: bool | None = None
     float_acts: bool | None = None
     signed: bool | None = None
+    optional: bool = False
 
 
 FIRST_LAST_8BIT = (
-    Rule(kind="conv", position="first", weights=8, acts=8, float_acts=True),
-    Rule(kind="dense", position="last", weights=8, acts=8),
+    Rule(position="first", weights=8, acts=8, float_acts=True, optional=True),
+    Rule(position="last", weights=8, acts=8, optional=True),
 )
-_FLOAT = Rule(weights=FLOAT_BITS, acts=FLOAT_BITS, float_weights=True, float_acts=True)
+_FLOAT = Rule(
+    weights=FLOAT_BITS, acts=FLOAT_BITS, float_weights=True, float_acts=True, optional=True
+)
 FIRST_LAST_FLOAT = (
-    _FLOAT._replace(kind="conv", position="first"),
-    _FLOAT._replace(kind="dense", position="last"),
+    _FLOAT._replace(position="first"),
+    _FLOAT._replace(position="last"),
 )
-FIRST_LAST_SAME = (Rule(kind="conv", position="first", acts=8, float_acts=True),)
+FIRST_LAST_SAME = (Rule(position="first", acts=8, float_acts=True, optional=True),)
 FIRST_LAST = {"8bit": FIRST_LAST_8BIT, "float": FIRST_LAST_FLOAT, "same": FIRST_LAST_SAME}
 
 
@@ -62,8 +72,8 @@ def bit_rules(
         candidates: bits of the weights and of the inputs of every other layer.
         depthwise_min_bits: least bits of depthwise convolutions, whose lower candidates are
             dropped (RFQuant drops 2 bits: it takes 3); None treats them like any convolution.
-        first_last: rules of the first convolution and the last dense layer; `FIRST_LAST` names
-            some: 8 bits (RFQuant), float (Double Rounding), or the same as all others (CSQ).
+        first_last: rules of the first and last layers; `FIRST_LAST` names some: 8 bits (RFQuant),
+            float (Double Rounding), or the same as all others (CSQ).
         first: rules with priority over all of these.
     """
     chosen = descending(tuple(candidates))
@@ -76,7 +86,7 @@ def bit_rules(
     return (
         *first,
         *first_last,
-        Rule(kind="depthwise", weights=depthwise, acts=depthwise),
+        Rule(kind="depthwise", weights=depthwise, acts=depthwise, optional=True),
         Rule(weights=chosen, acts=chosen),
     )
 
@@ -91,18 +101,19 @@ class LayerBits(NamedTuple):
     signed: bool | None
 
 
-def apply_rules(call: LayerCall, calls: Sequence[LayerCall], rules: Sequence[Rule]) -> LayerBits:
+def apply_rules(call: LayerCall, rules: Sequence[Rule]) -> LayerBits:
     """Finds what rules say about a layer of a model.
 
     Args:
         call: the layer.
-        calls: all layers of the model, in call order.
         rules: checked rules (`check_rule`); a layer that none matches gets `DEFAULT_CANDIDATES`.
     """
     default = Rule(
         weights=DEFAULT_CANDIDATES, acts=DEFAULT_CANDIDATES, float_weights=False, float_acts=False
     )
-    matching = [rule for rule in rules if _matches(rule, call, calls)] + [default]
+    matching = [rule for rule in rules if _matches(rule, call)] + [default]
+    if call.kind == PRODUCT:
+        matching = [_of_both_operands(rule) for rule in matching]
 
     def first_value(field: str) -> Any:
         values = (getattr(rule, field) for rule in matching)
@@ -127,14 +138,39 @@ def apply_rules(call: LayerCall, calls: Sequence[LayerCall], rules: Sequence[Rul
     )
 
 
-def _matches(rule: Rule, call: LayerCall, calls: Sequence[LayerCall]) -> bool:
-    def fits(other: LayerCall) -> bool:
-        return rule.kind in (None, other.kind) and bool(re.search(rule.pattern, other.name))
+def _of_both_operands(rule: Rule) -> Rule:
+    """Lets bits that a rule gives for one operand stand for both."""
+    weights = rule.acts if rule.weights is None else rule.weights
+    acts = rule.weights if rule.acts is None else rule.acts
+    return rule._replace(weights=weights, acts=acts)
 
-    if not fits(call) or rule.position is None:
-        return fits(call)
-    fitting = [other for other in calls if fits(other)]
-    return call is fitting[0 if rule.position == "first" else -1]
+
+def covers_product(rules: Sequence[Rule], product: LayerCall) -> bool:
+    """Whether rules make a product of activations a layer."""
+    return any(rule.kind == PRODUCT and _matches(rule, product) for rule in rules)
+
+
+def check_matches(rules: Sequence[Rule], calls: Sequence[LayerCall]) -> None:
+    """Raises ValueError where a rule matches no layer, unless it is optional."""
+    for rule in rules:
+        if not rule.optional and not any(_matches(rule, call) for call in calls):
+            names = [call.name for call in calls]
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            raise ValueError(
+                f"the rule {_where(rule)} matches no layer of the model; its layers are {shown}, "
+                f"of kinds {sorted({call.kind for call in calls})}"
+            )
+
+
+def _where(rule: Rule) -> str:
+    """Writes what a rule matches, as in `Rule(pattern='stem', kind='conv')`."""
+    given = {name: getattr(rule, name) for name in ("pattern", "kind", "position")}
+    return f"Rule({', '.join(f'{name}={value!r}' for name, value in given.items() if value)})"
+
+
+def _matches(rule: Rule, call: LayerCall) -> bool:
+    at = {None: True, "first": call.first, "last": call.last}[rule.position]
+    return at and rule.kind in (None, call.kind) and bool(re.search(rule.pattern, call.name))
 
 
 def check_rule(rule: Rule) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
+from mpq_jax.tasks import classification
 
 BatchScore = Callable[[BitConfig, Array, Array], Float[Array, " configs"]]
 NORMS = ("batch", "recalibrated", "stored")
@@ -24,22 +27,24 @@ def quantize_all(net: Supernet, trainable: TrainableParams) -> dict[str, Array]:
     return net.quantize_kernels(trainable)
 
 
-def top1_error(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
+def top1_error(logits: Array, labels: Int[Array, "*batch"], teacher: Array) -> Float[Array, ""]:
     """Computes the top-1 error, 0 to 1."""
     del teacher
+    classification.check(logits, labels)
     return jnp.mean((jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32))
 
 
-def mean_loss(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
+def mean_loss(logits: Array, labels: Int[Array, "*batch"], teacher: Array) -> Float[Array, ""]:
     """Computes the mean cross-entropy in nats."""
     del teacher
+    classification.check(logits, labels)
     logits = logits.astype(jnp.float32)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
-def divergence(logits: Array, labels: Int[Array, " batch"], teacher: Array) -> Float[Array, ""]:
+def divergence(logits: Array, labels: Int[Array, "*batch"], teacher: Array) -> Float[Array, ""]:
     """Computes the mean KL divergence from the teacher's predictions, in nats."""
-    del labels
+    classification.check(logits, labels)
     targets = jax.nn.softmax(teacher.astype(jnp.float32))
     log_predictions = jax.nn.log_softmax(logits.astype(jnp.float32))
     return jnp.mean(optax.losses.kl_divergence(log_predictions, targets))
@@ -66,7 +71,7 @@ def make_score(
     *,
     metric: str = "error",
     norms: str = "batch",
-    calibration: Float[Array, "batches batch ..."] | None = None,
+    calibration: Any | None = None,
     mesh: Mesh | None = None,
     quantized: dict[str, Array] | None = None,
 ) -> BatchScore:
@@ -97,7 +102,7 @@ def make_score(
     # the devices in turn, so that a call that is not full keeps all of them busy.
     dealt = np.arange(capacity).reshape(-1, devices).T.ravel()
 
-    def score(configs: BitConfig, images: Array, labels: Array) -> Float[Array, " configs"]:
+    def score(configs: BitConfig, images: Any, labels: Array) -> Float[Array, " configs"]:
         weights, acts = np.asarray(configs.weights), np.asarray(configs.acts)
         result = np.zeros(len(weights), np.float32)
         for first in range(0, len(weights), capacity):

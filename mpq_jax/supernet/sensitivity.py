@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax.program import linen, paths
 from mpq_jax.quantizers import lsq
-from mpq_jax.supernet.supernet import Supernet, TrainableParams, kernels
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.tasks import classification
 
 PROBES_PER_CALL = 4  # 5-15 % less time per probe than with 1 (ResNet-8, two CPU cores)
@@ -73,7 +73,7 @@ def weight_errors(net: Supernet, trainable: TrainableParams) -> Float[Array, "la
     table, quantized = net.table, net.quantize_kernels(trainable)
     errors = jnp.zeros((len(table), len(table.candidates)), jnp.float32)
     for index, (layer, w) in enumerate(
-        zip(table.layers, kernels(table, trainable.params), strict=True)
+        zip(table.layers, net.kernels(trainable.params), strict=True)
     ):
         if not layer.float_weights:
             choices = np.array([table.candidates.index(bits) for bits in layer.weight_candidates])
@@ -217,16 +217,15 @@ def layer_traces(
     References:
         Dong et al., HAWQ-V2, NeurIPS 2020, https://arxiv.org/abs/1911.03852.
     """
-    flat = paths.flatten(variables["params"])
-    layer_kernels = tuple(flat.pop(f"{name}/kernel") for name in net.table.names)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
 
     def with_constants() -> Iterator[_Inputs]:
         for batch in batches:
-            yield _Inputs(flat, variables.get("batch_stats", {}), batch["image"], batch["label"])
+            yield _Inputs(params, batch_stats, batch["image"], batch["label"])
 
     trace = hessian_trace(
-        _KernelLoss(net.model, net.table.names),
-        layer_kernels,
+        _KernelLoss(net),
+        tuple(net.kernels(params)),
         with_constants(),
         key,
         probes=probes,
@@ -238,24 +237,18 @@ def layer_traces(
 class _Inputs(NamedTuple):
     """Inputs of the loss other than the kernels."""
 
-    other_params: dict[str, Array]  # by path
-    batch_stats: dict
+    params: PyTree
+    batch_stats: PyTree
     images: Any
     labels: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class _KernelLoss:
-    """Loss as a function of the kernels; equal models give equal objects, so it compiles once."""
+    """Loss as a function of the kernels; equal supernets give equal objects: it compiles once."""
 
-    model: linen.Model
-    names: tuple[str, ...]  # of the layers
+    net: Supernet
 
     def __call__(self, kernels: tuple[Array, ...], inputs: _Inputs) -> Float[Array, ""]:
-        named = {f"{name}/kernel": kernel for name, kernel in zip(self.names, kernels, strict=True)}
-        variables = {
-            "params": paths.unflatten(inputs.other_params | named),
-            "batch_stats": inputs.batch_stats,
-        }
-        logits, _ = linen.forward(self.model, variables, inputs.images, train=False)
+        logits = self.net.call_with(kernels, inputs.params, inputs.batch_stats, inputs.images)
         return classification.cross_entropy(logits, inputs.labels, smoothing=0.0)

@@ -9,8 +9,8 @@ its layers on the way. The model itself is never changed.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,81 +18,26 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
+from mpq_jax.program.evaluate import UNKNOWN, Place, evaluate
+from mpq_jax.program.network import Network, as_float32, as_network
+from mpq_jax.program.trace import Program, trace
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import bn_banks, bn_recalibration
+from mpq_jax.supernet import bn_banks, bn_recalibration, calibration, kernels
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.placement import (
+    NO_EDIT,
+    Edit,
+    data_changes,
+    find_features,
+)
+from mpq_jax.supernet.state import Output, Subnet, SupernetState, TrainableParams
 
 PyTree = Any
-INPUT, OUTPUT = "input", "output"  # names under which arrays are recorded during a call
-
-
-class TrainableParams(NamedTuple):
-    """Parameters that the optimizer updates.
-
-    Attributes:
-        params: the model's parameters; leaves of a banked norm have leading row axes
-            (`table.bank_axes`), each in the order of `table.bank_bits`.
-        weight_step_sizes: float32 [layers, choices], step size of each kernel at each candidate;
-            quantizers with one step size for all bits use the column of the most bits.
-        act_step_sizes: float32 [layers, choices], step size of each layer's input.
-    """
-
-    params: PyTree
-    weight_step_sizes: Any
-    act_step_sizes: Any
-
-
-class SupernetState(NamedTuple):
-    """All arrays of a supernet.
-
-    Attributes:
-        trainable: parameters and step sizes.
-        batch_stats: the model's BatchNorm statistics, with row axes like the parameters.
-        signed: bool [layers], whether the codes of a layer's input are signed.
-    """
-
-    trainable: TrainableParams
-    batch_stats: PyTree
-    signed: Bool[Array, " layers"]
-
-
-class Subnet(NamedTuple):
-    """One subnet: plain variables of the model, and the quantizers of its layers' inputs.
-
-    Attributes:
-        params: parameters as the model expects them, kernels quantized.
-        batch_stats: statistics as the model expects them.
-        act_step_sizes: float32 [layers].
-        act_bits: int32 [layers].
-        signed: bool [layers].
-    """
-
-    params: PyTree
-    batch_stats: PyTree
-    act_step_sizes: Float[Array, " layers"]
-    act_bits: Int[Array, " layers"]
-    signed: Bool[Array, " layers"]
-
-
-class Output(NamedTuple):
-    """Result of `Supernet.forward`.
-
-    Attributes:
-        logits: float32 [batch, classes].
-        batch_stats: the model's statistics after the call (unchanged in evaluation mode).
-        features: outputs of the norm after every layer with a choice (of the layer itself where
-            it has no norm), and of the module around that norm, by path.
-        records: arrays that hooks recorded during the call, by path and name.
-    """
-
-    logits: Float[Array, "batch classes"]
-    batch_stats: PyTree
-    features: dict[str, Array]
-    records: dict[str, Array]
+OUTPUT = "output"  # begins the names under which features are recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +45,17 @@ class Supernet:
     """A model, its layer table and its quantizer, bound together; hashable.
 
     Attributes:
-        model: the Linen model.
+        model: the model: a Linen or NNX module, or a `function` with its variables.
         table: its layers, from `trace_layers`.
         quantizer: quantizer of the kernels and of the layers' inputs.
     """
 
-    model: linen.Model
+    model: Any
     table: LayerTable
     _: dataclasses.KW_ONLY
     quantizer: Quantizer
 
-    def init(self, variables: PyTree, inputs: Float[Array, "batch ..."]) -> SupernetState:
+    def init(self, variables: PyTree, inputs: Any) -> SupernetState:
         """Builds the state from the variables of the float model, calibrating on some inputs.
 
         Weight step sizes come from the kernels, input step sizes from one forward pass of the
@@ -126,23 +71,29 @@ class Supernet:
         table, quantizer = self.table, self.quantizer
         candidates = jnp.array(table.candidates, jnp.int32)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        read = self._layer_inputs(variables, inputs)
+        key = jax.random.key(0)
+        program = self.program(variables, inputs, train=True, dropout_key=key)
+        arguments = jax.tree.leaves((variables, inputs, key))
+        read, second = calibration.read_inputs(table, program, arguments)
         signed = jnp.stack(
             [
-                jnp.asarray(jnp.min(read[layer.name]) < 0 if layer.signed is None else layer.signed)
-                for layer in table.layers
+                jnp.asarray(jnp.min(x) < 0 if layer.signed is None else layer.signed)
+                for layer, x in zip(table.layers, read, strict=True)
             ]
         )
+
+        def of_weights(w: Array) -> Array:
+            return jax.vmap(lambda bits: quantizer.weights.init_step(w, bits))(candidates)
+
+        def of_acts(x: Array, is_signed: Any) -> Array:
+            init_step = functools.partial(quantizer.acts.init_step, signed=is_signed)
+            return jax.vmap(lambda bits: init_step(x, bits))(candidates)
+
         weight_step_sizes = [
-            jax.vmap(lambda bits, w=w: quantizer.weights.init_step(w, bits))(candidates)
-            for w in kernels(table, params)
+            of_acts(second[index], jnp.array(True)) if index in second else of_weights(w)
+            for index, w in enumerate(self.kernels(params))
         ]
-        act_step_sizes = [
-            jax.vmap(
-                lambda bits, x=read[layer.name], s=s: quantizer.acts.init_step(x, bits, signed=s)
-            )(candidates)
-            for layer, s in zip(table.layers, signed, strict=True)
-        ]
+        act_step_sizes = [of_acts(x, s) for x, s in zip(read, signed, strict=True)]
         return SupernetState(
             trainable=TrainableParams(
                 bn_banks.tile(table, params),
@@ -202,7 +153,7 @@ class Supernet:
         """
         stacked = {}
         for index, (layer, w) in enumerate(
-            zip(self.table.layers, kernels(self.table, trainable.params), strict=True)
+            zip(self.table.layers, self.kernels(trainable.params), strict=True)
         ):
             if layer.float_weights:
                 continue
@@ -239,24 +190,36 @@ class Supernet:
         self, state: SupernetState, bits: BitConfig, kernel_of: Callable[[int, Array], Array]
     ) -> Subnet:
         table, act_bits = self.table, jnp.asarray(bits.acts)
-        params = paths.flatten(bn_banks.gather(table, state.trainable.params, bits))
-        for index, layer in enumerate(table.layers):
-            if not layer.float_weights:
-                name = f"{layer.name}/kernel"
-                params[name] = kernel_of(index, params[name])
+        params = bn_banks.gather(table, state.trainable.params, bits)
+        quantized = [
+            w if layer.float_weights else kernel_of(index, w)
+            for index, (layer, w) in enumerate(zip(table.layers, self.kernels(params), strict=True))
+        ]
         rows, columns = jnp.arange(len(table)), choice_index(table, act_bits)
         return Subnet(
-            params=paths.unflatten(params),
+            params=table.with_kernels(params, dict(zip(table.names, quantized, strict=True))),
             batch_stats=bn_banks.gather(table, state.batch_stats, bits),
             act_step_sizes=state.trainable.act_step_sizes[rows, columns],
             act_bits=act_bits,
             signed=state.signed,
+            computed={
+                layer.name: w
+                for layer, w in zip(table.layers, quantized, strict=True)
+                if layer.is_computed
+            },
+            second=self._second(state.trainable, jnp.asarray(bits.weights)),
         )
+
+    def _second(self, trainable: TrainableParams, weight_bits: Array) -> dict[str, Array]:
+        if not any(layer.is_product for layer in self.table.layers):
+            return {}
+        step_sizes = self.weight_step_sizes(trainable, weight_bits)
+        return {"step_size": step_sizes, "bits": weight_bits}
 
     def weight_step_sizes(
         self, trainable: TrainableParams, weight_bits: Int[Array, " layers"]
     ) -> Float[Array, " layers"]:
-        """Gathers the step size of each layer's kernel at some bits."""
+        """Gathers the step size of each layer's kernel, or second operand, at some bits."""
         columns = choice_index(self.table, self._bits_of_step_sizes(weight_bits))
         return trainable.weight_step_sizes[jnp.arange(len(self.table)), columns]
 
@@ -265,18 +228,19 @@ class Supernet:
         if not self.quantizer.weights.shared_step_size:
             return weight_bits
         max_bits = jnp.array([layer.max_bits for layer in self.table.layers], jnp.int32)
-        return jnp.broadcast_to(max_bits, weight_bits.shape)
+        is_product = jnp.array([layer.is_product for layer in self.table.layers])
+        return jnp.where(is_product, weight_bits, max_bits)
 
     def forward(
         self,
         subnet: Subnet,
-        inputs: Float[Array, "batch ..."],
+        inputs: Any,
         *,
         train: bool,
         scale_step_gradient: bool = False,
         dropout_key: Key[Array, ""] | None = None,
         shard: BatchShard = WHOLE_BATCH,
-        hook: linen.Hook | None = None,
+        edit: Callable[[Program], Edit] | None = None,
     ) -> Output:
         """Calls the model as a subnet.
 
@@ -285,57 +249,123 @@ class Supernet:
 
         Args:
             subnet: a subnet, from `select`.
-            inputs: normalized images.
+            inputs: a batch, as the model takes it; shapes where `edit` makes no use of it.
             train: training mode: norms use the statistics of this batch and update their rows.
             scale_step_gradient: whether the gradients of the inputs' step sizes have LSQ's scale.
             dropout_key: random key of the model's dropout layers; None: no dropout.
             shard: share of the batch that `inputs` are.
-            hook: runs around every module call, before its input is quantized; it may record.
+            edit: what else to change and to record in the program of the call.
         """
-        table = self.table
-        place = {layer.name: i for i, layer in enumerate(table.layers) if not layer.float_acts}
-        around_norms = {paths.parent(norm) for norm in table.searchable_norms} - {""}
-        watched = set(table.features) | around_norms
+        variables = {"params": subnet.params, "batch_stats": subnet.batch_stats}
+        program = self.program(variables, inputs, train=train, dropout_key=dropout_key, shard=shard)
+        changes, arrays, records = (edit or (lambda _: NO_EDIT))(program)
+        own_changes, own_arrays, _ = kernels.replace(self.table, program, subnet.computed)
+        changes, arrays = changes | own_changes, arrays | own_arrays
 
-        def quantized_input(index: int, x: Array) -> Array:
-            bits, signed = subnet.act_bits[index], subnet.signed[index]
+        def quantized(x: Array, own: dict[str, Any]) -> Array:
+            bits, signed = own["bits"], own["signed"]
             size = x.size * shard.shares
             scale = lsq_grad_scale(size, bits, signed=signed) if scale_step_gradient else None
             return self.quantizer.acts.fake_quant(
                 x.astype(jnp.float32),
-                subnet.act_step_sizes[index],
+                own["step_size"],
                 bits,
                 signed=signed,
                 grad_scale=scale,
             ).astype(x.dtype)
 
-        def quantize(call: linen.ModuleCall) -> Any:
-            if dropout_key is None and linen.silence_dropout(call):
-                return call.x
-            path = call.path
-            if path in place and isinstance(call.module, linen.LAYERS):
-                out = call.run_with(quantized_input(place[path], call.x))
-            else:
-                out = call.run()
-            if path in watched:
-                call.record(OUTPUT, out)
-            return out
+        of_layers = {
+            "step_size": subnet.act_step_sizes,
+            "bits": subnet.act_bits,
+            "signed": subnet.signed,
+        }
+        second = subnet.second | {"signed": jnp.ones(len(self.table), bool)}
+        for place, change, own in data_changes(self.table, program, quantized, of_layers, second):
+            changes[place], arrays[change.name] = change, own
+        features = find_features(self.table, program, self.network.label)
+        results, recorded = evaluate(
+            program.jaxpr,
+            [
+                UNKNOWN if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+                for leaf in jax.tree.leaves((variables, inputs, dropout_key))
+            ],
+            changes,
+            arrays,
+            {_record(one.place): one.place for one in features.values()} | records,
+        )
+        logits, batch_stats = program.out_tree.unflatten(results)
+        return Output(
+            jax.tree.map(as_float32, logits),
+            batch_stats,
+            {
+                path: one.of(recorded[_record(one.place)])
+                for path, one in features.items()
+                if _record(one.place) in recorded
+            },
+            {name: recorded[name] for name in records},
+        )
 
-        with linen.intercept(hook or linen.ModuleCall.run), linen.intercept(quantize):
-            logits, batch_stats, records = linen.recorded_forward(
-                self.model,
-                {"params": subnet.params, "batch_stats": subnet.batch_stats},
-                inputs,
-                train=train,
-                dropout_key=dropout_key,
-                shard=shard,
-            )
-        return Output(logits, batch_stats, linen.named_records(records, OUTPUT), records)
+    @functools.cached_property
+    def network(self) -> Network:
+        """The model as pure functions."""
+        return as_network(self.model)
 
-    def apply(
-        self, state: SupernetState, bits: BitConfig | None, inputs: Any
-    ) -> Float[Array, "batch classes"]:
-        """Computes the model's logits at one configuration, in evaluation mode; traceable.
+    def program(
+        self,
+        variables: PyTree,
+        inputs: Any,
+        *,
+        train: bool,
+        dropout_key: Key[Array, ""] | None = None,
+        shard: BatchShard = WHOLE_BATCH,
+    ) -> Program:
+        """Traces a call of the model; calls at the same shapes return the same program."""
+        if not variables.get("batch_stats"):
+            variables = {"params": variables["params"]}
+        return trace(
+            self.network, variables, inputs, train=train, dropout_key=dropout_key, shard=shard
+        )
+
+    def kernels(self, params: PyTree) -> list[Array]:
+        """Lists the kernel of every layer of the table, in its order; a zero for products."""
+        call = functools.partial(self.program, train=False)
+        computed = kernels.compute(self.table, self.network, call, params)
+        return kernels.of_layers(self.table, params, computed)
+
+    def kernels_of(self, subnet: Subnet) -> list[Array]:
+        """Lists the kernels of a subnet, as `kernels` does."""
+        return kernels.of_layers(self.table, subnet.params, subnet.computed)
+
+    def call_with(
+        self, own_kernels: Sequence[Array], params: PyTree, batch_stats: PyTree, inputs: Any
+    ) -> Any:
+        """Calls the float model in evaluation mode with other kernels; returns its outputs.
+
+        Args:
+            own_kernels: one per layer, in the order of the table.
+            params: all other parameters, as those of the float model.
+            batch_stats: its statistics.
+            inputs: a batch.
+        """
+        variables = {
+            "params": self.table.with_kernels(
+                params, dict(zip(self.table.names, own_kernels, strict=True))
+            ),
+            "batch_stats": batch_stats,
+        }
+        program = self.program(variables, inputs, train=False)
+        computed = {
+            layer.name: w
+            for layer, w in zip(self.table.layers, own_kernels, strict=True)
+            if layer.is_computed
+        }
+        edit = kernels.replace(self.table, program, computed)
+        arguments = jax.tree.leaves((variables, inputs))
+        results, _ = evaluate(program.jaxpr, arguments, *edit)
+        return jax.tree.map(as_float32, program.out_tree.unflatten(results)[0])
+
+    def apply(self, state: SupernetState, bits: BitConfig | None, inputs: Any) -> PyTree:
+        """Computes the model's outputs at one configuration, in evaluation mode; traceable.
 
         Raises:
             ValueError: the bits are None, as those of methods without bits.
@@ -344,9 +374,7 @@ class Supernet:
             raise ValueError("a supernet needs to be told its bits; they are None")
         return self.forward(self.select(state, bits), inputs, train=False).logits
 
-    def predict(
-        self, state: SupernetState, bits: BitConfig, inputs: Any
-    ) -> Float[Array, "batch classes"]:
+    def predict(self, state: SupernetState, bits: BitConfig, inputs: Any) -> PyTree:
         """Computes `apply` by a compiled program; one program serves all bits.
 
         Raises:
@@ -355,9 +383,7 @@ class Supernet:
         self.table.check(bits)
         return _apply(self, state, bits, inputs)
 
-    def recalibrate(
-        self, state: SupernetState, bits: BitConfig, batches: Float[Array, "batches batch ..."]
-    ) -> SupernetState:
+    def recalibrate(self, state: SupernetState, bits: BitConfig, batches: Any) -> SupernetState:
         """Re-estimates the BatchNorm statistics of one configuration.
 
         Every batch is normalized by its own statistics, as in training. Means and variances are
@@ -372,26 +398,24 @@ class Supernet:
         """
         return _recalibrate(self, state, bits, batches)
 
-    def norm_statistics(self, subnet: Subnet, batches: Float[Array, "batches batch ..."]) -> PyTree:
+    def norm_statistics(self, subnet: Subnet, batches: Any) -> PyTree:
         """Estimates the statistics of all norms of a subnet on some images; see `recalibrate`."""
-
-        def moments(batch) -> dict[str, Array]:
-            hook = bn_recalibration.record_moments
-            out = self.forward(subnet, batch, train=True, hook=hook)
-            return linen.named_records(out.records, bn_recalibration.MOMENTS)
-
-        return bn_recalibration.merge(subnet.batch_stats, jax.lax.map(moments, batches))
+        return bn_recalibration.estimate(
+            lambda batch, edit: self.forward(subnet, batch, train=True, edit=edit),
+            subnet.batch_stats,
+            batches,
+        )
 
     def score(
         self,
         state: SupernetState,
         configs: BitConfig,
-        inputs: Float[Array, "batch ..."],
-        labels: Int[Array, " batch"],
+        inputs: Any,
+        labels: Int[Array, "*batch"],
         *,
         metric: str = "kl",
         norms: str = "batch",
-        calibration: Float[Array, "batches images ..."] | None = None,
+        calibration: Any | None = None,
     ) -> Float[Array, " configs"]:
         """Scores many configurations in one compiled program; smaller is better.
 
@@ -452,24 +476,9 @@ class Supernet:
             ),
         )
 
-    def _layer_inputs(self, variables: PyTree, inputs: Array) -> dict[str, Array]:
-        """Records the input of every layer in one training-mode pass of the float model."""
-        names = set(self.table.names)
-
-        def record(call: linen.ModuleCall) -> Any:
-            if call.path in names:
-                call.record(INPUT, call.x.astype(jnp.float32))
-            return call.run()
-
-        with linen.intercept(record):
-            _, _, records = linen.recorded_forward(
-                self.model, variables, inputs, train=True, dropout_key=jax.random.key(0)
-            )
-        return linen.named_records(records, INPUT)
-
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(net: Supernet, state: SupernetState, bits: BitConfig, inputs: Any) -> Array:
+def _apply(net: Supernet, state: SupernetState, bits: BitConfig, inputs: Any) -> PyTree:
     return net.apply(state, bits, inputs)
 
 
@@ -488,10 +497,8 @@ def _as_jax(state: SupernetState) -> SupernetState:
     return jax.tree.map(jnp.asarray, state)
 
 
-def kernels(table: LayerTable, params: PyTree) -> list[Array]:
-    """Lists the kernel of every layer of the table, in its order."""
-    flat = paths.flatten(params)
-    return [flat[f"{layer.name}/kernel"] for layer in table.layers]
+def _record(place: Place) -> str:
+    return f"{OUTPUT}/{place}"
 
 
 def choice_index(table: LayerTable, bits: Int[Array, " layers"]) -> Int[Array, " layers"]:

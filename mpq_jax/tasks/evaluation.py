@@ -9,6 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from mpq_jax.tasks import classification
+
 PyTree = Any
 Name = TypeVar("Name")
 
@@ -58,9 +60,11 @@ def make_evaluate_all(
     def evaluate_batch(variables, bits, batch):
         logits = predict(variables, bits, normalize(batch["image"]))
         weight, labels = batch["weight"], batch["label"]
+        classification.check(logits, labels)
         correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.stack([jnp.sum(weight * x) for x in (correct, loss, jnp.ones_like(loss))])
+        by_example = (jnp.mean(x.reshape(len(x), -1), axis=1) for x in (correct, loss))
+        return jnp.stack([jnp.sum(weight * x) for x in (*by_example, jnp.ones_like(weight))])
 
     def add(totals: dict[Any, np.ndarray], sums: dict[Any, Array]) -> dict[Any, np.ndarray]:
         return totals | {name: totals[name] + jax.device_get(part) for name, part in sums.items()}

@@ -16,7 +16,7 @@ from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.models import make_model, user_models
 from mpq_jax.parallel import mesh as sharding
 from mpq_jax.parallel.grad_accumulation import BatchPartition
-from mpq_jax.program import linen
+from mpq_jax.program.network import init_variables
 from mpq_jax.supernet import tied_layers
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST, Rule, bit_rules
@@ -33,7 +33,7 @@ class Experiment(NamedTuple):
     Attributes:
         dataset: images in batches of the run.
         mesh: devices that the run takes.
-        model: the Linen model.
+        model: the model.
         table: layers of the model, as the method uses them.
         method: functions of the training method.
         run: length of the run, and how a batch is prepared.
@@ -42,7 +42,7 @@ class Experiment(NamedTuple):
 
     dataset: data.Dataset
     mesh: jax.sharding.Mesh
-    model: linen.Model
+    model: Any
     table: LayerTable
     method: Method
     run: TrainingInfo
@@ -57,7 +57,9 @@ def build(config: Config) -> Experiment:
     mesh = sharding.make_mesh(config["device_count"] or None, fsdp=config["fsdp"])
     check_batch_size(config, mesh)
     dataset = load_dataset(config)
-    model = make_configured_model(config["model"], num_classes=dataset.num_classes)
+    model = make_configured_model(
+        config["model"], num_classes=dataset.num_classes, seed=config["seed"]
+    )
     table = trace_layers(model, dataset.image_shape, rules=rules)
     table = tied_layers.tie_matching(table, config["bits"]["groups"])
     if config["bits"]["shared_inputs"]:
@@ -104,14 +106,16 @@ def check_batch_size(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def make_configured_model(model: Config, *, num_classes: int) -> linen.Model:
+def make_configured_model(model: Config, *, num_classes: int, seed: int) -> Any:
     """Makes the model that config.model names: one of `MODELS`, or a user's own class."""
     layer_options = {name: model[name] for name in LAYER_DEFAULTS}
     options = dict(model["options"])
     if not user_models.is_user_model(model["name"]):
         return make_model(model["name"], num_classes=num_classes, **layer_options, **options)
     changed = {name: x for name, x in layer_options.items() if x != LAYER_DEFAULTS[name]}
-    return user_models.make(model["name"], num_classes=num_classes, options=changed | options)
+    return user_models.make(
+        model["name"], num_classes=num_classes, options=changed | options, seed=seed
+    )
 
 
 def make_rules(bits: Config) -> tuple[Rule, ...]:
@@ -197,7 +201,7 @@ def whole_variables(experiment: Experiment, state: Any) -> Any:
 
 def fresh_variables(experiment: Experiment, key: jax.Array) -> Any:
     """Returns the model's randomly drawn float variables."""
-    return linen.init_variables(experiment.model, key, experiment.dataset.image_shape)
+    return init_variables(experiment.model, key, experiment.dataset.image_shape)
 
 
 def eval_batches(experiment: Experiment, split: str) -> Iterator[dict[str, jax.Array]]:

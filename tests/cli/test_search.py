@@ -171,7 +171,7 @@ REFUSALS = {
     "unit": (
         ["--config.search.cost=watts"],
         "smoke",
-        r"cost is 'watts'; known: \('bitops', 'bytes', 'act_bytes', 'mean_bits', 'latency'\)",
+        r"cost is 'watts'; known: \('bitops', 'bytes', 'stored_bytes', 'act_bytes', 'mean_bits', ",
     ),
     "untrained": (
         ["--workdir={untrained}"],

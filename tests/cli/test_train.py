@@ -124,6 +124,7 @@ def test_impossible_values_are_refused_when_building(change, message):
         experiment.build(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, workdir, names",
     [

@@ -253,6 +253,7 @@ def parsed_flags():
     flags.FLAGS.unparse_flags()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("parsed_flags")
 def test_worker_processes_change_nothing(mine):
     damage(mine)

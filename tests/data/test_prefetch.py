@@ -59,6 +59,7 @@ def test_processes_need_parsed_flags():
         next(batches)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("parsed_flags")
 def test_processes_keep_the_order_and_end_with_the_iterator():
     batches = prefetch.by_processes(make_batch, range(5, sys.maxsize), workers=2, num_threads=2)

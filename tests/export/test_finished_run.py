@@ -11,7 +11,8 @@ import pytest
 from helpers.finished_runs import make_config, make_run, some_digits
 
 from mpq_jax.export import exported_model, finished_run, norm_statistics
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
+from mpq_jax.program.network import forward
 from mpq_jax.quantizers import batch_max, double_rounding, lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.training import experiment
@@ -62,6 +63,7 @@ def test_the_provenance_is_json_without_places_of_files(exported):
     assert (exported.image_shape, exported.num_classes) == ((8, 8, 1), 10)
 
 
+@pytest.mark.slow
 def test_what_no_one_tested_is_estimated_anew_as_the_search_does(workdirs, tmp_path):
     workdir, setup = workdirs("rfquant"), experiment.build(make_config("rfquant"))
     bits = mixed(setup.table)
@@ -119,6 +121,7 @@ def test_a_damaged_file_of_statistics_is_refused(workdirs, tmp_path):
         finished_run.load(workdir, "uniform:4")
 
 
+@pytest.mark.slow
 def test_a_run_that_found_its_bits_is_loaded_without_any(workdirs, tmp_path):
     workdir = copy_of(workdirs("csq"), tmp_path)
     found = finished_run.load(workdir)
@@ -163,7 +166,7 @@ def test_the_float_reference_is_the_float_model(exported):
     assert all(layer.integers is None for layer in exported_model.quantized_layers(reference))
     images, _ = some_digits(exported, 16)
     plain = exported.net.float_variables(exported.state, exported.bits)
-    wanted = linen.forward(exported.net.model, plain, images, train=False)[0]
+    wanted = forward(exported.net.model, plain, images, train=False)[0]
     np.testing.assert_array_equal(exported_model.logits(reference, images), wanted)
 
 

@@ -54,6 +54,7 @@ def check_equal(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_another_process_gets_the_same(exported, written, tmp_path):
     images = some_images(exported)
     np.save(tmp_path / "images.npy", images)
@@ -96,6 +97,7 @@ def test_constants_are_integers(exported, written):
         assert f"{shape}xf32" not in shapes
 
 
+@pytest.mark.slow
 def test_models_that_ask_for_the_number_of_images():
     exported = make_exported(ViT(10, patch_size=4, dim=8, depth=1, heads=2), (8, 8, 2))
     network = jax.export.deserialize(bytearray(to_stablehlo(exported, platforms=["cpu"])))
@@ -136,7 +138,7 @@ def test_images_that_are_computed_together_stay_so_or_are_refused():
     network = jax.export.deserialize(bytearray(to_stablehlo(exported)))
     images = some_images(exported)
     check_equal(np.asarray(network.call(images)), logits_of(exported, images))
-    with pytest.raises(ValueError, match="computes with several images at once"):
+    with pytest.raises(ValueError, match="computes with several examples at once"):
         to_stablehlo(with_model(exported, Mixing(counted=True)))
 
 

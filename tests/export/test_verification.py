@@ -16,6 +16,7 @@ from mpq_jax.cli import datasets
 from mpq_jax.export import checksum, finished_run, formats, verification
 from mpq_jax.export import exported_model as networks
 from mpq_jax.export.packed import writer
+from mpq_jax.program.network import example_batch
 from mpq_jax.supernet.layer_table import LayerTable
 
 
@@ -90,6 +91,7 @@ def test_a_sound_file_agrees(exported, digits, file):
     assert abs(agreement.trained - right) < 0.2  # of a part of the images
 
 
+@pytest.mark.slow
 def test_another_network_disagrees(exported, digits, tmp_path):
     trainable = exported.state.trainable
     head = trainable.params["head"]
@@ -105,7 +107,10 @@ def test_another_network_disagrees(exported, digits, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_shape": (16, 16, 1)}, r"digits has images of shape \(8, 8, 1\), the network"),
+        (
+            {"inputs": example_batch((16, 16, 1))},
+            r"digits has images of shape \(8, 8, 1\), the network",
+        ),
         ({"num_classes": 7}, "digits has this number of classes: 10, the network 7"),
         ({"mean": None}, "the normalization of the network.s images is unknown; give mean and std"),
     ],
@@ -187,6 +192,7 @@ def test_files_can_be_read_by_all_and_links_stay_links(exported, tmp_path):
     assert stat.S_IMODE((tmp_path / "network").stat().st_mode) == 0o666 & ~mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(formats.FORMATS))
 def test_every_format_is_saved_and_run(exported, digits, name, tmp_path):
     path = formats.save(tmp_path / "folder" / "network", exported, name)

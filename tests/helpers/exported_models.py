@@ -1,17 +1,22 @@
 """Networks of drawn weights and one configuration, for tests of exports; made without compiling."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers.random_variables import drawn_variables
 
+from mpq_jax.export import signature
 from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.program import paths
+from mpq_jax.program.network import example_batch
 from mpq_jax.quantizers import lsq
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 REACH = 2.0  # largest value of a layer's input that is not clipped
@@ -19,6 +24,8 @@ REACH = 2.0  # largest value of a layer's input that is not clipped
 
 def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq.QUANTIZER):
     """A network whose layers take turns at `BITS` and at signed and unsigned inputs.
+
+    `shape` is that of an image, or describes a batch.
 
     `turned` is the fraction of the norms' factors that are negative.
     """
@@ -46,8 +53,9 @@ def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq
             )
         )
         signed.append(index % 2 == 0)
-    table = LayerTable(tuple(layers), "shared")
-    kernels = supernet.kernels(table, variables["params"])
+    table = dataclasses.replace(traced, layers=tuple(layers), bn_banks="shared")
+    net = Supernet(model, table, quantizer=quantizer)
+    kernels = net.kernels(variables["params"])
     steps = np.zeros((2, len(table), len(table.candidates)), np.float32)
     for place, bits in enumerate(table.candidates):
         max_bits = 2.0 ** (bits - 1)
@@ -57,10 +65,10 @@ def make_exported(model, shape, *, seed=0, turned=0.0, rules=None, quantizer=lsq
     state = SupernetState(trainable, variables.get("batch_stats", {}), jnp.array(signed))
     bits = BitConfig(*(jnp.array(column, jnp.int32) for column in _first_candidates(table)))
     return ExportedModel(
-        net=Supernet(model, table, quantizer=quantizer),
+        net=net,
         state=state,
         bits=bits,
-        image_shape=shape,
+        inputs=signature.one_example(example_batch(shape)),
         num_classes=10,
         mean=(0.5,),
         std=(0.25,),
@@ -74,6 +82,13 @@ def _first_candidates(table):
 
 
 def some_images(exported, count=8, seed=1):
-    """Drawn images."""
-    images = np.random.default_rng(seed).normal(size=(count, *exported.image_shape))
-    return images.astype(np.float32)
+    """Drawn images, or other inputs as the model takes them; integers are 0 to 9."""
+    generator = np.random.default_rng(seed)
+
+    def draw(leaf):
+        x = generator.normal(size=(count, *leaf.shape[1:]))
+        if leaf.dtype == "bool":
+            return x > 0
+        return np.abs(3 * x).astype("int32") % 10 if leaf.dtype == "int32" else np.float32(x)
+
+    return jax.tree.map(draw, exported.inputs)

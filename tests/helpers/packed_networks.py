@@ -18,10 +18,12 @@ from mpq_jax.export import safetensors_file
 from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.export.packed import network, reader, writer
 from mpq_jax.program import paths
+from mpq_jax.program.network import example_batch
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_8BIT, FIRST_LAST_FLOAT, Rule, bit_rules
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 SHAPE = (8, 8, 2)
 IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(4, *SHAPE)), jnp.float32)
@@ -197,7 +199,7 @@ def parse(path):
 def save_network(path, model, table, *, every=(), seed=0, shape=SHAPE, **changes):
     """Draws a network, and saves it with all its precisions and with its norms as they are."""
     net, state, integers = draw_network(model, table, shape, every=every, seed=seed)
-    exported = ExportedModel(net, state, None, shape, 3)._replace(**changes)
+    exported = ExportedModel(net, state, None, example_batch(shape), 3)._replace(**changes)
     sizes = writer.save(path, exported, norms="kept")
     return Saved(exported, integers, path, sizes, network.load(path, model=model))
 

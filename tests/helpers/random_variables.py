@@ -1,12 +1,10 @@
 """Random variables of a model for tests, without compiling its initializers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax.program import linen
+from mpq_jax.program.network import init_variables
 
 
 def drawn_variables(model, shape, seed):
@@ -15,7 +13,7 @@ def drawn_variables(model, shape, seed):
 
     def fill(path, leaf):
         name = path[-1].key
-        if name == "kernel":
+        if name in ("kernel", "embedding"):
             x = generator.uniform(-1.7, 1.7, leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
         elif name in ("scale", "var"):
             x = generator.uniform(0.6, 1.4, leaf.shape)
@@ -23,5 +21,5 @@ def drawn_variables(model, shape, seed):
             x = 0.1 * generator.normal(size=leaf.shape)
         return jnp.asarray(x, jnp.float32)
 
-    init = functools.partial(linen.init_variables, model, input_shape=shape)
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda key: init_variables(model, key, shape), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(fill, shapes)

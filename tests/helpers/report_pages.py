@@ -15,7 +15,7 @@ from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule, bit_rules
-from mpq_jax.supernet.supernet import SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
 from mpq_jax.tasks.evaluation import Score
 
 LAYERS = 5

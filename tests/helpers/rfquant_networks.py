@@ -9,7 +9,8 @@ from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import bit_rules
-from mpq_jax.supernet.supernet import Supernet, TrainableParams
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 CHOICES = (4, 3, 2)
 KEY = jax.random.key(0)

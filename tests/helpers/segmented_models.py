@@ -250,7 +250,9 @@ USERS = {
     "a block called twice": (
         Whole(SharedBlock()),
         {
-            "": ["stem", "middle/first/conv", "middle/shared/conv"],
+            "": ["stem", "middle/first/conv"],
+            "middle/shared": ["middle/shared/conv"],
+            "middle/shared again": ["middle/shared/conv"],
             "middle/last": ["middle/last/conv", "head"],
         },
     ),
@@ -258,7 +260,8 @@ USERS = {
         Whole(SharedLayer()),
         {
             "": ["stem", "middle/shared"],
-            "middle/between": ["middle/shared", "middle/between"],
+            "middle/between": ["middle/between"],
+            "middle/shared again": ["middle/shared"],
             "middle/last": ["middle/last", "head"],
         },
     ),
@@ -280,7 +283,8 @@ USERS = {
         {
             "": ["stem", "middle/one/conv"],
             "middle/two/conv": ["middle/two/conv"],
-            "middle/three/conv": ["middle/three/conv", "middle/four/conv", "head"],
+            "middle/three/conv": ["middle/three/conv"],
+            "middle/four/conv": ["middle/four/conv", "head"],
         },
     ),
     "two inputs": (
@@ -312,7 +316,7 @@ USERS = {
     ),
     "another program in evaluation": (
         OtherInEvaluation(),
-        {"": ["stem", "one", "two", "three", "head"]},
+        {"": ["stem", "one"], "two": ["two"], "three": ["three", "head"]},
     ),
     "norms": (
         Normed(),

@@ -10,7 +10,8 @@ from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 CHOICES = (4, 3, 2)
 STEM, CONV, DEPTHWISE, HEAD = range(4)

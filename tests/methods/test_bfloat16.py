@@ -81,6 +81,7 @@ def test_a_step_is_traced(models, name):
     check(*jax.eval_shape(run, drawn_variables(model, SHAPE, 0), BATCH))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [name if name == "plain" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],

@@ -13,7 +13,8 @@ from mpq_jax.methods.warm_start import float_variables, supernet_or_float_variab
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
-from mpq_jax.supernet.supernet import Supernet, SupernetState, TrainableParams, expand_bn_banks
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet, expand_bn_banks
 from mpq_jax.training import checkpoints
 
 SHAPE = (6, 6, 2)

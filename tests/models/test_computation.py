@@ -15,7 +15,7 @@ from mpq_jax.models.resnet import BottleneckBlock, ResNet
 from mpq_jax.models.resnet_cifar import ResNetCifar
 from mpq_jax.models.vgg import VGG
 from mpq_jax.models.vit import ViT
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.quantizers import lsq
 from mpq_jax.search import segments
 from mpq_jax.supernet.layer_table import trace_layers
@@ -62,7 +62,7 @@ def trained(name, **options):
     model, variables = TINY[name](**options), variables_of(name)
 
     def loss_of(params):
-        logits, stats = linen.forward(
+        logits, stats = network.forward(
             model,
             {"params": params, "batch_stats": variables.get("batch_stats", {})},
             IMAGES,
@@ -86,7 +86,7 @@ def test_all_models_take_a_type_and_recompute():
 def test_other_types_are_refused(dtype):
     model = TINY["vit"](dtype=dtype)
     with pytest.raises(ValueError, match=r"dtype is .*; wanted one of \('float32', 'bfloat16'\)"):
-        linen.init_variables(model, jax.random.key(0), SHAPE)
+        network.init_variables(model, jax.random.key(0), SHAPE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype("bfloat16")])
@@ -94,12 +94,13 @@ def test_types_and_their_names_mean_the_same(dtype):
     assert computation.type_of(dtype) == jnp.bfloat16
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("options", [{"remat": True}, {"dtype": "bfloat16"}])
 def test_layers_and_variables_are_the_same(name, options):
     plain, changed = TINY[name](), TINY[name](**options)
     assert table_of(changed) == table_of(plain)
-    init = functools.partial(linen.init_variables, input_shape=SHAPE)
+    init = functools.partial(network.init_variables, example_inputs=SHAPE)
     found, wanted = (
         jax.eval_shape(functools.partial(init, model), jax.random.key(0))
         for model in (changed, plain)
@@ -108,6 +109,7 @@ def test_layers_and_variables_are_the_same(name, options):
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 @each_way
 def test_recomputing_changes_neither_losses_nor_gradients(name):
     found, wanted = trained(name, remat=True), trained(name)
@@ -123,7 +125,7 @@ def test_recomputing_keeps_less_for_the_backward_pass(name):
         def logits(params):
             variables_now = {"params": params, "batch_stats": variables.get("batch_stats", {})}
             key = jax.random.key(0)
-            return linen.forward(model, variables_now, IMAGES, train=True, dropout_key=key)[0]
+            return network.forward(model, variables_now, IMAGES, train=True, dropout_key=key)[0]
 
         _, pullback = jax.eval_shape(functools.partial(jax.vjp, logits), variables["params"])
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
@@ -161,21 +163,28 @@ def test_subnets_of_recomputed_bfloat16_models(name):
 @every_model
 def test_recomputed_bfloat16_models_are_cut_like_others(name):
     plain, changed = TINY[name](), TINY[name](dtype="bfloat16", remat=True)
-    found, wanted = (segments.find_segments(net_of(model), SHAPE) for model in (changed, plain))
-    assert found.parts == wanted.parts and len(found.parts) > 1
+    found, wanted = (
+        [
+            (part.layers, part.size)
+            for part in segments.find_segments(net_of(model), SHAPE, train=True).parts
+        ]
+        for model in (changed, plain)
+    )
+    assert found == wanted and len(found) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_segments_of_recomputed_bfloat16_models_give_what_the_model_gives(name):
     net = net_of(TINY[name](dtype="bfloat16", remat=True))
-    cut = segments.find_segments(net, SHAPE)
+    cut = segments.find_segments(net, SHAPE, train=True)
 
     @jax.jit
     def both(variables, images):
         subnet = net.select(net.init(variables, images), net.table.uniform(2, 4))
         x = images
         for place in range(len(cut.parts)):
-            x = segments.run(net, cut, place, subnet, x, train=True)
+            x = segments.run(net, cut, place, subnet, x)
         return x, net.forward(subnet, images, train=True).logits
 
     found, wanted = both(variables_of(name), IMAGES)

@@ -9,7 +9,7 @@ from helpers.random_variables import drawn_variables
 
 from mpq_jax.models import make_model
 from mpq_jax.models.efficientnet_lite import SIZES, Block, EfficientNetLite, repeats_of
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.supernet.layer_table import trace_layers
 
 PUBLISHED = {  # parameters: timm, tf_efficientnet_lite0 to 4; the authors print 4.7 M to 13.0 M
@@ -24,7 +24,7 @@ PUBLISHED = {  # parameters: timm, tf_efficientnet_lite0 to 4; the authors print
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers_of_parameters(name):
     model, size = make_model(name, num_classes=1000), SIZES[name].resolution
-    init = functools.partial(linen.init_variables, model, input_shape=(size, size, 3))
+    init = functools.partial(network.init_variables, model, example_inputs=(size, size, 3))
     params = jax.eval_shape(init, jax.random.key(0))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PUBLISHED[name]
 
@@ -138,7 +138,10 @@ def test_stochastic_depth_grows_with_the_block():
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        trace_layers(EfficientNetLite(10), (32, 32, 3))
+        jax.eval_shape(
+            lambda key: network.init_variables(EfficientNetLite(10), key, (32, 32, 3)),
+            jax.random.key(0),
+        )
     np.testing.assert_allclose(rates, 0.2 * np.arange(16) / 16, rtol=1e-6)
 
 
@@ -147,7 +150,7 @@ def test_output_is_one_row_of_logits_per_image(train):
     model = make_model("efficientnet_lite1", num_classes=12)
     variables = jax.eval_shape(lambda: drawn_variables(model, (64, 64, 3), 0))
     logits, stats = jax.eval_shape(
-        lambda variables, images: linen.forward(
+        lambda variables, images: network.forward(
             model, variables, images, train=train, dropout_key=jax.random.key(0)
         ),
         variables,

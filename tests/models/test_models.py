@@ -12,13 +12,13 @@ from mpq_jax.models.mobilenet_v2 import InvertedResidual, Stage, scale_channels
 from mpq_jax.models.resnet import BasicBlock, BottleneckBlock
 from mpq_jax.models.resnet_cifar import Block, ResNetCifar
 from mpq_jax.models.vgg import VGG
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.supernet.layer_table import trace_layers
 
 
 @functools.cache
 def shapes(model, shape=(32, 32, 3)):
-    return jax.eval_shape(lambda key: linen.init_variables(model, key, shape), jax.random.key(0))
+    return jax.eval_shape(lambda key: network.init_variables(model, key, shape), jax.random.key(0))
 
 
 def some_variables(shapes_of, seed=0, *, spread=0.3):
@@ -183,7 +183,7 @@ def test_output_is_one_row_of_logits_per_image(name, size, train):
     images = jax.ShapeDtypeStruct((5, size, size, 3), jnp.float32)
     variables = shapes(model, (size, size, 3))
     logits, stats = jax.eval_shape(
-        lambda variables, images: linen.forward(
+        lambda variables, images: network.forward(
             model, variables, images, train=train, dropout_key=jax.random.key(0)
         ),
         variables,
@@ -364,7 +364,7 @@ def small_mobilenet():
 
     @jax.jit(static_argnames="train")
     def apply(key, train):
-        return linen.forward(model, variables, images, train=train, dropout_key=key)
+        return network.forward(model, variables, images, train=train, dropout_key=key)
 
     return apply, variables
 
@@ -396,7 +396,7 @@ def small():
 
     @jax.jit(static_argnames="train")
     def apply(images, train):
-        return linen.forward(model, variables, images, train=train)
+        return network.forward(model, variables, images, train=train)
 
     return apply, variables, images
 
@@ -455,7 +455,7 @@ def test_small_vgg_is_convolution_norm_relu_and_pooling():
     x = np.random.default_rng(0).normal(size=(2, 9, 12, 3)).astype(np.float32)
     variables = some_variables(shapes(model, x.shape[1:]))
     p = variables["params"]
-    given, _ = linen.forward(model, variables, jnp.asarray(x), train=False)
+    given, _ = network.forward(model, variables, jnp.asarray(x), train=False)
     for stage, size in enumerate((1, 2)):
         for index in range(size):
             y = convolve(x, p[f"stage{stage}_conv{index}"]["kernel"])

@@ -11,7 +11,7 @@ from mpq_jax.cli import train
 from mpq_jax.configs import digits
 from mpq_jax.methods import METHODS
 from mpq_jax.models import make_model
-from mpq_jax.program import linen, paths
+from mpq_jax.program import network, paths
 from mpq_jax.training import experiment, initial_state
 
 WIDTH, SHAPE, CLASSES = 4, (8, 8, 1), 10  # of a small ResNet-8 for the digits
@@ -21,7 +21,7 @@ def write_weights(path, *, classes=CLASSES, width=WIDTH):
     """Writes a random ResNet-8 for the digits, by PyTorch's names, and returns its variables."""
     model = make_model("resnet8", num_classes=classes, width=width)
     variables = jax.eval_shape(
-        lambda key: linen.init_variables(model, key, SHAPE), jax.random.key(0)
+        lambda key: network.init_variables(model, key, SHAPE), jax.random.key(0)
     )
     random = np.random.default_rng(0)
     flat = {

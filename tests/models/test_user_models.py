@@ -5,12 +5,16 @@ import sys
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 
 from mpq_jax.models import user_models
 
 SOURCE = """
 import flax.linen as nn
+import jax.numpy as jnp
+import mpq_jax as mpq
+from flax import nnx
 from sizes import WIDTH
 
 class Net(nn.Module):
@@ -35,10 +39,21 @@ class Strict(nn.Module):
             raise TypeError("width is too large")
 
 class NoModule:
-    num_classes: int = 3
+    def __init__(self, num_classes):
+        pass
 
 def make():
     return Net(3)
+
+class Streams(nnx.Module):
+    def __init__(self, num_classes, rngs, width=2):
+        self.head = nnx.Linear(width, num_classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(x)
+
+def by_hand(num_classes, width=2):
+    return mpq.function(lambda v, x: x @ v["w"], {"w": jnp.ones((width, num_classes))})
 """
 
 
@@ -68,7 +83,7 @@ def test_a_class_in_a_file_is_made_with_its_options(folder):
 def test_a_class_is_one_object_however_often_it_is_made(folder):
     """So that compiled programs of equal models are shared, and loading nothing twice."""
     name = f"{folder}/nets.py:Net"
-    assert user_models.find_class(name) is user_models.find_class(name)
+    assert user_models.find_maker(name) is user_models.find_maker(name)
     assert user_models.make(name, num_classes=2) == user_models.make(name, num_classes=2)
 
 
@@ -78,15 +93,32 @@ def test_a_class_in_a_module_is_found_from_the_working_directory(folder, monkeyp
     assert type(net).__module__ == "netspackage.nets"
 
 
+def test_the_streams_of_nnx_are_drawn_by_the_seed(folder):
+    kernels = [
+        user_models.make(f"{folder}/nets.py:Streams", num_classes=3, seed=seed).head.kernel
+        for seed in (0, 0, 1)
+    ]
+    same, again, other = (np.asarray(kernel.get_value()) for kernel in kernels)
+    np.testing.assert_array_equal(same, again)
+    assert np.any(same != other)
+
+
+def test_a_function_may_make_the_model(folder):
+    name = f"{folder}/nets.py:by_hand"
+    model = user_models.make(name, num_classes=3, options={"width": 4})
+    assert model.variables["w"].shape == (4, 3)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("{}/absent.py:Net", {}, r"there is no file .*absent\.py, which config\.model\.name"),
-        ("{}/nets.py:Nett", {}, r"has no class 'Nett'; its Linen modules are \['Net', 'Headless',"),
-        ("{}/nets.py:NoModule", {}, "wanted a subclass of flax.linen"),
-        ("{}/nets.py:make", {}, "'make' in .* wanted a subclass of flax.linen"),
-        ("{}/nets.py:Headless", {}, r"has no field num_classes, only \['width'\]"),
-        ("{}/nets.py:Net", {"depth": 3}, r"has no fields \['depth'\]; it has \['num_classes',"),
+        ("{}/nets.py:Nett", {}, r"'Nett' in .* is nothing; .* It has \['Net', 'Headless',"),
+        ("{}/nets.py:nnx", {}, r"'nnx' in .* is <module .*; wanted a class or function"),
+        ("{}/nets.py:NoModule", {}, "cannot be built with {}: the model is a NoModule; wanted"),
+        ("{}/nets.py:make", {}, r"takes no num_classes, only \[\]"),
+        ("{}/nets.py:Headless", {}, r"takes no num_classes, only \['width'\]"),
+        ("{}/nets.py:Net", {"depth": 3}, r"takes no \['depth'\]; it takes \['num_classes',"),
         ("{}/nets.py:Strict", {}, "cannot be built with {}: .*'width'"),
         ("{}/nets.py:Strict", {"width": 10}, "cannot be built with .*: width is too large"),
         ("no_such_package.nets:Net", {}, "there is no module 'no_such_package.nets', which"),

@@ -9,7 +9,7 @@ from helpers.random_variables import drawn_variables
 
 from mpq_jax.models import make_model
 from mpq_jax.models.vit import ViT, attention
-from mpq_jax.program import linen, paths
+from mpq_jax.program import network, paths
 from mpq_jax.supernet.layer_table import trace_layers
 
 SHAPE, PATCH, DIM, DEPTH, HEADS = (8, 12, 2), 4, 8, 2, 2
@@ -24,7 +24,7 @@ PUBLISHED = {  # parameters: timm, deit_tiny_patch16_224 and so on
 
 
 def shapes(model, shape):
-    init = functools.partial(linen.init_variables, model, input_shape=shape)
+    init = functools.partial(network.init_variables, model, example_inputs=shape)
     return jax.eval_shape(init, jax.random.key(0))
 
 
@@ -105,7 +105,7 @@ def reference(images, p):
 def test_forward_pass_is_the_published_one():
     variables = drawn_variables(MODEL, SHAPE, 0)
     images = np.random.default_rng(1).normal(size=(3, *SHAPE))
-    found, stats = linen.forward(MODEL, variables, jnp.asarray(images, jnp.float32), train=False)
+    found, stats = network.forward(MODEL, variables, jnp.asarray(images, jnp.float32), train=False)
     wanted = reference(
         images, jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
     )
@@ -168,9 +168,9 @@ def test_dropping_is_of_training_alone(rate):
 
     @jax.jit(static_argnums=1)
     def apply(key, train):
-        return linen.forward(model, variables, images, train=train, dropout_key=key)[0]
+        return network.forward(model, variables, images, train=train, dropout_key=key)[0]
 
     one, two = (apply(jax.random.key(i), True) for i in range(2))
     assert not np.allclose(one, two)
-    without = linen.forward(MODEL, variables, images, train=True)[0]
+    without = network.forward(MODEL, variables, images, train=True)[0]
     np.testing.assert_allclose(apply(jax.random.key(0), False), without, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.parallel import grad_accumulation
 from mpq_jax.parallel import mesh as sharding
 from mpq_jax.parallel.grad_accumulation import BatchPartition, BatchShard
-from mpq_jax.program import linen
+from mpq_jax.program import network
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_8BIT, Rule
 
@@ -46,12 +46,12 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def start():
-    return linen.init_variables(Tiny(), jax.random.key(1), SHAPE)
+    return network.init_variables(Tiny(), jax.random.key(1), SHAPE)
 
 
 def loss_of(divided):
     def loss(params, scale, batch_stats, examples, key):
-        logits, stats = linen.forward(
+        logits, stats = network.forward(
             Tiny(),
             {"params": params, "batch_stats": batch_stats},
             examples["image"],
@@ -166,7 +166,7 @@ def test_norms_that_have_an_axis_of_their_own_keep_it():
     variables["batch_stats"] = {"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
 
     def forward(x):
-        return linen.forward(Own(), variables, x, train=True, shard=BatchShard("other", 2))[0]
+        return network.forward(Own(), variables, x, train=True, shard=BatchShard("other", 2))[0]
 
     out = jax.vmap(jax.vmap(forward, axis_name="other"), axis_name="mine")(x.reshape(2, 2, 1, 2))
     by_hand = np.asarray(x).reshape(2, 2, 1, 2)
@@ -204,6 +204,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -240,6 +241,7 @@ def test_a_step_on_eight_devices_is_that_on_one(name, count, batch, start, monke
         assert leaf.sharding.is_equivalent_to(one, leaf.ndim)
 
 
+@pytest.mark.slow
 def test_what_devices_send_does_not_grow_with_the_subnets(batch, mesh, start):
     """But for the statistics of norms: mean and mean square, forward and backward."""
 

@@ -136,6 +136,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_batches_state_and_checkpoints(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -48,6 +48,7 @@ def jitted(fake_quant):
     return jax.jit(fake_quant, static_argnames=("max_bits", "grad_scale"))
 
 
+@pytest.mark.slow
 @every_pair
 def test_switch_is_the_second_rounding_of_every_integer(max_bits, bits):
     codes = jnp.asarray(integers(max_bits), jnp.int32)

@@ -22,6 +22,7 @@ from mpq_jax.reporting.html import layers, summary
 from mpq_jax.search.cost_metrics import CostMetric
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
+from mpq_jax.supernet.left_float import LeftFloat
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,22 @@ def test_every_layer_is_listed_in_numbers(page):
         assert row[:2] == [layer.name, layer.kind]
         assert row[3:5] == [f"{layer.params:,}", f"{layer.macs:,}"]
     assert [row[5] for row in table[1:]] == ["8/float", "4/4", "2/4", "3/2", "float/8"]
+
+
+def test_what_stays_float_is_listed_below_the_layers(page):
+    lines = [text.strip() for text in page.texts]
+    assert "What stays float" in lines
+    channels = 4 * (LAYERS - 1) + 3
+    assert f"{LAYERS} parameters (bias): {channels} values" in lines
+
+
+def test_products_that_stay_float_are_listed_with_their_work(tmp_path):
+    left = (LeftFloat("block<0>/product", "product", 1234, "nobody asked"),)
+    table = dataclasses.replace(TABLE, left_float=left)
+    text = written(tmp_path, made_report(table=table))
+    assert "<li>product block&lt;0&gt;/product: 1,234 MACs; nobody asked</li>" in text
+    nothing = written(tmp_path, made_report(table=dataclasses.replace(TABLE, left_float=())))
+    assert "What stays float" not in nothing
 
 
 def test_sensitivities_are_those_given_and_shaded_by_their_logarithm(page):

@@ -26,7 +26,7 @@ def test_the_largest_unit_that_a_value_reaches_is_taken(kind, value, unit):
 
 def test_metrics_count_costs_as_the_library_and_show_them_in_their_unit():
     metrics = cost_metrics(FREE)
-    assert set(metrics) == set(costs.COSTS)
+    assert set(metrics) == set(costs.COSTS) - {"stored_bytes"}  # what stays float is not known
     most = exact_cost(FREE, all_bits(FREE)).max()
     assert metrics["bitops"].largest == most == 544_000
     assert metrics["bitops"].show(271_234.0) == "271.2 kBitOPs"

@@ -133,6 +133,7 @@ def as_config(state):
     return BitConfig(*state.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", [0, 8])
 @pytest.mark.parametrize("kind", ["bitops", "bytes"])
 @pytest.mark.parametrize("name", SCORES)

@@ -110,6 +110,7 @@ def test_solutions_are_those_of_brute_force(seed, number, pairs):
     check(found, wanted, budgets, allowed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", SPACES)
 @pytest.mark.parametrize("seed", range(3))
 def test_negative_entries_and_windows_agree_with_brute_force(seed, pairs):

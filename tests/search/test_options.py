@@ -8,7 +8,7 @@ from mpq_jax.search.strategies import STRATEGIES
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"cost": "watts"}, r"cost is 'watts'; known: \('bitops', 'bytes', 'act_bytes', "),
+        ({"cost": "watts"}, r"cost is 'watts'; known: \('bitops', 'bytes', 'stored_bytes', "),
         ({"strategy": "brute"}, r"strategy is 'brute'; known: \('greedy', 'tabu', "),
         ({"objective": "best"}, r"objective is 'best'; known: \('measured', 'hawq', 'paper'\)"),
         ({"metric": "f1"}, r"metric is 'f1'; known: \('error', 'loss', 'kl'\)"),

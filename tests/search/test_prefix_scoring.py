@@ -61,8 +61,10 @@ MODEL = Net()
 RULES = bit_rules((4, 3, 2))
 TABLE = trace_layers(MODEL, SHAPE, rules=RULES)
 NET = Supernet(MODEL, TABLE, quantizer=lsq.QUANTIZER)
-CUT = find_segments(NET, SHAPE)
+CUT = find_segments(NET, SHAPE, train=True)
+STORED = find_segments(NET, SHAPE, train=False)
 TICKING = Supernet(Net(ticking=True), TABLE, quantizer=lsq.QUANTIZER)
+TICKING_CUT = find_segments(TICKING, SHAPE, train=True)
 INIT = jax.jit(Supernet.init, static_argnums=0)
 FREE = [[1], [2], [3]]  # layers with a choice in each segment
 
@@ -130,7 +132,9 @@ def prefixes(bits):
 
 
 def test_the_model_is_cut_into_its_blocks():
-    assert [part.start for part in CUT.parts] == ["", "two", "three"]
+    for cut in (CUT, STORED):
+        assert [len(part.layers) for part in cut.parts] == [len(part.layers) for part in CUT.parts]
+        assert [part.start is None for part in cut.parts] == [True, False, False]
 
 
 @functools.cache
@@ -157,7 +161,8 @@ TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
 )
 def test_scores_are_those_of_one_after_another(made, metric, norms, together):
     before = jax.tree.map(np.array, made)
-    score = make_prefix_score(NET, made, CUT, metric=metric, norms=norms, together=together)
+    cut = CUT if norms == "batch" else STORED
+    score = make_prefix_score(NET, made, cut, metric=metric, together=together)
     with CompileCounter() as counter:
         for name, bits in POPULATIONS.items():
             found = score(config(bits), IMAGES, LABELS)
@@ -177,13 +182,14 @@ def score(made):
     return make_prefix_score(NET, made, CUT, metric="loss", together=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bn_banks", ["weights", "transition"])
 def test_norms_of_all_kinds(bn_banks):  # "pair" is that of all other tests
     net = Supernet(MODEL, TABLE.with_bn_banks(bn_banks), quantizer=lsq.QUANTIZER)
-    made, cut = state_of(net), find_segments(net, SHAPE)
+    made, cut = state_of(net), find_segments(net, SHAPE, train=False)
     bits = np.concatenate([drawn(5, 9), neighbors()])
     wanted = make_score(net, made, metric="loss", norms="stored")
-    found = make_prefix_score(net, made, cut, metric="loss", norms="stored")
+    found = make_prefix_score(net, made, cut, metric="loss")
     wanted, found = (one(config(bits), IMAGES, LABELS) for one in (wanted, found))
     np.testing.assert_allclose(found, wanted, **TOLERANCE)
     assert len(np.unique(found)) > len(bits) / 2
@@ -221,6 +227,7 @@ class Stage(nn.Module):
         return nn.relu(nn.Conv(4, (3, 3), name="b")(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [SharedLayer(), Nested()], ids=["shared layer", "nested"])
 def test_models_of_a_user(model):
     net = net_of(model)
@@ -229,7 +236,7 @@ def test_models_of_a_user(model):
     bits = np.full((12, len(table), 2), 8)
     bits[:, free] = np.random.default_rng(4).choice([4, 3, 2], (12, len(free), 2))
     configs = BitConfig(*jnp.asarray(np.moveaxis(bits, -1, 0), jnp.int32))
-    cut = find_segments(net, SHAPE)
+    cut = find_segments(net, SHAPE, train=True)
     assert len(cut.parts) > 2
     wanted = make_score(net, made, metric="loss")(configs, IMAGES, LABELS)
     found = make_prefix_score(net, made, cut, metric="loss")(configs, IMAGES, LABELS)
@@ -242,7 +249,9 @@ def test_models_of_a_user(model):
 
 @pytest.mark.parametrize(("together", "memory"), [(1, 1), (2, prefix_scoring.MEMORY)])
 def test_every_prefix_is_computed_once(made, together, memory):
-    score = make_prefix_score(TICKING, made, CUT, metric="loss", together=together, memory=memory)
+    score = make_prefix_score(
+        TICKING, made, TICKING_CUT, metric="loss", together=together, memory=memory
+    )
     for bits in (POPULATIONS["random"], POPULATIONS["neighbors"], POPULATIONS["repeated"]):
         score(config(bits), IMAGES, LABELS)
         found = ticks_of(lambda bits=bits: score(config(bits), IMAGES, LABELS))
@@ -250,7 +259,7 @@ def test_every_prefix_is_computed_once(made, together, memory):
 
 
 def test_the_teacher_is_computed_once(made):
-    score = make_prefix_score(TICKING, made, CUT, metric="kl", together=1)
+    score = make_prefix_score(TICKING, made, TICKING_CUT, metric="kl", together=1)
     bits = POPULATIONS["random"]
     score(config(bits), IMAGES, LABELS)
     found = ticks_of(lambda: score(config(bits), IMAGES, LABELS))
@@ -322,7 +331,6 @@ def test_images_are_split_over_devices(made, score):
     ("wrong", "message"),
     [
         ({"metric": "f1"}, "'f1'; known"),
-        ({"norms": "recalibrated"}, "images are missing"),
     ],
 )
 def test_what_no_score_can_be_made_of_is_refused(made, wrong, message):

@@ -171,6 +171,7 @@ def test_the_accuracy_drop_is_counted_from_the_largest_bits(report):
     assert found.costs["bitops"] == min(one.costs["bitops"] for one in report.configs)
 
 
+@pytest.mark.slow
 def test_a_drop_that_nothing_keeps_is_noted():
     bad = STATE._replace(
         trainable=STATE.trainable._replace(act_step_sizes=STATE.trainable.act_step_sizes * 0 + 1e-6)
@@ -261,6 +262,7 @@ def test_readers_take_the_place_of_arrays():
     np.testing.assert_array_equal(direct.scored, by_readers.scored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["hawq", "paper"])
 def test_objectives_from_hessian_traces(objective):
     tied = dataclasses.replace(NET, table=tie_acts_to_weights(TABLE))

@@ -149,6 +149,7 @@ def killed_after(calls):
     return score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_killed_search_goes_on_and_ends_alike(name, tmp_path):
     totals = exact_cost(FREE, all_bits(FREE))

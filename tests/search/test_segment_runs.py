@@ -13,8 +13,8 @@ from helpers.segmented_models import BATCH, MODELS, SHAPE, USERS, net_of
 from mpq_jax.program import paths
 from mpq_jax.search import segments
 from mpq_jax.search.segments import find_segments
-from mpq_jax.supernet import supernet
 from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.state import SupernetState, TrainableParams
 
 
 def drawn_images(shape):
@@ -47,8 +47,8 @@ def state_of(net, shape=SHAPE):
         )
     step = 2.0 ** -np.array(table.candidates) * generator.uniform(0.7, 1.4, (2, len(table), 1))
     weight_step_sizes, act_step_sizes = jnp.asarray(step * [[[1.0]], [[2.0]]], jnp.float32)
-    trainable = supernet.TrainableParams(params, weight_step_sizes, act_step_sizes)
-    return supernet.SupernetState(trainable, stats, jnp.ones(len(table), bool))
+    trainable = TrainableParams(params, weight_step_sizes, act_step_sizes)
+    return SupernetState(trainable, stats, jnp.ones(len(table), bool))
 
 
 def drawn_bits(table, seed):
@@ -60,8 +60,8 @@ def drawn_bits(table, seed):
     return BitConfig(*jnp.asarray(both.T, jnp.int32))
 
 
-def run(net, cut, place, state, bits, x, train):
-    return segments.run(net, cut, place, net.select(state, bits), x, train=train)
+def run(net, cut, place, state, bits, x):
+    return segments.run(net, cut, place, net.select(state, bits), x)
 
 
 def own_logits(net, state, bits, x, train):
@@ -71,21 +71,22 @@ def own_logits(net, state, bits, x, train):
 CASES = MODELS | {name: (model, SHAPE) for name, (model, _) in USERS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES)[1:])
 def test_segments_one_after_another_are_the_model(name):
     model, shape = CASES[name]
     net = net_of(model, shape)
-    cut = find_segments(net, shape)
+    train = name not in ("another program in evaluation", "vgg", "nested")
+    cut = find_segments(net, shape, train=train)
     state, bits = state_of(net, shape), drawn_bits(net.table, 5)
     images = drawn_images(shape)
-    train = name not in ("another program in evaluation", "vgg", "nested")
 
     @jax.jit
     def both(state, bits, x):
         own = own_logits(net, state, bits, x, train)
         for place, segment in enumerate(cut.parts):
             assert x.size == BATCH * segment.size
-            x = run(net, cut, place, state, bits, x, train)
+            x = run(net, cut, place, state, bits, x)
         return own, x
 
     own, found = both(state, bits, images)
@@ -96,13 +97,13 @@ def test_segments_one_after_another_are_the_model(name):
 def test_segments_that_are_compiled_apart_are_the_model():
     model, shape = CASES["cifar resnet"]
     net = net_of(model, shape)
-    cut = find_segments(net, shape)
+    cut = find_segments(net, shape, train=True)
     state, bits = state_of(net, shape), drawn_bits(net.table, 5)
-    part = jax.jit(run, static_argnums=(0, 1, 2, 6))
+    part = jax.jit(run, static_argnums=(0, 1, 2))
     own = jax.jit(own_logits, static_argnums=(0, 4))
     x = IMAGES
     for place in range(len(cut.parts)):
-        x = part(net, cut, place, state, bits, x, True)
+        x = part(net, cut, place, state, bits, x)
     np.testing.assert_array_equal(x, own(net, state, bits, IMAGES, True))
 
 
@@ -118,11 +119,11 @@ def test_a_segment_depends_on_the_bits_of_its_layers_alone(name, bn_banks):
     """Changes every tensor of every layer, and looks at what each segment makes of it."""
     model, _ = USERS[name]
     net = net_of(model, bn_banks=bn_banks)
-    table, cut, state = net.table, find_segments(net, SHAPE), state_of(net)
+    table, cut, state = net.table, find_segments(net, SHAPE, train=False), state_of(net)
 
     @functools.partial(jax.jit, static_argnums=0)
     def part(place, bits, x):
-        return run(net, cut, place, state, bits, x, False)
+        return run(net, cut, place, state, bits, x)
 
     base, x = np.stack(table.uniform(3, 3), axis=-1), IMAGES
     for place, segment in enumerate(cut.parts):

@@ -94,6 +94,7 @@ def test_a_limit_is_kept_to_a_millionth(name, miss):
         assert found.costs["bitops"] == least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", TABLES)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_several_limits_are_kept_at_once(name, which):
@@ -276,6 +277,7 @@ HOLES = {  # latencies as they are measured: same speed at several bits, pairs w
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hole", HOLES)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_costs_may_have_plateaus_and_holes(name, hole):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.attention import PRODUCT_INPUTS, PRODUCT_MACS, SHAPE, TinyVit
 
 from mpq_jax.models import make_model
 from mpq_jax.supernet.bits import BitConfig, sample
@@ -16,6 +17,7 @@ from mpq_jax.supernet.costs import (
     allowed_pairs,
     bitops,
     cost_table,
+    float_bytes,
     latency_table,
     mean_bits,
     model_bytes,
@@ -247,7 +249,8 @@ def test_without_any_choice_there_is_no_mean():
 def test_unknown_budget_is_refused_with_the_choices(small):
     with pytest.raises(
         ValueError,
-        match=r"'flops'; known kinds are \['act_bytes', 'bitops', 'bytes', 'mean_bits'\]",
+        match=r"'flops'; known kinds are "
+        r"\['act_bytes', 'bitops', 'bytes', 'mean_bits', 'stored_bytes'\]",
     ):
         cost_table(small, "flops")
 
@@ -256,6 +259,106 @@ def test_a_float_input_is_billed_at_the_bits_of_its_rule(small):
     bits = BitConfig(jnp.array([8, 4, 2, 8]), jnp.array([8, 4, 2, 8]))
     assert small.layers[0].float_acts
     assert float(bitops(small, bits)) == MACS @ [64, 16, 4, 64]
+
+
+# Everything that must be stored.
+
+BIASES = 4 + 4 + 16 + 3
+STEP_SIZES = 2 * 4 - 1  # the input of the stem stays float
+
+
+class Normed(nn.Module):
+    """A norm, a table of words, and parameters that are no kernel."""
+
+    @nn.compact
+    def __call__(self, words, train=False):
+        x = nn.Embed(5, 4, name="table")(words)
+        x = x * self.param("gain", nn.initializers.ones, (1, 1, 4))
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(3, use_bias=False, name="head")(x)
+
+
+def test_what_stays_float_is_stored_in_float32(small):
+    assert float_bytes(small) == 4 * (BIASES + STEP_SIZES)
+    bits = BitConfig(jnp.array([8, 4, 2, 8]), jnp.array([8, 4, 2, 8]))
+    stored = float(model_bytes(small, bits, count_float=True))
+    assert stored == 72 * 1 + 36 * 0.5 + 64 * 0.25 + 48 * 1 + 4 * (BIASES + STEP_SIZES)
+    assert stored - float(model_bytes(small, bits)) == float_bytes(small)
+
+
+def test_norms_count_with_their_statistics():
+    table = trace_layers(Normed(), jax.ShapeDtypeStruct((1, 6), jnp.int32), rules=RULES[-1:])
+    assert table.names == ("table", "head")
+    variables = 4 + 4 * 4  # gain; scale, bias, mean and variance
+    step_sizes = 2 * 2  # packed files have two of every layer, also of one that looks rows up
+    assert float_bytes(table) == 4 * (variables + step_sizes)
+
+
+def test_float_kernels_are_stored_at_32_bits_whatever_they_count_as():
+    first = [Rule("mix", weights=8, float_weights=True), Rule("head", float_acts=True, acts=2)]
+    table = trace_layers(Small(), (6, 6, 2), rules=(*first, *RULES))
+    bits = table.uniform(4, 4)
+    np.testing.assert_array_equal(bits.weights, [8, 4, 8, 8])
+    assert float(model_bytes(table, bits)) == 72 + 36 / 2 + 64 + 48
+    floats = 4 * (BIASES + STEP_SIZES - 2)
+    assert float(model_bytes(table, bits, count_float=True)) == 72 + 18 + 4 * 64 + 48 + floats
+    costs = cost_table(table, "stored_bytes")
+    assert total(table, costs, bits) == 72 + 18 + 4 * 64 + 48 + floats
+    place = table.candidates.index
+    assert costs[2, place(8), place(4)] == 4 * 64
+    assert costs[0, place(8), place(8)] == 72 + floats  # what belongs to no layer
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_tables_and_functions_agree_with_float_layers_and_products(kind):
+    rules = (
+        Rule("block0/query", weights=8, float_weights=True, acts=(8, 4)),
+        Rule("#2", kind="product", weights=(8, 4), acts=32, float_acts=True),
+        Rule(kind="product", weights=(8, 3), acts=(6, 2)),
+        *bit_rules((6, 4, 2)),
+    )
+    table = trace_layers(TinyVit(), SHAPE, rules=rules)
+    costs = cost_table(table, kind)
+    keys = jax.random.split(jax.random.key(1), 20)
+    drawn = jax.vmap(lambda key: sample(key, table.candidates, table.mask))(keys)
+    found = jax.jit(jax.vmap(lambda bits: COSTS[kind](table, bits)))(drawn)
+    assert len(set(found.tolist())) > 3
+    tabled = [total(table, costs, config) for config in each(drawn)]
+    np.testing.assert_allclose(found, tabled, rtol=1e-6)  # float32 against float64
+
+
+# Products of activations.
+
+
+def test_products_cost_work_and_traffic_but_no_bytes():
+    fixed = Rule(weights=8, acts=8)
+    plain = trace_layers(TinyVit(), SHAPE, rules=[fixed])
+    rules = [Rule(kind="product", weights=(8, 4, 2), acts=(8, 4, 2)), fixed]
+    table = trace_layers(TinyVit(), SHAPE, rules=rules)
+    bits, without = table.uniform(4, 2), plain.max_config
+    assert float(bitops(table, bits) - bitops(plain, without)) == 2 * PRODUCT_MACS * 4 * 2
+    read = sum(map(sum, PRODUCT_INPUTS)) * 2 / 8
+    assert float(act_bytes(table, table.uniform(2, 2)) - act_bytes(plain, without)) == read
+    assert float(model_bytes(table, bits)) == float(model_bytes(plain, without))
+    assert float_bytes(table) - float_bytes(plain) == 4 * 2 * 2  # a step size of each operand
+    with pytest.raises(ValueError, match="no layer of the table has a choice"):
+        mean_bits(table, bits, by="layer")
+    with pytest.raises(ValueError, match="no layer of the table has a choice"):
+        cost_table(table, "mean_bits")
+
+
+def test_the_mean_of_bits_is_that_of_kernels():
+    product = Rule(kind="product", weights=(8, 2), acts=(8, 2))
+    table = trace_layers(TinyVit(), SHAPE, rules=[product, *bit_rules((6, 4))])
+    most = table.max_config
+    fewest = most._replace(weights=jnp.where(most.weights == 8, 2, most.weights))
+    is_product = np.array([layer.is_product for layer in table.layers])
+    bits = BitConfig(jnp.where(is_product, fewest.weights, most.weights), most.acts)
+    table.check(bits)
+    assert not np.array_equal(bits.weights, most.weights)
+    for one in (most, bits):
+        assert mean_bits(table, one, by="layer") == mean_bits(table, one, by="param") == 6
+        assert total(table, cost_table(table, "mean_bits"), one) == 6
 
 
 # Latency tables.

@@ -1,6 +1,7 @@
 """No times are looked at: what is timed is, and how times are put together."""
 
 import itertools
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -32,17 +33,18 @@ GENERATOR = np.random.default_rng(0)
 def test_calls_of_all_layers_are_found():
     found = latency.layer_calls(Net(), SHAPE, batch=2)
     assert list(found) == list(trace_layers(Net(), SHAPE).names)
-    shapes = {name: [call.input_shape for call in calls] for name, calls in found.items()}
+    shapes = {name: [call.shapes[0] for call in calls] for name, calls in found.items()}
     assert shapes == {
         "strided": [(2, 9, 8, 3)],
         "grouped": [(2, 5, 4, 4)],
         "twice": [(2, 3, 3, 8)] * 2,
-        "line": [(2, 9, 8)],
+        "line": [(2, 11, 8)],  # padded around
         "positions": [(2, 9, 8)],
         "head": [(2, 5)],
     }
     for layer in trace_layers(Net(), SHAPE).layers:
-        assert {call.kernel_shape for call in found[layer.name]} == {layer.kernel_shape}
+        kernels = {call.shapes[call.kernel] for call in found[layer.name]}
+        assert {math.prod(shape) for shape in kernels} == {layer.params}
 
 
 def convolved(x, kernel, *, stride=1, padding=((0, 0), (0, 0)), dilation=1, groups=1):
@@ -62,9 +64,9 @@ def convolved(x, kernel, *, stride=1, padding=((0, 0), (0, 0)), dilation=1, grou
     return out
 
 
-def circular(x, kernel):
+def windows_of_three(x, kernel):
     x, kernel = np.asarray(x, np.int64), np.asarray(kernel, np.int64)
-    around = np.stack([np.roll(x, shift, axis=1) for shift in (1, 0, -1)], axis=2)
+    around = np.stack([x[:, start : start + 9] for start in range(3)], axis=2)
     return np.einsum("nlkc,kcf->nlf", around, kernel)
 
 
@@ -72,7 +74,7 @@ REFERENCES = {
     "strided": lambda x, w: convolved(x, w, stride=2, padding=((1, 1), (1, 1))),
     "grouped": lambda x, w: convolved(x, w, groups=2),
     "twice": lambda x, w: convolved(x, w, dilation=2, padding=((2, 2), (2, 2))),
-    "line": circular,
+    "line": windows_of_three,
     "positions": lambda x, w: np.asarray(x, np.int64) @ np.asarray(w, np.int64),
     "head": lambda x, w: np.asarray(x, np.int64) @ np.asarray(w, np.int64),
 }
@@ -82,8 +84,8 @@ REFERENCES = {
 @pytest.mark.parametrize("name", REFERENCES)
 def test_what_is_timed_is_the_layer_on_codes(name, dtype):
     call = latency.layer_calls(Net(), SHAPE, batch=2)[name][0]
-    kernel = latency.draw_codes(GENERATOR, call.kernel_shape, 8, dtype)
-    x = latency.draw_codes(GENERATOR, call.input_shape, 8, dtype)
+    kernel = latency.draw_codes(GENERATOR, call.shapes[call.kernel], 8, dtype)
+    x = latency.draw_codes(GENERATOR, call.shapes[0], 8, dtype)
     found = latency.multiply(call, kernel, x)
     assert found.dtype == (jnp.float32 if dtype == "float32" else jnp.int32)
     wanted = REFERENCES[name](x, kernel)

@@ -3,6 +3,7 @@
 import time
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,10 +29,10 @@ class Detours(nn.Module):
     """A norm that reads the first layer's output after the second layer was called."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train=False):
         first, second = (nn.Conv(4, (1, 1), name=name)(x) for name in ("first", "second"))
         relu_between = nn.Conv(4, (1, 1), name="third")(x)
-        norms = [nn.BatchNorm(use_running_average=True, name=f"norm{i}") for i in range(3)]
+        norms = [nn.BatchNorm(use_running_average=not train, name=f"norm{i}") for i in range(3)]
         return norms[0](second) + norms[1](first) + norms[2](nn.relu(relu_between))
 
 
@@ -69,7 +70,7 @@ class Stacked(nn.Module):
 class NoLayers(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.BatchNorm(use_running_average=True)(x)
+        return nn.LayerNorm()(x)
 
 
 def test_own_model_of_several_kinds_of_layers():
@@ -96,8 +97,9 @@ def test_dense_only_model_and_default_rules():
     assert column(table, "kind") == ["dense"] * 3
     assert column(table, "macs") == column(table, "params") == [20 * 32, 32 * 16, 16 * 3]
     assert column(table, "norm") == ["BatchNorm_0", "BatchNorm_1", None]
-    assert column(table, "weight_candidates") == [DEFAULT_CANDIDATES] * 2 + [(8,)]
-    assert column(table, "act_candidates") == [DEFAULT_CANDIDATES] * 2 + [(8,)]
+    assert column(table, "weight_candidates") == [(8,), DEFAULT_CANDIDATES, (8,)]
+    assert column(table, "act_candidates") == [(8,), DEFAULT_CANDIDATES, (8,)]
+    assert column(table, "float_acts") == [True, False, False]
 
 
 def test_layer_called_twice_is_one_layer_with_the_work_of_both():
@@ -160,17 +162,17 @@ def test_cifar_resnets(name, convs):
     ("model", "shape", "same"),
     [
         (Separable(), (16, 16, 3), (5, 16, 16, 3)),
-        (Perceptron(), (20,), (7, 20)),
-        (Separable(), [16, 16, 3], [2, 16, 16, 3]),
+        (Perceptron(), (20,), jax.ShapeDtypeStruct((7, 20), jnp.float32)),
+        (Separable(), [16, 16, 3], np.zeros((2, 16, 16, 3), np.float32)),
     ],
 )
-def test_batch_in_the_input_shape_changes_nothing(model, shape, same):
-    assert trace_layers(model, shape) == trace_layers(model, same)
+def test_the_size_of_the_batch_changes_nothing(model, shape, same):
+    assert trace_layers(model, shape).layers == trace_layers(model, same).layers
 
 
-@pytest.mark.parametrize("shape", [(), (8, 8, 0), (1, 2, 3, 4, 5)])
-def test_impossible_input_shape_is_refused(shape):
-    with pytest.raises(ValueError, match="input_shape is .*; wanted"):
+@pytest.mark.parametrize("shape", [(8, 8, 0), (1, 2, 3, 4, 5), (64, 4)])
+def test_unclear_input_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="the input's shape is .*; wanted .* give a batch"):
         trace_layers(Separable(), shape)
 
 
@@ -184,18 +186,32 @@ def test_nothing_is_computed_whatever_the_size():
 # What cannot be listed.
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (NoLayers(), "NoLayers calls no nn.Conv, nn.Dense or nn.DenseGeneral"),
-        (Repeated(shared=False), "nn.scan.*unroll"),
-        (Repeated(shared=True), "nn.scan.*unroll"),
-        (Stacked(), "nn.vmap.*unroll"),
-    ],
-)
-def test_models_that_cannot_be_listed_are_refused(model, message):
-    with pytest.raises(ValueError, match=message):
-        trace_layers(model, (6, 6))
+def test_a_model_without_kernels_is_refused():
+    with pytest.raises(ValueError, match="NoLayers multiplies its inputs by no parameters"):
+        trace_layers(NoLayers(), (6,))
+
+
+TOKENS = jax.ShapeDtypeStruct((2, 5, 6), jnp.float32)
+
+
+def test_a_kernel_that_a_loop_slices_is_one_layer_for_each_slice():
+    table = trace_layers(Repeated(shared=False), TOKENS, rules=ANY)
+    assert table.names == tuple(f"Dense_0[{i}]" for i in range(4))
+    assert column(table, "position") == [(i,) for i in range(4)]
+    assert column(table, "kernel_shape") == [(6, 6)] * 4
+    assert column(table, "macs") == [5 * 36] * 4
+
+
+def test_a_kernel_that_a_loop_repeats_is_one_layer_with_the_work_of_all():
+    table = trace_layers(Repeated(shared=True), TOKENS, rules=ANY)
+    assert column(table, "kernel_shape") == [(6, 6)]
+    assert column(table, "macs") == [4 * 5 * 36]
+
+
+def test_a_kernel_with_one_matrix_for_each_example_is_one_layer():
+    table = trace_layers(Stacked(), jax.ShapeDtypeStruct((2, 6), jnp.float32), rules=ANY)
+    assert column(table, "kernel_shape") == [(2, 6, 3)]
+    assert column(table, "macs") == [6 * 3]
 
 
 # What layers read, and ties.

@@ -20,7 +20,8 @@ from mpq_jax.quantizers import QUANTIZERS, lsq
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
-from mpq_jax.supernet.supernet import Supernet, TrainableParams
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,7 @@ KERNEL_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), KERNEL_CASES)
 def test_kernels_that_were_quantized_before_make_the_same_subnets(float_variables, kind, name):
     table = QUANTIZED_TABLES[kind]

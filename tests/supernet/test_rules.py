@@ -1,7 +1,10 @@
 """Rules that give bits to layers, and layers that stay float."""
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.attention import SHAPE, TinyVit
 from helpers.traced_models import ANY, Perceptron, Separable, column, make_table
 
 from mpq_jax.supernet.layer_table import trace_layers
@@ -54,11 +57,11 @@ def test_first_matching_rule_wins_for_each_attribute_on_its_own():
         (Rule("a.e", weights=3), {"body/gate"}),
         (Rule(kind="depthwise", weights=3), {"body/spatial"}),
         (Rule(kind="conv", weights=3), {"stem", "body/mix", "grouped"}),
-        (Rule(kind="dense", position="first", weights=3), {"body/gate"}),
-        (Rule(kind="conv", position="last", weights=3), {"grouped"}),
-        (Rule("body", position="last", weights=3), {"body/gate"}),
+        (Rule(kind="conv", position="first", weights=3), {"stem"}),
+        (Rule(kind="dense", position="first", weights=3, optional=True), set()),
+        (Rule(position="last", weights=3), {"head"}),
         (Rule(position="first", weights=3), {"stem"}),
-        (Rule("nothing", weights=3), set()),
+        (Rule("nothing", weights=3, optional=True), set()),
     ],
 )
 def test_which_layers_a_rule_matches(rule, matched):
@@ -105,6 +108,111 @@ def test_depthwise_rule_that_leaves_nothing_is_refused():
 def test_bad_rules_are_refused(rule, message):
     with pytest.raises(ValueError, match=message):
         trace_layers(Perceptron(), (4,), rules=(rule,))
+
+
+# Rules that match nothing.
+
+
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [
+        (Rule("nothing", weights=3), r"Rule\(pattern='nothing'\)"),
+        (Rule(kind="dense", position="first"), r"Rule\(kind='dense', position='first'\)"),
+        (Rule("stem", kind="product"), r"Rule\(pattern='stem', kind='product'\)"),
+    ],
+)
+def test_a_rule_that_matches_nothing_is_refused_with_what_there_is(rule, named):
+    layers = "stem, body/spatial, body/mix, body/gate, grouped, head"
+    kinds = r"\['conv', 'dense', 'depthwise'\]"
+    with pytest.raises(ValueError, match=f"rule {named} matches no layer.*{layers}, .*{kinds}"):
+        bits_of(*ANY, rule)
+    assert bits_of(*ANY, rule._replace(optional=True)) == bits_of(*ANY)
+
+
+def test_a_rule_whose_layers_others_already_decided_still_matches():
+    assert bits_of(Rule(weights=5), Rule("stem", weights=3)) == bits_of(Rule(weights=5))
+
+
+def test_ten_layers_are_named_at_most():
+    class Deep(nn.Module):
+        layers: int
+
+        @nn.compact
+        def __call__(self, x):
+            for index in range(self.layers):
+                x = nn.Dense(2, name=f"layer{index}")(x)
+            return x
+
+    for layers, end in ((10, "layer9, of"), (11, "layer9, ..., of")):
+        with pytest.raises(ValueError, match=f"its layers are layer0, .*layer8, {end} kinds"):
+            trace_layers(Deep(layers), (2,), rules=[Rule("nothing")])
+
+
+@pytest.mark.parametrize("ends", [FIRST_LAST_8BIT, FIRST_LAST_FLOAT, FIRST_LAST_SAME, ()])
+def test_the_librarys_own_rules_fit_models_without_such_layers(ends):
+    """Neither depthwise convolutions, nor a layer at the end: the last one is called in between."""
+
+    class Inside(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(4, name="inside")(jnp.sin(x))
+            return jnp.sort(y) @ y.T
+
+    table = trace_layers(Inside(), (4,), rules=bit_rules((4, 2), first_last=ends))
+    assert table.names == ("inside",)
+
+
+# Rules for products of activations.
+
+
+def attention_bits(*rules):
+    table = trace_layers(TinyVit(), SHAPE, rules=rules)
+    return {
+        layer.name: (layer.weight_candidates, layer.act_candidates)
+        for layer in table.layers
+        if layer.is_product
+    }
+
+
+@pytest.mark.parametrize(
+    ("rules", "found"),
+    [
+        ((), {}),
+        ((Rule(weights=4, acts=4),), {}),
+        ((Rule("product", weights=4, acts=4, optional=True),), {}),
+        (
+            (Rule(kind="product", weights=(8, 4), acts=6),),
+            {"block0/product": ((8, 4), (6,)), "block0/product#2": ((8, 4), (6,))},
+        ),
+        (
+            (Rule(kind="product", acts=6),),
+            {"block0/product": ((6,), (6,)), "block0/product#2": ((6,), (6,))},
+        ),
+        (
+            (Rule(kind="product", weights=(3, 5)),),
+            {"block0/product": ((5, 3), (5, 3)), "block0/product#2": ((5, 3), (5, 3))},
+        ),
+        ((Rule("product$", kind="product", acts=6),), {"block0/product": ((6,), (6,))}),
+        ((Rule("#2", kind="product", acts=6),), {"block0/product#2": ((6,), (6,))}),
+        (
+            (Rule("#2", kind="product", signed=False), Rule(weights=4, acts=3)),
+            {"block0/product#2": ((4,), (3,))},
+        ),
+        (
+            (Rule(kind="product", position="first", acts=6, optional=True),),
+            {},
+        ),
+    ],
+)
+def test_products_are_layers_where_a_rule_names_their_kind(rules, found):
+    assert attention_bits(*rules) == found
+
+
+def test_one_operand_of_a_product_may_stay_float():
+    rules = [Rule("#2", kind="product", weights=4, acts=32, float_acts=True)]
+    (layer,) = (one for one in trace_layers(TinyVit(), SHAPE, rules=rules).layers if one.is_product)
+    assert (layer.float_acts, layer.float_weights) == (True, False)
+    assert (layer.act_candidates, layer.weight_candidates) == ((32,), (4,))
 
 
 # Layers that stay float.
@@ -156,7 +264,7 @@ def test_ends_like_all_layers_but_for_the_input_images(table):
 def test_float_ends_of_a_net_without_convolutions():
     rules = bit_rules((4, 2), first_last=FIRST_LAST_FLOAT)
     table = trace_layers(Perceptron(), (20,), rules=rules)
-    assert column(table, "float_weights") == [False, False, True]
+    assert column(table, "float_weights") == [True, False, True]
 
 
 def test_published_ends_keep_their_weights_quantized():

@@ -167,6 +167,7 @@ def test_room_that_is_left_over_computes_nothing(made):
     assert ticks_of(lambda: score(configs(1, 7), IMAGES, LABELS)) == {"forward": 7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_configurations_are_split_over_devices(made, score, devices):
     mesh = sharding.make_mesh(devices)

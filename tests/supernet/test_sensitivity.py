@@ -14,7 +14,8 @@ from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, bit_rules
 from mpq_jax.supernet.sensitivity import hessian_trace, instability, layer_traces, weight_errors
-from mpq_jax.supernet.supernet import Supernet, TrainableParams
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training.metrics import CompileCounter
 
 BITS = np.array([6, 5, 4, 3, 2])

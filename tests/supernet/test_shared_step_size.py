@@ -23,7 +23,6 @@ from mpq_jax.quantizers import QUANTIZERS, double_rounding
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
-from mpq_jax.supernet.supernet import kernels
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +59,8 @@ def float_ends_config(w, d):
 @pytest.mark.parametrize(("w", "d"), [(4, 4), (3, 2), (2, 3)])
 def test_double_rounding_takes_the_step_size_of_the_highest_bits(float_ends, w, d):
     net, bits = net_of(FLOAT_ENDS, double_rounding.QUANTIZER), float_ends_config(w, d)
-    given = kernels(FLOAT_ENDS, float_ends.trainable.params)
-    found = kernels(FLOAT_ENDS, net.select(float_ends, bits).params)
+    given = net.kernels(float_ends.trainable.params)
+    found = net.kernels_of(net.select(float_ends, bits))
     max_bits = FLOAT_ENDS.candidates.index(4)
     for layer, own in ((CONV, w), (DEPTHWISE, d)):
         step = float_ends.trainable.weight_step_sizes[layer, max_bits]
@@ -110,8 +109,8 @@ def test_the_highest_bits_are_those_of_the_layer(float_variables):
     table = trace_layers(MODEL, (8, 8, 2), rules=rules)
     made = INIT(net_of(table), float_variables, IMAGES)
     bits = BitConfig(jnp.full(4, 2, jnp.int32), jnp.array([8, 8, 2, 8], jnp.int32))
-    subnet = net_of(table, double_rounding.QUANTIZER).select(made, bits)
-    found, given = kernels(table, subnet.params), kernels(table, made.trainable.params)
+    net = net_of(table, double_rounding.QUANTIZER)
+    found, given = net.kernels_of(net.select(made, bits)), net.kernels(made.trainable.params)
     for layer, max_bits in enumerate((4, 4, 3, 4)):
         step = made.trainable.weight_step_sizes[layer, table.candidates.index(max_bits)]
         wanted = double_rounded(given[layer], step, 2, max_bits)

@@ -29,7 +29,8 @@ from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_8BIT, Rule, bit_rules
-from mpq_jax.supernet.supernet import Supernet, TrainableParams, kernels
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_init_takes_step_sizes_from_kernels_and_from_inputs_of_the_float_model(
     made, float_variables
 ):
     _, inputs, _ = reference(float_variables, None, train=True)
-    for i, kernel in enumerate(kernels(TABLE, float_variables["params"])):
+    for i, kernel in enumerate(NET.kernels(float_variables["params"])):
         w, x = np.asarray(kernel, np.float64), np.asarray(inputs[i], np.float64)
         reach = max(abs(w.mean() - 3 * w.std(ddof=1)), abs(w.mean() + 3 * w.std(ddof=1)))
         for bits in TABLE.candidates:
@@ -410,6 +411,7 @@ class KeywordCalls(nn.Module):
         return nn.Dense(3)(inputs=x.mean((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "eval_mode"),
     [

@@ -53,6 +53,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damage_to_any_file_never_gives_wrong_values_nor_stops_the_run(tmp_path, damage):
     states = {step: make_state(step) for step in (1, 2)}

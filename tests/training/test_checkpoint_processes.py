@@ -186,6 +186,7 @@ with open_manager(sys.argv[1], keep_last=2, keep_best=0) as manager:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_save_loses_only_itself(tmp_path):
     shape = abstract({str(i): jnp.zeros(5000, jnp.int32) for i in range(8)})
     interrupted = 0

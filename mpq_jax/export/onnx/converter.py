@@ -2,7 +2,7 @@
 
     onnx.save(to_onnx(exported), "net.onnx")
 
-The graph is read off the traced program, so any Linen model is exported whose primitives
+The graph is read off the traced program, so any model is exported whose primitives
 `ops.CONVERTERS` lists. A kernel is an initializer of the training's own integers. A norm after a
 layer is folded into the step size of each output channel and into a float bias; where its factor
 is negative, the output is multiplied by -1, so integers stay as they are and scales are positive.
@@ -29,9 +29,9 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
-from mpq_jax.export import program
+from mpq_jax.export import program, signature
 from mpq_jax.export.exported_model import ExportedModel, config_of
 from mpq_jax.export.onnx import OPSETS
 from mpq_jax.export.onnx.graph import Graph
@@ -41,6 +41,7 @@ from mpq_jax.export.onnx.values import (
     Constant,
     Kernel,
     Quantized,
+    Shape,
     Tensor,
     Unsupported,
     Value,
@@ -48,7 +49,8 @@ from mpq_jax.export.onnx.values import (
 )
 from mpq_jax.supernet import bits as bit_configs
 
-IMAGES, LOGITS = "images", "logits"  # names of the graph's input and output
+IMAGES, LOGITS = "images", "logits"  # names of the graph's input and output that are one array
+INPUTS, OUTPUTS = "inputs", "outputs"  # begin the names of several, and name them in the metadata
 CALLS = (  # primitives that call programs; the names of some depend on JAX's version
     "jit",
     "pjit",
@@ -81,22 +83,34 @@ class Sources(NamedTuple):
     Attributes:
         graph: graph under construction.
         inputs: quantizers of the inputs, see `program.Program`.
+        label: name of the model's class, with which the names of Linen's modules begin.
     """
 
     graph: Graph
-    inputs: list[program.InputQuantizer]
+    inputs: dict[int, program.InputQuantizer]
+    label: str
+
+
+class End(NamedTuple):
+    """An input or output of the graph: its name, its shape and its dtype."""
+
+    name: str
+    shape: Shape
+    dtype: str
 
 
 def to_onnx(exported: ExportedModel, *, opset: int = OPSETS[0]) -> onnx.ModelProto:
     """Writes a network as an ONNX model that passes `onnx.checker`.
 
     Its input `images` is float32 [batch, height, width, channels], normalized as in training, for
-    any batch size; its output `logits` float32 [batch, classes]. Metadata are JSON: `bits`, a bit
-    file; `float`, the layers whose weights or inputs are not quantized; `mean` and `std` of the
-    normalization; `layouts` and `provenance`.
+    any batch size; its output `logits` float32 [batch, classes]. Where inputs or outputs are
+    several arrays, each is called like its place: `inputs/image`, `inputs/0`, `outputs/boxes`.
+    Metadata are JSON: `bits`, a bit file; `inputs` and `outputs`, the names of the arrays in the
+    dicts, lists and tuples of the model, see `signature.to_json`; `float`, the layers whose weights
+    or inputs are not quantized; `mean` and `std` of the normalization; `layouts` and `provenance`.
 
     Args:
-        exported: the network; its model computes in float32.
+        exported: the network; its model takes and computes float32.
         opset: version of ONNX's operators; 21 stores integers of up to 4 bits in 4 bits each, 25
             those of 2 bits in 2.
 
@@ -107,17 +121,25 @@ def to_onnx(exported: ExportedModel, *, opset: int = OPSETS[0]) -> onnx.ModelPro
     """
     if opset not in OPSETS:
         raise ValueError(f"opset is {opset}; wanted {OPSETS[0]} to {OPSETS[-1]}")
+    for leaf in jax.tree.leaves(exported.inputs):
+        if leaf.dtype != np.float32:
+            raise Unsupported(
+                f"the network reads {leaf.dtype}, as lookups do, and the ONNX export takes "
+                "float32: export to StableHLO or packed instead"
+            )
     traced = program.trace(exported)
-    graph = Graph(IMAGES, traced.images[0], opset)
-    images = Tensor(IMAGES, traced.images, tuple(range(len(traced.images))))
+    inputs, outputs = _ends(traced.batch, IMAGES, INPUTS), _ends(traced.outputs, LOGITS, OUTPUTS)
+    graph = Graph(inputs[0].name, inputs[0].shape[0], opset)
     arguments = [_argument(traced, name, value) for name, value in traced.arguments]
-    sources = Sources(graph, traced.inputs)
-    (logits,) = _run(sources, traced.jaxpr.jaxpr, traced.jaxpr.consts, [*arguments, images], "")
+    arguments += [Tensor(end.name, end.shape, tuple(range(len(end.shape)))) for end in inputs]
+    sources = Sources(graph, traced.inputs, exported.net.network.label)
+    results = _run(sources, traced.jaxpr.jaxpr, traced.jaxpr.consts, arguments, "")
     graph.scope = ""
-    out = traced.jaxpr.jaxpr.outvars[0].aval.shape
-    last = graph.arranged(logits, out, range(len(out)))
-    graph.nodes.append(helper.make_node("Identity", [last], [LOGITS], name=LOGITS))
-    model = _model(exported, graph, opset, traced.images, out)
+    for end, result in zip(outputs, results, strict=True):
+        last = graph.arranged(result, end.shape, range(len(end.shape)))
+        graph.nodes.append(helper.make_node("Identity", [last], [end.name], name=end.name))
+    model = _model(exported, graph, opset, inputs, outputs)
+    helper.set_model_props(model, _facts(exported) | _names(traced))
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -128,9 +150,36 @@ def to_onnx(exported: ExportedModel, *, opset: int = OPSETS[0]) -> onnx.ModelPro
     return model
 
 
+def _ends(tree: Any, alone: str, begin: str) -> list[End]:
+    """Names the arrays that a graph takes or returns, in the order of the pytree's leaves."""
+    ends = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        place = jax.tree_util.keystr(path, simple=True, separator="/")
+        if str(leaf.dtype) not in TYPES:
+            raise Unsupported(
+                f"the model returns {leaf.dtype}; the ONNX export takes {', '.join(TYPES)}: export "
+                "to StableHLO or packed instead"
+            )
+        ends.append(End(f"{begin}/{place}" if path else alone, leaf.shape, str(leaf.dtype)))
+    return ends
+
+
+def _names(traced: program.Program) -> dict[str, str]:
+    """Returns the metadata that tell where the arrays belong in the model's pytrees."""
+    facts = {}
+    for fact, tree, alone in (
+        (INPUTS, traced.batch, IMAGES),
+        (OUTPUTS, traced.outputs, LOGITS),
+    ):
+        names = [end.name for end in _ends(tree, alone, fact)]
+        named = jax.tree.unflatten(jax.tree.structure(tree), names)
+        facts[fact] = json.dumps(signature.to_json(named, str))
+    return facts
+
+
 def _argument(traced: program.Program, name: str, value: np.ndarray) -> Value:
-    layer = traced.layers.get(name.removeprefix("params/").removesuffix("/kernel"))
-    if layer is not None and layer.integers is not None and name.endswith("/kernel"):
+    layer = traced.layers.get(name)
+    if layer is not None and layer.integers is not None:
         return Kernel(layer, layer.integers)
     return Constant(np.asarray(value))
 
@@ -166,7 +215,7 @@ def _run(
         if not any(uses[var] for var in equation.outvars):
             continue
         inside = f"{scope}/{equation.source_info.name_stack}".strip("/")
-        graph.scope = inside.partition("/")[2]  # without the name of the model's class
+        graph.scope = inside.removeprefix(sources.label).strip("/")
         if _is_empty(equation):
             results = [_nothing(var.aval) for var in equation.outvars]
         else:
@@ -266,39 +315,35 @@ def _is_static(shape: Sequence[Any]) -> bool:
 
 
 def _model(
-    exported: ExportedModel, graph: Graph, opset: int, images: Sequence[Any], logits: Sequence[Any]
+    exported: ExportedModel, graph: Graph, opset: int, inputs: list[End], outputs: list[End]
 ) -> onnx.ModelProto:
-    nodes = _reachable(graph.nodes, LOGITS)
+    nodes = _reachable(graph.nodes, {end.name for end in outputs})
     read = {name for node in nodes for name in node.input}
-    names = (IMAGES, images), (LOGITS, logits)
-    ends = [
-        helper.make_tensor_value_info(
-            name, TensorProto.FLOAT, [int(s) if is_known(s) else str(s) for s in shape]
-        )
-        for name, shape in names
-    ]
     made = helper.make_graph(
         nodes,
-        type(exported.net.model).__name__,
-        ends[:1],
-        ends[1:],
+        exported.net.network.label,
+        list(map(_value_info, inputs)),
+        list(map(_value_info, outputs)),
         [tensor for name, tensor in graph.constants.items() if name in read],
     )
     operators = [helper.make_opsetid("", opset)]
-    model = helper.make_model(
+    return helper.make_model(
         made,
         opset_imports=operators,
         ir_version=helper.find_min_ir_version_for(operators),  # readable by older runtimes
         producer_name="mpq_jax",
         producer_version=importlib.metadata.version("mpq_jax"),
     )
-    helper.set_model_props(model, _facts(exported))
-    return model
 
 
-def _reachable(nodes: Sequence[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
-    """Drops the nodes that an output does not need."""
-    needed, kept = {output}, []
+def _value_info(end: End) -> onnx.ValueInfoProto:
+    shape = [int(size) if is_known(size) else str(size) for size in end.shape]
+    return helper.make_tensor_value_info(end.name, TYPES[end.dtype], shape)
+
+
+def _reachable(nodes: Sequence[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+    """Drops the nodes that no output needs."""
+    needed, kept = set(outputs), []
     for node in reversed(nodes):
         if needed.intersection(node.output):
             needed.update(node.input)

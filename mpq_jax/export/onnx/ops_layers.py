@@ -150,11 +150,17 @@ def _matmul(graph: Graph, left: _Side, right: _Side, out: Shape) -> Tensor:
         (left, (left.free, left.summed)),
         (right, (right.summed, right.free)),
     ):
-        name = graph.arranged(side.value, side.shape, [*side.paired, *parts[0], *parts[1]])
-        if any(len(part) != 1 for part in parts):
-            matrix = [math.prod(side.sizes(part)) for part in parts]
-            name = graph.reshaped(name, (*side.sizes(side.paired), *matrix))
-        names.append(name)
+        matrix = [math.prod(side.sizes(part)) for part in parts]
+        several = any(len(part) != 1 for part in parts)
+        names.append(
+            _input(  # a transposition behind the quantizer confuses ONNX Runtime
+                graph,
+                side.value,
+                side.shape,
+                [*side.paired, *parts[0], *parts[1]],
+                (*side.sizes(side.paired), *matrix) if several else None,
+            )
+        )
     name = graph.add("MatMul", names)
     if any(len(side.free) != 1 for side in (left, right)):
         name = graph.reshaped(name, out)
@@ -178,4 +184,5 @@ def _product(
 ) -> Product:
     matrix = weights.integers if isinstance(weights, Kernel) else weights.array
     one, zero = np.ones(matrix.shape[axis]), np.zeros(matrix.shape[axis])
-    return Product(weights, axis, one, zero, channels, shape, write, graph.scope)
+    scope = weights.layer.name if isinstance(weights, Kernel) else graph.scope
+    return Product(weights, axis, one, zero, channels, shape, write, scope)

@@ -2,14 +2,15 @@
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import onnx
 import onnxruntime
 
-from mpq_jax.export import checksum, safetensors_file
+from mpq_jax.export import checksum, safetensors_file, signature
 from mpq_jax.export.exported_model import LEARNED, ExportedModel
 from mpq_jax.export.onnx import converter
 
@@ -27,16 +28,42 @@ def write(path: pathlib.Path, exported: ExportedModel, **options: Any) -> None:
     safetensors_file.write_whole(path, content)
 
 
-def open_file(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Opens a file; returns `run(normalized images) -> logits`."""
-    session = _read(path)
-    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+def open_file(path: pathlib.Path) -> Callable[[Any], Any]:
+    """Opens a file; returns `run(inputs) -> outputs`, with the outputs as NumPy arrays.
 
-    def run(batch: np.ndarray) -> np.ndarray:
-        (found,) = session.run([logits.name], {images.name: batch})
-        return np.asarray(found)
+    Raises:
+        ValueError: the file is damaged, or holds containers of a type that is not known here.
+    """
+    session = _read(path)
+    facts = session.get_modelmeta().custom_metadata_map
+    inputs, outputs = (
+        _named(facts.get(fact), ends)
+        for fact, ends in (
+            (converter.INPUTS, session.get_inputs()),
+            (converter.OUTPUTS, session.get_outputs()),
+        )
+    )
+    names, tree = jax.tree.flatten(outputs)
+
+    def run(batch: Any) -> Any:
+        if jax.tree.structure(batch) != jax.tree.structure(inputs):
+            raise ValueError(
+                f"the network takes arrays in the places of {inputs}; it was called with "
+                f"{signature.describe(signature.to_json(batch))}"
+            )
+        feed = dict(zip(jax.tree.leaves(inputs), jax.tree.leaves(batch), strict=True))
+        found = session.run(names, feed)
+        return tree.unflatten(map(np.asarray, found))
 
     return run
+
+
+def _named(fact: str | None, ends: Sequence[Any]) -> Any:
+    """Returns the pytree whose leaves are the names of a graph's inputs or outputs."""
+    if fact is not None:
+        return signature.from_json(json.loads(fact), str)
+    (alone,) = ends  # of an older file, or another program's
+    return alone.name
 
 
 def bits_of(path: pathlib.Path) -> str | None:

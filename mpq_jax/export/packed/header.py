@@ -2,6 +2,9 @@
 
 from typing import Any
 
+PRODUCT = "product"  # kind of layers that multiply two activations and have no kernel
+COMPUTED = "mpq_jax.computed"  # begins the places of kernels that the model computes
+
 LAYER_DEFAULTS = {  # of columns that may be left out
     "float_weights": False,
     "float_acts": False,
@@ -15,6 +18,10 @@ LAYER_DEFAULTS = {  # of columns that may be left out
     "input_dilation": None,
     "groups": 1,
     "shares_input_with": None,
+    "kernel": None,
+    "index": None,
+    "loops": None,
+    "second_inputs": 0,
 }
 
 
@@ -32,3 +39,13 @@ def to_rows(columns: dict[str, list], defaults: dict[str, Any]) -> list[dict[str
     """Undoes `to_columns`; raises ValueError where columns differ in length."""
     rows = zip(*columns.values(), strict=True)
     return [defaults | dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def default_kernel(name: str) -> str:
+    """Returns the path of a layer's kernel where a row names no other."""
+    return f"{name}/kernel"
+
+
+def kernel_of(row: dict[str, Any]) -> str:
+    """Returns the path of the parameter that the kernel of a layer is."""
+    return row["kernel"] or default_kernel(row["name"])

@@ -15,7 +15,7 @@ import numpy as np
 
 from mpq_jax.export import safetensors_file
 from mpq_jax.export.packed import bit_stream, norm_encoding
-from mpq_jax.export.packed.header import LAYER_DEFAULTS, to_rows
+from mpq_jax.export.packed.header import LAYER_DEFAULTS, PRODUCT, kernel_of, to_rows
 
 FORMAT, VERSION = "mpq_jax.packed", 2
 HOW_TO_WRITE = (
@@ -31,10 +31,11 @@ class PackedLayer(NamedTuple):
 
     Attributes:
         name: path of the layer.
-        kind: "conv", "depthwise" or "dense".
-        kernel_shape: shape of the kernel, output channels last.
+        kind: "conv", "depthwise", "dense", "embedding" or "product".
+        kernel_shape: shape of the kernel, output channels last in Flax's layers.
         integers: integer values of the kernel, int8 up to 8 bits and int16 beyond; None: the
-            kernel is float, in `PackedFile.params`.
+            kernel is float, in `PackedFile.params`. A kernel that the model computes inside loops
+            has one leading axis for each of them.
         bits: bits of the integers, two's complement; 0: all are zero; 32 of a float kernel.
         step_size: value of one unit of the integers: the kernel is `integers * step_size`.
         candidates: bits that `at` can switch the kernel to, descending.
@@ -42,13 +43,19 @@ class PackedLayer(NamedTuple):
         input_step_size: value of one unit of them; None: the input stays float.
         input_signed: whether they are two's complement; false: natural binary.
         input_step_sizes: step size of the input at each of its numbers of bits.
+        second_step_sizes: the same of the second operand of a product of activations, which
+            `bits` are those of; its codes are signed. Empty for layers with a kernel.
         norm: path of the norm that reads the output, or None.
+        kernel: path of the parameter that the kernel is; it begins with `header.COMPUTED` where
+            the model computes the kernel of other parameters.
+        position: indices of the kernel along the leading axes of that parameter.
         layout: note of the training method on how the integers are made; "": none.
-        strides: strides of a convolution along the axes of its images; () of a dense layer.
-        padding: zeros before and after each axis, or Flax's name of another padding.
+        strides: strides of a convolution along the axes of its images; () of other layers.
+        padding: zeros before and after each axis; paddings by other numbers are operations of their
+            own. Older files may have Flax's name of such a padding.
         dilation: dilation of the kernel along each axis.
         input_dilation: dilation of the input along each axis.
-        groups: groups of channels of a convolution; 1 of a dense layer.
+        groups: groups of channels of a convolution; 1 of other layers.
     """
 
     name: str
@@ -62,7 +69,10 @@ class PackedLayer(NamedTuple):
     input_step_size: float | None
     input_signed: bool
     input_step_sizes: dict[int, float]
+    second_step_sizes: dict[int, float]
     norm: str | None
+    kernel: str
+    position: tuple[int, ...]
     layout: str
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...] | str
@@ -93,7 +103,7 @@ class PackedLayer(NamedTuple):
         return self._replace(
             integers=integers,
             bits=bits,
-            step_size=float(np.ldexp(self.step_size, halvings)),
+            step_size=self.second_step_sizes.get(bits, float(np.ldexp(self.step_size, halvings))),
             candidates=tuple(fewer for fewer in self.candidates if fewer <= bits),
             input_bits=input_bits,
             input_step_size=self.input_step_sizes.get(input_bits),
@@ -134,8 +144,10 @@ class PackedFile(NamedTuple):
         norms: folded BatchNorms, by path.
         params: all other parameters, by path; those of norms kept as they are among them.
         batch_stats: running statistics of norms that are not folded, by path.
-        image_shape: height, width and channels of an image.
-        num_classes: size of the output.
+        inputs: description of the inputs by `export.signature.to_json`; None: an older file.
+        image_shape: shape of one example, such as height, width and channels; None: the inputs are
+            not one array.
+        num_classes: size of the output; None: the outputs are not one array.
         mean, std: normalization of the images, per channel, on the scale 0 to 1; None: unknown.
         model: name and options of a model of `mpq_jax.models`; None: a user's own model.
         table: layer table: "layers" as rows, "bn_banks" and "tied_groups".
@@ -147,8 +159,9 @@ class PackedFile(NamedTuple):
     norms: dict[str, FoldedNorm]
     params: dict[str, np.ndarray]
     batch_stats: dict[str, np.ndarray]
-    image_shape: tuple[int, ...]
-    num_classes: int
+    inputs: Any
+    image_shape: tuple[int, ...] | None
+    num_classes: int | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     model: dict[str, Any] | None
@@ -198,10 +211,11 @@ def _content(
         norms=folded,
         params=params,
         batch_stats=batch_stats,
-        image_shape=tuple(network["image_shape"]),
+        inputs=network.get("inputs"),
+        image_shape=_tuple(network["image_shape"]),
         num_classes=network["num_classes"],
-        mean=_channels(network["mean"]),
-        std=_channels(network["std"]),
+        mean=_tuple(network["mean"]),
+        std=_tuple(network["std"]),
         model=network["model"],
         table=network["table"] | {"layers": rows},
         provenance=header["provenance"],
@@ -227,29 +241,48 @@ def _layers(
     tensors: dict[str, np.ndarray], rows: list[dict[str, Any]], params: dict[str, np.ndarray]
 ) -> list[PackedLayer]:
     stream, layers, start = tensors[STREAM], [], 0
-    counts = [0 if row["float_acts"] else len(row["input_bits"]) for row in rows]
-    step_sizes, input_step_sizes = tensors[STEP_SIZES], tensors[INPUT_STEP_SIZES]
-    for tensor, size in ((step_sizes, len(rows)), (input_step_sizes, sum(counts))):
-        if tensor.shape != (size,):
-            raise ValueError(f"step sizes have shape {tensor.shape}; wanted ({size},)")
-    ends = np.cumsum(counts)
-    for row, step_size, count, end in zip(rows, step_sizes, counts, ends, strict=True):
-        shape, bits, integers = tuple(row["kernel_shape"]), row["bits"][0], None
-        if row["float_weights"]:
-            _check_float_kernel(row["name"], shape, params)
+    step_sizes, of_inputs = tensors[STEP_SIZES], list(map(float, tensors[INPUT_STEP_SIZES]))
+    firsts = [[] if row["float_acts"] else row["input_bits"] for row in rows]
+    seconds = [row["bits"] if _has_second(row) else [] for row in rows]
+    for count, size in (
+        (len(step_sizes), len(rows)),
+        (len(of_inputs), sum(map(len, firsts + seconds))),
+    ):
+        if count != size:
+            raise ValueError(f"step sizes have shape ({count},); wanted ({size},)")
+    given = iter(of_inputs)
+    by_bits, second_by_bits = (
+        [{bits: next(given) for bits in some} for some in each] for each in (firsts, seconds)
+    )
+    for row, step_size, own, second in zip(rows, step_sizes, by_bits, second_by_bits, strict=True):
+        shape, bits, integers = _stored_shape(row), row["bits"][0], None
+        if row["kind"] == PRODUCT:
+            pass
+        elif row["float_weights"]:
+            _check_float_kernel(row, params)
         else:
             stop = start + bit_stream.packed_size(int(np.prod(shape)), bits)
             integers, start = bit_stream.unpack(stream[start:stop], bits, shape), stop
-        own = map(float, input_step_sizes[end - count : end])
-        by_bits = dict(zip(row["input_bits"][:count], own, strict=True))
-        layers.append(_layer(row, integers, float(step_size), by_bits))
+        layers.append(_layer(row, integers, float(step_size), own, second))
     if start != len(stream):
         raise ValueError(f"the layers take {start} bytes of integers, and there are {len(stream)}")
     return layers
 
 
-def _check_float_kernel(name: str, shape: tuple[int, ...], params: dict[str, np.ndarray]) -> None:
-    kernel = params.get(f"{name}/kernel")
+def _has_second(row: dict[str, Any]) -> bool:
+    """Whether a layer is a product whose second operand is quantized."""
+    return row["kind"] == PRODUCT and not row["float_weights"]
+
+
+def _stored_shape(row: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the shape of a layer's numbers in the file: one kernel, or one per turn of loops."""
+    return (*(row["loops"] or ()), *row["kernel_shape"])
+
+
+def _check_float_kernel(row: dict[str, Any], params: dict[str, np.ndarray]) -> None:
+    name, shape, kernel = row["name"], _stored_shape(row), params.get(kernel_of(row))
+    if kernel is not None and row["index"]:
+        kernel = kernel[tuple(row["index"])]
     held = "nothing" if kernel is None else f"shape {kernel.shape}"
     if kernel is None or kernel.shape != shape:
         raise ValueError(f"layer {name!r} has {held} as its float kernel; wanted shape {shape}")
@@ -260,8 +293,10 @@ def _layer(
     integers: np.ndarray | None,
     step_size: float,
     input_step_sizes: dict[int, float],
+    second_step_sizes: dict[int, float],
 ) -> PackedLayer:
-    ones = () if row["kind"] == "dense" else (1,) * (len(row["kernel_shape"]) - 2)
+    is_conv = row["kind"] in ("conv", "depthwise")
+    ones = (1,) * (len(row["kernel_shape"]) - 2) if is_conv else ()
     padding = row["padding"] or [[0, 0]] * len(ones)
     strides, dilation, input_dilation = (
         ones if row[name] is None else tuple(row[name])
@@ -280,7 +315,10 @@ def _layer(
         input_step_size=input_step_sizes.get(input_bits),
         input_signed=row["input_signed"],
         input_step_sizes=input_step_sizes,
+        second_step_sizes=second_step_sizes,
         norm=row["norm"],
+        kernel=kernel_of(row),
+        position=tuple(row["index"] or ()),
         layout=row["layout"],
         strides=strides,
         padding=padding if isinstance(padding, str) else tuple((a, b) for a, b in padding),
@@ -290,5 +328,5 @@ def _layer(
     )
 
 
-def _channels(values: list[float] | None) -> tuple[float, ...] | None:
+def _tuple(values: list[Any] | None) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values)

@@ -10,14 +10,18 @@ import os
 import pathlib
 from typing import Any
 
-import flax.linen as nn
 import jax
+import jax.extend.core as jex
 import numpy as np
 
-from mpq_jax.export import exported_model, program, safetensors_file
+from mpq_jax.export import exported_model, program, safetensors_file, signature
 from mpq_jax.export.exported_model import ExportedModel, QuantizedLayer
 from mpq_jax.export.packed import bit_stream, bn_folding, header, norm_encoding, reader
 from mpq_jax.program import paths
+from mpq_jax.program.evaluate import equation_at
+from mpq_jax.program.liveness import find_live
+from mpq_jax.supernet.layer_table import Layer
+from mpq_jax.supernet.placement import placed_products, placed_sites
 
 NORMS = ("float32", "float16", "kept")
 
@@ -49,17 +53,19 @@ def save(
             "configuration"
         )
     layers = exported_model.quantized_layers(exported)
-    calls = bn_folding.calls_of(exported)
-    variables = _variables(exported)
+    variables, found = _variables(exported), bn_folding.norms_of(exported)
     if norms == "kept":
-        tensors, columns = norm_encoding.encode(bn_folding.keep(variables), "float32")
+        encoded = bn_folding.keep(variables)
+        leaves = {norm_encoding.leaf_path(n, leaf) for n in encoded for leaf in norm_encoding.KEPT}
     else:
-        tensors, columns = norm_encoding.encode(bn_folding.fold(variables, calls), norms)
+        encoded = bn_folding.fold(variables, found)
+        leaves = {leaf for norm in encoded for leaf in found[norm].shapes}
+    tensors, columns = norm_encoding.encode(encoded, "float32" if norms == "kept" else norms)
     tensors |= _layer_tensors(exported, layers)
-    tensors |= _other_tensors(exported, variables, set(columns.get("path", ())))
+    tensors |= _other_tensors(exported, layers, variables, leaves)
     content = {
         "network": _network(exported),
-        "layers": header.to_columns(_rows(exported, layers, calls), header.LAYER_DEFAULTS),
+        "layers": header.to_columns(_rows(exported, layers), header.LAYER_DEFAULTS),
         "norms": columns,
         "provenance": exported.provenance,
     }
@@ -90,10 +96,17 @@ def _layer_tensors(exported: ExportedModel, layers: list[QuantizedLayer]) -> dic
         if layer.input_step_size is not None
         for bits in _input_bits(exported, index, layer)
     ]
+    second = np.asarray(exported.state.trainable.weight_step_sizes)
+    second_step_sizes = [
+        second[index, table.candidates.index(bits)]
+        for index, (entry, layer) in enumerate(zip(table.layers, layers, strict=True))
+        if entry.is_product and not entry.float_weights
+        for bits in _bits(exported, index, layer)
+    ]
     return {
         reader.STREAM: np.concatenate([np.zeros(0, np.uint8), *streams]),
         reader.STEP_SIZES: np.array([layer.step_size for layer in layers], np.float32),
-        reader.INPUT_STEP_SIZES: np.array(input_step_sizes, np.float32),
+        reader.INPUT_STEP_SIZES: np.array(input_step_sizes + second_step_sizes, np.float32),
     }
 
 
@@ -110,24 +123,53 @@ def _input_bits(exported: ExportedModel, index: int, layer: QuantizedLayer) -> l
 
 
 def _other_tensors(
-    exported: ExportedModel, variables: dict[str, np.ndarray], norms: set[str]
+    exported: ExportedModel,
+    layers: list[QuantizedLayer],
+    variables: dict[str, np.ndarray],
+    leaves: set[str],
 ) -> dict[str, np.ndarray]:
-    """Returns the variables that are neither integers nor leaves of encoded norms."""
-    integers = {
-        f"params/{layer.name}/kernel" for layer in exported.table.layers if not layer.float_weights
+    """Returns the variables that are neither integers nor leaves of encoded norms.
+
+    Float kernels that the model computes take the place of what it computes them of.
+    """
+    entries = exported.table.layers
+    in_float = {entry.kernel for entry in entries if entry.float_weights}
+    integers = {f"params/{entry.kernel}" for entry in entries if entry.kernel not in in_float}
+    computed = {
+        f"params/{_place(entry)}": layer.kernel
+        for entry, layer in zip(entries, layers, strict=True)
+        if entry.is_computed and entry.float_weights
     }
-    leaves = {norm_encoding.leaf_path(norm, leaf) for norm in norms for leaf in norm_encoding.KEPT}
-    return {
+    others = {
         name: np.array(leaf, order="C")
         for name, leaf in variables.items()
-        if name not in integers | leaves
+        if name not in integers | leaves | _replaced(exported)
     }
+    return others | computed
+
+
+def _replaced(exported: ExportedModel) -> set[str]:
+    """Finds the variables that nothing reads but kernels that the model computes."""
+    traced = program.of_one_example(exported)
+    sites = [
+        placed.site
+        for placed in placed_sites(exported.table, traced)
+        if exported.table.layers[placed.first].is_computed
+    ]
+    needed = find_live(traced, {site.kernel for site in sites}).variables
+    return {leaf for site in sites for leaf in site.leaves} - needed
+
+
+def _place(layer: Layer) -> str:
+    """Returns the place of a layer's kernel among the parameters."""
+    return layer.kernel or paths.join((header.COMPUTED, layer.name))
 
 
 def _network(exported: ExportedModel) -> dict[str, Any]:
     spec, table = exported.model_spec, exported.table
     kept = exported.bits is None
     return {
+        "inputs": signature.to_json(exported.inputs),
         "image_shape": exported.image_shape,
         "num_classes": exported.num_classes,
         "mean": exported.mean,
@@ -140,13 +182,16 @@ def _network(exported: ExportedModel) -> dict[str, Any]:
     }
 
 
-def _rows(
-    exported: ExportedModel, layers: list[QuantizedLayer], calls: dict[str, bn_folding.Call]
-) -> list[dict[str, Any]]:
+def _rows(exported: ExportedModel, layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
     """Describes every layer, as the header's table has it."""
-    rows = []
+    traced, rows = program.of_one_example(exported), []
+    keys = {
+        int(number): placed.site.key
+        for placed in reversed(placed_sites(exported.table, traced))
+        for number in placed.layers.flat
+    }
+    keys |= {one.layer: one.product.key for one in placed_products(exported.table, traced)}
     for index, (entry, layer) in enumerate(zip(exported.table.layers, layers, strict=True)):
-        call = calls[layer.name]
         rows.append(
             {
                 "name": entry.name,
@@ -162,39 +207,43 @@ def _rows(
                 "layout": exported.layouts.get(entry.name, ""),
                 "macs": entry.macs,
                 "inputs": entry.inputs,
+                "second_inputs": entry.second_inputs,
                 "channels": entry.channels,
                 "shares_input_with": entry.shares_input_with,
+                "kernel": None
+                if entry.is_product
+                else _unless(_place(entry), header.default_kernel(entry.name)),
+                "index": _unless(list(entry.position), []),
+                "loops": _unless(_loops(entry, layer), []),
             }
-            | _geometry(call.module, call.input_shape)
+            | _geometry(equation_at(traced.jaxpr.jaxpr, keys[index]))
         )
     return rows
 
 
-def _geometry(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+def _loops(entry: Layer, layer: QuantizedLayer) -> list[int]:
+    """Lists the lengths of the loops that compute a kernel in each of their turns."""
+    return list(layer.kernel.shape[: layer.kernel.ndim - len(entry.kernel_shape)])
+
+
+def _geometry(equation: jex.JaxprEqn) -> dict[str, Any]:
     """Describes the windows of a convolution; columns of nothing but ones or zeros are None."""
-    if not isinstance(module, nn.Conv):
+    if equation.primitive.name != "conv_general_dilated":
         names = ("strides", "padding", "dilation", "input_dilation")
         return dict.fromkeys(names) | {"groups": 1}
-    window = np.atleast_1d(module.kernel_size)
+    params = equation.params
+    ones = [1] * len(params["window_strides"])
     strides, dilation, input_dilation = (
-        [1 if given is None else int(given)] * len(window)
-        if given is None or isinstance(given, int)
-        else [int(number) for number in given]
-        for given in (module.strides, module.kernel_dilation, module.input_dilation)
+        _unless([int(number) for number in params[name]], ones)
+        for name in ("window_strides", "rhs_dilation", "lhs_dilation")
     )
-    padding: Any = nn.linear.canonicalize_padding(module.padding, len(window))
-    if padding in ("SAME", "SAME_LOWER", "VALID"):
-        extent = (window - 1) * np.array(dilation) + 1
-        inside = shape[-1 - len(window) : -1]
-        padding = jax.lax.padtype_to_pads(inside, extent, strides, padding)
-    if not isinstance(padding, str):
-        padding = [[int(before), int(after)] for before, after in padding]
+    padding = [[int(before), int(after)] for before, after in params["padding"]]
     return {
-        "strides": _unless(strides, [1] * len(window)),
-        "padding": _unless(padding, [[0, 0]] * len(window)),
-        "dilation": _unless(dilation, [1] * len(window)),
-        "input_dilation": _unless(input_dilation, [1] * len(window)),
-        "groups": module.feature_group_count,
+        "strides": strides,
+        "padding": _unless(padding, [[0, 0] for _ in ones]),
+        "dilation": dilation,
+        "input_dilation": input_dilation,
+        "groups": int(params["feature_group_count"]),
     }
 
 

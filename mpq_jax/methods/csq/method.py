@@ -25,11 +25,12 @@ from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
 from mpq_jax.methods.csq.phases import Phases
 from mpq_jax.methods.warm_start import float_variables
 from mpq_jax.parallel import grad_accumulation, mesh
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
 from mpq_jax.quantizers import bit_planes
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import TrainableParams, clip_step_sizes
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import clip_step_sizes
 from mpq_jax.tasks import classification
 
 PyTree = Any
@@ -106,7 +107,7 @@ def most_planes(table: LayerTable, shares: dict[str, float]) -> float:
     return sum(shares[layer.name] * layer.max_bits for layer in table.layers if layer.searchable)
 
 
-def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
+def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds CSQ for a model, its layer table and the length of a run."""
     grown = networks.with_planes(table, act_bits=options.act_bits, float_acts=options.float_acts)
     plan = Plan(
@@ -146,7 +147,7 @@ def make_budget(table: LayerTable, options: Options) -> Budget:
 
 
 def make_uniform(
-    model: linen.Model, table: LayerTable, options: UniformOptions, run: TrainingInfo
+    model: Any, table: LayerTable, options: UniformOptions, run: TrainingInfo
 ) -> Method:
     """Builds the baseline: the same training with a given, uniform scheme."""
     grown = networks.with_planes(

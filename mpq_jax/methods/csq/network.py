@@ -1,5 +1,6 @@
 """The network that CSQ trains: an ordinary model with kernels computed from bit planes."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,20 +9,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mpq_jax.methods.base import LearnedScheme
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
 from mpq_jax.quantizers import bit_planes, double_rounding, lsq
 from mpq_jax.quantizers.base import ActQuantizer, Quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.rules import FLOAT_BITS, MAX_BITS
-from mpq_jax.supernet.supernet import (
-    Subnet,
-    Supernet,
-    SupernetState,
-    TrainableParams,
-    choice_index,
-)
+from mpq_jax.supernet.state import Subnet, SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet, choice_index
 
 PyTree = Any
 
@@ -37,7 +33,7 @@ class Network(NamedTuple):
         contiguous: whether active planes are contiguous, see `bit_planes.plane_gates`.
     """
 
-    model: linen.Model
+    model: Any
     table: LayerTable
     acts: ActQuantizer
     contiguous: bool
@@ -53,7 +49,7 @@ class Network(NamedTuple):
         ]
         return Supernet(
             self.model,
-            LayerTable(tuple(layers), bn_banks="shared"),
+            dataclasses.replace(self.table, layers=tuple(layers), bn_banks="shared"),
             quantizer=Quantizer(lsq.QUANTIZER.weights, self.acts),
         )
 
@@ -118,14 +114,19 @@ def with_planes(
         float_acts: whether these inputs stay float.
         planes: number of planes of every layer with a choice; None: the largest candidate.
     """
-    if not any(len(layer.weight_candidates) > 1 for layer in table.layers):
+    if not any(len(one.weight_candidates) > 1 and not one.is_product for one in table.layers):
         raise ValueError(
             "the weights of no layer have a choice of bits, so no scheme can grow; list at least "
             "two values in config.bits.candidates, of which the largest is the number of planes"
         )
     layers = []
     for layer in table.layers:
-        if len(layer.weight_candidates) > 1:
+        if layer.is_product:
+            if len(layer.weight_candidates) > 1:  # the second operand is an input like the first
+                layer = layer._replace(
+                    weight_candidates=(act_bits,), float_weights=layer.float_weights or float_acts
+                )
+        elif len(layer.weight_candidates) > 1:
             max_planes = planes or layer.max_bits
             if max_planes >= MAX_BITS:
                 raise ValueError(
@@ -138,7 +139,7 @@ def with_planes(
                 act_candidates=(act_bits,), float_acts=layer.float_acts or float_acts
             )
         layers.append(layer)
-    return LayerTable(tuple(layers), bn_banks="shared")
+    return dataclasses.replace(table, layers=tuple(layers), bn_banks="shared")
 
 
 def init(
@@ -162,17 +163,21 @@ def init(
     """
     state = network.net.init(variables, images)
     params = paths.flatten(state.trainable.params)
+    kernels = network.net.kernels(state.trainable.params)
     planes = {
         layer.name: bit_planes.from_float(
-            params.pop(f"{layer.name}/kernel"),
+            w,
             planes=layer.max_bits,
             literal=literal,
             mask_logit=mask_start,
             clip_rms=None if literal else clip_rms,
         )
-        for layer in network.table.layers
+        for layer, w in zip(network.table.layers, kernels, strict=True)
         if layer.searchable
     }
+    for layer in network.table.layers:
+        if layer.searchable and layer.kernel is not None:
+            params.pop(layer.kernel, None)
     around = state.trainable._replace(params=paths.unflatten(params))
     return CsqParams(around, paths.unflatten(planes)), state.batch_stats, state.signed
 
@@ -196,16 +201,19 @@ def select(
     scale_step_gradient: bool = False,
 ) -> Subnet:
     """Computes all kernels; returns the argument of `network.net.forward`."""
-    params = paths.flatten(trainable.around.params)
-    for name, planes in trainable.by_layer.items():
-        params[f"{name}/kernel"] = kernel(planes, gates, contiguous=network.contiguous)
-    with_kernels = trainable.around._replace(params=paths.unflatten(params))
     net = network.net
-    return net.select(
-        SupernetState(with_kernels, batch_stats, signed),
+    made = {
+        name: kernel(planes, gates, contiguous=network.contiguous)
+        for name, planes in trainable.by_layer.items()
+    }
+    around = trainable.around._replace(params=net.table.with_kernels(trainable.around.params, made))
+    subnet = net.select(
+        SupernetState(around, batch_stats, signed),
         net.table.max_config,
         scale_step_gradient=scale_step_gradient,
     )
+    computed = {name: made.get(name, w) for name, w in subnet.computed.items()}
+    return subnet._replace(computed=computed)
 
 
 def decided(gates: Gates) -> Gates:
@@ -281,7 +289,7 @@ def learned_scheme(network: Network, variables: CsqVariables) -> LearnedScheme:
         name: bit_planes.codes(planes, contiguous=network.contiguous)
         for name, planes in trainable.by_layer.items()
     }
-    params = paths.flatten(trainable.around.params)
+    made: dict[str, Array] = {}
     max_config = net.table.max_config
     fixed = net.weight_step_sizes(trainable.around, jnp.asarray(max_config.weights))
     layers, weight_step_sizes = [], []
@@ -291,10 +299,10 @@ def learned_scheme(network: Network, variables: CsqVariables) -> LearnedScheme:
             weight_step_sizes.append(fixed[index])
             continue
         codes, step_size = integers[layer.name]
-        params[f"{layer.name}/kernel"] = codes.astype(step_size.dtype) * step_size
+        made[layer.name] = codes.astype(step_size.dtype) * step_size
         layers.append(layer._replace(weight_candidates=(code_bits(codes),)))
         weight_step_sizes.append(step_size)
-    final = LayerTable(tuple(layers), bn_banks="shared")
+    final = dataclasses.replace(table, layers=tuple(layers), bn_banks="shared")
     columns = choice_index(net.table, jnp.asarray(max_config.acts))
     act_step_sizes = trainable.around.act_step_sizes[jnp.arange(len(table)), columns]
 
@@ -303,7 +311,7 @@ def learned_scheme(network: Network, variables: CsqVariables) -> LearnedScheme:
 
     state = SupernetState(
         TrainableParams(
-            paths.unflatten(params),
+            table.with_kernels(trainable.around.params, made),
             for_all_bits(jnp.stack(weight_step_sizes)),
             for_all_bits(act_step_sizes),
         ),

@@ -18,12 +18,8 @@ from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program import paths
 from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import (
-    Supernet,
-    SupernetState,
-    TrainableParams,
-    clip_step_sizes,
-)
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet, clip_step_sizes
 from mpq_jax.tasks import classification
 
 PyTree = Any
@@ -248,7 +244,7 @@ def _largest_per_layer(table: LayerTable, gradients: PyTree) -> Float[Array, " q
 
 def _group(table: LayerTable, trainable: TrainableParams) -> TrainableParams:
     """Labels every leaf with its optimizer."""
-    kernels = {f"{layer.name}/kernel" for layer in table.layers}
+    kernels = {layer.kernel for layer in table.layers}
 
     def of_param(path: str, leaf) -> str:
         if paths.parent(path) in table.bank_norms:

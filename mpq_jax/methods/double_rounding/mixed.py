@@ -14,11 +14,11 @@ from mpq_jax.methods.double_rounding import multi, roulette
 from mpq_jax.methods.double_rounding.learner import make_learner
 from mpq_jax.methods.double_rounding.options import MixedOptions, Options
 from mpq_jax.methods.warm_start import supernet_or_float_variables
-from mpq_jax.program import linen
 from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState, expand_bn_banks
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet, expand_bn_banks
 
 PyTree = Any
 
@@ -44,11 +44,17 @@ class TrainState(NamedTuple):
     trace_errors: Float[Array, " layers"]
 
 
-def make(model: linen.Model, table: LayerTable, options: MixedOptions, run: TrainingInfo) -> Method:
+def make(model: Any, table: LayerTable, options: MixedOptions, run: TrainingInfo) -> Method:
     """Builds the training of the supernet for a model, its layer table and the length of a run."""
     table = table.with_bn_banks(options.bn_banks)
     if not table.searchable.any():
         raise ValueError("no layer of the table has a choice of bits; add candidates to the rules")
+    products = [layer.name for layer in table.layers if layer.is_product and layer.searchable]
+    if products:
+        raise ValueError(
+            f"HASB draws bits by Hessian traces of kernels, and {products[0]!r} is a product of "
+            "activations with a choice of bits; fix its bits by a rule"
+        )
     common = common_choices(table)
     levels = multi.levels_of(table)
     net = Supernet(model, table, quantizer=options.quantizer)

@@ -10,10 +10,10 @@ from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.double_rounding.learner import Example, Gradient, Learner, make_learner
 from mpq_jax.methods.double_rounding.options import Options
 from mpq_jax.methods.warm_start import float_variables
-from mpq_jax.program import linen
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import Supernet, SupernetState
+from mpq_jax.supernet.state import SupernetState
+from mpq_jax.supernet.supernet import Supernet
 
 PyTree = Any
 
@@ -39,7 +39,7 @@ def levels_of(table: LayerTable) -> dict[int, BitConfig]:
     return {bits: table.uniform(bits, bits) for bits in table.precisions}
 
 
-def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
+def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds multi-precision training for a model, its layer table and the length of a run."""
     table = table.with_bn_banks(options.bn_banks)
     net = Supernet(model, table, quantizer=options.quantizer)

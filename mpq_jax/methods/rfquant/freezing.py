@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float
 from mpq_jax.methods.rfquant.options import Options
 from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import TrainableParams
-from mpq_jax.supernet.supernet import kernels as layer_kernels
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 
 def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:
@@ -38,17 +38,18 @@ def freeze_ratio(epoch: int, *, epochs: int, options: Options) -> float | None:
 
 
 def instabilities(
-    table: LayerTable,
+    net: Supernet,
     trainable: TrainableParams,
     mask: Bool[Array, "layers 2 choices"],
     *,
     options: Options,
 ) -> Float[Array, " freezable"]:
     """Computes the instability of every layer that can be frozen, in the order of the table."""
+    table = net.table
     rows = freezable(table)
     common = table.mask[rows, 0].all(axis=0)
     use_common = options.freeze_scores == "common" and common.any()
-    kernels = layer_kernels(table, trainable.params)
+    kernels = net.kernels(trainable.params)
     scored = [common if use_common else mask[row, 0] for row in rows]
     return jnp.stack(
         [
@@ -65,8 +66,12 @@ def instabilities(
 
 
 def freezable(table: LayerTable) -> list[int]:
-    """Lists the indices of the layers with a choice of weight bits."""
-    return [i for i, layer in enumerate(table.layers) if len(layer.weight_candidates) > 1]
+    """Lists the indices of the layers with a choice of weight bits; products have no weights."""
+    return [
+        i
+        for i, layer in enumerate(table.layers)
+        if len(layer.weight_candidates) > 1 and not layer.is_product
+    ]
 
 
 def freeze(

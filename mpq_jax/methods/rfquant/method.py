@@ -16,18 +16,15 @@ from mpq_jax.methods.rfquant.options import Options
 from mpq_jax.methods.warm_start import float_variables
 from mpq_jax.parallel import grad_accumulation
 from mpq_jax.parallel.grad_accumulation import BatchPartition
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import (
-    Supernet,
-    SupernetState,
-    TrainableParams,
-    clip_step_sizes,
-)
+from mpq_jax.supernet.rules import CONVOLUTIONS
+from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.supernet import Supernet, clip_step_sizes
 from mpq_jax.tasks import classification
 
 PyTree = Any
@@ -110,7 +107,7 @@ class Context(NamedTuple):
         return self.net.table
 
 
-def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
+def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> Method:
     """Builds RFQuant for a model, its layer table and the length of a run."""
     if not any(layer.searchable for layer in table.layers):
         raise ValueError("no layer of the table has a choice of bits; add candidates to the rules")
@@ -160,7 +157,7 @@ def make(model: linen.Model, table: LayerTable, options: Options, run: TrainingI
 
     @jax.jit
     def freeze_most_unstable(trainable, mask, count):
-        scores = freezing.instabilities(table, trainable, mask, options=options)
+        scores = freezing.instabilities(net, trainable, mask, options=options)
         return freezing.freeze(table, scores, count, options=options)
 
     def on_epoch(state: TrainState, epoch: int) -> tuple[TrainState, dict[str, float]]:
@@ -361,10 +358,14 @@ def _random_subnet(
             )
             loss += options.idm_weight * metrics["idm"]
         if options.qe_weight > 0:
-            metrics["qe"] = terms.quantization_error(table, trainable, bits, plan.min_weight_bits)
+            metrics["qe"] = terms.quantization_error(
+                context.net, trainable, bits, plan.min_weight_bits
+            )
             loss += plan.qe_weight * metrics["qe"]
         if options.two_bit_weight > 0:
-            metrics["two_bit"] = terms.two_bit_norm(table, trainable, bits, plan.two_bit_weights)
+            metrics["two_bit"] = terms.two_bit_norm(
+                context.net, trainable, bits, plan.two_bit_weights
+            )
             difference = options.two_bit_decay - options.weight_decay
             # The mean gradient is divided by the number of subnets, but weight decay is not.
             share = options.random_subnets + 1 if options.gradient == "mean" else 1
@@ -456,7 +457,7 @@ def make_optimizer(
 
 def _group(table: LayerTable, trainable: TrainableParams) -> TrainableParams:
     """Labels every leaf with its optimizer."""
-    conv_kernels = {f"{layer.name}/kernel" for layer in table.layers if layer.kind != "dense"}
+    conv_kernels = {layer.kernel for layer in table.layers if layer.kind in CONVOLUTIONS}
 
     def of_param(path: str, leaf) -> str:
         if paths.parent(path) in table.bank_norms:

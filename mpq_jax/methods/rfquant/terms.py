@@ -10,14 +10,15 @@ from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.supernet import TrainableParams, choice_index
-from mpq_jax.supernet.supernet import kernels as layer_kernels
+from mpq_jax.supernet.rules import CONVOLUTIONS
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet, choice_index
 
 TWO_BITS = 2
 
 
 def quantization_error(
-    table: LayerTable,
+    net: Supernet,
     trainable: TrainableParams,
     bits: BitConfig,
     lowest: Int[Array, " layers"],
@@ -30,7 +31,7 @@ def quantization_error(
     reach weights only.
 
     Args:
-        table: the layers.
+        net: the supernet.
         trainable: parameters and step sizes of the supernet.
         bits: bits of the subnet.
         lowest: int32 [layers], lowest weight bits currently allowed for each layer.
@@ -39,7 +40,7 @@ def quantization_error(
         `auxiliary_quantized_loss` of RFQuant's code, after oscillation dampening (Nagel et al.,
         ICML 2022).
     """
-    weights, steps = _chosen_kernels(table, trainable, bits)
+    weights, steps = _chosen_kernels(net, trainable, bits)
     total = jnp.zeros(())
     for index, w in weights.items():
         s, b = steps[index], bits.weights[index]
@@ -51,12 +52,12 @@ def quantization_error(
         pulled = (code % ratio == 0) & (coarse >= coarse_low) & (coarse <= coarse_high)
         distance = jnp.clip(w, s * low, s * high) - code.astype(w.dtype) * s
         error = jnp.sum(jnp.where(pulled, distance, 0) ** 2)
-        total += error * table.layers[index].channels / w.size
+        total += error * net.table.layers[index].channels / w.size
     return total
 
 
 def two_bit_norm(
-    table: LayerTable,
+    net: Supernet,
     trainable: TrainableParams,
     bits: BitConfig,
     layer_weights: Float[Array, " layers"],
@@ -67,17 +68,17 @@ def two_bit_norm(
     are not pulled to zero (the "fairness" regularizer).
 
     Args:
-        table: the layers.
+        net: the supernet.
         trainable: parameters and step sizes of the supernet.
         bits: bits of the subnet.
         layer_weights: float32 [layers], factor of each layer's term.
     """
-    weights, steps = _chosen_kernels(table, trainable, bits)
+    weights, steps = _chosen_kernels(net, trainable, bits)
     low, high = lsq.code_range(TWO_BITS, signed=True)
     total = jnp.zeros(())
     for index, w in weights.items():
-        if table.layers[index].kind == "dense":
-            continue  # dense kernels have no weight decay to cancel
+        if net.table.layers[index].kind not in CONVOLUTIONS:
+            continue  # other kernels have no weight decay to cancel
         inside = jnp.clip(w, low * steps[index], high * steps[index])
         drawn = (bits.weights[index] == TWO_BITS).astype(jnp.float32)
         total += 0.5 * drawn * layer_weights[index] * jnp.sum(inside**2)
@@ -163,10 +164,11 @@ def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> 
 
 
 def _chosen_kernels(
-    table: LayerTable, trainable: TrainableParams, bits: BitConfig
+    net: Supernet, trainable: TrainableParams, bits: BitConfig
 ) -> tuple[dict[int, Array], Any]:
     """Returns kernels of layers with a choice, by index, and step sizes, without gradient."""
+    table = net.table
     choice = choice_index(table, jnp.asarray(bits.weights))
     steps = jax.lax.stop_gradient(trainable.weight_step_sizes)[jnp.arange(len(table)), choice]
-    kernels = layer_kernels(table, trainable.params)
+    kernels = net.kernels(trainable.params)
     return {i: w for i, w in enumerate(kernels) if table.layers[i].searchable}, steps

@@ -11,7 +11,8 @@ from mpq_jax.models import make_model
 from mpq_jax.models.pretrained import inverted_residuals, resnets, vgg, vit
 from mpq_jax.models.pretrained.files import Tensors, read_tensors
 from mpq_jax.models.pretrained.naming import Naming, Source
-from mpq_jax.program import linen, paths
+from mpq_jax.program import paths
+from mpq_jax.program.network import init_variables
 
 IMAGENET_SHAPE = (224, 224, 3)
 HEAD = "params/head"  # last layer of every model; the last axis of its arrays is the classes
@@ -166,7 +167,7 @@ def _leaf_shapes(
     """Computes the shape of every array of the model with one class, by path."""
     model = make_model(model_name, num_classes=1, **options)
     variables = jax.eval_shape(
-        lambda key: linen.init_variables(model, key, image_shape), jax.random.key(0)
+        lambda key: init_variables(model, key, image_shape), jax.random.key(0)
     )
     return {path: leaf.shape for path, leaf in paths.flatten(variables).items()}
 

@@ -13,6 +13,7 @@ from mpq_jax.reporting.html import charts, layers, numbers, summary
 from mpq_jax.search.cost_metrics import UNITS, fitting_unit
 from mpq_jax.search.readers import TEST
 from mpq_jax.search.report import UNIFORM, SearchReport
+from mpq_jax.supernet.left_float import describe
 
 WIDE_PLOT, PLOT, SMALL_PLOT = (1080, 400), (720, 400), (360, 380)  # alone, beside another, narrow
 
@@ -55,6 +56,7 @@ def write_page(report: SearchReport, path: pathlib.Path, *, title: str, config: 
         cloud=cloud,
         headings=layers.headings(report.table),
         bits=layers.bit_rows(report),
+        left_float=describe(report.table.left_float or ()),
         legend=layers.bits_legend(report.table),
         sensitivity=layers.sensitivity(report),
         columns=cost_columns(report),

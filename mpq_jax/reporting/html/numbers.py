@@ -9,6 +9,7 @@ COUNTS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
 TITLES = {
     "bitops": "bit operations per image",
     "bytes": "size of weights",
+    "stored_bytes": "size with all that stays float",
     "act_bytes": "size of activations",
     "mean_bits": "weight bits",
     "latency": "latency",

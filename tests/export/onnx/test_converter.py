@@ -101,6 +101,7 @@ def resnet():
     return exported, to_onnx(exported)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal(name):

@@ -11,7 +11,7 @@ from mpq_jax.models import make_model
 def test_a_folded_norm_is_the_norm():
     exported = make_exported(make_model("resnet8", num_classes=10, width=4), (8, 8, 3), turned=0.5)
     variables = program.flat_variables(exported_model.select(exported))
-    folded = bn_folding.fold(variables, bn_folding.calls_of(exported))
+    folded = bn_folding.fold(variables, bn_folding.norms_of(exported))
     kept = bn_folding.keep(variables)
     assert set(folded) == set(kept) == {x.norm for x in exported.table.layers if x.norm}
     for name, leaves in folded.items():
@@ -26,14 +26,14 @@ def test_a_folded_norm_is_the_norm():
 
 def test_rows_of_a_bank_are_folded_one_by_one():
     exported = make_exported(make_model("resnet8", num_classes=10, width=4), (8, 8, 3))
-    calls = bn_folding.calls_of(exported)
+    norms = bn_folding.norms_of(exported)
     rows = [
         {name: factor * np.asarray(leaf) for name, leaf in flat.items()}
         for factor in (1, 2)
         for flat in [program.flat_variables(exported_model.select(exported))]
     ]
     banked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    together, apart = bn_folding.fold(banked, calls), [bn_folding.fold(row, calls) for row in rows]
+    together, apart = bn_folding.fold(banked, norms), [bn_folding.fold(row, norms) for row in rows]
     for name, leaves in together.items():
         for leaf, numbers in leaves.items():
             np.testing.assert_array_equal(numbers, np.stack([one[name][leaf] for one in apart]))

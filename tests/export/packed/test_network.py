@@ -1,5 +1,6 @@
 """Packed files that hold all precisions; references are roundings, written with NumPy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -26,7 +27,7 @@ from mpq_jax.program import paths
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.bits import BitConfig
-from mpq_jax.supernet.layer_table import LayerTable, trace_layers
+from mpq_jax.supernet.layer_table import Example, LayerTable, trace_layers
 from mpq_jax.supernet.scoring import make_score
 from mpq_jax.training.metrics import CompileCounter
 
@@ -104,7 +105,9 @@ def test_sizes_are_those_of_the_numbers(saved):
 
 
 def test_the_table_and_all_that_is_float_come_back(saved):
-    assert saved.packed.table == saved.table
+    example = Example.of(saved.exported.inputs)
+    whole = dataclasses.replace(saved.table, left_float=None, example=example)
+    assert saved.packed.table == whole
     assert saved.packed.precisions == saved.table.precisions
     before, after = (
         paths.flatten(state.trainable.params) for state in (saved.state, saved.packed.state)
@@ -135,6 +138,7 @@ def without_float_inputs(table, subnet):
     return subnet._replace(act_step_sizes=np.where(is_float, 0, subnet.act_step_sizes))
 
 
+@pytest.mark.slow
 def test_switched_kernels_are_those_of_training_at_every_precision(saved):
     """Bit for bit, with everything else that makes the subnet; and by NumPy alone."""
     table = saved.table
@@ -182,6 +186,7 @@ def test_fake_quant_gives_the_switched_kernels(saved):
             np.testing.assert_array_equal(switched[name], expected, strict=True)
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_trained_network(saved, tmp_path):
     """With norms as they are, and with norms folded row by row."""
     table, path = saved.table, tmp_path / "folded"
@@ -227,6 +232,7 @@ def test_layers_may_have_bits_of_their_own(saved):
         saved.packed.at(bits._replace(weights=bits.weights.at[2].set(8)))
 
 
+@pytest.mark.slow
 def test_bits_and_files_never_recompile(saved, tmp_path):
     """A second file of the same layers included."""
     model = Net(affine=saved.net.model.affine)
@@ -255,6 +261,7 @@ def test_the_function_is_pure_and_may_be_traced(plain_net):
     np.testing.assert_allclose(mapped[1], apply(2 * IMAGES), **LOGITS)
 
 
+@pytest.mark.slow
 def test_a_packed_network_goes_where_a_supernet_goes(plain_net, tmp_path):
     """Into recalibration, into the score of a search, and into a file again."""
     packed, table = plain_net.packed, plain_net.table
@@ -290,7 +297,6 @@ def test_models_of_the_library_are_found_by_name(tmp_path):
         table,
         shape=shape,
         num_classes=7,
-        image_shape=shape,
         model_spec=ModelSpec("resnet18", options),
     )
     packed = network.load(tmp_path / "named")
@@ -302,7 +308,7 @@ def test_models_of_the_library_are_found_by_name(tmp_path):
 
 def test_a_users_own_model_must_be_given_to_compute(plain_net):
     unknown = network.load(plain_net.path)
-    assert unknown.table == plain_net.table and unknown.precisions == (8, 6, 4, 2)
+    assert unknown.table == plain_net.packed.table and unknown.precisions == (8, 6, 4, 2)
     with pytest.raises(ValueError, match=r"not in mpq_jax.models; call load\(path, model=...\)"):
         unknown.at(8)
 

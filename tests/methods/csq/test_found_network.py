@@ -34,6 +34,7 @@ from mpq_jax.export.exported_model import ExportedModel, is_switchable
 from mpq_jax.export.packed import writer
 from mpq_jax.export.packed.network import load
 from mpq_jax.methods.csq import network
+from mpq_jax.program.network import example_batch
 from mpq_jax.quantizers import batch_max, double_rounding
 from mpq_jax.quantizers import bit_planes as quantizer
 from mpq_jax.quantizers.bit_planes import BitPlanes
@@ -116,6 +117,7 @@ def test_compiled_programs_agree_on_the_step_of_the_integers(planes):
         assert codes(given)[1] == quantizer.codes(given)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_found_network_predicts_as_the_binarized_one(case):
     found = found_case(case)[3]
@@ -199,7 +201,7 @@ def test_found_bits_are_billed_and_written(case):
 
 
 def exported(found, bits=None):
-    return ExportedModel(found.net, jax.device_get(found.state), bits, SHAPE, 3)
+    return ExportedModel(found.net, jax.device_get(found.state), bits, example_batch(SHAPE), 3)
 
 
 NOT_STORED = {
@@ -208,6 +210,7 @@ NOT_STORED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_STORED])
 def test_stored_integers_predict_as_the_binarized_network(case, tmp_path):
     found, path = found_case(case)[3], tmp_path / "network.safetensors"
@@ -248,6 +251,7 @@ class Bare(nn.Module):
         return nn.Dense(3, use_bias=False, name="second")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "rules", "names"),
     [

@@ -176,6 +176,7 @@ def images_of_statistics():
 FLOAT: dict[str, Any] = dict(act_bits=32, rules=FLOAT_RULES, run=a_run(images=images_of_statistics))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "changes", "factor"),
     [

@@ -37,6 +37,7 @@ from mpq_jax.parallel import mesh as sharding
 from mpq_jax.program import paths
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices_equals_one_on_one():
     made_method, first, steps, _ = trained()
     mesh = sharding.make_mesh(8)

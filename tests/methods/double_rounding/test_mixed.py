@@ -132,6 +132,7 @@ def test_probabilities_follow_from_the_traces_as_published(mixed_start):
     np.testing.assert_allclose(state.probabilities, wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_mixed_training_is_the_loop_written_by_hand(mixed_start, several, batch, monkeypatch):
     method, state, given = mixed_start
     state = jax.tree.map(jnp.array, state)  # the fixture's is not to be consumed

@@ -88,6 +88,7 @@ def trained(request, variables, batch):
     return options, method, (start, state), history, programs, unharmed
 
 
+@pytest.mark.slow
 def test_training_is_the_loop_written_by_hand(trained):
     for step in trained[3]:
         check_step(*step)
@@ -212,6 +213,7 @@ def test_precision_that_has_one_column_of_unshared_scales_moves_it_alone(variabl
 # What a user sees.
 
 
+@pytest.mark.slow
 def test_digits_are_learned_at_every_precision():
     data = sklearn.datasets.load_digits()
     images = jnp.asarray(data.images[:128, ..., None] / 8 - 1, jnp.float32)

@@ -11,9 +11,11 @@ from helpers.rfquant_networks import KEY, RUN
 
 from mpq_jax.methods.rfquant import freezing, method
 from mpq_jax.methods.rfquant.options import Options, published
+from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule, bit_rules
-from mpq_jax.supernet.supernet import TrainableParams
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 
 class Deep(nn.Module):
@@ -141,7 +143,7 @@ def test_instabilities_are_taken_over_common_or_current_bits(mode):
     trainable = TrainableParams(params, steps, steps)
     mask = freeze([0.1, 0.9, 0.5, 0.2, 0.8, 0.3], 2)
     found = freezing.instabilities(
-        DEEP, trainable, jnp.asarray(mask), options=Options(freeze_scores=mode)
+        net_of(DEEP), trainable, jnp.asarray(mask), options=Options(freeze_scores=mode)
     )
     allowed = {name: (6, 5, 4, 3) if mode == "common" else (6, 5, 4, 3, 2) for name in DEEP.names}
     if mode == "current":
@@ -156,6 +158,10 @@ def test_instabilities_are_taken_over_common_or_current_bits(mode):
         np.testing.assert_allclose(score, np.mean(shares), rtol=1e-6)
 
 
+def net_of(table):
+    return Supernet(Deep(), table, quantizer=lsq.QUANTIZER)
+
+
 def test_instabilities_of_layers_without_a_common_bit_are_numbers():
     rules = [Rule("conv", weights=(6, 5), acts=4), Rule("depthwise", weights=(3, 2), acts=4)]
     table = trace_layers(Deep(), (8, 8, 1), rules=[*rules, Rule(weights=8, acts=8)])
@@ -164,7 +170,7 @@ def test_instabilities_of_layers_without_a_common_bit_are_numbers():
     }
     steps = jnp.full((len(table), len(table.candidates)), 0.3)
     scores = freezing.instabilities(
-        table,
+        net_of(table),
         TrainableParams(params, steps, steps),
         jnp.asarray(table.mask),
         options=Options(),

@@ -12,7 +12,7 @@ from mpq_jax.methods.base import TrainingInfo
 from mpq_jax.methods.rfquant import method
 from mpq_jax.methods.rfquant.options import Options, published
 from mpq_jax.program import paths
-from mpq_jax.supernet.supernet import TrainableParams
+from mpq_jax.supernet.state import TrainableParams
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from helpers.random_variables import drawn_variables
 from helpers.rfquant_networks import (
     CHOICES,
     KEY,
+    MODEL,
+    NET,
     RUN,
     SHAPE,
     TABLE,
@@ -23,7 +25,8 @@ from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule, bit_rules
-from mpq_jax.supernet.supernet import Supernet, TrainableParams
+from mpq_jax.supernet.state import TrainableParams
+from mpq_jax.supernet.supernet import Supernet
 
 
 def lowest(bits):
@@ -40,7 +43,7 @@ def test_quantization_error_pulls_to_the_coinciding_bins(bits, least):
     pulled = np.isin(code, sorted(pulled_codes(bits, least)))
     distance = np.where(pulled, np.clip(w, low * step, high * step) - code * step, 0)
     found, gradient = jax.value_and_grad(
-        lambda trainable: terms.quantization_error(TABLE, trainable, config(bits, 4), lowest(least))
+        lambda trainable: terms.quantization_error(NET, trainable, config(bits, 4), lowest(least))
     )(trainable)
     wanted = (distance**2).mean((0, 1, 2)).sum()
     np.testing.assert_allclose(found, wanted, rtol=1e-5)  # float32 sum
@@ -55,7 +58,7 @@ def test_three_bits_over_two_pull_exactly_four_codes():
     codes = np.arange(-4, 4)
     w = np.zeros((3, 3, 4, 4), np.float32)
     w.flat[:8] = codes + 0.2
-    term = jax.grad(lambda p: terms.quantization_error(TABLE, p, config(3, 4), lowest(2)))
+    term = jax.grad(lambda p: terms.quantization_error(NET, p, config(3, 4), lowest(2)))
     gradient = term(with_kernel(w, 1.0)).params["block"]["conv"]["kernel"]
     assert codes[np.asarray(gradient).flat[:8] != 0].tolist() == [-4, -2, 0, 2]
 
@@ -67,6 +70,7 @@ class TwoKinds(nn.Module):
         return nn.Dense(8, name="dense")(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subnets", [1, 2])
 @pytest.mark.parametrize("layer", ["conv", "dense"])
 def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
@@ -85,9 +89,10 @@ def test_two_bit_term_takes_back_weight_decay_inside_the_range(layer, subnets):
     trainable = TrainableParams(params, jnp.full((2, 3), 0.5), jnp.ones((2, 3)))
     bits = table.uniform(2, 2)
     once = jnp.full(2, 1.0 / subnets)
+    net = Supernet(MODEL, table, quantizer=lsq.QUANTIZER)
 
     def term(trainable, weights):
-        one = terms.two_bit_norm(table, trainable, bits, weights)
+        one = terms.two_bit_norm(net, trainable, bits, weights)
         return subnets * (options.two_bit_decay - options.weight_decay) * one
 
     optimizer = method.make_optimizer(table, options, RUN)
@@ -114,9 +119,9 @@ def test_two_bit_term_is_half_the_squared_norm_and_leaves_other_bits_alone():
     w = np.random.default_rng(3).normal(size=(3, 3, 4, 4)).astype(np.float32)
     inside = np.clip(w, -2 * 0.4, 0.4)
     weights = jnp.array([1.0, 0.5, 1.0])
-    found = terms.two_bit_norm(TABLE, with_kernel(w, 0.4), config(2, 4), weights)
+    found = terms.two_bit_norm(NET, with_kernel(w, 0.4), config(2, 4), weights)
     np.testing.assert_allclose(found, 0.5 * 0.5 * np.sum(inside**2), rtol=1e-6)
-    assert terms.two_bit_norm(TABLE, with_kernel(w, 0.4), config(3, 2), weights) == 0
+    assert terms.two_bit_norm(NET, with_kernel(w, 0.4), config(3, 2), weights) == 0
 
 
 def test_distortion_counts_layers_at_their_current_minimum():

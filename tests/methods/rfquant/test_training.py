@@ -30,7 +30,7 @@ from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
-from mpq_jax.supernet.supernet import SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState, TrainableParams
 from mpq_jax.training import metrics as recording
 
 # Constant rates, and every term large enough to matter from the first steps on.
@@ -369,6 +369,7 @@ def test_all_loops_over_the_subnets_take_the_same_step(history, batch, loop):
         np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-6)  # float32
 
 
+@pytest.mark.slow
 def test_a_batch_spread_over_eight_devices_takes_the_same_step(history, batch):
     made, states, keys, (_, _, logged), _ = history
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -395,6 +396,7 @@ SWITCHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "gone"), SWITCHES, ids=lambda value: str(value))
 def test_every_element_can_be_switched_off(variables, batch, change, gone):
     """Traces a step without compiling it: the states fit, and the element's metric is gone."""

@@ -1,0 +1,42 @@
+"""What the commands print of a table of layers."""
+
+import io
+
+import pytest
+import rich.console
+from helpers.attention import MIX, PRODUCT_MACS, SCORES, SHAPE, TinyVit
+
+from mpq_jax.cli.console import print_layers
+from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule
+
+FIXED = Rule(weights=8, acts=8)
+REASON = 'both operands are activations, which a rule of kind "product" quantizes'
+
+
+def printed(rules):
+    file = io.StringIO()
+    print_layers(
+        rich.console.Console(file=file, width=160), trace_layers(TinyVit(), SHAPE, rules=rules)
+    )
+    return file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("rules", "left"), [([], (SCORES, MIX)), ([Rule("#2", kind="product", acts=4)], (SCORES,))]
+)
+def test_what_stays_float_is_listed_below_the_layers(rules, left):
+    lines = printed([*rules, FIXED])
+    found = [line.strip() for line in lines if line.startswith("stays float: ")]
+    assert found == [
+        "stays float: 6 parameters (bias): 33 values",
+        *(f"stays float: product {name}: {PRODUCT_MACS} MACs; {REASON}" for name in left),
+    ]
+    assert lines[-len(found) :] == found
+
+
+def test_products_that_are_layers_have_a_row():
+    lines = printed([Rule(kind="product", weights=(8, 4), acts=6), FIXED])
+    (row,) = (line for line in lines if MIX in line)
+    cells = [cell.strip() for cell in row.strip("\u2502").split("\u2502")]
+    assert cells == [MIX, "product", "", str(PRODUCT_MACS), "0", "8 4", "6"]
