@@ -18,6 +18,9 @@ METHOD_OF = {"RFQuant": "rfquant", "Double Rounding": "double_rounding", "CSQ": 
 EXPORTS = {"packed": "safetensors", "StableHLO": "stablehlo", "ONNX": "onnx"}
 IN_FLOAT = mpq.Rule(weights=32, acts=32, float_weights=True, float_acts=True)
 
+# Networks of users need not be strict about types and ranks.
+pytestmark = pytest.mark.usefixtures("lenient")
+
 
 def documented(name):
     """The cells of a network in the documents, by column."""

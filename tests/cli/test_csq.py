@@ -37,6 +37,8 @@ from mpq_jax.export.packed import network
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.training import checkpoints
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def table():
@@ -127,7 +129,6 @@ def bits_of(directory: Path, table: LayerTable) -> dict[str, dict[str, int]]:
     }
 
 
-@pytest.mark.slow
 def test_every_epoch_tells_how_the_scheme_grows(grown, table):
     sizes = {layer.name: layer.params for layer in table.layers if layer.searchable}
     names = {f"planes/{name}" for name in sizes} | {f"mean_planes_by_{by}" for by in BY}
@@ -146,7 +147,6 @@ def test_every_epoch_tells_how_the_scheme_grows(grown, table):
     assert grown.summaries[-1]["validation/hard"] > 0.7
 
 
-@pytest.mark.slow
 def test_the_run_goes_through_all_phases_and_meets_its_budget(grown):
     logged = entries(grown.workdir)
     fixed_at = {"planes_switched_at_freeze": [TICKET + 1], "binarized": [HARDEN + 1]}
@@ -165,14 +165,12 @@ def test_the_run_goes_through_all_phases_and_meets_its_budget(grown):
     assert fixed[-1]["undecided_masks"] == 0
 
 
-@pytest.mark.slow
 def test_csq_compiles_its_step_once(grown):
     for output in (grown.output, grown.uniform_output):
         (line,) = re.findall("^compilations: (.*)$", output, re.M)
         assert dict(re.findall(r"(\w+) x(\d+)", line))["_train_step"] == "1", line
 
 
-@pytest.mark.slow
 def test_the_scheme_is_written_as_bits_table_and_plots(grown, table):
     directory = grown.workdir / "scheme"
     plots = ["growth.png", "scheme.png"]
@@ -205,7 +203,6 @@ def printed_accuracy(output: str) -> dict[str, str]:
     return dict(re.findall(r"^test accuracy, (\w+): (\S+)$", output, re.M))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grown", "uniform"])
 def test_the_integers_are_as_accurate_as_the_hardened_network(grown, table, capsys, name):
     workdir, output = {
@@ -232,7 +229,6 @@ def test_the_integers_are_as_accurate_as_the_hardened_network(grown, table, caps
     assert "every layer has its own bits" in said
 
 
-@pytest.mark.slow
 def test_the_uniform_scheme_is_the_target_from_the_first_step_to_the_last(grown, table):
     (entry,) = summaries(grown.uniform)
     layers = [layer.name for layer in table.layers if layer.searchable]
@@ -245,7 +241,6 @@ def test_the_uniform_scheme_is_the_target_from_the_first_step_to_the_last(grown,
     assert {row["layout"] for row in rows if row["layer"] in layers} == {"111"}
 
 
-@pytest.mark.slow
 def test_csq_killed_around_the_freeze_ends_with_the_same_bits(shared, grown, tmp_path):
     """The newest checkpoint is usually from before the freezing, which then happens again."""
     workdir = tmp_path / "run"
@@ -272,7 +267,6 @@ def test_csq_killed_around_the_freeze_ends_with_the_same_bits(shared, grown, tmp
     assert printed_accuracy(output) == printed_accuracy(grown.output)
 
 
-@pytest.mark.slow
 def test_two_processes_grow_a_scheme_like_one(grown, tmp_path):
     """Through the freezing of the scheme, which every process meets by itself."""
     workdir = tmp_path / "run"
@@ -288,7 +282,6 @@ def test_two_processes_grow_a_scheme_like_one(grown, tmp_path):
     assert step > TICKET and state["fixed"] and not state["hard"]
 
 
-@pytest.mark.slow
 def test_found_bits_leave_nothing_to_search(grown):
     config: Any = csq_digits.get_config()
     config.model.options.width = 4

@@ -28,6 +28,8 @@ from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.tasks.evaluation import make_evaluate
 from mpq_jax.training import experiment
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = (8, 6, 4, 2)
 ROUNDING = "--config=configs/double_rounding/digits.py"
 MULTI = (f"{ROUNDING}:smoke", WIDTH)
@@ -132,7 +134,6 @@ def rounded(shared, tmp_path_factory) -> Rounded:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["multi", "mixed"])
 def test_train_writes_the_network_as_integers(rounded, name):
     """Its accuracy is that of the last evaluation; so it is normalized as in training."""
@@ -157,7 +158,6 @@ def test_train_writes_the_network_as_integers(rounded, name):
     assert config["method"] == method and config["epochs"] == 1
 
 
-@pytest.mark.slow
 def test_train_says_what_the_integers_take_and_run_at(rounded):
     path = rounded.multi / "integers.safetensors"
     (line,) = [line for line in rounded.multi_output.splitlines() if str(path) in line]
@@ -167,7 +167,6 @@ def test_train_says_what_the_integers_take_and_run_at(rounded):
     assert f"starting from the run in {rounded.multi}, step {EPOCH_STEPS}" in rounded.mixed_output
 
 
-@pytest.mark.slow
 def test_double_rounding_compiles_each_step_once(rounded):
     for output, more in ((rounded.multi_output, ()), (rounded.mixed_output, ("_probe",))):
         (line,) = re.findall("^compilations: (.*)$", output, re.M)
@@ -176,14 +175,12 @@ def test_double_rounding_compiles_each_step_once(rounded):
         assert {name: counts.get(name, "1") for name in names} == dict.fromkeys(names, "1"), line
 
 
-@pytest.mark.slow
 def test_starting_from_the_multi_precision_network_keeps_what_it_learned(rounded):
     """One epoch on, the supernet is no worse at 8 bits than a network of one epoch."""
     logged = [entries(workdir)[-1]["validation/w8a8"] for workdir in (rounded.multi, rounded.mixed)]
     assert min(logged) > 0.5 and logged[1] > logged[0] - 0.1
 
 
-@pytest.mark.slow
 def test_the_program_finds_bits_of_the_wanted_mean(rounded):
     directory, output = rounded.by_bits
     found = read_bits(directory, rounded.table)
@@ -201,7 +198,6 @@ def test_the_program_finds_bits_of_the_wanted_mean(rounded):
     assert not re.search(r"(recalibrate|_probe|weight_errors) x([2-9]|1\d)", line), line
 
 
-@pytest.mark.slow
 def test_the_program_keeps_latency_and_a_further_limit(rounded):
     """Nothing that is chosen on validation images may be beyond the limit either."""
     directory, output = rounded.by_latency
@@ -243,7 +239,6 @@ SEARCH_OF_MIXED_REFUSALS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCH_OF_MIXED_REFUSALS)
 def test_impossible_searches_are_refused_before_any_long_work(rounded, monkeypatch, name):
     changes, message = SEARCH_OF_MIXED_REFUSALS[name]
@@ -259,7 +254,6 @@ def test_impossible_searches_are_refused_before_any_long_work(rounded, monkeypat
         search.search(as_run(config, rounded.mixed))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "start_from", "message"),
     [

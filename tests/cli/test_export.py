@@ -25,6 +25,8 @@ from mpq_jax.supernet.layer_table import LayerTable, trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, Rule, bit_rules
 from mpq_jax.supernet.supernet import Supernet
 
+pytestmark = pytest.mark.slow
+
 MODEL = make_model("resnet8", num_classes=10, width=4)
 SHAPE = (8, 8, 1)
 RULES = bit_rules((8, 4), first_last=FIRST_LAST_FLOAT)
@@ -101,7 +103,6 @@ def rows_of(printed):
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
-@pytest.mark.slow
 def test_contents_are_shown_layer_by_layer(saved, capsys):
     main(["inspect", str(saved.path)])
     printed = capsys.readouterr().out
@@ -115,7 +116,6 @@ def test_contents_are_shown_layer_by_layer(saved, capsys):
     assert "accuracy" not in printed
 
 
-@pytest.mark.slow
 def test_sizes_are_shown_and_add_up(saved, capsys):
     main(["inspect", str(saved.path)])
     text = " ".join(capsys.readouterr().out.split())
@@ -140,7 +140,6 @@ def accuracy_of(saved, configs):
     return {name: f"{np.mean(one == split['label']):.2%}" for name, one in classes.items()}
 
 
-@pytest.mark.slow
 def test_accuracy_is_that_of_the_fake_quantized_network(saved, mixed, tmp_path, capsys):
     file = tmp_path / "found.json"
     file.write_text(bit_configs.to_json(mixed, TABLE.names))
@@ -158,7 +157,6 @@ def test_accuracy_is_that_of_the_fake_quantized_network(saved, mixed, tmp_path, 
     assert all(np.isfinite(float(cells[3])) for cells in shown.values())
 
 
-@pytest.mark.slow
 def test_a_network_whose_layers_have_their_own_bits_has_one_row(found, tmp_path, capsys):
     largest = found.table.max_config
     file = tmp_path / "again.json"
@@ -195,7 +193,6 @@ def failure(arguments, capsys, command=("inspect",)):
     return message
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "arrays", "arrays:", "tfds", "digits2", ":", "folder:"])
 def test_unknown_datasets_are_refused_with_the_known_ones(saved, capsys, name):
     message = failure([saved.path, "--dataset", name], capsys)
@@ -205,7 +202,6 @@ def test_unknown_datasets_are_refused_with_the_known_ones(saved, capsys, name):
     )
 
 
-@pytest.mark.slow
 def test_missing_files_are_named(saved, tmp_path, capsys):
     nothing = tmp_path / "nothing"
     assert f"there is no file {nothing}" in failure([nothing], capsys)
@@ -213,14 +209,12 @@ def test_missing_files_are_named(saved, tmp_path, capsys):
     assert "nothing" in failure([saved.path, "--dataset", f"arrays:{nothing}"], capsys)
 
 
-@pytest.mark.slow
 def test_files_that_are_no_artifact_are_refused(tmp_path, capsys):
     path = tmp_path / "text"
     path.write_text("hello, hello, hello")
     assert "no whole safetensors file" in failure([path], capsys)
 
 
-@pytest.mark.slow
 def test_bits_of_another_model_are_refused_before_anything_is_evaluated(saved, tmp_path, capsys):
     path, names = tmp_path / "bits.json", [*TABLE.names[:-1], "classifier"]
     path.write_text(bit_configs.to_json(TABLE.uniform(4, 4), names))
@@ -233,7 +227,6 @@ def test_bits_of_another_model_are_refused_before_anything_is_evaluated(saved, t
     assert "acts of 'stage0_block0/conv2' are 6; allowed: (8, 4)" in message
 
 
-@pytest.mark.slow
 def test_a_file_without_its_normalization_cannot_be_evaluated(saved, tmp_path, capsys):
     path = other_file(tmp_path, saved, mean=None, std=None)
     main(["inspect", str(path)])
@@ -241,7 +234,6 @@ def test_a_file_without_its_normalization_cannot_be_evaluated(saved, tmp_path, c
     assert "does not say how its images are normalized" in message
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "shape", "message"),
     [
@@ -263,7 +255,6 @@ def test_datasets_of_another_kind_of_images_are_refused(tmp_path, capsys, classe
     assert message in failure([path, "--dataset", "digits"], capsys)
 
 
-@pytest.mark.slow
 def test_a_model_of_ones_own_is_not_known_here(saved, tmp_path, capsys):
     path = other_file(tmp_path, saved, model_spec=None)
     main(["inspect", str(path)])
@@ -271,7 +262,6 @@ def test_a_model_of_ones_own_is_not_known_here(saved, tmp_path, capsys):
     assert "--model=FILE.py:Class" in failure([path, "--dataset", "digits"], capsys)
 
 
-@pytest.mark.slow
 def test_images_are_read_as_the_file_says(saved, tmp_path, monkeypatch, capsys):
     trained_on = {"name": "folder", "image_size": 96, "interpolation": "bicubic"}
     config = {"data": trained_on | {"resize_factor": 1.25}}
@@ -295,7 +285,6 @@ def workdir(tmp_path_factory):
     return str(make_run(tmp_path_factory.mktemp("run"), "double_rounding"))
 
 
-@pytest.mark.slow
 def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
     network = ["--workdir", workdir, "--bits", "uniform:8"]
     out = str(tmp_path / "folder" / "network.safetensors")
@@ -326,7 +315,6 @@ def test_a_network_is_exported_and_verified(workdir, tmp_path, capsys):
     assert "360 images" in printed and "All logits differ; expected only when" in printed
 
 
-@pytest.mark.slow
 def test_files_in_their_run_say_of_which_network_they_are(workdir, capsys):
     paths = {}
     for name, one in formats.FORMATS.items():
@@ -344,7 +332,6 @@ def test_files_in_their_run_say_of_which_network_they_are(workdir, capsys):
     assert top1[0] == top1[1] and rows["equal predictions"][0] == "100.00%"
 
 
-@pytest.mark.slow
 def test_bits_that_training_found_are_not_asked_for(tmp_path, capsys):
     workdir = make_run(tmp_path / "run", "csq")
     found = finished_run.load(workdir)
@@ -358,7 +345,6 @@ def test_bits_that_training_found_are_not_asked_for(tmp_path, capsys):
     assert rows_of(capsys.readouterr().out)["equal predictions"][0] == "100.00%"
 
 
-@pytest.mark.slow
 def test_files_of_another_run_and_folders_of_other_programs_are_refused(workdir, tmp_path, capsys):
     path = tmp_path / "other" / "network.safetensors"
     other = make_run(tmp_path / "run", "csq")
@@ -380,7 +366,6 @@ def test_files_of_another_run_and_folders_of_other_programs_are_refused(workdir,
     assert f"{path} is no bit file of this network" in bits
 
 
-@pytest.mark.slow
 def test_files_that_do_not_say_their_network_are_asked_about(workdir, tmp_path, capsys):
     path = tmp_path / "network.safetensors"
     main(["export", "--workdir", workdir, "--bits", "uniform:2", "--out", str(path)])
@@ -397,7 +382,6 @@ def test_files_that_do_not_say_their_network_are_asked_about(workdir, tmp_path, 
     assert "does not say its bits; pass --bits" in message
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -412,7 +396,6 @@ def test_commands_that_lack_something_say_what(arguments, message, capsys):
     assert message in failure(arguments, capsys, ["export"])
 
 
-@pytest.mark.slow
 def test_exports_that_cannot_be_are_refused_in_one_line(workdir, tmp_path, capsys):
     network, out = ["--workdir", workdir], ["--out", tmp_path / "x.safetensors"]
     assert "give a bit file" in failure([*network, *out], capsys, ["export"])

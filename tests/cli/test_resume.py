@@ -26,6 +26,8 @@ from helpers.programs import (
     wait_for,
 )
 
+pytestmark = pytest.mark.slow
+
 
 class Interrupted(NamedTuple):
     """A run that was started three times: stopped, killed and damaged, then finished."""
@@ -102,7 +104,6 @@ def damage(checkpoint: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-@pytest.mark.slow
 def test_sigterm_saves_at_once_and_says_so(interrupted):
     assert interrupted.stop_code == 0, interrupted.stopped
     (step,) = re.findall(r"stopped by a signal after step (\d+)", interrupted.stopped)
@@ -110,14 +111,12 @@ def test_sigterm_saves_at_once_and_says_so(interrupted):
     assert f"going on from step {step} in {interrupted.workdir}" in interrupted.killed
 
 
-@pytest.mark.slow
 def test_killed_after_a_save_inside_an_epoch_and_further_steps(interrupted):
     assert interrupted.kill_code == -signal.SIGKILL
     assert interrupted.killed_checkpoints[-1] % EPOCH_STEPS > 0
     assert interrupted.killed_checkpoints[-1] < interrupted.logged_when_killed[-1]["step"] < STEPS
 
 
-@pytest.mark.slow
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_it_taken(interrupted):
     before, newest = interrupted.killed_checkpoints[-2:]
     output = interrupted.finished
@@ -126,7 +125,6 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_it_taken(inter
     assert (interrupted.workdir / "checkpoints" / f"{newest}.damaged").is_dir()
 
 
-@pytest.mark.slow
 def test_interrupted_run_ends_with_the_same_bits(shared, interrupted):
     step, arrays = last_arrays(interrupted.workdir)
     expected_step, expected = last_arrays(shared.supernet)
@@ -134,7 +132,6 @@ def test_interrupted_run_ends_with_the_same_bits(shared, interrupted):
     assert arrays == expected
 
 
-@pytest.mark.slow
 def test_interrupted_run_logs_every_step_once_and_the_same(shared, interrupted):
     logged, expected = entries(interrupted.workdir), entries(shared.supernet)
     assert [entry["step"] for entry in losses(expected)] == list(range(1, STEPS + 1))
@@ -142,7 +139,6 @@ def test_interrupted_run_logs_every_step_once_and_the_same(shared, interrupted):
     assert [sorted(entry) for entry in logged] == [sorted(entry) for entry in expected]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.7, 1.3])
 def test_killed_at_any_moment_and_compiled_anew_ends_with_the_same_bits(shared, tmp_path, delay):
     flags = (*SUPERNET, f"--workdir={tmp_path / 'run'}")
@@ -157,7 +153,6 @@ def test_killed_at_any_moment_and_compiled_anew_ends_with_the_same_bits(shared, 
     assert losses(entries(tmp_path / "run")) == losses(entries(shared.supernet))
 
 
-@pytest.mark.slow
 def test_finished_run_started_again_changes_nothing(shared, tmp_path):
     shutil.copytree(shared.float_run, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -57,6 +57,7 @@ def test_layers_are_shown_with_what_they_cost_and_may_have(shared):
     assert "4,608" in row and "288" in row and row.count("6 5 4 3 2") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, workdir, names",
     [

@@ -44,6 +44,7 @@ def copy_of(workdir, directory):
     return shutil.copytree(workdir, directory / "run")
 
 
+@pytest.mark.slow
 def test_a_precision_of_training_keeps_its_statistics(workdirs, exported):
     assert exported.provenance["norms"] == "of training, w4a4"
     assert exported.provenance["bits"] == "uniform:4"

@@ -44,6 +44,7 @@ def check_equal(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", ["float32", "kept"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_packed_files_are_the_network(name, norms, tmp_path):

@@ -74,6 +74,7 @@ def test_latencies_are_measured_in_turns():
     assert set(found) == {"exported", "float"} and min(found.values()) >= 0
 
 
+@pytest.mark.slow
 def test_a_sound_file_agrees(exported, digits, file):
     report = verification.verify(file, exported, digits, "packed", repeats=1)
     agreement = report.agreement

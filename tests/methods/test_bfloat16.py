@@ -74,6 +74,7 @@ def check(before, after, metrics, logits):
     assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "rfquant", "double_rounding", "csq_uniform"])
 def test_a_step_is_traced(models, name):
     model = models(dtype="bfloat16")

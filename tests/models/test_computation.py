@@ -133,6 +133,7 @@ def test_recomputing_keeps_less_for_the_backward_pass(name):
     assert kept(True) < kept(False)
 
 
+@pytest.mark.slow
 @each_way
 def test_bfloat16_is_float32_but_for_rounding(name):
     found, wanted = trained(name, dtype="bfloat16"), trained(name)
@@ -144,6 +145,7 @@ def test_bfloat16_is_float32_but_for_rounding(name):
     assert 1e-4 < distance < 0.1
 
 
+@pytest.mark.slow
 @every_model
 def test_subnets_of_recomputed_bfloat16_models(name):
     net = net_of(TINY[name](dtype="bfloat16", remat=True))
@@ -160,6 +162,7 @@ def test_subnets_of_recomputed_bfloat16_models(name):
     assert {feature.dtype for feature in out.features.values()} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 @every_model
 def test_recomputed_bfloat16_models_are_cut_like_others(name):
     plain, changed = TINY[name](), TINY[name](dtype="bfloat16", remat=True)

@@ -56,6 +56,7 @@ def test_switch_is_the_second_rounding_of_every_integer(max_bits, bits):
     np.testing.assert_array_equal(lower, switched(max_bits, bits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @every_pair
 def test_training_and_switch_agree_on_every_integer(max_bits, bits, step):

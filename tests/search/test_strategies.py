@@ -53,6 +53,7 @@ def share(table, part, kind="bitops", mask=None):
     return float(totals.min() + part * (totals.max() - totals.min()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "score"), [*((which, "rugged") for which in TABLES), ("groups", "constant")]
 )

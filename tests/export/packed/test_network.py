@@ -31,6 +31,8 @@ from mpq_jax.supernet.layer_table import Example, LayerTable, trace_layers
 from mpq_jax.supernet.scoring import make_score
 from mpq_jax.training.metrics import CompileCounter
 
+pytestmark = pytest.mark.slow
+
 assert_equal = functools.partial(np.testing.assert_array_equal, strict=True)
 
 
@@ -138,7 +140,6 @@ def without_float_inputs(table, subnet):
     return subnet._replace(act_step_sizes=np.where(is_float, 0, subnet.act_step_sizes))
 
 
-@pytest.mark.slow
 def test_switched_kernels_are_those_of_training_at_every_precision(saved):
     """Bit for bit, with everything else that makes the subnet; and by NumPy alone."""
     table = saved.table
@@ -186,7 +187,6 @@ def test_fake_quant_gives_the_switched_kernels(saved):
             np.testing.assert_array_equal(switched[name], expected, strict=True)
 
 
-@pytest.mark.slow
 def test_logits_are_those_of_the_trained_network(saved, tmp_path):
     """With norms as they are, and with norms folded row by row."""
     table, path = saved.table, tmp_path / "folded"
@@ -232,7 +232,6 @@ def test_layers_may_have_bits_of_their_own(saved):
         saved.packed.at(bits._replace(weights=bits.weights.at[2].set(8)))
 
 
-@pytest.mark.slow
 def test_bits_and_files_never_recompile(saved, tmp_path):
     """A second file of the same layers included."""
     model = Net(affine=saved.net.model.affine)
@@ -261,7 +260,6 @@ def test_the_function_is_pure_and_may_be_traced(plain_net):
     np.testing.assert_allclose(mapped[1], apply(2 * IMAGES), **LOGITS)
 
 
-@pytest.mark.slow
 def test_a_packed_network_goes_where_a_supernet_goes(plain_net, tmp_path):
     """Into recalibration, into the score of a search, and into a file again."""
     packed, table = plain_net.packed, plain_net.table

@@ -208,6 +208,7 @@ def parts_of(trainable):
     return {name: np.array(leaf, np.float64) for name, leaf in named.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(
     "changes",

@@ -39,6 +39,8 @@ from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import FIRST_LAST_FLOAT, Rule, bit_rules
 from mpq_jax.training import metrics as recording
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def variables():
@@ -88,7 +90,6 @@ def trained(request, variables, batch):
     return options, method, (start, state), history, programs, unharmed
 
 
-@pytest.mark.slow
 def test_training_is_the_loop_written_by_hand(trained):
     for step in trained[3]:
         check_step(*step)
@@ -213,7 +214,6 @@ def test_precision_that_has_one_column_of_unshared_scales_moves_it_alone(variabl
 # What a user sees.
 
 
-@pytest.mark.slow
 def test_digits_are_learned_at_every_precision():
     data = sklearn.datasets.load_digits()
     images = jnp.asarray(data.images[:128, ..., None] / 8 - 1, jnp.float32)
