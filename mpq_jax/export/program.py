@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mpq_jax.export import exported_model
 from mpq_jax.export.exported_model import ExportedModel, QuantizedLayer
-from mpq_jax.program import paths
+from mpq_jax.program import network, paths
 from mpq_jax.program import trace as trace_module
 from mpq_jax.program.evaluate import Change
 from mpq_jax.supernet.layer_table import Layer, LayerTable
@@ -185,9 +185,7 @@ def flat_variables(subnet: Subnet) -> dict[str, Any]:
 def any_batch(exported: ExportedModel) -> PyTree:
     """Describes inputs of an open batch size, as the model takes them."""
     (batch,) = jax.export.symbolic_shape(BATCH)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), exported.inputs
-    )
+    return network.with_batch_size(exported.inputs, batch)
 
 
 def for_any_batch(call: Callable, variables: PyTree, batch: PyTree) -> Callable:

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mpq_jax.program import network
+
 PyTree = Any
 Entry = Any  # JSON
 
@@ -27,7 +29,7 @@ def one_example(inputs: PyTree) -> PyTree:
         ValueError: the arrays do not share a batch axis.
     """
     _check_batch(inputs)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), inputs)
+    return network.with_batch_size(inputs, 1)
 
 
 def array_entry(leaf: Any) -> Entry:

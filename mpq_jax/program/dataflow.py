@@ -298,34 +298,20 @@ class _Walk:
             site._replace(first_depth=first_depths[site.key]) for site in self.sites[count:]
         ]
         ends = [
-            operand._replace(start=None) if end.number == start.number else self.left(end, None)
+            operand._replace(start=None) if end.number == start.number else self.copied(end)
             for operand, start, end in zip(operands[first:last], carry, results, strict=False)
         ]
         stacked = [
-            self.left(value, _whole(value, len(where.loops))) for value in results[len(ends) :]
+            self.copied(value, leaf=_whole(value, len(where.loops)))
+            for value in results[len(ends) :]
         ]
         return [
             value._replace(place=Place(where.key, index, result=True))
             for index, value in enumerate([*ends, *stacked])
         ]
 
-    def left(self, value: Value, leaf: str | None) -> Value:
-        """Describes a result of a loop by what it is inside."""
-        return self.new(
-            data=value.data,
-            leaf=leaf,
-            leaves=value.leaves,
-            depth=value.depth,
-            nearest=value.nearest,
-            multiplied=value.multiplied,
-        )
-
-    def sliced(self, value: Value, depth: int) -> Value:
-        """Describes the slices along the first axis that a loop takes of a value."""
-        known: dict[str, Any] = {}
-        if value.leaf is not None and not value.moved:
-            stacked = (*value.stacked, depth)
-            known = {"leaf": value.leaf, "running": value.running, "stacked": stacked}
+    def copied(self, value: Value, **known: Any) -> Value:
+        """Describes what a loop takes or returns by what it is on the other side."""
         return self.new(
             data=value.data,
             leaves=value.leaves,
@@ -334,6 +320,14 @@ class _Walk:
             multiplied=value.multiplied,
             **known,
         )
+
+    def sliced(self, value: Value, depth: int) -> Value:
+        """Describes the slices along the first axis that a loop takes of a value."""
+        known: dict[str, Any] = {}
+        if value.leaf is not None and not value.moved:
+            stacked = (*value.stacked, depth)
+            known = {"leaf": value.leaf, "running": value.running, "stacked": stacked}
+        return self.copied(value, **known)
 
     def carried(self, before: Value, end: Value) -> Value:
         """Describes a carried value by what it is before and after a turn of the loop."""

@@ -187,8 +187,8 @@ def take(inputs: PyTree, examples: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[examples], inputs)
 
 
-def with_batch_size(inputs: PyTree, size: int) -> PyTree:
-    """Describes a batch of another size, as `jax.ShapeDtypeStruct`s."""
+def with_batch_size(inputs: PyTree, size: Any) -> PyTree:
+    """Describes a batch of another size, which may be symbolic, as `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), inputs
     )

@@ -8,7 +8,7 @@ from mpq_jax.program import layers
 from mpq_jax.program.layers import LayerCall
 from mpq_jax.program.trace import Program
 
-PARAMETER, STATISTIC, PRODUCT = KINDS = ("parameter", "statistic", "product")
+PARAMETER, STATISTIC, PRODUCT = ("parameter", "statistic", "product")
 NOT_A_KERNEL = "no product reads it as a kernel"
 NOT_ASKED_FOR = 'both operands are activations, which a rule of kind "product" quantizes'
 

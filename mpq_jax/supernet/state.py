@@ -48,8 +48,8 @@ class Subnet(NamedTuple):
         signed: bool [layers].
         computed: kernels that the model computes from several parameters, by layer; they take the
             place of what it computes.
-        second: "step_size", float32 [layers], and "bits", int32 [layers], of the second operands of
-            products; empty if the table has no products.
+        second: "step_size", float32 [layers], "bits", int32 [layers], and "signed", bool [layers],
+            of the second operands of products; empty if the table has no products.
     """
 
     params: PyTree

@@ -214,7 +214,8 @@ class Supernet:
         if not any(layer.is_product for layer in self.table.layers):
             return {}
         step_sizes = self.weight_step_sizes(trainable, weight_bits)
-        return {"step_size": step_sizes, "bits": weight_bits}
+        signed = jnp.ones(len(self.table), bool)
+        return {"step_size": step_sizes, "bits": weight_bits, "signed": signed}
 
     def weight_step_sizes(
         self, trainable: TrainableParams, weight_bits: Int[Array, " layers"]
@@ -279,8 +280,9 @@ class Supernet:
             "bits": subnet.act_bits,
             "signed": subnet.signed,
         }
-        second = subnet.second | {"signed": jnp.ones(len(self.table), bool)}
-        for place, change, own in data_changes(self.table, program, quantized, of_layers, second):
+        for place, change, own in data_changes(
+            self.table, program, quantized, of_layers, subnet.second
+        ):
             changes[place], arrays[change.name] = change, own
         features = find_features(self.table, program, self.network.label)
         results, recorded = evaluate(
