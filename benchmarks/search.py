@@ -4,10 +4,10 @@
 
 "scores": one plain forward of the float model and of a subnet, then a set of configurations that
 differ in one layer (a greedy move) by a loop over a jitted forward, `vmap`, `lax.map`
-(`scoring.make_score`) and shared beginnings (`prefix_scoring.make_prefix_score`). All take turns
+(`scoring.make_score`) and shared prefixes (`prefix_scoring.make_prefix_score`). All take turns
 in one process; printed are medians per configuration and the median of the ratios to the subnet's
 forward in the same round. "descent": the greedy search of the 4-bit level, from 5 bits, with and
-without shared beginnings on the same images. The others: time against layers, configurations and
+without shared prefixes on the same images. The others: time against layers, configurations and
 (virtual) devices. Weights are random: time does not depend on them, but the path of a descent does.
 """
 
@@ -122,7 +122,7 @@ def print_scores(name: str, rounds: int) -> None:
         "loop over jitted forward": (loop, count),
         "vmap, of 4": (lambda: vmapped(case.state, few, images), 4),
         "lax.map": (lambda: by_map(configs, images, labels), count),
-        "shared beginnings": (lambda: by_prefix(configs, images, labels), count),
+        "shared prefixes": (lambda: by_prefix(configs, images, labels), count),
     }
     if name not in VMAPPED:
         del works["vmap, of 4"]
@@ -158,7 +158,7 @@ def print_descents(rounds: int) -> None:
 
         greedy_search(scored, case.space, [budget], jax.random.key(0), on_step=paths[kind].append)
 
-    scores = {"lax.map": case.score(), "shared beginnings": case.prefix_score()}
+    scores = {"lax.map": case.score(), "shared prefixes": case.prefix_score()}
     works = {kind: functools.partial(descend, kind, score) for kind, score in scores.items()}
     for score in scores.values():  # compiles
         score(case.neighbors(), case.images, case.labels)
@@ -180,13 +180,13 @@ def print_descents(rounds: int) -> None:
             f"| {ratio:.2f} |"
         )
     same = [step.change for step in paths["lax.map"]] == [
-        step.change for step in paths["shared beginnings"]
+        step.change for step in paths["shared prefixes"]
     ]
     print(f"\nthe same moves: {same}; programs compiled meanwhile: {dict(counter.counts)}")
 
 
 def print_layers(rounds: int) -> None:
-    print("\n| network | layers | segments | lax.map, s | shared beginnings, s | ratio |")
+    print("\n| network | layers | segments | lax.map, s | shared prefixes, s | ratio |")
     print("|---" * 6 + "|")
     for name in DEPTHS:
         case = Case(name, 32, 32)

@@ -16,7 +16,7 @@ from mpq_jax.program import network, paths
 from mpq_jax.program import trace as trace_module
 from mpq_jax.program.evaluate import Change
 from mpq_jax.supernet.layer_table import Layer, LayerTable
-from mpq_jax.supernet.placement import Edit, placed_products, placed_sites
+from mpq_jax.supernet.placement import Edit, layer_inputs, placed_products, placed_sites
 from mpq_jax.supernet.state import Subnet
 from mpq_jax.supernet.supernet import Supernet
 
@@ -126,18 +126,11 @@ def _marks(program: trace_module.Program, table: LayerTable) -> Edit:
         return marked.astype(x.dtype)
 
     changes = {
-        placed.site.data: Change(MARK, functools.partial(mark, index=placed.first))
-        for placed in placed_sites(table, program)
-        if placed.site.data is not None and not table.layers[placed.first].float_acts
+        one.place: Change(
+            MARK, functools.partial(mark, index=one.layer + len(table) * one.is_second)
+        )
+        for one in layer_inputs(table, program)
     }
-    for placed in placed_products(table, program):
-        layer, (first, second) = table.layers[placed.layer], placed.product.operands
-        for place, is_float, index in (
-            (first, layer.float_acts, placed.layer),
-            (second, layer.float_weights, len(table) + placed.layer),
-        ):
-            if not is_float:
-                changes[place] = Change(MARK, functools.partial(mark, index=index))
     return Edit(changes, {}, {})
 
 

@@ -131,10 +131,10 @@ OBJECTIVES: dict[str, Callable[..., np.ndarray]] = {
 
 def check_inputs_are_determined(table: LayerTable) -> None:
     """Raises ValueError if a Hessian objective, which knows only weights, would choose inputs."""
-    products = [layer.name for layer in table.layers if layer.is_product and layer.searchable]
-    if products:
+    if table.searchable_products:
         raise ValueError(
-            f"the objectives {sorted(OBJECTIVES)} know only kernels, and {products[0]!r} is a "
+            f"the objectives {sorted(OBJECTIVES)} know only kernels, and "
+            f"{table.searchable_products[0]!r} is a "
             "product of activations with a choice of bits; fix its bits by a rule, or use the "
             "measured objective"
         )

@@ -50,7 +50,7 @@ def make_prefix_score(
     together: int | None = None,
     quantized: dict[str, Array] | None = None,
 ) -> BatchScore:
-    """Returns `score(configs, images, labels)` like `scoring.make_score`, by shared beginnings.
+    """Returns `score(configs, images, labels)` like `scoring.make_score`, by shared prefixes.
 
     Each segment is compiled once, and once more for several inputs at a time.
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from jaxtyping import ArrayLike as AnyArray
 
+from mpq_jax.program.layers import PRODUCT
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.rules import FLOAT_BITS
@@ -67,7 +68,7 @@ def float_bytes(table: LayerTable) -> float:
             "the table does not know what stays float, as trace_layers did not make it; it can "
             "count the bytes of kernels alone"
         )
-    variables = sum(one.size for one in table.left_float if one.kind != "product")
+    variables = sum(one.size for one in table.left_float if one.kind != PRODUCT)
     step_sizes = sum(2 - layer.float_weights - layer.float_acts for layer in table.layers)
     return (variables + step_sizes) * FLOAT_BITS / BITS_PER_BYTE
 

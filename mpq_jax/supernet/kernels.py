@@ -1,6 +1,6 @@
 """The kernels of layers: parameters, slices of them, or what the model computes of several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,12 @@ def of_layers(table: LayerTable, params: PyTree, computed: dict[str, Array]) -> 
         return flat[layer.kernel][layer.position] if layer.position else flat[layer.kernel]
 
     return [kernel(layer) for layer in table.layers]
+
+
+def pick_computed(table: LayerTable, kernels: Sequence[Array]) -> dict[str, Array]:
+    """Picks those kernels that the model computes, by layer, from one per layer of the table."""
+    pairs = zip(table.layers, kernels, strict=True)
+    return {layer.name: kernel for layer, kernel in pairs if layer.is_computed}
 
 
 def compute(

@@ -88,6 +88,11 @@ class Layer(NamedTuple):
         return len(self.weight_candidates) > 1 or len(self.act_candidates) > 1
 
     @property
+    def weights_searchable(self) -> bool:
+        """Whether it has a kernel with a choice of bits."""
+        return len(self.weight_candidates) > 1 and not self.is_product
+
+    @property
     def is_product(self) -> bool:
         """Whether it multiplies two activations."""
         return self.kind == PRODUCT
@@ -274,6 +279,11 @@ class LayerTable:
         before = range(index if first_reader is None else first_reader)
         chosen = (i for i in before if self.layers[i].searchable and not self.layers[i].is_product)
         return max(chosen, default=index)
+
+    @functools.cached_property
+    def searchable_products(self) -> tuple[str, ...]:
+        """Names of the products of activations with a choice of bits."""
+        return tuple(one.name for one in self.layers if one.is_product and one.searchable)
 
     @functools.cached_property
     def searchable_norms(self) -> dict[str, int]:
@@ -466,7 +476,7 @@ def trace_layers(
 def _log(label: str, table: LayerTable) -> None:
     """Says what stays float; as a warning where it is work that integers could do."""
     left = table.left_float or ()
-    products = [one for one in left if one.kind == "product"]
+    products = [one for one in left if one.kind == PRODUCT]
     level = logging.WARNING if products else logging.INFO
     others = len(left) - len(products)
     work = sum(one.size for one in products)

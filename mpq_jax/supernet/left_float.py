@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from mpq_jax.program import layers
-from mpq_jax.program.layers import LayerCall
+from mpq_jax.program.layers import PRODUCT, LayerCall
 from mpq_jax.program.trace import Program
 
-PARAMETER, STATISTIC, PRODUCT = ("parameter", "statistic", "product")
+PARAMETER, STATISTIC = ("parameter", "statistic")
 NOT_A_KERNEL = "no product reads it as a kernel"
 NOT_ASKED_FOR = 'both operands are activations, which a rule of kind "product" quantizes'
 

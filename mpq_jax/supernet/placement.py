@@ -1,7 +1,7 @@
 """Where the layers of a table are in a traced program."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -149,30 +149,30 @@ def find_features(table: LayerTable, program: Program, label: str) -> dict[str, 
     return features
 
 
-def data_changes(
-    table: LayerTable,
-    program: Program,
-    quantize: Callable[[Array, Any], Array],
-    arrays: dict[str, Any],
-    second: dict[str, Any],
-) -> Iterator[tuple[Place, Change, Any]]:
-    """Yields the change of every layer's input that does not stay float.
+class LayerInput(NamedTuple):
+    """An input of a layer that does not stay float.
 
-    Args:
-        table: the layers.
-        program: the program.
-        quantize: `(value, arrays of the layer) -> value`.
-        arrays: arrays with one value per layer, by name.
-        second: the same of the second operands of products.
+    Attributes:
+        place: the value.
+        placed: the site or product that reads it.
+        layer: index of the layer, or of the first one of a site with several.
+        is_second: whether it is the second operand of a product.
     """
+
+    place: Place
+    placed: PlacedSite | PlacedProduct
+    layer: int
+    is_second: bool = False
+
+
+def layer_inputs(table: LayerTable, program: Program) -> Iterator[LayerInput]:
+    """Yields all inputs of layers that do not stay float."""
     for placed in placed_sites(table, program):
         if placed.site.data is not None and not table.layers[placed.first].float_acts:
-            own = {name: placed.spread(values) for name, values in arrays.items()}
-            yield placed.site.data, Change(f"input {placed.number}", quantize), own
+            yield LayerInput(placed.site.data, placed, placed.first)
     for placed in placed_products(table, program):
         layer = table.layers[placed.layer]
-        both = ("first", arrays, layer.float_acts), ("second", second, layer.float_weights)
-        for place, (which, values, is_float) in zip(placed.product.operands, both, strict=True):
-            if not is_float:
-                own = {name: placed.spread(of_layers) for name, of_layers in values.items()}
-                yield place, Change(f"{which} operand of {layer.name}", quantize), own
+        are_float = layer.float_acts, layer.float_weights
+        for number, place in enumerate(placed.product.operands):
+            if not are_float[number]:
+                yield LayerInput(place, placed, placed.layer, is_second=number == 1)

@@ -19,7 +19,7 @@ from jaxtyping import ArrayLike as AnyArray
 
 from mpq_jax.parallel.grad_accumulation import WHOLE_BATCH, BatchShard
 from mpq_jax.program import paths
-from mpq_jax.program.evaluate import UNKNOWN, Place, evaluate
+from mpq_jax.program.evaluate import UNKNOWN, Change, Place, evaluate
 from mpq_jax.program.network import Network, as_float32, as_network
 from mpq_jax.program.trace import Program, trace
 from mpq_jax.quantizers import lsq
@@ -28,12 +28,7 @@ from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import bn_banks, bn_recalibration, calibration, kernels
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.placement import (
-    NO_EDIT,
-    Edit,
-    data_changes,
-    find_features,
-)
+from mpq_jax.supernet.placement import NO_EDIT, Edit, find_features, layer_inputs
 from mpq_jax.supernet.state import Output, Subnet, SupernetState, TrainableParams
 
 PyTree = Any
@@ -202,11 +197,7 @@ class Supernet:
             act_step_sizes=state.trainable.act_step_sizes[rows, columns],
             act_bits=act_bits,
             signed=state.signed,
-            computed={
-                layer.name: w
-                for layer, w in zip(table.layers, quantized, strict=True)
-                if layer.is_computed
-            },
+            computed=kernels.pick_computed(table, quantized),
             second=self._second(state.trainable, jnp.asarray(bits.weights)),
         )
 
@@ -280,10 +271,11 @@ class Supernet:
             "bits": subnet.act_bits,
             "signed": subnet.signed,
         }
-        for place, change, own in data_changes(
-            self.table, program, quantized, of_layers, subnet.second
-        ):
-            changes[place], arrays[change.name] = change, own
+        for number, one in enumerate(layer_inputs(self.table, program)):
+            values = subnet.second if one.is_second else of_layers
+            change = Change(f"input {number}", quantized)
+            changes[one.place] = change
+            arrays[change.name] = {name: one.placed.spread(of) for name, of in values.items()}
         features = find_features(self.table, program, self.network.label)
         results, recorded = evaluate(
             program.jaxpr,
@@ -356,11 +348,7 @@ class Supernet:
             "batch_stats": batch_stats,
         }
         program = self.program(variables, inputs, train=False)
-        computed = {
-            layer.name: w
-            for layer, w in zip(self.table.layers, own_kernels, strict=True)
-            if layer.is_computed
-        }
+        computed = kernels.pick_computed(self.table, own_kernels)
         edit = kernels.replace(self.table, program, computed)
         arguments = jax.tree.leaves((variables, inputs))
         results, _ = evaluate(program.jaxpr, arguments, *edit)

@@ -30,6 +30,7 @@ from mpq_jax.program.norms import find_norms
 from mpq_jax.program.trace import Program, trace
 from mpq_jax.quantizers import double_rounding
 from mpq_jax.supernet.bits import BitConfig
+from mpq_jax.supernet.kernels import pick_computed
 from mpq_jax.supernet.layer_table import Example, Layer, LayerTable
 from mpq_jax.supernet.placement import Edit
 from mpq_jax.supernet.state import Subnet, SupernetState, TrainableParams
@@ -151,12 +152,7 @@ class StoredSupernet(Supernet):
 def _switch(net: Supernet, state: SupernetState, bits: BitConfig) -> Subnet:
     stored = dataclasses.replace(net, table=_stored(net.table))
     subnet = stored.select(state, bits)
-    computed = {
-        layer.name: kernel
-        for layer, kernel in zip(net.table.layers, stored.kernels_of(subnet), strict=True)
-        if layer.is_computed
-    }
-    return subnet._replace(computed=computed)
+    return subnet._replace(computed=pick_computed(net.table, stored.kernels_of(subnet)))
 
 
 def _stored(table: LayerTable) -> LayerTable:

@@ -114,7 +114,7 @@ def with_planes(
         float_acts: whether these inputs stay float.
         planes: number of planes of every layer with a choice; None: the largest candidate.
     """
-    if not any(len(one.weight_candidates) > 1 and not one.is_product for one in table.layers):
+    if not any(layer.weights_searchable for layer in table.layers):
         raise ValueError(
             "the weights of no layer have a choice of bits, so no scheme can grow; list at least "
             "two values in config.bits.candidates, of which the largest is the number of planes"

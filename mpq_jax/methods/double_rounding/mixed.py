@@ -49,11 +49,10 @@ def make(model: Any, table: LayerTable, options: MixedOptions, run: TrainingInfo
     table = table.with_bn_banks(options.bn_banks)
     if not table.searchable.any():
         raise ValueError("no layer of the table has a choice of bits; add candidates to the rules")
-    products = [layer.name for layer in table.layers if layer.is_product and layer.searchable]
-    if products:
+    if table.searchable_products:
         raise ValueError(
-            f"HASB draws bits by Hessian traces of kernels, and {products[0]!r} is a product of "
-            "activations with a choice of bits; fix its bits by a rule"
+            f"HASB draws bits by Hessian traces of kernels, and {table.searchable_products[0]!r} "
+            "is a product of activations with a choice of bits; fix its bits by a rule"
         )
     common = common_choices(table)
     levels = multi.levels_of(table)

@@ -67,11 +67,7 @@ def instabilities(
 
 def freezable(table: LayerTable) -> list[int]:
     """Lists the indices of the layers with a choice of weight bits; products have no weights."""
-    return [
-        i
-        for i, layer in enumerate(table.layers)
-        if len(layer.weight_candidates) > 1 and not layer.is_product
-    ]
+    return [i for i, layer in enumerate(table.layers) if layer.weights_searchable]
 
 
 def freeze(
