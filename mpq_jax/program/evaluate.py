@@ -3,11 +3,13 @@
 The result is traceable like the program's own function: `jit`, `grad`, `vmap` and `shard_map` apply
 to it. Nested programs (`jit`, `checkpoint`, `scan`, ...) are entered only where something in them
 is visited; all others are bound as they are. Where a visit enters a function with a derivative of
-its own (`custom_jvp`, `custom_vjp`), the function's body is differentiated instead.
+its own (`custom_jvp`, `custom_vjp`), the function's body is differentiated instead. What such a
+function returns is recorded outside of it, since the body's derivative may differ: that of ReLU is
+1/2 at zero.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +89,7 @@ def evaluate(
         ValueError: a place is inside `cond` or `while`.
     """
     partial = _any_unknown(arguments) or any(change.ends for change in changes.values())
-    plan = _Plan.of(changes, records, partial=partial)
+    plan = _Plan.of(program.jaxpr, changes, records, partial=partial)
     return _evaluate(program.jaxpr, program.consts, arguments, plan, arrays, key=())
 
 
@@ -113,8 +115,14 @@ class _Plan(NamedTuple):
     partial: bool
 
     @classmethod
-    def of(cls, changes: Changes, records: Mapping[str, Place], *, partial: bool) -> "_Plan":
-        visits = [_Visit(place, None, name) for name, place in records.items()]
+    def of(
+        cls, program: jex.Jaxpr, changes: Changes, records: Mapping[str, Place], *, partial: bool
+    ) -> "_Plan":
+        keys = [place.equation for place in changes]
+        changed = {key[:depth] for key in keys for depth in range(1, len(key))}
+        visits = [
+            _Visit(_outside(program, place, changed), None, name) for name, place in records.items()
+        ]
         visits += [_Visit(place, change, None) for place, change in changes.items()]
         plan = cls({}, {}, partial)
         for visit in visits:
@@ -233,6 +241,23 @@ def equation_at(program: jex.Jaxpr, key: Key) -> jex.JaxprEqn:
     inner = nested(equation)
     assert inner is not None  # keys are those of programs that can be entered
     return equation_at(inner.jaxpr, key[1:])
+
+
+def _outside(program: jex.Jaxpr, place: Place, changed: Container[Key]) -> Place:
+    """Moves a result out of the calls that return it and in which nothing is changed."""
+    while place.result and len(place.equation) > 1 and place.equation[:-1] not in changed:
+        call, var = (
+            place.equation[:-1],
+            equation_at(program, place.equation).outvars[place.position],
+        )
+        equation = equation_at(program, call)
+        inner = nested(equation)
+        assert inner is not None
+        returned = inner.jaxpr.outvars
+        if equation.primitive.name == "scan" or var not in returned:
+            return place
+        place = Place(call, returned.index(var), result=True)
+    return place
 
 
 def _enter(

@@ -309,6 +309,41 @@ def test_a_program_with_a_derivative_of_its_own_has_that_of_its_equations_once_e
         np.testing.assert_array_equal(gradient({}), jnp.full((4, 6), 7.0))
 
 
+@pytest.mark.parametrize("wrap", [lambda call: call, jax.jit, jax.checkpoint])
+def test_what_a_program_returns_is_recorded_without_entering_it(wrap):
+    """So ReLU keeps its derivative of 0 at 0, where that of its equations is 1/2."""
+    program = trace_function(lambda v, x: wrap(jax.nn.relu)(v["w"] * x), {"w": W[0]}, ones(6))
+    key = places_of(program.jaxpr, "max")[0]
+    assert len(key) > 1
+    inner = {"relu": Place(key, 0, result=True)}
+
+    def values(x):
+        (out, _), records = run(program, {"w": W[0]}, x, records=inner)
+        return out, records["relu"]
+
+    x = jnp.array([-1.0, -0.0, 0.0, 0.0, 1.0, 2.0])
+    wanted = jnp.diag(jnp.where(W[0] * x > 0, W[0], 0))
+    for found, gradient in zip(values(x), jax.jacrev(values)(x), strict=True):
+        np.testing.assert_array_equal(found, jnp.maximum(W[0] * x, 0))
+        np.testing.assert_array_equal(gradient, wanted)
+
+
+def test_what_is_changed_inside_a_program_is_recorded_before_the_change():
+    program = trace_function(lambda v, x: jax.jit(jnp.sin)(v["w"] * x), {"w": W[0]}, ones(6))
+    (key,) = places_of(program.jaxpr, "sin")
+    place = Place(key, 0, result=True)
+    (out, _), records = run(
+        program,
+        {"w": W[0]},
+        jnp.ones(6),
+        changes={place: Change("amount", add)},
+        arrays={"amount": jnp.float32(1)},
+        records={"sine": place},
+    )
+    np.testing.assert_array_equal(records["sine"], jnp.sin(W[0]))
+    np.testing.assert_array_equal(out, jnp.sin(W[0]) + 1)
+
+
 # Loops.
 
 
