@@ -205,7 +205,7 @@ def _sharing(reduce) -> Quantizer:
     weights = WeightQuantizer(
         functools.partial(_weight_fake_quant, reduce),
         functools.partial(_weight_codes, reduce),
-        lsq.init_weight_step,
+        lsq.init_weight_step_by_error,
         shared_step_size=True,
         switchable=reduce is _halve,
     )
@@ -217,7 +217,7 @@ FLOORED = _sharing(_floor)  # arithmetic shift instead of rounding (ablation)
 # Every precision learns its own step size ("Ours*"), so float weights must be stored.
 UNSHARED = Quantizer(
     WeightQuantizer(
-        _unshared_fake_quant, _unshared_codes, lsq.init_weight_step, shared_step_size=False
+        _unshared_fake_quant, _unshared_codes, lsq.init_weight_step_by_error, shared_step_size=False
     ),
     lsq.ACTS,
 )

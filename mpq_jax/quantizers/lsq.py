@@ -3,8 +3,10 @@
 References:
     Esser et al., Learned Step Size Quantization, ICLR 2020, https://arxiv.org/abs/1902.08153.
     Tang et al., Retraining-free Model Quantization via One-Shot Weight-Coupling Learning,
-    CVPR 2024, https://arxiv.org/abs/2401.01543 (initialization of the weight step sizes).
+    CVPR 2024, https://arxiv.org/abs/2401.01543 (the three-sigma rule of first step sizes).
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ from jaxtyping import ArrayLike as AnyArray  # also accepts Python and NumPy num
 
 from mpq_jax.quantizers.base import ActQuantizer, Quantizer, WeightQuantizer
 
-MIN_STEP_SIZE = 1e-8  # keeps step sizes positive and x / step_size finite for all-zero tensors
+MIN_STEP_SIZE = 1e-8  # keeps step sizes positive and x / step_size finite
+LEAST_ERROR_BITS = 6  # from here on, clipping is most of the error of the three-sigma rule
+RANGES = 8  # that `init_weight_step_by_error` compares
 
 
 def code_range(
@@ -116,21 +120,53 @@ def init_weight_step(w: Float[Array, "*shape"], bits: Int[AnyArray, ""]) -> Floa
 
     The step size is `max(|mean - 3 sigma|, |mean + 3 sigma|) / 2^(bits - 1)`, with the unbiased
     standard deviation sigma of the whole tensor. Step sizes of different bit-widths are nested:
-    one bit more halves the step size.
+    one bit more halves the step size. A tensor of zeros, whose weights could never leave the range
+    of a tiny step size, gets that of weights whose variance is 1 over their number per output.
 
     References:
         The weight quantizer's initialization in RFQuant's published code.
     """
-    mean, sigma = jnp.mean(w), jnp.std(w, ddof=1 if w.size > 1 else 0)
-    max_weight = jnp.maximum(jnp.abs(mean - 3 * sigma), jnp.abs(mean + 3 * sigma))
     _, high = code_range(bits, signed=True)
-    return jnp.maximum(max_weight / (high + 1).astype(w.dtype), MIN_STEP_SIZE)
+    return _three_sigma(w) / (high + 1).astype(w.dtype)
+
+
+def init_weight_step_by_error(
+    w: Float[Array, "*shape"], bits: Int[AnyArray, ""]
+) -> Float[Array, ""]:
+    """Computes the initial step size of a weight tensor that keeps a trained network intact.
+
+    From 6 bits, it is the one of the least mean squared error whose range ends somewhere from three
+    sigma to the largest weight: with that many codes, the few weights beyond three sigma would make
+    most of the error. With fewer bits, it is `init_weight_step`.
+    """
+    _, high = code_range(bits, signed=True)
+    levels = (high + 1).astype(w.dtype)
+    narrow = _three_sigma(w)
+    widest = jnp.maximum(jnp.max(jnp.abs(w)) * levels / high.astype(w.dtype), narrow)
+    share = jnp.linspace(0, 1, RANGES, dtype=w.dtype)
+    steps = narrow ** (1 - share) * widest**share / levels
+
+    def error(step: Array) -> Array:
+        return jnp.mean((fake_quant(w, step, bits, signed=True) - w) ** 2)
+
+    best = steps[jnp.argmin(jax.lax.map(error, steps))]
+    return jnp.where(jnp.asarray(bits) < LEAST_ERROR_BITS, narrow / levels, best)
+
+
+def _three_sigma(w: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """Computes the end of the three-sigma rule's range, positive also for zeros."""
+    mean, sigma = jnp.mean(w), jnp.std(w, ddof=1 if w.size > 1 else 0)
+    end = jnp.maximum(jnp.abs(mean - 3 * sigma), jnp.abs(mean + 3 * sigma))
+    weights_per_output = w.size // w.shape[-1] if w.ndim else 1
+    return jnp.where(end > 0, end, 3 * max(weights_per_output, 1) ** -0.5)
 
 
 def init_act_step(
     x: Float[Array, "*shape"], bits: Int[AnyArray, ""], *, signed: bool | Bool[Array, ""]
 ) -> Float[Array, ""]:
     """Computes the initial step size of a layer's input, `2 mean(|x|) / sqrt(Q_P)`.
+
+    Inputs that are all zero get that of normal ones with variance 1.
 
     Args:
         x: inputs of the layer on calibration images.
@@ -141,8 +177,9 @@ def init_act_step(
         Esser et al., Learned Step Size Quantization, ICLR 2020, section 2.1.
     """
     _, high = code_range(bits, signed=signed)
-    step = 2 * jnp.mean(jnp.abs(x)) / jnp.sqrt(high).astype(x.dtype)
-    return jnp.maximum(step, MIN_STEP_SIZE)
+    mean = jnp.mean(jnp.abs(x))
+    mean = jnp.where(mean > 0, mean, (2 / math.pi) ** 0.5)
+    return jnp.maximum(2 * mean / jnp.sqrt(high).astype(x.dtype), MIN_STEP_SIZE)
 
 
 def _fake_quant_weight(w, step_size, bits, *, max_bits, grad_scale):
@@ -157,6 +194,10 @@ def _weight_codes(w, step_size, bits, *, max_bits):
 
 ACTS = ActQuantizer(fake_quant, codes, init_act_step)
 QUANTIZER = Quantizer(
-    WeightQuantizer(_fake_quant_weight, _weight_codes, init_weight_step, shared_step_size=False),
+    WeightQuantizer(
+        _fake_quant_weight, _weight_codes, init_weight_step_by_error, shared_step_size=False
+    ),
     ACTS,
 )
+# The first step sizes of RFQuant's published code.
+THREE_SIGMA = QUANTIZER._replace(weights=QUANTIZER.weights._replace(init_step=init_weight_step))

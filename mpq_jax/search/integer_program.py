@@ -49,7 +49,8 @@ def solve(
     """Returns the configuration of the least objective within all constraints, and the next best.
 
     Solutions differ in some layer's bits; those of equal objective come in any order. Objectives
-    are told apart down to 1e-12 of the largest difference that one layer makes.
+    are told apart down to 1e-12 of the largest difference that one layer makes, where gaps count
+    for no more than twice what all other layers make together.
 
     Args:
         space: the configurations.
@@ -107,7 +108,7 @@ def _best_first(
     rows = [LinearConstraint(one_each.astype(np.float64), 1, 1)]
     rows += [_row(one, pairs) for one in constraints]
     rows += _ties(space, layer, np.stack([weights, acts]))
-    scaled = _scaled(objective, pairs, OBJECTIVE_SIZE)[0][pairs]
+    scaled = _scaled(_without_gaps(objective, pairs), pairs, OBJECTIVE_SIZE)[0][pairs]
     while (values := milp.minimize(scaled, rows, relative_gap=0.0)) is not None:
         # The solver's values are ones and zeros but for rounding.
         taken = np.zeros(pairs.shape)
@@ -118,6 +119,25 @@ def _best_first(
         rows.append(LinearConstraint(same.astype(np.float64), -np.inf, len(pairs) - 1))
         if all(_satisfies(one, choices) for one in constraints):
             yield choices
+
+
+def _without_gaps(objective: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Narrows gaps within a layer that no other choice can make up for, which keeps every order.
+
+    Otherwise, one huge entry would be the scale on which all others vanish. A gap decides between
+    two configurations by itself where it exceeds what all other layers can differ by.
+    """
+    narrowed = objective.astype(np.float64)
+    ranges = np.array([np.ptp(row[allowed]) for row, allowed in zip(narrowed, pairs, strict=True)])
+    for layer in np.argsort(-ranges):
+        others = math.fsum(ranges) - ranges[layer]
+        if not 0 < others < ranges[layer]:
+            continue
+        values, places = np.unique(narrowed[layer][pairs[layer]], return_inverse=True)
+        gaps = np.minimum(np.diff(values), 2 * others)
+        narrowed[layer][pairs[layer]] = (values[0] + np.cumsum([0, *gaps]))[places]
+        ranges[layer] = gaps.sum()
+    return narrowed
 
 
 def _row(constraint: Constraint, pairs: np.ndarray) -> LinearConstraint:

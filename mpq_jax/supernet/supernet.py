@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from jaxtyping import ArrayLike as AnyArray
 
@@ -512,6 +513,27 @@ def clip_step_sizes(
         weight_step_sizes=jnp.maximum(trainable.weight_step_sizes, least),
         act_step_sizes=jnp.maximum(trainable.act_step_sizes, least),
     )
+
+
+def layers_at_floor(table: LayerTable, trainable: TrainableParams) -> list[str]:
+    """Names the layers with a step size that `clip_step_sizes` holds at its bound.
+
+    Such a layer computes nothing but zeros at these bits, and its kernel has no gradient.
+    """
+    is_float = [[layer.float_weights, layer.float_acts] for layer in table.layers]
+    used = table.mask & ~np.array(is_float)[:, :, None]
+    floored = _any_at_floor(used, trainable.weight_step_sizes, trainable.act_step_sizes)
+    return [name for name, one in zip(table.names, np.asarray(floored), strict=True) if one]
+
+
+@jax.jit
+def _any_at_floor(
+    used: Bool[AnyArray, "layers 2 choices"],
+    weight_step_sizes: Float[Array, "layers choices"],
+    act_step_sizes: Float[Array, "layers choices"],
+) -> Bool[Array, " layers"]:
+    step_sizes = jnp.stack([weight_step_sizes, act_step_sizes], axis=1)
+    return (used & (step_sizes <= lsq.MIN_STEP_SIZE)).any((1, 2))
 
 
 def expand_bn_banks(table: LayerTable, state: SupernetState) -> SupernetState:

@@ -11,7 +11,7 @@ import numpy as np
 from mpq_jax.methods import METHODS, Method
 from mpq_jax.models import pretrained, user_models
 from mpq_jax.parallel import mesh
-from mpq_jax.training import checkpoints, config_record
+from mpq_jax.training import checkpoints, config_record, nonfinite
 from mpq_jax.training.config_record import Config
 from mpq_jax.training.experiment import Experiment, fresh_variables
 
@@ -25,7 +25,7 @@ def make_initial_state(experiment: Experiment, config: Config) -> tuple[Any, str
         The state, and where its weights come from, in words.
 
     Raises:
-        ValueError: config.init_from does not fit.
+        ValueError: config.init_from does not fit, or a first value is not finite.
     """
     check_start(config)
     if config["init_from"]:
@@ -40,6 +40,12 @@ def make_initial_state(experiment: Experiment, config: Config) -> tuple[Any, str
     batch = mesh.global_batch(whole, experiment.mesh)
     images = jax.jit(experiment.normalize)(batch["image"])
     state = experiment.method.init(variables, images, batch["label"])
+    bad = nonfinite.nonfinite_leaves(state)
+    if bad:
+        raise ValueError(
+            f"training would start from values that are not finite ({nonfinite.shorten(bad)}): "
+            f"look for them in the first {len(whole['label'])} training images and in {origin}"
+        )
     kept = mesh.state_shardings(state, experiment.mesh)
     return jax.jit(lambda state: state, out_shardings=kept)(state), origin
 

@@ -15,7 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mpq_jax.methods import Method
 from mpq_jax.parallel import mesh
+from mpq_jax.quantizers.lsq import MIN_STEP_SIZE
+from mpq_jax.supernet.supernet import layers_at_floor
 from mpq_jax.training import checkpoints, nonfinite
 from mpq_jax.training.config_record import Config
 from mpq_jax.training.experiment import Experiment, eval_batches, whole_variables
@@ -120,6 +123,7 @@ def train_loop(
     batches = mesh.prefetch_to_device(experiment.dataset.train_batches(first_step), experiment.mesh)
     key = jax.random.key(config["seed"])
     means, line = MeanMetrics(first_step, config["batch_size"]), ""
+    floored: frozenset[str] = frozenset()
     with _writer(workdir, first_step + 1) as write, _stop_requests() as must_stop:
         for step in range(first_step, run.steps):
             epoch, place = divmod(step, run.steps_per_epoch)
@@ -140,6 +144,7 @@ def train_loop(
                 line = f"{config['method']} epoch {epoch + 1}/{run.epochs}: {_shown(scalars)}"
                 watch.progress(done, line)
             if due.evaluate:
+                floored = _warn_of_floor(watch, method, state, floored)
                 scores = _validate(experiment, evaluate, state)
                 write(done, scores | method.summary(state))
                 watch.say(f"{line} | validation: {_percentages(scores)}" if scores else line)
@@ -152,6 +157,23 @@ def train_loop(
                 break
         manager.wait_until_finished()
     return state
+
+
+def _warn_of_floor(
+    watch: Watch, method: Method, state: Any, known: frozenset[str]
+) -> frozenset[str]:
+    """Tells of layers whose step sizes have shrunk to nothing since they were last looked at."""
+    if method.step_sizes is None:
+        return known
+    found = layers_at_floor(method.table, method.step_sizes(state))
+    new = [name for name in found if name not in known]
+    if new:
+        watch.say(
+            f"warning: step sizes of {nonfinite.shorten(new)} have shrunk to {MIN_STEP_SIZE:g}, so "
+            "these layers compute zeros and learn no more; lower the learning rate of step sizes, "
+            "or start from a float run"
+        )
+    return known | set(new)
 
 
 def _due(config: Config, steps_per_epoch: int, done: int, *, stop: bool) -> Due:

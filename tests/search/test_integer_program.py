@@ -154,6 +154,20 @@ def test_layers_of_very_different_weight_all_count():
     check(solve(FREE, objective, budgets, count=10), brute_force(objective, budgets), budgets)
 
 
+@pytest.mark.parametrize("huge", [1e9, 1e15, 1e300])
+@pytest.mark.parametrize("seed", range(3))
+def test_one_huge_entry_hides_no_other(seed, huge):
+    objective = drawn(seed)
+    objective[1, TABLE.candidates.index(2), TABLE.candidates.index(2)] = huge
+    objective[3, TABLE.candidates.index(4), TABLE.candidates.index(4)] = huge**0.5
+    bitops = costs.cost_table(TABLE, "bitops")
+    budgets = [Constraint("bitops", bitops, between(bitops, 0.4))]
+    wanted = brute_force(objective, budgets)
+    small = sum(total < math.sqrt(huge) for total in wanted.values())
+    assert 10 < small < len(wanted)
+    check(solve(FREE, objective, budgets, count=small), wanted, budgets)
+
+
 def test_costs_and_bits_of_a_solution_are_those_of_the_library():
     tables = {kind: costs.cost_table(TABLE, kind) for kind in ("bitops", "bytes", "mean_bits")}
     budgets = [Constraint(kind, cost, between(cost, 0.5)) for kind, cost in tables.items()]

@@ -216,6 +216,7 @@ def _method(plan: Plan) -> Method:
         predict=functools.partial(networks.predict, network),
         net=None,
         load_warm_start=float_variables,
+        step_sizes=lambda state: state.trainable.around,
         summary=make_summary(plan),
         scheme=functools.partial(networks.learned_scheme, network),
         curves=functools.partial(training_curves, network.table.names),

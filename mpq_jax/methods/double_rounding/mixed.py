@@ -118,6 +118,7 @@ def make(model: Any, table: LayerTable, options: MixedOptions, run: TrainingInfo
         predict=net.apply,
         net=net,
         load_warm_start=functools.partial(supernet_or_float_variables, net),
+        step_sizes=lambda state: state.variables.trainable,
     )
 
 

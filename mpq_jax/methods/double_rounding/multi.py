@@ -70,6 +70,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
         predict=net.apply,
         net=net,
         load_warm_start=float_variables,
+        step_sizes=lambda state: state.variables.trainable,
     )
 
 

@@ -17,7 +17,6 @@ from mpq_jax.methods.warm_start import float_variables
 from mpq_jax.parallel import grad_accumulation
 from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program import paths
-from mpq_jax.quantizers import lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import bn_banks
 from mpq_jax.supernet.bits import BitConfig
@@ -113,7 +112,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
         raise ValueError("no layer of the table has a choice of bits; add candidates to the rules")
     table = table.with_bn_banks("pair" if options.norm_banks else "shared")
     optimizer = make_optimizer(table, options, run)
-    net = Supernet(model, table, quantizer=lsq.QUANTIZER)
+    net = Supernet(model, table, quantizer=options.quantizer)
     context = Context(net, options, run.partition)
     carried = Carry(grad_accumulation.SHARDED, grad_accumulation.REPLICATED)  # pyright: ignore[reportArgumentType]
     step_fns = StepFns(
@@ -178,6 +177,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
         predict=net.apply,
         net=net,
         load_warm_start=float_variables,
+        step_sizes=lambda state: state.variables.trainable,
     )
 
 

@@ -3,9 +3,16 @@
 import dataclasses
 from typing import Any
 
+from mpq_jax.quantizers import lsq
+from mpq_jax.quantizers.base import Quantizer
+
 OPTIMIZERS = ("sgd", "adamw")
 LOOPS = ("auto", "calls", "unrolled", "scan")
-FEATURES = ("norm_output", "post_activation", "block_output")
+FEATURES = ("norm_output", "post_activation", "block_output", "published")
+QUANTIZERS: dict[str, Quantizer] = {
+    "least_error": lsq.QUANTIZER,
+    "three_sigma": lsq.THREE_SIGMA,
+}
 EPOCHS = 150  # length of the published runs: k / EPOCHS is the published epoch k
 
 
@@ -25,6 +32,8 @@ class Options:
         label_smoothing: label smoothing of every cross-entropy, 0 to 1.
         idm_weight: weight of information-distortion mitigation; 0: off.
         idm_features: features that distortion is measured on, see `terms.pick_features`.
+        first_steps: rule of the weights' first step sizes: "least_error", which keeps a trained
+            network intact (`lsq.init_weight_step_by_error`), or "three_sigma", as published.
         freeze_ratio_start: fraction of the layers that are frozen, which masks their lowest bits,
             at the first scheduler event; 0 for both ratios: off.
         freeze_ratio_end: fraction of the layers that are frozen at the last event.
@@ -68,6 +77,7 @@ class Options:
     label_smoothing: float = 0.0
     idm_weight: float = 0.01
     idm_features: str = "norm_output"
+    first_steps: str = "least_error"
     freeze_ratio_start: float = 0.5
     freeze_ratio_end: float = 0.2
     freeze_start: float = 5 / EPOCHS
@@ -104,6 +114,7 @@ class Options:
             "optimizer": OPTIMIZERS,
             "gradient": ("sum", "mean"),
             "idm_features": FEATURES,
+            "first_steps": tuple(QUANTIZERS),
             "freeze_scores": ("common", "current"),
             "two_bit_count": ("once", "each"),
             "rate_change": ("step", "epoch"),
@@ -122,15 +133,21 @@ class Options:
         if self.clip_value < 0:
             raise ValueError(f"clip_value is {self.clip_value}; wanted a bound, or 0 for none")
 
+    @property
+    def quantizer(self) -> Quantizer:
+        """Quantizer selected by the options."""
+        return QUANTIZERS[self.first_steps]
+
 
 def published(**changes: Any) -> Options:
     """Returns the options of the published code.
 
     At 150 epochs, every duration equals the published number of epochs. Differences from the
     defaults: learning rates are constant within an epoch, instability is averaged over the unfrozen
-    bits, distortion is measured at block outputs, the 2-bit term is added once per subnet, the
-    average has no warm-up, and frozen layers lose activation bits too (for ResNet-18; not in the
-    published MobileNetV2 run).
+    bits, distortion is measured on the tensors that the published code has left, step sizes start
+    by the three-sigma rule, the 2-bit term is added once per subnet, the average has no warm-up,
+    and frozen layers lose activation bits too (for ResNet-18; not in the published MobileNetV2
+    run).
 
     Args:
         **changes: options that replace the published ones.
@@ -138,7 +155,8 @@ def published(**changes: Any) -> Options:
     literal = Options(
         rate_change="epoch",
         freeze_scores="current",
-        idm_features="block_output",
+        idm_features="published",
+        first_steps="three_sigma",
         two_bit_count="each",
         ema_warmup=False,
         freeze_acts=True,

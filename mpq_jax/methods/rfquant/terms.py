@@ -1,5 +1,6 @@
 """Additional loss terms of RFQuant, each for one subnet."""
 
+import math
 from typing import Any
 
 import jax
@@ -146,21 +147,42 @@ def pick_features(table: LayerTable, captured: dict[str, Array], place: str) -> 
     Args:
         table: the layers.
         captured: `Output.features` of `Supernet.forward`.
-        place: "norm_output"; "post_activation", its ReLU; or "block_output", the output of the
-            module around the norm if this is the last norm in the module, otherwise its ReLU. The
-            last is what the published code measures, since its in-place operations overwrite the
-            norms' outputs (except norms of 1x1 shortcuts, which it leaves raw). For a layer without
-            a norm, it is the output of the layer in any case.
+        place: "norm_output"; "post_activation", its ReLU; "block_output", the output of the module
+            around the norm if this is the last norm in the module, otherwise its ReLU; or
+            "published", the same but for norms of 1x1 shortcuts, whose output it is. The last is
+            what the published code measures, since its in-place operations overwrite the outputs
+            of all other norms. For a layer without a norm, it is the output of the layer in any
+            case.
     """
     picked = {name: captured[name] for name in table.features}
     if place == "norm_output":
         return picked
     norms = list(table.searchable_norms)
     picked |= {norm: jax.nn.relu(captured[norm]) for norm in norms}
-    if place == "block_output":
-        last = {paths.parent(norm): norm for norm in norms}  # later norms replace earlier
-        picked |= {norm: captured[block] for block, norm in last.items() if block in captured}
+    if place == "post_activation":
+        return picked
+    last = {paths.parent(norm): norm for norm in norms}  # later norms replace earlier
+    if place == "published":
+        picked |= {norm: captured[norm] for norm in norms if _is_shortcut(table, norm, last)}
+    picked |= {norm: captured[block] for block, norm in last.items() if block in captured}
     return picked
+
+
+def _is_shortcut(table: LayerTable, norm: str, last: dict[str, str]) -> bool:
+    """Whether a norm is that of a 1x1 convolution beside the other layers of its module.
+
+    Such a convolution reads what the first layer of the module reads, and has as many channels as
+    its last one, since both are added.
+    """
+    layers, index = table.layers, table.searchable_norms[norm]
+    end = table.searchable_norms[last[paths.parent(norm)]]
+    firsts = [
+        number if one.shares_input_with is None else one.shares_input_with
+        for number, one in enumerate(layers)
+    ]
+    beside = index != end and firsts.count(firsts[index]) > 1
+    is_pointwise = math.prod(layers[index].kernel_shape[:-2]) == 1
+    return beside and is_pointwise and layers[index].channels == layers[end].channels
 
 
 def _chosen_kernels(

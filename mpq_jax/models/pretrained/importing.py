@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from mpq_jax.models import make_model
 from mpq_jax.models.pretrained import inverted_residuals, resnets, vgg, vit
@@ -158,6 +159,13 @@ def from_tensors(
             unexpected=unexpected,
             misshaped=misshaped,
         )
+    logging.info(
+        "%sall names and shapes are those of %s, as published by %s; a network that differs "
+        "elsewhere cannot be told apart (docs/weights.md)",
+        origin,
+        _show_call(model_name, options),
+        naming.publisher,
+    )
     return {"params": {}, "batch_stats": {}} | paths.unflatten(arrays)
 
 
