@@ -26,7 +26,13 @@ from mpq_jax.program.trace import Program, trace
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import Quantizer
 from mpq_jax.supernet import bits as bit_configs
-from mpq_jax.supernet import bn_banks, bn_recalibration, calibration, kernels
+from mpq_jax.supernet import (
+    bn_banks,
+    bn_recalibration,
+    calibration,
+    kernels,
+    unbiased_variance,
+)
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.placement import NO_EDIT, Edit, find_features, layer_inputs
@@ -44,12 +50,16 @@ class Supernet:
         model: the model: a Linen or NNX module, or a `function` with its variables.
         table: its layers, from `trace_layers`.
         quantizer: quantizer of the kernels and of the layers' inputs.
+        unbiased_variance: whether running variances are updated with the unbiased variance of each
+            batch, as by PyTorch, instead of Flax's biased one. Recalibration merges the moments of
+            all images in either case.
     """
 
     model: Any
     table: LayerTable
     _: dataclasses.KW_ONLY
     quantizer: Quantizer
+    unbiased_variance: bool = False
 
     def init(self, variables: PyTree, inputs: Any) -> SupernetState:
         """Builds the state from the variables of the float model, calibrating on some inputs.
@@ -254,6 +264,8 @@ class Supernet:
         changes, arrays, records = (edit or (lambda _: NO_EDIT))(program)
         own_changes, own_arrays, _ = kernels.replace(self.table, program, subnet.computed)
         changes, arrays = changes | own_changes, arrays | own_arrays
+        if train and self.unbiased_variance:
+            changes |= unbiased_variance.changes(self.table, program, shares=shard.shares)
 
         def quantized(x: Array, own: dict[str, Any]) -> Array:
             bits, signed = own["bits"], own["signed"]

@@ -112,7 +112,9 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
         raise ValueError("no layer of the table has a choice of bits; add candidates to the rules")
     table = table.with_bn_banks("pair" if options.norm_banks else "shared")
     optimizer = make_optimizer(table, options, run)
-    net = Supernet(model, table, quantizer=options.quantizer)
+    net = Supernet(
+        model, table, quantizer=options.quantizer, unbiased_variance=options.unbiased_variance
+    )
     context = Context(net, options, run.partition)
     carried = Carry(grad_accumulation.SHARDED, grad_accumulation.REPLICATED)  # pyright: ignore[reportArgumentType]
     step_fns = StepFns(
