@@ -42,6 +42,7 @@ VARIANTS = {
 }
 IMAGES = {  # dataset: (shape, classes)
     "digits": ((8, 8, 1), 10),
+    "folder": ((128, 128, 3), 10),
     "fashion_mnist": ((28, 28, 1), 10),
     "cifar10": ((32, 32, 3), 10),
     "imagenet2012": ((224, 224, 3), 1000),

@@ -38,6 +38,12 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("batch", 1, "images per call that is timed", flag_values=values)
     flags.DEFINE_integer("rounds", 15, "samples of each layer and pair", flag_values=values)
+    flags.DEFINE_float(
+        "max_spread",
+        1.0,
+        "largest interquartile range of a time, over its median; noisier tables are refused",
+        flag_values=values,
+    )
     flags.DEFINE_string("out", None, "the JSON file to write", flag_values=values)
 
 
@@ -60,6 +66,8 @@ def check(given: Any) -> Request:
         raise ValueError(
             f"--input is {given.input}; wanted height,width,channels or the number of features"
         )
+    if not given.max_spread >= 0:
+        raise ValueError(f"--max_spread is {given.max_spread}; wanted 0 or more, as 0.5 for 50 %")
     for name in ("batch", "rounds", "num_classes"):
         if given[name].value < 1:
             raise ValueError(f"--{name} is {given[name].value}; wanted at least 1")
@@ -111,9 +119,27 @@ def main(arguments: Arguments) -> None:
             on_layer=lambda name: status.update(f"measuring {name}"),
         )
     show(console, measured)
+    _check_spread(measured, given.max_spread)
     measured_on = latency.machine() | {name: given[name].value for name in ASKED}
     request.out.write_text(latency.to_json(measured, measured_on))
     console.print(f"written to {request.out}")
+
+
+def _check_spread(measured: Timings, most: float) -> None:
+    """Raises ValueError for times that are mostly noise, which a search would take for costs."""
+    noisy = [
+        (timing.spread, f"{name} at w{w}a{a}")
+        for name, timings in measured.items()
+        for (w, a), timing in timings.items()
+        if timing.spread > most
+    ]
+    if noisy:
+        worst, where = max(noisy)
+        raise ValueError(
+            f"{len(noisy)} of the times are noise: the interquartile range of {where} is "
+            f"{worst:.0%} of its median, and --max_spread is {most:.0%}; nothing was written. Let "
+            "the machine rest and measure again, with more --rounds or a larger --batch"
+        )
 
 
 def show(console: rich.console.Console, measured: Timings) -> None:

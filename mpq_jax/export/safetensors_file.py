@@ -38,7 +38,18 @@ def write(
     texts = {name: json.dumps(entry, separators=(",", ":")) for name, entry in header.items()}
     metadata = {"format": kind, "version": str(version)} | texts
     metadata[CHECKSUM] = f"{checksum(tensors, metadata):08x}"
-    write_whole(path, safetensors.numpy.save(tensors, metadata=metadata))
+    write_whole(path, _in_order(safetensors.numpy.save(tensors, metadata=metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sorts the metadata of a file, which the library writes in another order each time."""
+    start = 8  # bytes of the header's length
+    end = start + int.from_bytes(content[:start], "little")
+    header = json.loads(content[start:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(start, "little") + text + content[end:]
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:

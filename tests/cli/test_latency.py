@@ -75,9 +75,27 @@ def test_a_backend_without_integers_is_said(tmp_path, capsys, quick, monkeypatch
     assert "cannot multiply some of these integers: float32 is timed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("most", "is_written"), [("0.5", False), ("0.9", True)])
+def test_times_that_are_noise_are_refused(tmp_path, monkeypatch, most, is_written):
+    def measure(calls, pairs, *, rounds):
+        return {
+            pair: latency.Timing(1e-6, 0.8 if pair == (2, 2) else 0.1, "int8") for pair in pairs
+        }
+
+    monkeypatch.setattr(latency, "measure_layer", measure)
+    out = tmp_path / "latency.json"
+    if is_written:
+        command(out, max_spread=most)
+    else:
+        with pytest.raises(SystemExit, match="of the times are noise: .* at w2a2 is 80% of its"):
+            command(out, max_spread=most)
+    assert out.exists() == is_written
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"max_spread": "-1"}, "--max_spread is -1.0; wanted 0 or more"),
         ({"model": "resnet9"}, "'resnet9'; known models are .*resnet8"),
         ({"options": "{width: 2}"}, "wanted arguments of resnet8 as JSON"),
         ({"options": "[2]"}, "wanted arguments of resnet8 as JSON"),

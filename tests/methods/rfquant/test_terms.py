@@ -20,7 +20,8 @@ from helpers.rfquant_networks import (
 )
 
 from mpq_jax.methods.rfquant import method, terms
-from mpq_jax.methods.rfquant.options import Options, published
+from mpq_jax.methods.rfquant.options import FEATURES, Options, published
+from mpq_jax.models import resnet
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
@@ -160,7 +161,7 @@ class Places(nn.Module):
         return nn.Dense(3)(TwoNorms(name="block")(x, train=train).mean((1, 2)))
 
 
-@pytest.mark.parametrize("place", ["norm_output", "post_activation", "block_output"])
+@pytest.mark.parametrize("place", FEATURES)
 def test_features_are_picked_at_their_place(place):
     rules = [Rule(weights=CHOICES, acts=CHOICES)]
     table = trace_layers(Places(), (8, 8, 1), rules=rules)
@@ -170,11 +171,34 @@ def test_features_are_picked_at_their_place(place):
     raw = {name: captured[name] for name in names if name != "block"}
     wanted = raw if place == "norm_output" else jax.tree.map(jax.nn.relu, raw)
     wanted |= {"Dense_0": captured["Dense_0"]}  # has no norm
-    if place == "block_output":
+    if place in ("block_output", "published"):
         wanted |= {"block/norm2": captured["block"]}
     assert set(found) == set(wanted)
     for name, feature in found.items():
         np.testing.assert_array_equal(feature, wanted[name])
+
+
+class Residual(nn.Module):
+    block: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.relu(nn.Conv(8, (3, 3), name="stem")(x))
+        return nn.Dense(3, name="head")(self.block(4, 2, name="block")(x, train).mean((1, 2)))
+
+
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.BottleneckBlock])
+def test_published_features_are_what_operations_in_place_leave(block):
+    """Read off the published code: `relu_(norm(x))`, and `x += shortcut` of a raw shortcut."""
+    table = trace_layers(Residual(block), (8, 8, 1), rules=bit_rules(CHOICES))
+    norms = [name for name in table.features if "norm" in name]
+    captured = {name: jnp.array([-1.0, 2.0]) for name in [*table.features, "block"]}
+    found = terms.pick_features(table, captured, "published")
+    raw = {name for name in norms if (found[name] < 0).any()}
+    last = "block/norm2" if block is resnet.BasicBlock else "block/norm3"
+    assert raw == {"block/shortcut_norm", last}  # the latter is `captured["block"]`
+    assert found[last] is captured["block"]
+    assert len(norms) == {resnet.BasicBlock: 3, resnet.BottleneckBlock: 4}[block]
 
 
 def test_quantization_error_weight_follows_its_schedule():
@@ -209,7 +233,7 @@ class Unnormed(nn.Module):
         return nn.Dense(3, name="head")(nn.Dense(4, name="wide")(x.mean((1, 2))))
 
 
-@pytest.mark.parametrize("place", ["norm_output", "post_activation", "block_output"])
+@pytest.mark.parametrize("place", FEATURES)
 def test_layers_without_a_norm_speak_for_themselves(place):
     model, images = Unnormed(), jax.random.normal(KEY, (4, *SHAPE))
     table = trace_layers(model, SHAPE, rules=bit_rules(CHOICES))
