@@ -23,7 +23,6 @@ def get_config(variant: str = ""):
     config.data.folder.image_size = 128  # a third of the work of 224
     config.data.validation_fraction = 0.2  # search needs some hundred images that no step has seen
     config.data.augment.flip_probability = 0.5
-    config.data.reading.min_area = 0.25  # small objects and few images: crops not too narrow
 
     config.model.name = "resnet18"
 

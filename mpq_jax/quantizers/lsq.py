@@ -135,14 +135,15 @@ def init_weight_step_by_error(
 ) -> Float[Array, ""]:
     """Computes the initial step size of a weight tensor that keeps a trained network intact.
 
-    From 6 bits, it is the one of the least mean squared error whose range ends somewhere from three
-    sigma to the largest weight: with that many codes, the few weights beyond three sigma would make
-    most of the error. With fewer bits, it is `init_weight_step`.
+    From 6 bits, it is the one of the least mean squared error whose range ends between three sigma
+    and the largest weight: with that many codes, the few weights beyond three sigma would make most
+    of the error. With fewer bits, it is `init_weight_step`.
     """
     _, high = code_range(bits, signed=True)
     levels = (high + 1).astype(w.dtype)
     narrow = _three_sigma(w)
-    widest = jnp.maximum(jnp.max(jnp.abs(w)) * levels / high.astype(w.dtype), narrow)
+    largest = jnp.max(jnp.abs(w)) * levels / high.astype(w.dtype)
+    widest = jnp.where(largest > 0, largest, narrow)
     share = jnp.linspace(0, 1, RANGES, dtype=w.dtype)
     steps = narrow ** (1 - share) * widest**share / levels
 

@@ -130,7 +130,7 @@ def _without_gaps(objective: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     narrowed = objective.astype(np.float64)
     ranges = np.array([np.ptp(row[allowed]) for row, allowed in zip(narrowed, pairs, strict=True)])
     for layer in np.argsort(-ranges):
-        others = math.fsum(ranges) - ranges[layer]
+        others = math.fsum(np.delete(ranges, layer))
         if not 0 < others < ranges[layer]:
             continue
         values, places = np.unique(narrowed[layer][pairs[layer]], return_inverse=True)

@@ -47,7 +47,8 @@ def test_published_options_are_those_of_the_published_run():
         soft_label_weight=0.5,
         label_smoothing=0.0,
         idm_weight=0.01,
-        idm_features="block_output",
+        idm_features="published",
+        first_steps="three_sigma",
         freeze_scores="current",
         freeze_proportion=0.25,
         freeze_acts=True,
@@ -68,6 +69,7 @@ def test_published_options_are_those_of_the_published_run():
         ema_decay=0.9997,
         ema_warmup=False,
         norm_banks=True,
+        unbiased_variance=True,
     )
     assert {name: getattr(options, name) for name in wanted} == wanted
     assert round(options.qe_start * 150) == 40
