@@ -144,7 +144,7 @@ def train_loop(
                 line = f"{config['method']} epoch {epoch + 1}/{run.epochs}: {_shown(scalars)}"
                 watch.progress(done, line)
             if due.evaluate:
-                floored = _warn_of_floor(watch, method, state, floored)
+                floored = warn_of_floor(watch, method, state, floored)
                 scores = _validate(experiment, evaluate, state)
                 write(done, scores | method.summary(state))
                 watch.say(f"{line} | validation: {_percentages(scores)}" if scores else line)
@@ -159,7 +159,7 @@ def train_loop(
     return state
 
 
-def _warn_of_floor(
+def warn_of_floor(
     watch: Watch, method: Method, state: Any, known: frozenset[str]
 ) -> frozenset[str]:
     """Tells of layers whose step sizes have shrunk to nothing since they were last looked at."""

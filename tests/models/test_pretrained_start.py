@@ -92,6 +92,18 @@ def test_training_begins_with_the_weights_of_the_file(tmp_path):
     assert_same({"params": state.params, "batch_stats": state.batch_stats}, variables)
 
 
+@pytest.mark.parametrize("method", ["plain", "rfquant"])
+def test_weights_that_are_not_finite_are_refused_before_training(tmp_path, method):
+    path = tmp_path / "weights.safetensors"
+    write_weights(path)
+    tensors = safetensors.numpy.load_file(path)
+    tensors["layer1.0.conv1.weight"][0, 0, 0, 0] = np.nan
+    safetensors.numpy.save_file(tensors, path)
+    config = make_config(method, path)
+    with pytest.raises(ValueError, match=r"not finite \(.*stage0_block0/conv1.*\): look for them"):
+        initial_state.make_initial_state(experiment.build(config), config)
+
+
 def test_a_reinit_head_leaves_the_rest_as_it_is(tmp_path):
     path = tmp_path / "weights.safetensors"
     variables = write_weights(path, classes=7)

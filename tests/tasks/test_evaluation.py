@@ -120,3 +120,31 @@ def test_batches_may_be_spread_over_devices(data):
 def test_an_empty_split_is_refused():
     with pytest.raises(ValueError, match="not one image"):
         make_evaluate(predict, normalize)({"w": jnp.ones((16, CLASSES))}, None, [])
+
+
+@pytest.mark.parametrize("size", [4, 7])
+def test_every_place_of_an_image_counts_alike_whatever_the_batch(size):
+    """Where the batch is as large as the image is wide, nothing may be taken for the other."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (10, 3, 4, 1), np.uint8)  # 4 pixels wide
+    labels = (images[..., 0] // 86).astype(np.int32)
+
+    def predict_places(variables, bits, images):
+        right = jax.nn.one_hot((images[..., 0] * 255 / 86).astype(jnp.int32), CLASSES)
+        return jnp.where(jnp.arange(3)[None, :, None, None] < variables, right, -right)
+
+    def padded():
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            missing = size - len(labels[part])
+            room = ((0, missing), (0, 0), (0, 0))
+            yield {
+                "image": np.pad(images[part], (*room, (0, 0))),
+                "label": np.pad(labels[part], room),
+                "weight": np.pad(np.ones(size - missing, np.float32), (0, missing)),
+            }
+
+    evaluate = make_evaluate(predict_places, normalize)
+    for rows in (3, 2):
+        score = evaluate(jnp.int32(rows), None, padded())
+        assert score.accuracy == pytest.approx(rows / 3, abs=1e-6) and score.images == 10
