@@ -50,8 +50,16 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    """Starts the longest files first."""
+    """Marks slow cases, and starts the longest files first."""
+    begun = set()
+    for item in items:
+        if item.get_closest_marker("slow_but_first"):
+            test = item.nodeid.partition("[")[0]
+            if test in begun:
+                item.add_marker(pytest.mark.slow)
+            begun.add(test)
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
 
     def rank(item):

@@ -85,6 +85,7 @@ def method_of(file):
     return folder or "rfquant"
 
 
+@pytest.mark.slow_but_first
 @every_file
 def test_every_variant_trains_its_method_by_sound_options(file):
     method = method_of(file)
@@ -153,6 +154,7 @@ def test_options_of_a_model_may_be_added_and_no_others():
         config.rfquant.lerning_rate = 0.1
 
 
+@pytest.mark.slow_but_first
 @every_file
 def test_the_network_is_traced_and_has_the_bits_that_are_searched(file):
     config = get_config(file)

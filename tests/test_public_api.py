@@ -63,6 +63,7 @@ def test_an_unknown_name_is_an_attribute_error():
         mpq.serach  # noqa: B018
 
 
+@pytest.mark.slow
 def test_public_names_import_no_optional_package():
     code = f"""
 import sys, mpq_jax as mpq

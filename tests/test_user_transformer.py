@@ -179,6 +179,7 @@ def test_subnets_and_their_gradients_are_those_of_dense_layers(variables):
     assert np.any(gradient.act_step_sizes[TABLE.searchable] != 0, axis=1).all()
 
 
+@pytest.mark.slow
 def test_its_dropout_is_on_only_where_there_is_a_key(variables):
     net = dataclasses.replace(NET, model=Net(functools.partial(General, dropout=0.3)))
 

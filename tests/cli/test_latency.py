@@ -32,6 +32,7 @@ def command(out, *flags, **changes):
     main(["latency", *(f"--{name}={value}" for name, value in options.items()), *flags])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--pairs"]])
 def test_the_file_is_what_a_search_reads(tmp_path, capsys, quick, flags):
     out = tmp_path / "latency.json"

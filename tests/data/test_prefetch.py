@@ -106,6 +106,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.slow
 def test_processes_end_when_the_program_is_killed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(

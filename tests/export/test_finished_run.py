@@ -79,6 +79,7 @@ def test_what_no_one_tested_is_estimated_anew_as_the_search_does(workdirs, tmp_p
     jax.tree.map(np.testing.assert_array_equal, found.state, wanted)
 
 
+@pytest.mark.slow
 def test_statistics_of_the_search_are_taken_as_they_were_tested(workdirs, tmp_path):
     workdir = copy_of(workdirs("double_rounding"), tmp_path)
     setup = experiment.build(make_config("double_rounding"))
@@ -162,6 +163,7 @@ def test_integers_times_step_sizes_are_the_kernels(exported):
         assert layer.input_step_size is not None and layer.input_step_size > 0
 
 
+@pytest.mark.slow
 def test_the_float_reference_is_the_float_model(exported):
     reference = exported_model.float_reference(exported)
     assert all(layer.integers is None for layer in exported_model.quantized_layers(reference))

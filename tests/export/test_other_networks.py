@@ -80,6 +80,7 @@ def test_kernels_computed_in_a_loop_have_an_axis_for_its_turns(tmp_path):
     assert shapes["head"] == ((8, 10), (8, 10))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", ["computed kernel", "loop", "computed in a loop"])
 def test_float_layers_beside_quantized_ones(name, tmp_path):
     rules = (
@@ -94,6 +95,7 @@ def test_float_layers_beside_quantized_ones(name, tmp_path):
     check_equal(found, logits_of(exported, images))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", ["computed kernel", "computed in a loop", "pre-activation"])
 def test_files_that_lack_variables_cannot_be_recalibrated(name, tmp_path):
     exported, images = made(name)
@@ -108,6 +110,7 @@ def test_files_that_lack_variables_cannot_be_recalibrated(name, tmp_path):
         packed.net.predict(packed.state, bits, images)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", NETWORKS)
 def test_stablehlo_is_the_network(name):
     exported, images = made(name)
@@ -115,6 +118,7 @@ def test_stablehlo_is_the_network(name):
     check_equal(np.asarray(program.call(images)), logits_of(exported, images))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", NETWORKS)
 def test_onnx_is_the_network_or_refused(name):
     exported, images = made(name)

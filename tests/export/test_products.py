@@ -38,6 +38,7 @@ def path(exported, tmp_path_factory):
 # One configuration.
 
 
+@pytest.mark.slow
 def test_packed_files_are_the_network(exported, path, wanted):
     packed = network.load(path, model=MODEL)
     np.testing.assert_array_equal(packed.at()(drawn_images(SHAPE)), wanted)

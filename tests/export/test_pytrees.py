@@ -51,6 +51,7 @@ def check_equal(found, exported, inputs):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=ROUNDING * largest, strict=True)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", NETWORKS)
 def test_packed_files_are_the_network(name, tmp_path):
     exported, inputs = made(name)
@@ -99,6 +100,7 @@ def test_onnx_refuses_lookups(tmp_path):
 # Inputs that do not fit.
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("ending", ["safetensors", "stablehlo"])
 @pytest.mark.parametrize(
     ("name", "change", "called"),

@@ -153,6 +153,7 @@ def test_what_is_no_graph_is_refused(name, tmp_path):
         formats.open_file(tmp_path / "nothing", name)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", sorted(formats.FORMATS))
 def test_damage_is_found_wherever_it_is(name, exported, tmp_path):
     path = formats.save(tmp_path / "network", exported, name)
@@ -170,6 +171,7 @@ def test_damage_is_found_wherever_it_is(name, exported, tmp_path):
     formats.open_file(path, name)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", sorted(formats.FORMATS))
 def test_files_of_other_bits_or_layers_are_refused(name, exported, digits, tmp_path):
     path = formats.save(tmp_path / "network", exported, name)

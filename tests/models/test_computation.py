@@ -117,6 +117,7 @@ def test_recomputing_changes_neither_losses_nor_gradients(name):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, wanted)
 
 
+@pytest.mark.slow_but_first
 @every_model
 def test_recomputing_keeps_less_for_the_backward_pass(name):
     def kept(remat):

@@ -21,6 +21,7 @@ PUBLISHED = {  # parameters: timm, tf_efficientnet_lite0 to 4; the authors print
 }
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers_of_parameters(name):
     model, size = make_model(name, num_classes=1000), SIZES[name].resolution
@@ -45,6 +46,7 @@ def test_the_first_and_the_last_stage_do_not_grow():
     assert repeats_of([1, 2, 2, 3, 3, 4, 1], depth=1.0) == [1, 2, 2, 3, 3, 4, 1]
 
 
+@pytest.mark.slow
 def test_layers():
     table = trace_layers(make_model("efficientnet_lite0", num_classes=1000), (224, 224, 3))
     kinds = [layer.kind for layer in table.layers]
@@ -62,6 +64,7 @@ def test_layers():
     assert macs == 7 * 7 * 5 * 5 * 192 * 6
 
 
+@pytest.mark.slow
 def test_stem_and_last_convolution_do_not_grow():
     model = make_model("efficientnet_lite4", num_classes=10)
     first, *_, last, head = trace_layers(model, (32, 32, 3)).layers

@@ -144,6 +144,7 @@ def test_channels_are_multiples_of_eight_and_lose_at_most_a_tenth():
     assert [scale_channels(1, multiplier=x) for x in (11.0, 12.0, 18.0, 20.0)] == [16, 16, 24, 24]
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("name", "classes", "size", "parameters"),
     [
@@ -164,6 +165,7 @@ def test_published_numbers_of_parameters(name, classes, size, parameters):
     assert count(shapes(model, (size, size, 3))["params"]) == parameters
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(
     ("name", "size"),
@@ -324,6 +326,7 @@ def test_inverted_residual(channels, stride, expansion):
     assert np.min(given) < 0  # linear
 
 
+@pytest.mark.slow
 def test_layers_of_mobilenet_v2():
     table = trace_layers(make_model("mobilenet_v2", num_classes=1000), (224, 224, 3))
     kinds = [layer.kind for layer in table.layers]
@@ -342,6 +345,7 @@ def test_layers_of_mobilenet_v2():
     assert table.names[-3:] == ("stage6_block0/project", "last_conv", "head")
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", ["resnet34", "resnet50"])
 def test_norms_of_imagenet_resnets(name):
     table = trace_layers(make_model(name, num_classes=10, width=8), (64, 64, 3))

@@ -72,6 +72,7 @@ def assert_same(found, wanted):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted)
 
 
+@pytest.mark.slow
 def test_every_method_starts_from_a_file(tmp_path):
     path = tmp_path / "weights.safetensors"
     variables = write_weights(path)
@@ -119,6 +120,7 @@ def test_a_reinit_head_leaves_the_rest_as_it_is(tmp_path):
     assert_same(found, variables)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("written", "changes", "message"),
     [

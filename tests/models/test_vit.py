@@ -28,6 +28,7 @@ def shapes(model, shape):
     return jax.eval_shape(init, jax.random.key(0))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers_of_parameters(name):
     params = shapes(make_model(name, num_classes=1000), (224, 224, 3))["params"]
@@ -102,6 +103,7 @@ def reference(images, p):
     return dense(layer_norm(x, p["norm"])[:, 0], p["head"])
 
 
+@pytest.mark.slow
 def test_forward_pass_is_the_published_one():
     variables = drawn_variables(MODEL, SHAPE, 0)
     images = np.random.default_rng(1).normal(size=(3, *SHAPE))
@@ -161,6 +163,7 @@ def test_sizes_that_do_not_fit_are_refused(options, message):
         shapes(MODEL.clone(**options), SHAPE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["dropout", "drop_path"])
 def test_dropping_is_of_training_alone(rate):
     model, variables = MODEL.clone(**{rate: 0.5}), drawn_variables(MODEL, SHAPE, 0)

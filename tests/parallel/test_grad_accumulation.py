@@ -65,6 +65,7 @@ def loss_of(divided):
     return loss
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("count", [1, 2])
 def test_gradient_of_parts_is_that_of_micro_batches_one_after_another(batch, mesh, start, count):
     """Against plain differentiation of each micro-batch, norms of the whole micro-batch."""

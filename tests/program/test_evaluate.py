@@ -153,6 +153,7 @@ def identity(value, arrays):
     return value
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda case: getattr(case, "__name__", type(case).__name__)
 )

@@ -73,6 +73,7 @@ def test_weights_are_the_sum_of_gated_planes(planes, beta, contiguous):
     np.testing.assert_allclose(found, reference(bit_planes, beta, contiguous), atol=2e-7)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("planes", range(1, 9))
 def test_every_integer_comes_back(planes):
     """Soft at temperature 1 to float rounding, hard exactly."""

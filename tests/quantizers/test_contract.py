@@ -274,6 +274,7 @@ def record_of(name, half, max_bits):
 every_half = pytest.mark.parametrize("half", ["weights", "acts"])
 
 
+@pytest.mark.slow_but_first
 @every_half
 @every_quantizer
 def test_contract_values_are_codes_times_step_and_bits_compile_once(name, half):
@@ -327,6 +328,7 @@ def test_contract_half_precision_is_kept(name, half):
     assert values.dtype == of_x.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow_but_first
 @every_half
 @every_quantizer
 def test_contract_zeros_stay_zero_and_finite(name, half):
@@ -346,6 +348,7 @@ def test_contract_zeros_stay_zero_and_finite(name, half):
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.slow_but_first
 @every_half
 @every_quantizer
 def test_contract_gradient_scale(name, half):

@@ -163,6 +163,7 @@ def test_no_configuration_is_visited_twice(name):
     assert len(set(states)) == len(states)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", SCORES)
 def test_the_mask_is_honored(name):
     mask = TABLE.mask.copy()

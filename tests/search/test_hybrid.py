@@ -28,6 +28,7 @@ def search(strategy, score, table=FREE, parts=(0.5, 0.2), **options):
     return strategy(score, SearchSpace(table), budgets, KEY, **options)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("which", TABLES)
 @pytest.mark.parametrize("seed", range(3))
 def test_it_never_ends_worse_than_its_program(which, seed):

@@ -91,6 +91,7 @@ def check(found, wanted, budgets, allowed=RULES):
         assert list(solution.costs) == [budget.name for budget in budgets]
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("pairs", SPACES)
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(4))
@@ -253,6 +254,7 @@ def test_fifty_layers_of_four_choices():
             assert all(solution.costs[kind] <= limits[kind] * (1 + 1e-6) for kind in tables)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("seed", [3, 4, 6, 10])  # a relative gap of 1e-4 would show in these
 def test_large_hard_problems_are_solved_to_the_end(seed):
     """As by dynamic programming; what a layer gains by bits is nearly what it costs."""

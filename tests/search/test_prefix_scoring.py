@@ -151,6 +151,7 @@ def naive(metric, norms):
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("metric", "norms", "together"),
     [
@@ -247,6 +248,7 @@ def test_models_of_a_user(model):
 # What is computed, and what is held.
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(("together", "memory"), [(1, 1), (2, prefix_scoring.MEMORY)])
 def test_every_prefix_is_computed_once(made, together, memory):
     score = make_prefix_score(
@@ -293,6 +295,7 @@ class Held:
 REAL_JIT = jax.jit
 
 
+@pytest.mark.slow
 def test_memory_is_kept_within_its_bound(made, score, monkeypatch):
     bits = np.array(np.meshgrid(*[[4, 3, 2]] * 6)).reshape(6, -1).T.reshape(-1, 3, 2)[::3]
     bits = np.random.default_rng(6).permutation(bits)
@@ -358,6 +361,7 @@ def programs_of(score, bits):
     return {name for name in ("run_segment", "score_configs") if counter.counts[name]}
 
 
+@pytest.mark.slow
 def test_prefixes_are_shared_where_it_is_worth_it(made):
     fast = make_fast_score(NET, made, SHAPE, metric="loss")
     # In the first layer all differ, so that nothing can be shared.

@@ -53,6 +53,7 @@ def test_products_alone_make_segments():
     assert {"block1/product", "block1/product#2"} <= second
 
 
+@pytest.mark.slow
 def test_scores_of_shared_prefixes_are_those_of_one_by_one(state):
     """Most of the configurations differ in the bits of a product alone."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -75,6 +76,7 @@ def test_scores_of_shared_prefixes_are_those_of_one_by_one(state):
     assert len(different) == len(one_by_one), "some bits of products change nothing"
 
 
+@pytest.mark.slow
 def test_a_search_chooses_the_bits_of_products(state):
     cost = costs.cost_table(TABLE, "bitops")
     limit = costs.total(TABLE, cost, TABLE.uniform(4, 4))

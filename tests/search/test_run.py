@@ -219,6 +219,7 @@ def same(one, other):
         jax.tree.map(np.testing.assert_array_equal, first.bits, second.bits)
 
 
+@pytest.mark.slow
 def test_a_search_again_scores_nothing_and_ends_alike(tmp_path):
     first = search(cache=tmp_path)
     again = search(cache=str(tmp_path))
@@ -230,6 +231,7 @@ def test_a_search_again_scores_nothing_and_ends_alike(tmp_path):
     assert other.new_scores and len(list(tmp_path.glob("scores_*.jsonl"))) == 3
 
 
+@pytest.mark.slow
 def test_seeds_decide_all_that_is_drawn():
     same(search(), usual())
     assert not np.array_equal(search(seed=6).scored, usual().scored)

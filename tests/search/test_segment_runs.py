@@ -94,6 +94,7 @@ def test_segments_one_after_another_are_the_model(name):
     np.testing.assert_array_equal(found, own)
 
 
+@pytest.mark.slow
 def test_segments_that_are_compiled_apart_are_the_model():
     model, shape = CASES["cifar resnet"]
     net = net_of(model, shape)
@@ -107,6 +108,7 @@ def test_segments_that_are_compiled_apart_are_the_model():
     np.testing.assert_array_equal(x, own(net, state, bits, IMAGES, True))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("name", "bn_banks"),
     [

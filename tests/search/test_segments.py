@@ -46,6 +46,7 @@ def test_cifar_resnets_are_cut_into_their_blocks(shortcut):
     assert blocks_of(model) == blocks((2, 2, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [BasicBlock, BottleneckBlock])
 def test_imagenet_resnets_are_cut_into_their_blocks(block):
     model = ResNet(10, (2, 1, 2), width=4, block=block)
@@ -86,6 +87,7 @@ def test_norms_stay_with_their_layers(name):
         assert any(net.table.layers[i].searchable for i in part.layers)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", USERS)
 def test_cuts_of_a_users_model(name):
     model, wanted = USERS[name]

@@ -37,6 +37,7 @@ def test_variables_are_entries_that_can_be_set_by_themselves(which, variables):
         assert space.column((index, column)) == (WEIGHTS if has_weights else ACTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", TABLES)
 def test_the_space_is_all_that_rules_ties_and_mask_allow(which):
     """By walking from the largest state over neighbors."""

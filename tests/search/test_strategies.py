@@ -153,6 +153,7 @@ def narrowed(table):
     return mask
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("which", TABLES)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_masks_and_ties_are_honored_in_all_that_is_scored(name, which):
@@ -178,6 +179,7 @@ def test_options_are_the_keyword_arguments_with_defaults(name):
     assert all(one.default is not one.empty for one in parameters if one.name in own)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_equal_keys_give_equal_searches(name):
     budgets = [budget(str(part), constraint(FREE, share(FREE, part))) for part in (0.6, 0.2)]
@@ -229,6 +231,7 @@ def test_a_budget_needs_a_constraint():
         check_budgets(SearchSpace(FREE), [budget("empty")])
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_scores_that_are_no_numbers_never_win(name, bad):
@@ -302,6 +305,7 @@ def test_costs_may_have_plateaus_and_holes(name, hole):
         assert found.costs["latency"] <= amount * (1 + 1e-6)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", ["ilp", "hybrid"])
 @pytest.mark.parametrize("which", TABLES)
 def test_programs_find_the_best_where_losses_add_up(name, which):

@@ -54,6 +54,7 @@ SEVERAL = [
 ]
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("kind", ROW_NAMES)
 def test_rows_are_gathered_scattered_and_marked_by_name(float_variables, kind):
     table = TABLE.with_bn_banks(kind)
@@ -116,6 +117,7 @@ def test_scatter_writes_only_the_rows_of_the_bits(float_variables):
             np.testing.assert_array_equal(new[f"{norm}/{name}"], wanted)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("kind", ROW_NAMES)
 def test_float_variables_have_float_kernels(float_variables, kind):
     net = net_of(TABLE.with_bn_banks(kind))

@@ -145,6 +145,7 @@ def test_apply_needs_bits(made):
 # Scores.
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     "options",
     [

@@ -80,6 +80,7 @@ REFERENCES = {
 }
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("dtype", ["int8", "int16", "float32"])
 @pytest.mark.parametrize("name", REFERENCES)
 def test_what_is_timed_is_the_layer_on_codes(name, dtype):

@@ -209,6 +209,7 @@ def check_close(found, wanted):
 CONFIGS = {"a": {"scores": (4, 8), "mix": (2, 4)}, "b": {"scores": (8, 2), "mix": (4, 8)}}
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_both_operands_are_quantized_at_their_own_bits(table, variables, name):
     net = Supernet(TinyVit(), table, quantizer=QUANTIZERS[name])
@@ -228,6 +229,7 @@ def test_both_operands_are_quantized_at_their_own_bits(table, variables, name):
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_products_in_loops_share_their_step_sizes():
     table = trace_layers(Scanned(), SHAPE, rules=ONLY)
     net = Supernet(Scanned(), table, quantizer=lsq.QUANTIZER)
@@ -287,6 +289,7 @@ def test_calibration_reads_both_operands_of_the_float_model(table, variables):
     assert (signed[SCORES], signed[MIX]) == (True, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_subnets_of_ready_kernels_and_masks_know_products(variables, name):
     """Both quantizers have a step size of products for each number of bits."""

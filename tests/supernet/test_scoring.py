@@ -107,6 +107,7 @@ def naive(made, population, metric, norms="batch", net=NET):
     return found
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("metric", "norms", "quantizer"),
     [

@@ -170,6 +170,7 @@ def whole_loss(loss):
     return lambda params: (loss(params, BATCHES[0]) + loss(params, BATCHES[1])) / 2
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(("loss", "params"), [(mlp_loss, MLP), (conv_loss, CONV)])
 def test_trace_is_that_of_the_whole_hessian(loss, params):
     given = hessian_trace(
@@ -309,6 +310,7 @@ def net_loss(model, variables, kernels, batch):
     return jnp.mean(nll)
 
 
+@pytest.mark.slow
 def test_layer_traces_are_those_of_the_kernels_in_the_order_of_the_table():
     model = Net()
     table, variables = trace_layers(model, SHAPE), drawn_variables(model, SHAPE, 0)
@@ -372,6 +374,7 @@ def squared_error(w, steps, bits, candidates, max_bits, name):
     return np.sum((codes * step - w) ** 2)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("rules", ERROR_RULES)
 @pytest.mark.parametrize(
     ("name", "quantizer"),

@@ -78,6 +78,7 @@ def test_double_rounding_takes_the_step_size_of_the_highest_bits(float_ends, w, 
     )
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", ["double_rounding", "double_rounding_unshared", "lsq"])
 def test_only_the_step_sizes_that_serve_get_a_gradient_and_are_marked(float_ends, name):
     net, bits = net_of(FLOAT_ENDS, QUANTIZERS[name]), float_ends_config(3, 2)

@@ -173,7 +173,10 @@ def test_init_takes_step_sizes_from_kernels_and_from_inputs_of_the_float_model(
         reach = max(abs(w.mean() - 3 * w.std(ddof=1)), abs(w.mean() + 3 * w.std(ddof=1)))
         for bits in TABLE.candidates:
             high = 2 ** (bits - 1) - 1 if made.signed[i] else 2**bits - 1
-            wanted = reach / 2 ** (bits - 1), 2 * np.abs(x).mean() / np.sqrt(high)
+            step = reach / 2 ** (bits - 1)
+            if bits >= lsq.LEAST_ERROR_BITS:
+                step = lsq.init_weight_step_by_error(kernel, bits)
+            wanted = step, 2 * np.abs(x).mean() / np.sqrt(high)
             found = (
                 made.trainable.weight_step_sizes[i, column(bits)],
                 made.trainable.act_step_sizes[i, column(bits)],

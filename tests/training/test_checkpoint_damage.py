@@ -86,6 +86,7 @@ def replace_by_file(step_directory: Path) -> None:
     step_directory.write_text("")
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     "damage",
     [

@@ -172,6 +172,7 @@ def test_no_norm_is_left_and_scales_are_positive(resnet):
     assert turning and not {"Sqrt", "Reciprocal", "Sub"} & {n.op_type for n in model.graph.node}
 
 
+@pytest.mark.slow
 def test_a_norm_that_switches_a_channel_off():
     model, shape = MODELS["resnet8"]
     exported = make_exported(model, shape)

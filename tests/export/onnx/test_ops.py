@@ -130,6 +130,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("name", GROUPS)
 def test_functions(name):
@@ -195,6 +196,7 @@ UNSUPPORTED = {
 }
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported(name):
     function, message = UNSUPPORTED[name]

@@ -20,6 +20,7 @@ def count(model, name):
     return sum(node.op_type == name for node in model.graph.node)
 
 
+@pytest.mark.slow
 def test_both_operands_are_quantized():
     exported, images = make_exported(MODEL, SHAPE, FIXED), drawn_images(SHAPE)
     wanted = np.asarray(exported.net.predict(exported.state, exported.bits, images))
@@ -35,6 +36,7 @@ def test_both_operands_are_quantized():
     assert not rounded & turned, "moved between quantizer and product"
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("operand", ["weights", "acts"])
 def test_a_float_operand_stays_float(operand):
     other = "acts" if operand == "weights" else "weights"
@@ -60,6 +62,7 @@ class Loop(nn.Module):
         return nn.Dense(3, name="head")(jax.lax.scan(turn, x, None, length=2)[0].mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "shape", "name"),
     [(Scanned(), TINY_SHAPE, r"turns/block/\w+\[0\]"), (Loop(), (2, 2, 4), "product")],

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from helpers.packed_networks import make_plain_net
 
 READER = """
@@ -32,6 +33,7 @@ numpy.savez(sys.argv[2], **held)
 """
 
 
+@pytest.mark.slow
 def test_numpy_and_safetensors_are_enough_to_read(tmp_path_factory, tmp_path):
     saved, out = make_plain_net(tmp_path_factory), tmp_path / "read.npz"
     root = pathlib.Path(__file__).parents[3]

@@ -189,6 +189,7 @@ class Odd(nn.Module):
         return nn.Dense(3, name="head")(jnp.mean(x, (1, 2)))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_folded_is_kept_as_it_is(tmp_path):
     exported = make_exported(Odd(), (11, 9, 2), turned=0.5)
     path = tmp_path / "network.safetensors"
@@ -270,6 +271,7 @@ def test_large_files_are_as_large_as_the_cost_model_says(tmp_path, name, norms):
     assert kernels <= sizes.file <= 1.035 * kernels
 
 
+@pytest.mark.slow
 def test_layers_of_learned_bits_keep_their_bits_and_notes(tmp_path):
     # As CSQ learns them: no bits at all; codes of +-(2^8 - 1), which take 9 bits; any in between.
     model = make_model("resnet8", num_classes=10, width=4)

@@ -203,6 +203,7 @@ def all_schemes(layers, planes, contiguous):
     return schemes
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("least", [0, 1, 2])
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("average", ["layer", "param"])
@@ -250,6 +251,7 @@ def test_a_large_layer_keeps_its_least_planes_however_far_they_are_off(contiguou
     assert mean_of(met, parts) == pytest.approx(1.5, abs=budget.TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contiguous", [False, True])
 def test_least_planes_that_are_there_anyway_change_nothing(contiguous):
     """Not even among schemes that are equally near: half of the logits here are alike."""

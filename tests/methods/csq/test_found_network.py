@@ -107,6 +107,7 @@ def binarized(planes):
     return jax.tree.map(quantizer.hard_weights, planes, is_leaf=is_planes)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("planes", [2, 4, 8])
 def test_compiled_programs_agree_on_the_step_of_the_integers(planes):
     """Found networks are made without compilation, predictions with it."""
@@ -127,6 +128,7 @@ def test_the_found_network_predicts_as_the_binarized_one(case):
     assert len(np.unique(logits, axis=0)) == len(images)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("case", CASES)
 def test_the_found_kernels_are_integers_by_hand(case):
     made_method, state, _, found = found_case(case)

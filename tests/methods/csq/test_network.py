@@ -236,6 +236,7 @@ def moments_by_hand(kernels, batches):
     return {name: (values.mean(axis=0), values.var(axis=0)) for name, values in alike.items()}
 
 
+@pytest.mark.slow
 def test_hard_evaluation_has_norm_statistics_of_its_own():
     made_method = make(**FLOAT)
     state = with_masks(shaken(start_of(made_method)), MASKS)

@@ -29,6 +29,7 @@ from helpers.csq_networks import (
 BUILDERS = [make, make_uniform]
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("build", BUILDERS)
 def test_one_program_serves_all_phases(build):
     assert trained(build).compiled == 1

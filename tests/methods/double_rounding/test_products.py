@@ -8,6 +8,7 @@ from helpers.random_variables import drawn_variables
 from mpq_jax.methods import double_rounding
 
 
+@pytest.mark.slow
 def test_double_rounding_trains_a_step_size_for_each_precision():
     options = double_rounding.Options(scale_learning_rate=1e-4)
     method = double_rounding.FAMILY.make(MODEL, table_of(CHOICE), options, RUN)

@@ -58,6 +58,7 @@ def test_roulette_draws_by_its_probabilities(rule, mask):
     assert np.all(np.abs(frequencies - p) <= 5 * sigma + 1e-6)  # float32 probabilities; fixed key
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(("rule", "share"), [("published", 1), ("smooth", 0.5), ("uniform", 0)])
 @pytest.mark.parametrize("trace", [0.1, 7.3e-8, 3.3e5, 0.0])
 @pytest.mark.parametrize("layers", [1, 3, 7])

@@ -107,6 +107,7 @@ def test_learning_rates_of_the_published_run(steps_per_epoch):
             np.testing.assert_allclose(rates(jnp.int32(step)), (wanted, adam), rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", [False, True])
 def test_adamw_moves_by_signs_and_decays_convolutions_alone(norms):
     options = Options(optimizer="adamw", learning_rate=0.1, warmup=0.0, weight_decay=0.5)

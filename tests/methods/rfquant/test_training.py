@@ -302,6 +302,7 @@ def two_bits_twice(mask, count):
     raise AssertionError("no such draw")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [BASE, pytest.param(SWITCHED, marks=pytest.mark.slow)], ids=["sum", "mean"]
 )
@@ -357,6 +358,7 @@ def assert_same_step(found, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["scan", pytest.param("unrolled", marks=pytest.mark.slow)])
 def test_all_loops_over_the_subnets_take_the_same_step(history, batch, loop):
     made = rfquant.make(MODEL, TABLE, dataclasses.replace(BASE, subnet_loop=loop), RUN)
