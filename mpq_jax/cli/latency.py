@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import rich.console
 import rich.table
+import rich.text
 from absl import flags
 
 from mpq_jax.cli.command_line import Arguments, Command
@@ -109,7 +110,7 @@ def main(arguments: Arguments) -> None:
             request.pairs,
             batch=given.batch,
             rounds=given.rounds,
-            on_layer=lambda name: status.update(f"measuring {name}"),
+            on_layer=lambda name: status.update(rich.text.Text(f"measuring {name}")),
         )
     show(console, measured)
     measured_on = latency.machine() | {name: given[name].value for name in ASKED}
