@@ -11,6 +11,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers.program_results import (
+    end_two_processes,
+    run_two_processes,
+    start_two_processes,
+)
 from helpers.programs import (
     FLOAT,
     PATIENCE,
@@ -101,6 +106,19 @@ def test_of_two_programs_the_second_ends_and_the_first_trains_undisturbed(shared
         range(1, STEPS + 1)
     )
     assert not (tmp_path / "run" / workdir.LOCK).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_refused_together_and_stop_together_at_ctrl_c(tmp_path):
+    place = tmp_path / "run"
+    with workdir.locked(place):
+        printed = end_two_processes(start_two_processes(SHORT, place), place, code=1)
+    assert f"error: {place} is in use by process {os.getpid()} on " in printed[0]
+    assert "error: process 0 cannot write in the workdir" in printed[1]
+    first, second = run_two_processes(SHORT, place, stop_after=3, by=signal.SIGINT)
+    (step,) = saved_steps(place)
+    assert f"stopped by a signal after step {step}; all is saved" in first
+    assert "stopped by" not in second and "Traceback" not in first + second
 
 
 # Signals.
