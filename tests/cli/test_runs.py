@@ -33,7 +33,7 @@ from helpers.programs import (
 from mpq_jax.cli import runs
 from mpq_jax.cli.main import main
 from mpq_jax.search.score_cache import ScoreCache
-from mpq_jax.training import checkpoints, workdir
+from mpq_jax.training import checkpoints, metrics, workdir
 
 SHORT = (*FLOAT[:2], "--config.epochs=1", "--config.log_every=1")
 STEPS = 17  # of SHORT
@@ -76,13 +76,14 @@ def test_a_second_program_is_refused_at_once_and_names_the_first(smoke, tmp_path
 
 
 @pytest.mark.slow
-def test_programs_that_only_read_are_never_refused(shared, tmp_path):
+def test_programs_that_only_read_are_never_refused(shared, tmp_path, monkeypatch):
+    """Their paths are read as users write them, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place, out = shared.smoke / "no" / "..", "~/no/../out.safetensors"
     with workdir.locked(shared.smoke):
-        out = tmp_path / "out.safetensors"
-        assert (
-            main(["export", f"--workdir={shared.smoke}", "--bits=uniform:4", f"--out={out}"]) == 0
-        )
-        assert main(["inspect", str(out)]) == 0
+        assert main(["export", f"--workdir={place}", "--bits=uniform:4", f"--out={out}"]) == 0
+        assert main(["inspect", out]) == main(["verify", out, f"--workdir={place}"]) == 0
+    assert (tmp_path / "out.safetensors").is_file()
 
 
 def test_what_is_refused_leaves_no_workdir(tmp_path):
@@ -225,6 +226,13 @@ def test_a_full_disk_stops_a_search_in_a_sentence_and_it_goes_on(smoke, tmp_path
     (scores,) = (tmp_path / "smoke" / "search").iterdir()
     scores.write_text("")  # as a full disk leaves it
     assert "0 known before" in call("search", *smoke)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_training_is_named_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.MetricWriter, "write", no_room)
+    said = refusal("train", *SHORT, f"--workdir={tmp_path}/run", "--config.device_count=1")
+    assert said.startswith(f"error: cannot write in {tmp_path}/run: [Errno 28] No space left")
 
 
 @pytest.mark.parametrize("command", ["train", "search"])
