@@ -22,7 +22,9 @@ def local_path(text: str | os.PathLike[str]) -> pathlib.Path:
 
     A path without these stays as it is, so that messages show what was typed.
     """
-    path = pathlib.Path(text).expanduser()
+    path = pathlib.Path(text)
+    with contextlib.suppress(RuntimeError):  # a name such as ~old, which is no user's home
+        path = path.expanduser()
     return path.resolve() if ".." in path.parts else path
 
 
@@ -50,7 +52,9 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                if _is_current(file, path):  # not if somebody removed it, and another has it now
+                    with contextlib.suppress(OSError):  # a disk that is read-only meanwhile
+                        path.unlink()
     finally:
         if is_new:
             with contextlib.suppress(OSError):  # it holds something, as it mostly does
@@ -60,7 +64,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 def _acquired(path: pathlib.Path) -> IO[str]:
     """Opens a lock file for this program alone; raises LockedWorkdirError if another has it."""
     while True:
-        file = path.open("a+")
+        file = path.open("a+", errors="replace")
         has_lock = _try_lock(file)
         if _is_current(file, path):
             break
@@ -125,6 +129,6 @@ def _counts(record: dict[str, Any], *, is_locked: bool) -> bool:
         os.kill(record["pid"], 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user
+    except (OSError, OverflowError):  # of another user, or no number of a process
         return True
     return True

@@ -46,6 +46,7 @@ def holder(tmp_path):
         ("a/x/../y", "{here}/a/y"),
         ("[lab]/exp*?", "[lab]/exp*?"),
         ("/a/~/b", "/a/~/b"),
+        ("~nobody-of-this-name/a", "~nobody-of-this-name/a"),
     ],
 )
 def test_paths_are_read_as_users_write_them(text, path, tmp_path, monkeypatch):
@@ -86,6 +87,15 @@ def test_a_second_program_is_refused_in_a_line_that_names_the_first(tmp_path, ho
     holder.communicate()
     with locked(tmp_path / "run"):
         pass
+
+
+def test_a_lock_that_another_program_took_over_stays(tmp_path):
+    """Somebody deleted the file of a program that is still running."""
+    path = tmp_path / LOCK
+    with locked(tmp_path):
+        path.unlink()
+        path.write_text("of another")
+    assert path.read_text() == "of another"
 
 
 def test_the_same_program_is_refused_as_well(tmp_path):
@@ -170,8 +180,10 @@ def test_without_locks_of_the_file_system_the_record_counts(
         raise AssertionError("two programs have it")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "true", '{"host": "a"}', '{"pid": "x"}', "\0"])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"true", b'{"host": "a"}', b'{"pid": "x"}', b"\0", b"\xff"]
+)
 def test_a_damaged_record_without_a_lock_keeps_nobody_out(text, tmp_path):
-    (tmp_path / LOCK).write_text(text)
+    (tmp_path / LOCK).write_bytes(text)
     with locked(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
