@@ -16,8 +16,11 @@ LARGE_PROGRAM = 0.005  # share of all seconds of compilation from which on a pro
 
 
 def make_console(*, quiet: bool = False) -> rich.console.Console:
-    """Makes a console; files and pipes get long lines, so that tables are not cut off."""
-    console = rich.console.Console(quiet=quiet)
+    """Makes a console; files and pipes get long lines, so that tables are not cut off.
+
+    Text is printed as it is: names and paths may hold `[...]`, which rich would take for a style.
+    """
+    console = rich.console.Console(quiet=quiet, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160
     return console
@@ -76,7 +79,6 @@ def print_corrupt(console: rich.console.Console, dataset: data.Dataset) -> None:
             f"images that could not be decoded: {count}: {dataset.corrupt.listing()}; training "
             "took others in their place, evaluation left them out",
             highlight=False,
-            markup=False,
         )
 
 

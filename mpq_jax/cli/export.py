@@ -1,7 +1,5 @@
 """`mpq export`: writes a network with its bits decided as a file that runs elsewhere."""
 
-import pathlib
-
 from absl import flags
 
 from mpq_jax.cli import networks
@@ -10,6 +8,7 @@ from mpq_jax.cli.console import KIB, make_console
 from mpq_jax.export import formats
 from mpq_jax.export.exported_model import config_of
 from mpq_jax.supernet import costs
+from mpq_jax.training.workdir import local_path
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -28,7 +27,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(arguments: Arguments) -> None:
     """Runs the command."""
     given = arguments.flags
-    out = pathlib.Path(given.out)
+    out = local_path(given.out)
     name = networks.format_name(given, out)
     options = {"norms": given.norms, "opset": given.opset}
     options = {option: value for option, value in options.items() if value is not None}

@@ -19,6 +19,7 @@ from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.tasks import evaluation
+from mpq_jax.training.workdir import local_path
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -33,7 +34,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(arguments: Arguments) -> None:
     """Runs the command."""
-    given, console, path = arguments.flags, make_console(), pathlib.Path(arguments.names[0])
+    given, console, path = arguments.flags, make_console(), local_path(arguments.names[0])
     if given.dataset:
         datasets.split_name(given.dataset)  # refuses nonsense at once
     packed = load(path, given.model)
@@ -70,7 +71,7 @@ def configurations(packed: PackedNetwork, files: list[str]) -> dict[str, BitConf
     configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in packed.precisions}
     if not table.searchable.any():
         configs = {"as stored": table.max_config}
-    for file in map(pathlib.Path, files):
+    for file in map(local_path, files):
         configs[file.stem] = bit_configs.from_json(file.read_text(), table.names)
         table.check(configs[file.stem])
     return configs

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import rich.console
 import rich.table
+import rich.text
 from absl import flags
 
 from mpq_jax.cli.command_line import Arguments, Command
@@ -17,6 +18,7 @@ from mpq_jax.supernet import latency
 from mpq_jax.supernet.latency import FLOAT, Pair, Timings
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import MAX_BITS
+from mpq_jax.training.workdir import local_path
 
 ASKED = ("model", "options", "num_classes", "input", "batch", "rounds")  # flags that are noted
 
@@ -72,7 +74,7 @@ def check(given: Any) -> Request:
         if given[name].value < 1:
             raise ValueError(f"--{name} is {given[name].value}; wanted at least 1")
     model = _make_model(given, shape)
-    out = pathlib.Path(given.out)
+    out = local_path(given.out)
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out is {given.out!r}; wanted a file in a directory that exists")
     pairs = itertools.product(bits, bits) if given.pairs else ((one, one) for one in bits)
@@ -116,7 +118,7 @@ def main(arguments: Arguments) -> None:
             request.pairs,
             batch=given.batch,
             rounds=given.rounds,
-            on_layer=lambda name: status.update(f"measuring {name}"),
+            on_layer=lambda name: status.update(rich.text.Text(f"measuring {name}")),
         )
     show(console, measured)
     _check_spread(measured, given.max_spread)

@@ -3,8 +3,11 @@
 import faulthandler
 import importlib
 import importlib.metadata
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags, logging
 
@@ -16,6 +19,7 @@ COMMANDS = {  # each is a module of this folder, imported only when it is called
     "inspect": "print what a file of integers holds, and its accuracy at every precision",
     "latency": "measure the seconds of each layer at each pair of bits on this machine",
 }
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 HELP = """\
 Mixed bit-width quantization: train once, search bits for every layer, export.
 
@@ -53,4 +57,12 @@ def run(command: str | None = None) -> None:
     logging.use_absl_handler()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # for Grain, whose worker processes want absl's own flags
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
+        signal.signal(signal.SIGINT, _end)
     sys.exit(main([*([command] if command else []), *sys.argv[1:]]))
+
+
+def _end(number: int, frame: Any) -> None:
+    """Ends a program that has nothing to save; what it runs might swallow an exception."""
+    os.write(sys.stderr.fileno(), b"interrupted\n")
+    os._exit(INTERRUPTED)

@@ -10,6 +10,7 @@ from mpq_jax.cli import datasets
 from mpq_jax.export import finished_run, formats
 from mpq_jax.export.exported_model import ExportedModel
 from mpq_jax.training import config_record, experiment
+from mpq_jax.training.workdir import local_path
 
 MODEL = "your own model, where its class is now: FILE.py:Class"
 BITS = "bit file of a search, or uniform:N; none for a run that found its bits itself"
@@ -105,7 +106,7 @@ def format_name(given: Any, path: pathlib.Path) -> str:
 def read_dataset(given: Any, exported: ExportedModel) -> data.Dataset:
     """Loads the dataset that was named, or else the one of the run."""
     if not given.dataset:
-        config = config_record.read(pathlib.Path(given.workdir))
+        config = config_record.read(local_path(given.workdir))
         config["data"][config["data"]["name"]].update(moved_data(given))
         return experiment.load_dataset(config)
     return load_dataset(given, exported.provenance["config"]["data"])

@@ -6,9 +6,11 @@ search that is started again goes on.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,41 +47,54 @@ from mpq_jax.training.experiment import (
     whole_variables,
 )
 from mpq_jax.training.metrics import CompileCounter
+from mpq_jax.training.workdir import local_path
 
-UNUSABLE = (ValueError, TypeError, FileNotFoundError)
+TRAIN_FIRST = "run mpq train with the same flags first"
 
 
-def main(arguments: Arguments) -> None:
+class StoppedError(Exception):
+    """The search was asked to stop; the scores until then are in its cache."""
+
+
+def main(arguments: Arguments) -> int:
     """Runs the command."""
-    search(runs.start(arguments))
+    return 0 if search(runs.start(arguments)) else arguments.flags.stopped_status
 
 
 @distributed.abort_together()
-def search(run: Run) -> None:
-    """Searches, writes and prints."""
+def search(run: Run) -> bool:
+    """Searches, writes and prints; returns whether the search came to its end."""
     config, directory = run.config, run.workdir / "search"
-    with CompileCounter() as counter:
+    if not (run.workdir / "checkpoints").exists():
+        sys.exit(f"error: {run.workdir} holds no training run; {TRAIN_FIRST}")
+    with runs.working(run) as must_stop, CompileCounter() as counter:
         try:
             experiment = build(config)
             net = searched_net(experiment, config)
             options = search_options(config, net.table)
             step, state = read_state(run, experiment)
-            report = run_search(run, experiment, net, state, options)
-        except UNUSABLE as error:
-            sys.exit(f"error: {error}")
+            float_accuracy = test_float(experiment, config)
+            report = run_search(run, experiment, net, state, options, must_stop)
+        except StoppedError:
+            run.console.print(
+                f"stopped by a signal; the scores are kept in {directory}, run it again",
+                highlight=False,
+            )
+            return False
+        except runs.UNUSABLE as error:
+            sys.exit(f"error: {runs.explain(run, error)}")
         origin = {"checkpoint": f"step {step} of {config.method}", "command": shlex.join(sys.argv)}
         report = dataclasses.replace(
-            report,
-            float_accuracy=test_float(experiment, config),
-            provenance=report.provenance | origin,
+            report, float_accuracy=float_accuracy, provenance=report.provenance | origin
         )
         write_networks(run, experiment, net, report, directory)
-    if jax.process_index() == 0:
-        write_report(run, experiment, report, directory)
+        if jax.process_index() == 0:
+            write_report(run, experiment, report, directory)
     print_report(run, report)
     run.console.print(f"bits, tables, plots and report.html are in {directory}")
     print_corrupt(run.console, experiment.dataset)
     print_compilations(run.console, counter)
+    return True
 
 
 def searched_net(experiment: Experiment, config: Config) -> Supernet:
@@ -107,7 +122,7 @@ def search_options(config: Config, table: LayerTable) -> searching.SearchOptions
     options["limits"] = given.limits.to_dict()
     options["latency"] = None
     if given.latency:
-        options["latency"] = costs.latency_table(table, pathlib.Path(given.latency).read_text())
+        options["latency"] = costs.latency_table(table, local_path(given.latency).read_text())
     own = STRATEGIES[given.strategy].options if given.strategy in STRATEGIES else ()
     options["strategy_options"] = {name: given[name] for name in own if name in given}
     options |= {"memory": given.memory_mib * 2**20, "seed": config.seed}
@@ -120,15 +135,12 @@ def search_options(config: Config, table: LayerTable) -> searching.SearchOptions
 def read_state(run: Run, experiment: Experiment) -> tuple[int, SupernetState]:
     """Reads the newest checkpoint of the workdir: its step, and the supernet."""
     directory = run.workdir / "checkpoints"
-    again = "run mpq train with the same flags first"
-    if not directory.exists():
-        raise ValueError(f"{run.workdir} holds no training run; {again}")
     # The float run is only read for comparison here; it may have moved since.
     config_record.check_same_run(run.config, run.workdir, free_keys=("init_from",))
     with checkpoints.open_manager(directory) as manager:
         restored = checkpoints.restore_latest(manager, abstract_state(experiment))
     if restored is None:
-        raise ValueError(f"{directory} is empty; {again}")
+        raise ValueError(f"{directory} is empty; {TRAIN_FIRST}")
     if restored[0] < experiment.run.steps:
         run.console.print(f"note: the run is at step {restored[0]} of {experiment.run.steps}")
     return restored[0], whole_variables(experiment, restored[1])
@@ -140,13 +152,14 @@ def run_search(
     net: Supernet,
     state: SupernetState,
     options: searching.SearchOptions,
+    must_stop: Callable[[int], bool],
 ) -> SearchReport:
-    """Searches, shows the steps, and prints what was done."""
+    """Searches, shows the steps, and prints what was done; raises StoppedError if told to stop."""
     images = data.whole_split(experiment.dataset, VALIDATION)
     count = scored_images(experiment, options.score_images, len(images["image"]))
     options = dataclasses.replace(options, score_images=count)
     progress = rich.progress.Progress(
-        "{task.description}",
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.TimeElapsedColumn(),
         console=run.console,
         transient=True,
@@ -159,7 +172,7 @@ def run_search(
             images["label"],
             readers=make_readers(experiment, run.config),
             cache=run.workdir / "search",
-            on_step=shown_steps(progress),
+            on_step=until_stopped(shown_steps(progress), must_stop),
             **{f.name: getattr(options, f.name) for f in dataclasses.fields(options)},
         )
     run.console.print(
@@ -184,6 +197,18 @@ def shown_steps(progress: rich.progress.Progress) -> OnStep:
         progress.update(bar, description=f"{step.phase}: {step.change}: cost {step.cost:.4g}")
 
     return show
+
+
+def until_stopped(on_step: OnStep, must_stop: Callable[[int], bool]) -> OnStep:
+    """Returns a function that passes steps on, and raises StoppedError at a request to stop."""
+    numbers = itertools.count(1)
+
+    def pass_on(step: Step) -> None:
+        on_step(step)
+        if must_stop(next(numbers)):
+            raise StoppedError
+
+    return pass_on
 
 
 def scored_images(experiment: Experiment, wanted: int, available: int) -> int:

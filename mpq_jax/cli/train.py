@@ -1,12 +1,10 @@
 """`mpq train`: trains a model as a config describes it."""
 
-import errno
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import rich.progress
-from absl import flags
 
 from mpq_jax import data
 from mpq_jax.cli import runs
@@ -35,19 +33,7 @@ from mpq_jax.training.initial_state import make_initial_state
 from mpq_jax.training.loop import DivergedError, Watch, train_loop
 from mpq_jax.training.metrics import CompileCounter
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 STOPPING = (checkpoints.FailedSaveError, data.CorruptImagesError, DivergedError)
-
-
-def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of the command."""
-    runs.define_flags(values)
-    flags.DEFINE_integer(
-        "stopped_status",
-        0,
-        "exit status of a run that SIGTERM stopped before its end",
-        flag_values=values,
-    )
 
 
 def main(arguments: Arguments) -> int:
@@ -59,7 +45,7 @@ def main(arguments: Arguments) -> int:
 @distributed.abort_together()
 def train(run: Run) -> bool:
     """Trains, or goes on training; returns whether the run came to its end."""
-    with CompileCounter() as counter:
+    with runs.working(run) as must_stop, CompileCounter() as counter:
         try:
             experiment = build(run.config)
             config_record.check_same_run(run.config, run.workdir)
@@ -67,19 +53,12 @@ def train(run: Run) -> bool:
             first_step, state = _first_state(run, experiment, manager)
             config_record.write(run.config, run.workdir)
         except runs.UNUSABLE as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {runs.explain(run, error)}")
         print_layers(run.console, experiment.table)
         try:
-            state = _train_on(run, experiment, manager, state, first_step)
+            state = _train_on(run, experiment, manager, state, first_step, must_stop)
         except STOPPING as error:
             sys.exit(f"error: {error}")
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            sys.exit(
-                f"error: cannot write in {run.workdir}: {error}. Make room and start the same "
-                "command again: it goes on from the newest checkpoint"
-            )
         print_corrupt(run.console, experiment.dataset)
     print_compilations(run.console, counter)
     return int(state.step) == experiment.run.steps
@@ -97,12 +76,17 @@ def _first_state(run: Run, experiment: Experiment, manager: checkpoints.Manager)
 
 
 def _train_on(
-    run: Run, experiment: Experiment, manager: checkpoints.Manager, state: Any, first_step: int
+    run: Run,
+    experiment: Experiment,
+    manager: checkpoints.Manager,
+    state: Any,
+    first_step: int,
+    must_stop: Callable[[int], bool],
 ) -> Any:
     """Trains to the end, or until the run is stopped; writes the results of a finished run."""
     evaluate = evaluation.make_evaluate_all(experiment.method.predict, experiment.normalize)
     progress = rich.progress.Progress(
-        "{task.description}",
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeRemainingColumn(),
@@ -115,6 +99,7 @@ def _train_on(
         watch = Watch(
             progress=lambda done, line: progress.update(bar, completed=done, description=line),
             say=lambda sentence: run.console.print(sentence, highlight=False),
+            must_stop=must_stop,
         )
         state = train_loop(
             experiment, run.config, run.workdir, manager, evaluate, state, first_step, watch=watch
@@ -156,7 +141,7 @@ COMMAND = Command(
         mpq train --config=digits:float --workdir=runs/float
         mpq train --config=digits --workdir=runs/supernet --config.init_from=runs/float
     """,
-    define=define_flags,
+    define=runs.define_flags,
     run=main,
     user_errors=(),  # `train` itself says what the user can mend
     required=runs.REQUIRED,

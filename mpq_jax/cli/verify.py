@@ -1,7 +1,5 @@
 """`mpq verify`: holds an exported file against the training-time model."""
 
-import pathlib
-
 import rich.console
 import rich.table
 from absl import flags
@@ -10,6 +8,7 @@ from mpq_jax.cli import datasets, networks
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import KIB, make_console
 from mpq_jax.export import formats, verification
+from mpq_jax.training.workdir import local_path
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -26,7 +25,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(arguments: Arguments) -> None:
     """Runs the command; raises ValueError where the file is not the network."""
-    given, path = arguments.flags, pathlib.Path(arguments.names[0])
+    given, path = arguments.flags, local_path(arguments.names[0])
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     name = networks.format_name(given, path)

@@ -88,11 +88,11 @@ def _in_threads(make_batch: MakeBatch, steps: range, *, num_threads: int) -> Any
 def _end_with_program(worker: int, workers: int) -> None:
     """Ends a worker with the main process, even a killed one; Grain's workers would live on.
 
-    Schedulers often send SIGTERM to all processes at once. Workers ignore it, because the main
-    process may need more batches until it has saved its state.
+    Schedulers and terminals often send a signal to all processes at once. Workers ignore those that
+    stop a run, because the main process may need more batches until it has saved its state.
     """
     del worker, workers
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

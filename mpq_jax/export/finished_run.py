@@ -20,6 +20,7 @@ from mpq_jax.supernet.state import SupernetState
 from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training import checkpoints, config_record, experiment
 from mpq_jax.training.experiment import Experiment
+from mpq_jax.training.workdir import local_path
 
 UNIFORM = "uniform:"  # `uniform:4` in place of a bit file: these bits in every layer with a choice
 ALONE = {"device_count": 1, "fsdp": 1}  # one device exports, whatever devices trained
@@ -49,7 +50,7 @@ def load(
         FileNotFoundError: there is no such run or no such file.
         ValueError: the run is not finished or has no bits, or the bits do not fit its layers.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(workdir)
     config = config_record.read(workdir)
     try:
         config["data"][config["data"]["name"]].update(dataset or {})
@@ -124,8 +125,7 @@ def _finished_state(run: Experiment, workdir: pathlib.Path) -> tuple[int, Any]:
     directory = workdir / "checkpoints"
     if not directory.is_dir():
         raise FileNotFoundError(f"{workdir} holds no checkpoints; train there first")
-    with checkpoints.open_manager(directory) as manager:
-        restored = checkpoints.restore_latest(manager, experiment.abstract_state(run))
+    restored = checkpoints.peek_latest(directory, experiment.abstract_state(run))
     step = restored[0] if restored else 0
     if restored is None or step < run.run.steps:
         raise ValueError(
@@ -181,7 +181,7 @@ def read_bits(table: LayerTable, bits: Any) -> tuple[BitConfig, str]:
     elif str(bits).startswith("{"):
         chosen, name = bit_configs.from_json(str(bits), table.names), "given"
     else:
-        path = pathlib.Path(bits)
+        path = local_path(bits)
         if not path.is_file():
             raise FileNotFoundError(f"there is no bit file {path}; a search writes bits_*.json")
         try:

@@ -81,7 +81,11 @@ def make(
 def find_maker(name: str) -> Callable[..., Any]:
     """Imports the class or function to which a name refers; errors as in `make`."""
     place, _, own_name = name.rpartition(":")
-    module = _import_file(pathlib.Path(place)) if place.endswith(".py") else _import_module(place)
+    module = (
+        _import_file(pathlib.Path(place).expanduser())
+        if place.endswith(".py")
+        else _import_module(place)
+    )
     maker = getattr(module, own_name, None)
     if not callable(maker):
         makers = [

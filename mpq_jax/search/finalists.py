@@ -135,9 +135,17 @@ def within_drop(
     def accuracy_of(bits: BitConfig) -> float:
         return evaluator.evaluate(bits, VALIDATION).accuracy
 
-    def find_all(limits: Sequence[float]) -> list[BitConfig]:
+    reasons = []
+
+    def find_all(limits: Sequence[float]) -> list[BitConfig | None]:
         budgets = problem.budgets({f"limit {limit!r}": limit for limit in limits})
-        return [one.bits for one in find(budgets)]
+        try:
+            return [one.bits for one in find(budgets)]
+        except ValueError as error:  # low limits may need bits whose scores are not finite
+            if len(limits) > 1:
+                return [bits for limit in limits for bits in find_all([limit])]
+            reasons.append(str(error))
+            return [None]
 
     low, high = problem.cost_range()
     wanted = accuracy_of(problem.space.table.max_config) - points / 100
@@ -146,6 +154,8 @@ def within_drop(
     )
     if best is not None:
         return best.bits, ""
+    if not tried:
+        return None, f"nothing was found that loses at most {points:g} points: {reasons[-1]}"
     most = max(one.accuracy for one in tried)
     return None, (
         f"no configuration that was found loses at most {points:g} points on validation images: "

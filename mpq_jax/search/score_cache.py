@@ -3,6 +3,9 @@
 Each line of the file is one scored configuration, written as soon as it is known; the first line
 says what was scored. Strategies are deterministic functions of the scores, so a search that was
 interrupted runs through the known scores and goes on.
+
+Every line is JSON and ends with its checksum, which also covers the first line: a line that is
+damaged, or of another file, is dropped and scored anew.
 """
 
 import json
@@ -13,12 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Key
 
 from mpq_jax.search.problem import Score
 from mpq_jax.supernet.bits import BitConfig
 
-FORMAT, VERSION = "mpq_jax.scores", 1
+FORMAT, VERSION = "mpq_jax.scores", 2  # 1 had no checksums
+CHECKSUM = b', "crc32": "'  # stands between a line's record and its checksum
 
 
 def file_of(folder: pathlib.Path, of: dict[str, Any]) -> pathlib.Path:
@@ -39,7 +44,7 @@ class ScoreCache:
         """Opens a file of scores, or begins one.
 
         Args:
-            path: the file; a last line that was cut off is dropped.
+            path: the file; damaged lines, and a last line that was cut off, are dropped.
             of: everything that decides the scores, as JSON: supernet, images, metric.
             write: whether to add to the file; only one process of a run may.
 
@@ -50,38 +55,41 @@ class ScoreCache:
         self._write = write and path is not None
         self._scores: dict[tuple[str, bytes], float] = {}
         self._configs: list[tuple[BitConfig, float]] = []
+        self._first = _sealed({"format": FORMAT, "version": VERSION, "of": of})
         if path is not None:
-            self._open(path, {"format": FORMAT, "version": VERSION, "of": of})
+            self._open(path)
         self.known = len(self._scores)
 
-    def _open(self, path: pathlib.Path, header: dict[str, Any]) -> None:
-        if path.exists():
-            self._read(path, header)
-        elif self._write:
+    def _open(self, path: pathlib.Path) -> None:
+        content = path.read_bytes() if path.exists() else b""
+        if not self._first.startswith(content):
+            self._read(path, content)
+        elif self._write:  # there is no file, or not even its first line was written
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n")
+            path.write_bytes(self._first + b"\n")
 
-    def _read(self, path: pathlib.Path, header: dict[str, Any]) -> None:
-        text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        try:
-            found, *lines = (json.loads(line) for line in whole.splitlines())
-        except ValueError as error:
-            raise ValueError(
-                f"{path} holds no scores ({error}); move it away to score anew"
-            ) from error
-        if found != json.loads(json.dumps(header)):
-            raise ValueError(
-                f"{path} holds the scores of something else: {found}; wanted {header}; move it "
-                "away to score anew"
+    def _read(self, path: pathlib.Path, content: bytes) -> None:
+        *whole, torn = content.split(b"\n")
+        first, lines = (whole or [torn])[0], whole[1:]
+        records = {line: _unsealed(line, after=self._first) for line in lines}
+        sound = {line: record for line, record in records.items() if record is not None}
+        if first != self._first and not sound:
+            raise ValueError(_describe_foreign(path, first, self._first))
+        kept = [self._first, *sound]
+        damaged = len({first, *lines} - set(kept))
+        if damaged:
+            logging.warning(
+                "%s: damaged lines are dropped, and what they held is scored anew: %d",
+                path,
+                damaged,
             )
-        if whole != text and self._write:
+        if self._write and (damaged or torn):
             mended = path.with_suffix(".mended")
-            mended.write_text(whole)
+            mended.write_bytes(b"".join(line + b"\n" for line in kept))
             mended.replace(path)
-        for line in lines:
-            weights, acts = (np.array(line[name], np.int32) for name in ("weights", "acts"))
-            self._keep(line["key"], weights, acts, line["score"])
+        for record in sound.values():
+            weights, acts = (np.array(record[name], np.int32) for name in ("weights", "acts"))
+            self._keep(record["key"], weights, acts, record["score"])
 
     def _keep(self, key: str, weights: np.ndarray, acts: np.ndarray, score: float) -> None:
         self._scores[key, np.stack([weights, acts]).tobytes()] = score
@@ -117,8 +125,40 @@ class ScoreCache:
         if not self._write or self.path is None:
             return
         lines = [
-            json.dumps({"key": key, "weights": w.tolist(), "acts": a.tolist(), "score": float(v)})
+            _sealed(
+                {"key": key, "weights": w.tolist(), "acts": a.tolist(), "score": float(v)},
+                after=self._first,
+            )
             for w, a, v in zip(weights, acts, values, strict=True)
         ]
-        with self.path.open("a") as file:
-            file.write("".join(line + "\n" for line in lines))
+        with self.path.open("ab") as file:
+            file.write(b"".join(line + b"\n" for line in lines))
+
+
+def _sealed(record: dict[str, Any], *, after: bytes = b"") -> bytes:
+    """Writes a record as a line of JSON with the checksum of itself and of what it belongs to."""
+    text = json.dumps(record, sort_keys=True).encode()
+    return text.removesuffix(b"}") + CHECKSUM + b'%08x"}' % zlib.crc32(text, zlib.crc32(after))
+
+
+def _unsealed(line: bytes, *, after: bytes = b"") -> dict[str, Any] | None:
+    """Reads what `_sealed` wrote; None: it is damaged, or belongs to something else."""
+    try:
+        record = json.loads(line.rpartition(CHECKSUM)[0] + b"}")
+    except ValueError:  # of the text's encoding, or of JSON
+        return None
+    return record if _sealed(record, after=after) == line else None
+
+
+def _describe_foreign(path: pathlib.Path, found: bytes, wanted: bytes) -> str:
+    """Says what a file holds that is not the scores that are wanted."""
+    try:
+        header = json.loads(found)
+    except ValueError as error:
+        what = f"holds no scores ({error})"
+    else:
+        what = f"holds the scores of something else: {header}; wanted {wanted.decode()}"
+        if isinstance(header, dict) and header.get("format") == FORMAT:
+            if (version := header.get("version")) != VERSION:
+                what = f"is of version {version}, and this mpq_jax reads version {VERSION}"
+    return f"{path} {what}; move it away to score anew"

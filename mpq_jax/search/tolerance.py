@@ -26,7 +26,7 @@ class Tried(NamedTuple):
 
 
 def cheapest_within(
-    find: Callable[[Sequence[float]], Sequence[BitConfig]],
+    find: Callable[[Sequence[float]], Sequence[BitConfig | None]],
     cost_of: Callable[[BitConfig], float],
     accuracy_of: Callable[[BitConfig], float],
     *,
@@ -43,7 +43,7 @@ def cheapest_within(
     not increase with the limit: whatever was good enough counts.
 
     Args:
-        find: limits -> a configuration for each.
+        find: limits -> a configuration for each; None: there is none within this limit.
         cost_of: cost of a configuration.
         accuracy_of: accuracy of a configuration, 0 to 1; each is asked for once.
         low: smallest limit that can be met, above 0.
@@ -61,11 +61,15 @@ def cheapest_within(
             "0, at least 2 points and 1 round"
         )
     tried: list[Tried] = []
+    asked: list[float] = []
     for number in range(rounds):
         # The ends of later rounds are known already.
         spread = np.geomspace(low, high, points + 2 * (number > 0))
         limits = [float(limit) for limit in (spread[1:-1] if number else spread)]
         for limit, bits in zip(limits, find(limits), strict=True):
+            asked.append(limit)
+            if bits is None:
+                continue
             known = [one for one in tried if same_bits(one.bits, bits)]
             accuracy = known[0].accuracy if known else accuracy_of(bits)
             tried.append(Tried(limit, bits, cost_of(bits), accuracy))
@@ -73,7 +77,7 @@ def cheapest_within(
         if not enough:
             break
         high = min(enough)
-        low = max((one.limit for one in tried if one.limit < high), default=high)
+        low = max((limit for limit in asked if limit < high), default=high)
         if low == high:
             break
     good = [one for one in tried if one.accuracy >= wanted]

@@ -79,12 +79,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{workdir} holds no run: there is no {FILE} in it; give the workdir of a training run"
         )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:  # of the text's encoding, or of JSON
-        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
-    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
-        raise ValueError(f"{path} is no config of a training run of mpq_jax")
+    config = _load(path)
     version = config.get("version", 1)
     if version != VERSION:
         raise ValueError(
@@ -92,6 +87,23 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
             f"other names{_changes(config)}. Go on with the mpq_jax that wrote it, or train anew "
             "in another --workdir"
         )
+    return config
+
+
+def method_of(workdir: pathlib.Path) -> str | None:
+    """Returns the method of the run in a workdir, of any version; None: there is no config."""
+    path = workdir / FILE
+    return _load(path).get("method") if path.is_file() else None
+
+
+def _load(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a config of any version; raises ValueError if it is damaged or is none."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:  # of the text's encoding, or of JSON
+        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+        raise ValueError(f"{path} is no config of a training run of mpq_jax")
     return config
 
 
@@ -126,7 +138,7 @@ def as_json(config: Config) -> dict[str, Any]:
 def check_same_run(
     config: Config, workdir: pathlib.Path, *, free_keys: tuple[str, ...] = ()
 ) -> None:
-    """Raises ValueError if the workdir belongs to a run of other values.
+    """Raises ValueError if the workdir belongs to a run of other values, or of unknown ones.
 
     Args:
         config: the config that is asked for.
@@ -134,8 +146,15 @@ def check_same_run(
         free_keys: keys that may differ, besides those that do not change what is trained.
     """
     if not (workdir / FILE).exists():
+        if _holds_checkpoints(workdir):
+            raise ValueError(
+                f"{workdir} holds checkpoints but no {FILE}, so nothing tells which config they "
+                f"were trained with: bring {FILE} back, or take another --workdir"
+            )
         return
     theirs, ours = read(workdir), as_json(config)
+    if not isinstance(theirs.get("model"), dict) or "name" not in theirs["model"]:
+        raise ValueError(f"{workdir / FILE} is no config of a training run of mpq_jax")
     free = {"version", *FREE_KEYS, *free_keys, *_options_of_others(config["method"])}
     for record in (theirs, ours):
         for name in FREE_READING_KEYS:
@@ -151,6 +170,12 @@ def check_same_run(
             f"{workdir} holds a run of another config: {'; '.join(changed)}. Take another "
             "--workdir, or the old values to go on with it"
         )
+
+
+def _holds_checkpoints(workdir: pathlib.Path) -> bool:
+    """Tells whether a workdir holds a finished checkpoint."""
+    directory = workdir / "checkpoints"
+    return directory.is_dir() and any(path.name.isdecimal() for path in directory.iterdir())
 
 
 def _options_of_others(method: str) -> set[str]:

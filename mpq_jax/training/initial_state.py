@@ -1,8 +1,6 @@
 """The state that training starts from: random weights, a finished run, or a file of weights."""
 
 import functools
-import json
-import pathlib
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ from mpq_jax.parallel import mesh
 from mpq_jax.training import checkpoints, config_record, nonfinite
 from mpq_jax.training.config_record import Config
 from mpq_jax.training.experiment import Experiment, fresh_variables
+from mpq_jax.training.workdir import local_path
 
 HEAD = "head"  # name of the last layer in every model of mpq_jax.models
 
@@ -67,7 +66,7 @@ def load_start(experiment: Experiment, method: Method, config: Config) -> tuple[
 
 def read_start(experiment: Experiment, config: Config) -> tuple[dict[str, Any], str]:
     """Reads the best checkpoint of a finished run or a file of weights, and says which it is."""
-    path = pathlib.Path(config["init_from"])
+    path = local_path(config["init_from"])
     if path.suffix not in pretrained.SUFFIXES or path.is_dir():
         step, saved = checkpoints.load_best(path / "checkpoints")
         return saved, f"the run in {path}, step {step}"
@@ -127,8 +126,8 @@ def check_start(config: Config) -> None:
             f"config.init_from is empty, but {config['method']} starts from a finished run of "
             f"{family.warm_starts_from} (or a float run, for a try)"
         )
-    path = pathlib.Path(place) / config_record.FILE
-    method = json.loads(path.read_text()).get("method") if path.exists() else None
+    workdir = local_path(place)
+    method = config_record.method_of(workdir)
     if method in (None, "plain"):
         return  # reading its variables tells the rest
     if method != family.warm_starts_from:
@@ -136,7 +135,7 @@ def check_start(config: Config) -> None:
             f"config.init_from is {place!r}, a run of {method}; wanted one of "
             f"{family.warm_starts_from}, or a float run"
         )
-    theirs = config_record.read(path.parent)
+    theirs = config_record.read(workdir)
     changed = _changed_options(config, theirs, family.warm_starts_from, family.must_match)
     if changed:
         raise ValueError(f"config.init_from is {place!r}, trained otherwise: {'; '.join(changed)}")
@@ -146,8 +145,8 @@ def _changed_options(
     config: Config, theirs: dict[str, Any], group: str, names: tuple[str, ...]
 ) -> list[str]:
     """Names what must be as in the run that is started from, and is not."""
-    ours = config_record.as_json(config)
-    pairs = {"config.bits": (theirs["bits"], ours["bits"])} | {
-        f"config.{group}.{name}": (theirs[group][name], ours[group][name]) for name in names
+    ours, held = config_record.as_json(config), theirs.get(group, {})
+    pairs = {"config.bits": (theirs.get("bits"), ours["bits"])} | {
+        f"config.{group}.{name}": (held.get(name), ours[group][name]) for name in names
     }
     return [f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new]

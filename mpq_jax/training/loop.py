@@ -1,19 +1,17 @@
 """The training loop: steps, and what happens every so many of them.
 
-All side effects are here: metrics are written, checkpoints saved, a signal obeyed. A run that is
-started again goes on with the very next step, and ends with the same bits.
+All side effects are here: metrics are written, checkpoints saved, requests to stop obeyed. A run
+that is started again goes on with the very next step, and ends with the same bits.
 """
 
 import contextlib
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mpq_jax.methods import Method
 from mpq_jax.parallel import mesh
@@ -32,15 +30,18 @@ class DivergedError(RuntimeError):
 
 
 class Watch(NamedTuple):
-    """Callbacks that show the progress of a loop.
+    """Callbacks that show the progress of a loop, or stop it.
 
     Attributes:
         progress: `(steps done, line)`, after every step that logs.
         say: `(sentence)`, at the end of every epoch, and where the loop is stopped.
+        must_stop: `(steps done) -> whether to save and stop`, from `stopping.stop_requests`; asked
+            after every step, alike on all processes.
     """
 
     progress: Callable[[int, str], None] = lambda done, line: None
     say: Callable[[str], None] = lambda sentence: None
+    must_stop: Callable[[int], bool] = lambda done: False
 
 
 class Due(NamedTuple):
@@ -111,10 +112,10 @@ def train_loop(
         evaluate: evaluates the configurations that the method names.
         state: training state, consumed.
         first_step: number of steps done.
-        watch: is told of progress.
+        watch: is told of progress, and may stop the loop.
 
     Returns:
-        The last state; its step is that of the run's end unless SIGTERM stopped it.
+        The last state; its step is that of the run's end unless it was stopped.
 
     Raises:
         DivergedError: a metric or the state is not finite.
@@ -124,7 +125,7 @@ def train_loop(
     key = jax.random.key(config["seed"])
     means, line = MeanMetrics(first_step, config["batch_size"]), ""
     floored: frozenset[str] = frozenset()
-    with _writer(workdir, first_step + 1) as write, _stop_requests() as must_stop:
+    with _writer(workdir, first_step + 1) as write:
         for step in range(first_step, run.steps):
             epoch, place = divmod(step, run.steps_per_epoch)
             if place == 0:
@@ -133,7 +134,7 @@ def train_loop(
             state, metrics = method.train_step(state, next(batches), jax.random.fold_in(key, step))
             means.add(metrics)
             done, scores = step + 1, {}
-            due = _due(config, run.steps_per_epoch, done, stop=must_stop(done))
+            due = _due(config, run.steps_per_epoch, done, stop=watch.must_stop(done))
             if due.log or due.save:  # only here does the host wait for the devices
                 _check_metrics(manager, means.fetch(), done)
             if due.save:
@@ -256,17 +257,3 @@ def _writer(
             writer.close()
         raise
     writer.close()
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Listens for SIGTERM; yields `must_stop(step)`, which all processes answer alike."""
-    if jax.process_count() > 1:  # JAX listens, and tells all processes
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield lambda step: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, before)

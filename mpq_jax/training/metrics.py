@@ -81,13 +81,16 @@ class TensorBoardWriter:
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads `metrics.jsonl` of a directory; a last line that a kill cut off is left out."""
+    """Reads `metrics.jsonl` of a directory, up to a line that a kill cut off or that is damaged."""
     path, entries = directory / METRICS, []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except ValueError:  # of the text's encoding, or of JSON
             break
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            break
+        entries.append(entry)
     return entries
 
 

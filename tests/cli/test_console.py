@@ -4,9 +4,10 @@ import io
 
 import pytest
 import rich.console
+import rich.table
 from helpers.attention import MIX, PRODUCT_MACS, SCORES, SHAPE, TinyVit
 
-from mpq_jax.cli.console import print_layers
+from mpq_jax.cli.console import make_console, print_layers
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
 
@@ -40,3 +41,14 @@ def test_products_that_are_layers_have_a_row():
     (row,) = (line for line in lines if MIX in line)
     cells = [cell.strip() for cell in row.strip("\u2502").split("\u2502")]
     assert cells == [MIX, "product", "", str(PRODUCT_MACS), "0", "8 4", "6"]
+
+
+@pytest.mark.parametrize("text", ["runs/[lab]/a", "[/b]", "[bold]x", ":warning:", "layers[0]"])
+def test_names_and_paths_are_printed_as_they_are(text, capsys):
+    console = make_console()
+    shown = rich.table.Table("path")
+    shown.add_row(text)
+    console.print(f"going on in {text}")
+    console.print(shown)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"going on in {text}\n") and printed.count(text) == 2

@@ -236,3 +236,26 @@ def test_inputs_without_step_sizes_of_their_own_are_refused(exported):
     wide = exported.bits._replace(acts=jnp.full_like(exported.bits.acts, 32))
     with pytest.raises(ValueError, match="input of 'stage0_block0/conv1' has 32 bits, clipped"):
         exported_model.quantized_layers(exported._replace(bits=wide))
+
+
+def test_reading_leaves_a_damaged_checkpoint_where_it_is(tmp_path):
+    """Only what goes on writing in a workdir may set a checkpoint aside."""
+    make_run(tmp_path, "double_rounding", done=False)
+    make_run(tmp_path, "double_rounding")
+    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    (newest / "state" / "checksums.json").write_text("{}")
+    (tmp_path / "checkpoints" / "99.orbax-checkpoint-tmp-1").mkdir()  # a save that is under way
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="is at step 1 of .*; let training finish"):
+        finished_run.load(tmp_path, "uniform:4")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_paths_are_read_as_users_write_them(workdirs, tmp_path, monkeypatch):
+    workdir = workdirs("double_rounding")
+    table = experiment.build(make_config("double_rounding")).table
+    (tmp_path / "bits.json").write_text(bit_configs.to_json(table.uniform(4, 4), table.names))
+    monkeypatch.setenv("HOME", str(workdir.parent))
+    for place in (f"~/{workdir.name}", workdir / "no" / ".." / "such" / ".."):
+        found = finished_run.load(place, tmp_path / "no" / ".." / "bits.json")
+        assert found.provenance["norms"] == "of training, w4a4"

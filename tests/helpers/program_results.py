@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +33,49 @@ def assert_same_curve(logged: list[dict], expected: list[dict], names: tuple[str
             assert left[name] == pytest.approx(right[name], rel=tolerance), (name, left, right)
 
 
-def run_two_processes(flags: tuple[str, ...], workdir: Path, *, stop_after: int) -> list[str]:
-    """Trains in two processes until one of them gets SIGTERM; returns what each printed."""
+def start_two_processes(flags: tuple[str, ...], workdir: Path) -> list[subprocess.Popen]:
+    """Starts training in two processes; what they print goes to `process0` and `process1`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = (*flags, f"--workdir={workdir}", "--distributed", f"--coordinator={address}")
-    outputs = [workdir.parent / f"process{index}" for index in range(2)]
-    processes = [
+    return [
         start(
             "train.py",
             *flags,
             "--process_count=2",
             f"--process_index={index}",
             "--stopped_status=143",
-            output=outputs[index],
+            output=workdir.parent / f"process{index}",
         )
         for index in range(2)
     ]
+
+
+def end_two_processes(processes: list[subprocess.Popen], workdir: Path, *, code: int) -> list[str]:
+    """Waits for both to end with an exit code; returns what each printed."""
     try:
-        wait_for(lambda: len(losses(entries(workdir))) >= stop_after, processes[0])
-        processes[1].send_signal(signal.SIGTERM)  # not the one that writes
         codes = [process.wait(PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    printed = [output.read_text() for output in outputs]
-    assert codes == [143, 143], printed
+    printed = [(workdir.parent / f"process{index}").read_text() for index in range(2)]
+    assert codes == [code, code], printed
     return printed
+
+
+def run_two_processes(
+    flags: tuple[str, ...], workdir: Path, *, stop_after: int, by: int = signal.SIGTERM
+) -> list[str]:
+    """Trains in two processes until one of them gets a signal; returns what each printed."""
+    processes = start_two_processes(flags, workdir)
+    try:
+        wait_for(lambda: len(losses(entries(workdir))) >= stop_after, processes[0])
+        processes[1].send_signal(by)  # not the one that writes
+        return end_two_processes(processes, workdir, code=143)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 PNG = b"\x89PNG\r\n\x1a\n"

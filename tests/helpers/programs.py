@@ -110,7 +110,7 @@ class Programs(NamedTuple):
         return (self.directory / f"{name}.txt").read_text()
 
 
-def call(command: str, *flags: str, devices: int = 1) -> str:
+def call(command: str, *flags: str, devices: int = 1, status: int = 0) -> str:
     """Calls a command in this process, on some of its devices; returns what it printed.
 
     Without checks of annotations, as in a process of its own.
@@ -119,7 +119,7 @@ def call(command: str, *flags: str, devices: int = 1) -> str:
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         with contextlib.redirect_stdout(printed):
-            assert main([command, *flags, f"--config.device_count={devices}"]) == 0
+            assert main([command, *flags, f"--config.device_count={devices}"]) == status
     finally:
         jaxtyping.config.update("jaxtyping_disable", checks)
     return printed.getvalue()

@@ -12,6 +12,7 @@ from helpers.random_variables import drawn_variables
 
 import mpq_jax as mpq
 from mpq_jax.quantizers import lsq
+from mpq_jax.search import run
 from mpq_jax.search.pareto import hypervolume
 from mpq_jax.search.readers import readers_of_arrays
 from mpq_jax.search.scoring import as_arrays
@@ -314,3 +315,40 @@ def test_latencies_are_budgets_where_they_are_given():
 def test_what_cannot_be_searched_is_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         search(**changed)
+
+
+def without_scores(is_broken):
+    """Makes scores that are not finite where `is_broken(bits)`."""
+    make = run._make_score
+
+    def make_broken(*args):
+        score = make(*args)
+        return lambda configs, key: np.where(is_broken(configs), np.nan, score(configs, key))
+
+    return make_broken
+
+
+@pytest.mark.parametrize("strategy", ["ilp", "hybrid"])
+def test_a_drop_is_searched_where_low_limits_need_bits_without_a_score(strategy, monkeypatch):
+    """Both forbid such bits, and then nothing is within the least limit."""
+
+    def has_two_bits(configs):
+        return (np.asarray(configs.weights) == 2).any(-1)
+
+    monkeypatch.setattr(run, "_make_score", without_scores(has_two_bits))
+    options = {"strategy": strategy, "strategy_options": {}, "max_accuracy_drop": 100.0}
+    report = search(**options)
+    assert not report.notes
+    assert not has_two_bits(report["within 100 points"].bits)
+    assert not has_two_bits(report["3-bit level"].bits)
+
+
+def test_a_drop_without_any_score_is_a_note(monkeypatch):
+    everything = without_scores(lambda configs: np.full(len(configs.weights), True))
+    monkeypatch.setattr(run, "_make_score", everything)
+    report = search(strategy="ilp", strategy_options={}, levels=(), max_accuracy_drop=5.0)
+    assert report.notes == (
+        "nothing was found that loses at most 5 points: the largest configuration has no finite "
+        "score, so that nothing can be measured against it; is the supernet trained?",
+    )
+    assert not report.searched

@@ -1,4 +1,6 @@
 import json
+import re
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -105,11 +107,12 @@ def test_who_may_not_write_writes_nothing(path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no scores"),
-        ('{"format": "mpq_jax.sco', "holds no scores"),
+        ('{"format": "mpq_jax.bit', "holds no scores"),
         ("weights,acts\n4,3\n", "holds no scores"),
         ("[]\n", "the scores of something else"),
         ('{"format": "mpq_jax.bits", "version": 1}\n', "the scores of something else"),
+        ('{"format": "mpq_jax.scores", "version": 1}\n{}\n', "is of version 1, .* reads version 2"),
+        ("\0" * 100, "holds no scores"),
     ],
 )
 def test_foreign_files_are_refused_and_left_alone(path, text, message):
@@ -127,9 +130,104 @@ def test_scores_of_something_else_are_refused(path, change):
     with pytest.raises(ValueError, match="of something else: .*abc.*; wanted .*; move it away"):
         ScoreCache(path, OF | change)
     header = json.loads(path.read_text().splitlines()[0])
-    path.write_text(json.dumps(header | {"version": 2}) + "\n")
-    with pytest.raises(ValueError, match="of something else"):
+    path.write_text(json.dumps(header | {"version": 3}) + "\n")
+    with pytest.raises(ValueError, match="is of version 3, and this mpq_jax reads version 2; move"):
         ScoreCache(path, OF)
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99, 1])
+def test_a_first_line_that_was_not_written_to_its_end_is_no_file(path, share):
+    """A full disk leaves an empty file, or a part of the line."""
+    ScoreCache(path, OF)
+    first = path.read_text().removesuffix("\n")
+    path.write_text(first[: round(share * len(first))])
+    cache = ScoreCache(path, OF)
+    cache.remember(weights_sum)(configs([1, 2]), KEY)
+    assert ScoreCache(path, OF).known == 1
+    assert path.read_text().startswith(first + "\n")
+
+
+def test_scores_go_on_after_a_full_disk(path):
+    """The last write breaks off in the middle, with an error; the next start goes on."""
+    ScoreCache(path, OF).remember(weights_sum)(configs([1, 2], [3, 4]), KEY)
+    cache, size = ScoreCache(path, OF), path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
+    try:
+        with pytest.raises(OSError):
+            cache.remember(weights_sum)(configs([5, 6]), KEY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.stat().st_size == size + 20
+    again = ScoreCache(path, OF)
+    assert again.known == 2 and path.stat().st_size == size
+    np.testing.assert_array_equal(again.remember(weights_sum)(configs([5, 6]), KEY), [11 / 3])
+    assert ScoreCache(path, OF).known == 3
+
+
+def flip(content, generator):
+    place = generator.integers(len(content))
+    return (
+        content[:place]
+        + bytes([content[place] ^ (1 << generator.integers(8))])
+        + content[place + 1 :]
+    )
+
+
+def replace_by_digit(content, generator):
+    place = generator.integers(len(content))
+    return content[:place] + str(generator.integers(10)).encode() + content[place + 1 :]
+
+
+def drop_bytes(content, generator):
+    first, second = sorted(generator.integers(len(content), size=2))
+    return content[:first] + content[second:]
+
+
+def write_zeros(content, generator):
+    first, second = sorted(generator.integers(len(content), size=2))
+    return content[:first] + bytes(second - first) + content[second:]
+
+
+def repeat_line(content, generator):
+    lines = content.splitlines(keepends=True)
+    return b"".join([*lines, lines[generator.integers(len(lines))]])
+
+
+@pytest.mark.parametrize("mutate", [flip, replace_by_digit, drop_bytes, write_zeros, repeat_line])
+@pytest.mark.parametrize("seed", range(20))
+def test_damage_never_gives_a_wrong_score(path, mutate, seed, caplog):
+    """What is damaged is scored anew, with a warning, or the whole file is refused."""
+    rows = [[number, number + 1] for number in range(12)]
+    wanted = ScoreCache(path, OF).remember(weights_sum)(configs(*rows), KEY)
+    whole = path.read_bytes()
+    damaged = mutate(whole, np.random.default_rng(seed))
+    path.write_bytes(damaged)
+    try:
+        cache = ScoreCache(path, OF)
+    except ValueError as error:
+        assert re.fullmatch(
+            f"{path} (holds no scores|holds the scores of something else).*", str(error)
+        )
+        assert whole.splitlines()[0] != damaged.splitlines()[0] and path.read_bytes() == damaged
+        return
+    score = Recorder(weights_sum)
+    np.testing.assert_array_equal(cache.remember(score)(configs(*rows), KEY), wanted)
+    assert len(cache.configs) == len(rows) == cache.known + cache.scored
+    broken = set(damaged.split(b"\n")[:-1]) - set(whole.splitlines())
+    assert bool(broken) == (f"{path}: damaged lines are dropped" in caplog.text)
+    assert set(path.read_bytes().splitlines()) == set(whole.splitlines())
+
+
+def test_a_line_of_another_file_is_dropped(path, tmp_path, caplog):
+    other = tmp_path / "other"
+    ScoreCache(other, OF | {"metric": "error"}).remember(weights_sum)(configs([9, 9]), KEY)
+    ScoreCache(path, OF).remember(weights_sum)(configs([1, 2]), KEY)
+    with path.open("ab") as file:
+        file.write(other.read_bytes().splitlines(keepends=True)[1])
+    assert ScoreCache(path, OF).known == 1
+    assert f"{path}: damaged lines are dropped, and what they held is scored anew: 1" in caplog.text
+    assert len(path.read_text().splitlines()) == 2
 
 
 class Killed(Exception):

@@ -90,6 +90,19 @@ def test_where_nothing_is_good_enough_there_is_none():
     assert best is None and len(tried) == 6 and len(network.limits) == 1
 
 
+def test_limits_that_cannot_be_met_are_left_out():
+    network = Network(lambda cost: 1.0)
+    found = network.find
+    network.find = lambda limits: [
+        bits if limit > 100 else None for limit, bits in zip(limits, found(limits), strict=True)
+    ]
+    best, tried = network.search()
+    assert best is not None and 100 < best.limit < 110
+    assert all(one.limit > 100 for one in tried)
+    network.find = lambda limits: [None for _ in limits]
+    assert network.search() == (None, [])
+
+
 def test_equal_configurations_are_asked_for_once():
     network = Network(lambda cost: 1.0)
     network.find = lambda limits: [config(30) for _ in limits]

@@ -1,5 +1,6 @@
 """Damaged checkpoints never give wrong values, nor stop a run."""
 
+import json
 import logging
 import os
 import shutil
@@ -15,6 +16,7 @@ from mpq_jax.training.checkpoints import (
     abstract,
     load_latest,
     open_manager,
+    peek_latest,
     restore_latest,
     restore_step,
     save,
@@ -145,6 +147,60 @@ def test_reading_a_damaged_checkpoint_raises_and_changes_nothing(tmp_path):
         ):
             restore_step(manager, 2, abstract(make_state(0)))
     assert names(tmp_path) == ["1", "2"]
+
+
+def without_values(checksums: dict) -> dict:
+    return {name: checksum for name, checksum in checksums.items() if "d/" not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda checksums: {}, "has no checksum of _METADATA"),
+        (without_values, r"has no checksum of d/\w+"),
+        (lambda checksums: [], r"holds \[\]; wanted checksums by file"),
+        (lambda checksums: True, "holds True; wanted checksums by file"),
+        (lambda checksums: checksums | {"_METADATA": None}, "_METADATA differs from what was"),
+        (lambda checksums: {"a\0b": 1} | checksums, "is missing"),
+    ],
+)
+def test_checksums_that_say_nothing_vouch_for_nothing(tmp_path, change, message):
+    """A byte of the arrays is flipped as well, so that trusting them would give wrong values."""
+    save_steps(tmp_path, 1, 2)
+    state = tmp_path / "2" / "state"
+    flip(max((state / "d").iterdir(), key=lambda file: file.stat().st_size))
+    file = state / "checksums.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(DamagedCheckpointError, match=message):
+        load_latest(tmp_path)
+    with open_manager(tmp_path) as manager:
+        found = restore_latest(manager, abstract(make_state(0)))
+    assert found is not None and found[0] == 1
+    assert_bit_equal(found[1], make_state(1))
+    assert names(tmp_path) == ["1", "2.damaged"]
+
+
+def test_a_stray_file_is_no_damage(tmp_path):
+    save_steps(tmp_path, 1)
+    (tmp_path / "1" / "state" / ".DS_Store").write_text("of a file manager")
+    assert load_latest(tmp_path)[0] == 1
+
+
+def test_peeking_falls_back_and_changes_nothing(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "3.orbax-checkpoint-tmp-1").mkdir()  # a save that is under way
+    flip(tmp_path / "2" / "state" / "_METADATA")
+    (tmp_path / "1" / "metrics").mkdir(exist_ok=True)
+    (tmp_path / "1" / "metrics" / "metrics").write_text("damaged")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    found = peek_latest(tmp_path, abstract(make_state(0)))
+    assert found is not None and found[0] == 1
+    assert_bit_equal(found[1], make_state(1))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    shutil.rmtree(tmp_path / "1" / "state")
+    with pytest.raises(DamagedCheckpointError, match="none of the 2 checkpoints in .*; /.*Bring"):
+        peek_latest(tmp_path, abstract(make_state(0)))
+    assert names(tmp_path) == ["1", "2", "3.orbax-checkpoint-tmp-1"]
 
 
 def test_the_best_stays_the_best_when_its_metric_file_is_damaged(tmp_path):

@@ -11,6 +11,7 @@ from helpers.checkpoint_states import State, assert_bit_equal, make_state, names
 
 from mpq_jax.parallel.mesh import make_mesh, replicate, replicated
 from mpq_jax.training.checkpoints import (
+    FailedSaveError,
     abstract,
     load_best,
     load_latest,
@@ -21,6 +22,7 @@ from mpq_jax.training.checkpoints import (
     restore_step,
     save,
 )
+from mpq_jax.training.checkpoints.files import LiteralPath
 
 
 @pytest.mark.parametrize("saved_on, restored_on", [(8, 8), (8, 1), (1, 8)])
@@ -35,6 +37,27 @@ def test_restores_every_bit_onto_any_number_of_devices(tmp_path, saved_on, resto
     assert step == 3
     assert_bit_equal(state, make_state(3, device_count=restored_on))
     assert state.params["conv"]["kernel"].sharding == replicated(make_mesh(restored_on))
+
+
+@pytest.mark.parametrize("name", ["[lab]/exp[1]", "*", "a?b", "[!a]{x,y}", "%20 #1", "x/../y"])
+def test_any_name_of_a_directory_is_only_a_name(tmp_path, name):
+    """Orbax merges its files by a pattern, in which the directory's own name must be none."""
+    (tmp_path / "x").mkdir()
+    directory = tmp_path / name / "checkpoints"
+    save_steps(directory, 1, 2)
+    assert (directory / "2" / "state" / "manifest.ocdbt").is_file()
+    with open_manager(directory) as manager:
+        found = restore_latest(manager, abstract(make_state(0)))
+    assert found is not None and found[0] == 2
+    assert_bit_equal(found[1], make_state(2))
+    assert load_latest(directory)[0] == 2
+
+
+def test_a_save_that_could_not_be_read_back_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(LiteralPath, "glob", lambda self, pattern: iter([]))  # merges no files
+    with pytest.raises(FailedSaveError, match=r"nothing could be read from .*no manifest\.ocdbt"):
+        save_steps(tmp_path, 1)
+    assert not (tmp_path / "1").exists()
 
 
 def make_split_state(step: int, *, device_count: int) -> dict[str, Any]:

@@ -73,15 +73,45 @@ def test_a_run_of_an_older_version_is_refused_with_the_new_names(tmp_path):
     ("text", "message"),
     [
         (b"\xff", "config.json is damaged: it is not JSON"),
+        (b"", "config.json is damaged: it is not JSON"),
         (b"[]", "is no config of a training run"),
+        (b"true", "is no config of a training run"),
         (b'{"architectures": ["ResNet"]}', "is no config of a training run"),
         (b'{"data": "digits", "version": 2}', "is no config of a training run"),
     ],
 )
 def test_files_of_other_programs_are_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text)
+    for reader in (config_record.read, config_record.method_of):
+        with pytest.raises(ValueError, match=message):
+            reader(tmp_path)
+
+
+def test_the_method_is_read_of_any_version(config, tmp_path):
+    assert config_record.method_of(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps(OLD))
+    assert config_record.method_of(tmp_path) == "csq"
+
+
+@pytest.mark.parametrize("model", [{}, [], "resnet8", None])
+def test_a_record_without_a_model_is_refused(config, tmp_path, model):
+    record = json.loads(config_record.to_json(config)) | {"model": model}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="config.json is no config of a training run of mpq_jax"):
+        config_record.check_same_run(config, tmp_path)
+
+
+def test_checkpoints_without_a_record_are_of_an_unknown_config(config, tmp_path):
+    config_record.check_same_run(config, tmp_path)
+    for name in ("checkpoints", "checkpoints/5.damaged", "checkpoints/6.orbax-checkpoint-tmp-0"):
+        (tmp_path / name).mkdir()
+        config_record.check_same_run(config, tmp_path)  # of a start that saved nothing
+    (tmp_path / "checkpoints" / "4").mkdir()
+    message = "holds checkpoints but no config.json, .*: bring config.json back, or take another"
     with pytest.raises(ValueError, match=message):
-        config_record.read(tmp_path)
+        config_record.check_same_run(config, tmp_path)
+    config_record.write(config, tmp_path)
+    config_record.check_same_run(config, tmp_path)
 
 
 def test_a_workdir_without_a_run_is_named(tmp_path):

@@ -48,6 +48,17 @@ def test_resuming_drops_what_the_interrupted_run_wrote_too_far(tmp_path, resumed
     assert [entry["step"] for entry in entries(tmp_path)] == [*kept, 10]
 
 
+@pytest.mark.parametrize("damage", [b"true", b"[1]", b"{}", b'{"step": "1"}', b"\xff\xfe", b""])
+def test_metrics_end_before_a_damaged_line(tmp_path, damage):
+    write(tmp_path, 0, [0, 1, 2])
+    path = tmp_path / "metrics.jsonl"
+    kept, _, rest = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([kept, damage, rest, b""]))
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [0]
+    write(tmp_path, 1, [1])
+    assert [entry["step"] for entry in entries(tmp_path)] == [0, 1]
+
+
 @pytest.mark.parametrize("cut", [1, 2, 10], ids=["newline", "brace", "half"])
 @pytest.mark.parametrize("resumed_at", [1, 5])
 def test_a_last_line_cut_off_by_a_kill_does_no_harm(tmp_path, cut, resumed_at):

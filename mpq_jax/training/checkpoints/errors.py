@@ -6,6 +6,7 @@ left of the run.
 """
 
 import contextlib
+import pathlib
 import shutil
 from collections.abc import Iterator
 
@@ -49,7 +50,8 @@ def explained_failures(manager: Manager) -> Iterator[None]:
 
 
 def _describe(directory: Path, step: int, needed: int, *, cause: str) -> str:
-    partial = [name for path in directory.glob(f"{step}.*tmp*") for name in files.files_below(path)]
+    unfinished = pathlib.Path(directory).glob(f"{step}.*tmp*")
+    partial = [name for path in unfinished for name in files.files_below(Path(path))]
     room = shutil.disk_usage(directory).free + sum(path.stat().length for path in partial)
     sound = [other for other in files.list_steps(directory) if _is_sound(directory / str(other))]
     left = f"checkpoint {sound[-1]} is intact" if sound else "there is no checkpoint before it"

@@ -6,10 +6,11 @@ What `mpq_jax.checkpoints` is built from; users call that.
 import json
 import logging as python_logging
 import os
+import pathlib
 import types
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils.epath import Path
+from etils.epath.gpath import PosixGPath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
@@ -24,6 +26,8 @@ STATE = "state"  # subdirectory of a checkpoint
 CHECKSUMS = "checksums.json"  # file in STATE, about all others there
 METRICS = "metrics"  # Orbax's name of a subdirectory and of the file in it
 METRIC = "metric"  # the only entry of METRICS
+ESSENTIAL = ("_METADATA", "manifest.ocdbt")  # files in STATE without which nothing can be read
+VALUES = "d"  # name of the directories, in STATE and below, of the files that hold arrays
 # Orbax's files whose threads log what stops them, and raise it when they are waited for.
 REPORTED_BY_RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
@@ -32,15 +36,25 @@ class DamagedCheckpointError(RuntimeError):
     """A checkpoint cannot be read back as it was saved."""
 
 
+class LiteralPath(PosixGPath):
+    """A path whose own name is no pattern: `[`, `*` and `?` in it stand for themselves."""
+
+    def glob(self, pattern: str) -> Iterator[Self]:
+        """Yields the files below that match; etils would read the whole path as a pattern."""
+        return map(type(self), pathlib.Path(self).glob(pattern))
+
+
 class ChecksummingHandler(ocp.StandardCheckpointHandler):
     """Orbax's writer, which adds the checksums before a checkpoint is declared complete."""
 
     def finalize(self, directory: Path) -> None:
         """Called by Orbax, on one process, when all else is written."""
-        super().finalize(directory)
+        super().finalize(LiteralPath(directory))  # which merges the files that a pattern matches
         checksums = {
             os.path.relpath(file, directory): _checksum(file) for file in files_below(directory)
         }
+        if missing := sorted(set(ESSENTIAL) - checksums.keys()):
+            raise OSError(f"nothing could be read from {directory}: it has no {missing[0]}")
         (directory / CHECKSUMS).write_text(json.dumps(checksums))
 
 
@@ -53,11 +67,23 @@ def check_files(step_directory: Path) -> None:
         raise
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(checksums, dict):
+        raise DamagedCheckpointError(f"{file} holds {checksums!r:.40}; wanted checksums by file")
+    unlisted = sorted(_needed(step_directory / STATE) - checksums.keys())
+    if unlisted:
+        raise DamagedCheckpointError(f"{file} has no checksum of {unlisted[0]}")
     for name, checksum in checksums.items():
         file = step_directory / STATE / name
         if _checksum(file) != checksum:
             problem = "differs from what was saved" if file.exists() else "is missing"
             raise DamagedCheckpointError(f"{file} {problem}")
+
+
+def _needed(directory: Path) -> set[str]:
+    """Names the files that a state is read from, of which each must have a checksum."""
+    names = (os.path.relpath(file, directory) for file in files_below(directory))
+    held = {name for name in names if os.path.basename(os.path.dirname(name)) == VALUES}
+    return {*ESSENTIAL, *held}
 
 
 def files_below(directory: Path) -> list[Path]:
@@ -71,7 +97,7 @@ def _checksum(file: Path) -> int | None:
         return zlib.crc32(file.read_bytes())
     except PermissionError:
         raise
-    except OSError:
+    except (OSError, ValueError):  # a damaged name can be none of a file
         return None
 
 

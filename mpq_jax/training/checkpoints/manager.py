@@ -151,22 +151,19 @@ def restore_latest(manager: Manager, abstract_state: PyTree) -> tuple[int, PyTre
         MismatchedCheckpointError: when the checkpoint is of another state.
     """
     manager.wait_until_finished()
-    directory = manager.directory
-    damaged: dict[int, str] = {}
-    for step in reversed(files.list_steps(directory)):
-        state, damage = _restore_or_explain(directory / str(step), abstract_state)
-        if not damage:
-            files.set_aside(manager, list(damaged))
-            return step, state
-        logging.error("Checkpoint %d is damaged: %s. Trying the one before it.", step, damage)
-        damaged[step] = damage
-    if not damaged:
-        return None
-    reasons = "\n".join(f"  {damage}" for damage in damaged.values())
-    raise DamagedCheckpointError(
-        f"none of the {len(damaged)} checkpoints in {directory} can be read:\n{reasons}\n"
-        "Bring back a copy, or start anew in another working directory"
-    )
+    found, damaged = _newest_sound(manager.directory, abstract_state)
+    files.set_aside(manager, damaged)
+    return found
+
+
+def peek_latest(
+    directory: str | os.PathLike[str], abstract_state: PyTree
+) -> tuple[int, PyTree] | None:
+    """Restores the newest checkpoint that is not damaged, and leaves the directory as it is.
+
+    For programs that only read; arguments, result and errors are those of `restore_latest`.
+    """
+    return _newest_sound(Path(directory).absolute(), abstract_state)[0]
 
 
 def restore_best(manager: Manager, abstract_state: PyTree) -> tuple[int, PyTree]:
@@ -225,6 +222,30 @@ def load_step(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
     step_directory = files.find_step(Path(directory), step)
     files.check_files(step_directory)
     return files.read_values(step_directory, files.read_description(step_directory)["leaves"])
+
+
+def _newest_sound(
+    directory: Path, abstract_state: PyTree
+) -> tuple[tuple[int, PyTree] | None, list[int]]:
+    """Returns the newest sound checkpoint, None if there is none at all, and newer, damaged steps.
+
+    Raises:
+        DamagedCheckpointError: when there are checkpoints, but all are damaged.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(files.list_steps(directory)):
+        state, damage = _restore_or_explain(directory / str(step), abstract_state)
+        if not damage:
+            return (step, state), list(damaged)
+        logging.error("Checkpoint %d is damaged: %s. Trying the one before it.", step, damage)
+        damaged[step] = damage
+    if not damaged:
+        return None, []
+    raise DamagedCheckpointError(
+        f"none of the {len(damaged)} checkpoints in {directory} can be read: "
+        f"{'; '.join(damaged.values())}. Bring back a copy, or start anew in another working "
+        "directory"
+    )
 
 
 def _restore_or_explain(step_directory: Path, abstract_state: PyTree) -> tuple[PyTree, str]:
