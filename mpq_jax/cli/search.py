@@ -19,7 +19,12 @@ import rich.table
 from mpq_jax import data, extras, reporting
 from mpq_jax.cli import runs
 from mpq_jax.cli.command_line import Arguments, Command
-from mpq_jax.cli.console import print_compilations, print_corrupt, print_integers
+from mpq_jax.cli.console import (
+    print_compilations,
+    print_corrupt,
+    print_few_images,
+    print_integers,
+)
 from mpq_jax.cli.runs import Run
 from mpq_jax.export import norm_statistics, run_results
 from mpq_jax.methods import METHODS, make_options
@@ -46,8 +51,6 @@ from mpq_jax.training.experiment import (
 )
 from mpq_jax.training.metrics import CompileCounter
 
-UNUSABLE = (ValueError, TypeError, FileNotFoundError)
-
 
 def main(arguments: Arguments) -> None:
     """Runs the command."""
@@ -61,11 +64,12 @@ def search(run: Run) -> None:
     with CompileCounter() as counter:
         try:
             experiment = build(config)
+            print_few_images(run.console, experiment.dataset)
             net = searched_net(experiment, config)
             options = search_options(config, net.table)
             step, state = read_state(run, experiment)
             report = run_search(run, experiment, net, state, options)
-        except UNUSABLE as error:
+        except runs.UNUSABLE as error:
             sys.exit(f"error: {error}")
         origin = {"checkpoint": f"step {step} of {config.method}", "command": shlex.join(sys.argv)}
         report = dataclasses.replace(
@@ -107,7 +111,7 @@ def search_options(config: Config, table: LayerTable) -> searching.SearchOptions
     options["limits"] = given.limits.to_dict()
     options["latency"] = None
     if given.latency:
-        options["latency"] = costs.latency_table(table, pathlib.Path(given.latency).read_text())
+        options["latency"] = read_latency(table, given.latency)
     own = STRATEGIES[given.strategy].options if given.strategy in STRATEGIES else ()
     options["strategy_options"] = {name: given[name] for name in own if name in given}
     options |= {"memory": given.memory_mib * 2**20, "seed": config.seed}
@@ -115,6 +119,14 @@ def search_options(config: Config, table: LayerTable) -> searching.SearchOptions
         return searching.SearchOptions(**options)
     except ValueError as error:
         raise ValueError(f"config.search: {error}") from error
+
+
+def read_latency(table: LayerTable, path: str) -> np.ndarray:
+    """Reads a file of latencies; errors name the key of the config."""
+    try:
+        return costs.latency_table(table, pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config.search.latency is {path!r}: {error}") from error
 
 
 def read_state(run: Run, experiment: Experiment) -> tuple[int, SupernetState]:

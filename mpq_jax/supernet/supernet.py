@@ -120,10 +120,15 @@ class Supernet:
 
         Args:
             state: the supernet.
-            bits: one configuration, traced; it must be allowed by the table (`table.check`).
+            bits: one configuration, traced or not; it must be allowed by the table.
             scale_step_gradient: whether the gradients of the weights' step sizes have LSQ's
                 scale, 1 / sqrt(weights * largest code).
+
+        Raises:
+            ValueError: the bits are of another number of layers or, where they are not traced, the
+                table does not allow them.
         """
+        self._check(bits)
         state, weight_bits = _as_jax(state), jnp.asarray(bits.weights)
         step_sizes = self.weight_step_sizes(state.trainable, weight_bits)
 
@@ -171,6 +176,7 @@ class Supernet:
 
         For many subnets of one state; it has no gradient in kernels and step sizes.
         """
+        self._check(bits)
         state, weight_bits = _as_jax(state), jnp.asarray(bits.weights)
 
         def chosen(index: int, w: Array) -> Array:
@@ -180,6 +186,13 @@ class Supernet:
             return quantized[layer.name][jnp.argmax(place)]
 
         return self._subnet(state, bits, chosen)
+
+    def _check(self, bits: BitConfig) -> None:
+        """Raises ValueError for bits of other layers and, unless traced, for bits not allowed."""
+        if any(isinstance(column, jax.core.Tracer) for column in bits):
+            self.table.check_shape(bits)
+        else:
+            self.table.check(bits)
 
     def _subnet(
         self, state: SupernetState, bits: BitConfig, kernel_of: Callable[[int, Array], Array]

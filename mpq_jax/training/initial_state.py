@@ -1,13 +1,13 @@
 """The state that training starts from: random weights, a finished run, or a file of weights."""
 
 import functools
-import json
 import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
+from mpq_jax import strict_json
 from mpq_jax.methods import METHODS, Method
 from mpq_jax.models import pretrained, user_models
 from mpq_jax.parallel import mesh
@@ -54,7 +54,7 @@ def load_start(experiment: Experiment, method: Method, config: Config) -> tuple[
     try:
         saved, origin = read_start(experiment, config)
         start = method.load_warm_start(with_fitting_head(experiment, config, saved), wanted)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"config.init_from is {config['init_from']!r}: {error}") from error
     return mesh.replicate(start, experiment.mesh), origin
 
@@ -122,7 +122,7 @@ def check_start(config: Config) -> None:
             f"{family.warm_starts_from} (or a float run, for a try)"
         )
     path = pathlib.Path(place) / config_record.FILE
-    method = json.loads(path.read_text()).get("method") if path.exists() else None
+    method = _method_of(path) if path.exists() else None
     if method in (None, "plain"):
         return  # reading its variables tells the rest
     if method != family.warm_starts_from:
@@ -134,6 +134,14 @@ def check_start(config: Config) -> None:
     changed = _changed_options(config, theirs, family.warm_starts_from, family.must_match)
     if changed:
         raise ValueError(f"config.init_from is {place!r}, trained otherwise: {'; '.join(changed)}")
+
+
+def _method_of(path: pathlib.Path) -> str | None:
+    """Reads the method of a run of any version."""
+    try:
+        return strict_json.parse(path.read_bytes())["method"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"config.init_from: {path} is damaged: {error}") from error
 
 
 def _changed_options(

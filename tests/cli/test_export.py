@@ -361,7 +361,7 @@ def test_files_of_another_run_and_folders_of_other_programs_are_refused(workdir,
         assert "config.json is no config of a training run of mpq_jax" in named
     (path.parent / "config.json").write_bytes(b"\xff")
     named = failure([path, "--workdir", path.parent], capsys, ["verify"])
-    assert "config.json is damaged: it is not JSON" in named
+    assert "config.json is damaged: the text is not JSON" in named
     bits = failure([path, "--workdir", workdir, "--bits", path], capsys, ["verify"])
     assert f"{path} is no bit file of this network" in bits
 

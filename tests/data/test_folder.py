@@ -138,7 +138,7 @@ def test_wrong_folders_are_refused(mine):
         ({"interpolation": "nearest"}, r"'nearest'; known: \['bicubic', 'bilinear'\]"),
         ({"min_area": 0.0}, "min_area is 0.0"),
         ({"resize_factor": 0.9}, "resize_factor is 0.9.*1 or more"),
-        ({"num_threads": 0}, "num_threads is 0; it must be at least 1"),
+        ({"num_threads": 0}, "num_threads is 0; wanted an integer, 1 or more"),
         ({"workers": -1}, "workers is -1"),
         ({"max_corrupt": -1}, "max_corrupt is -1"),
     ],

@@ -306,7 +306,7 @@ def test_latencies_are_budgets_where_they_are_given():
         ({"limits": {"bytes": 1.0}}, "limit on bytes cannot be met"),
         ({"test_images": TEST_IMAGES}, "150 test images and 0 labels; wanted one label"),
         ({"test_images": TEST_IMAGES, "test_labels": LABELS}, "150 test images and 200 labels"),
-        ({"score_images": 0}, "size is 0; there are 200 images to draw from"),
+        ({"score_images": 0}, "score_images is 0; wanted an integer, 1 or more"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(changed, message):

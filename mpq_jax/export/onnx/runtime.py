@@ -1,6 +1,5 @@
 """ONNX files: writing them with a checksum, and running them with ONNX Runtime on the CPU."""
 
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +9,19 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from mpq_jax import strict_json
 from mpq_jax.export import checksum, safetensors_file, signature
 from mpq_jax.export.exported_model import LEARNED, ExportedModel
 from mpq_jax.export.onnx import converter
 
 CHECKSUM = "checksum"  # key of the metadata
+TYPES = {  # of inputs, in the words of ONNX Runtime
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
 PROVIDERS = ["CPUExecutionProvider"]
 
 
@@ -44,6 +51,7 @@ def open_file(path: pathlib.Path) -> Callable[[Any], Any]:
         )
     )
     names, tree = jax.tree.flatten(outputs)
+    ends = {end.name: end for end in session.get_inputs()}
 
     def run(batch: Any) -> Any:
         if jax.tree.structure(batch) != jax.tree.structure(inputs):
@@ -51,17 +59,39 @@ def open_file(path: pathlib.Path) -> Callable[[Any], Any]:
                 f"the network takes arrays in the places of {inputs}; it was called with "
                 f"{signature.describe(signature.to_json(batch))}"
             )
-        feed = dict(zip(jax.tree.leaves(inputs), jax.tree.leaves(batch), strict=True))
+        pairs = zip(jax.tree.leaves(inputs), jax.tree.leaves(batch), strict=True)
+        feed = {name: _fitting(ends[name], leaf) for name, leaf in pairs}
         found = session.run(names, feed)
         return tree.unflatten(map(np.asarray, found))
 
     return run
 
 
+def _fitting(end: Any, leaf: Any) -> np.ndarray:
+    """Converts an array, of any library, to what an input of the graph takes.
+
+    Raises:
+        ValueError: its type or shape is another one. As in JAX, float64 stands for float32.
+    """
+    array = np.asarray(leaf)
+    array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    sizes = [size if isinstance(size, int) else "any" for size in end.shape]
+    fits = len(sizes) == array.ndim and all(
+        wanted in ("any", size) for wanted, size in zip(sizes, array.shape, strict=True)
+    )
+    dtype = TYPES.get(end.type, array.dtype.name)
+    if not fits or array.dtype != dtype:
+        shown = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"{end.name} is {array.dtype} {list(array.shape)}; the network takes {dtype} [{shown}]"
+        )
+    return array
+
+
 def _named(fact: str | None, ends: Sequence[Any]) -> Any:
     """Returns the pytree whose leaves are the names of a graph's inputs or outputs."""
     if fact is not None:
-        return signature.from_json(json.loads(fact), str)
+        return signature.from_json(strict_json.parse(fact), str)
     (alone,) = ends  # of an older file, or another program's
     return alone.name
 
@@ -71,7 +101,11 @@ def bits_of(path: pathlib.Path) -> str | None:
     facts = _read(path).get_modelmeta().custom_metadata_map
     if CHECKSUM not in facts:
         return ""
-    return None if json.loads(facts["provenance"]).get("bits") == LEARNED else facts["bits"]
+    try:
+        learned = strict_json.parse(facts["provenance"]).get("bits") == LEARNED
+        return None if learned else facts["bits"]
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} lacks the facts of a network of mpq_jax: {error}") from error
 
 
 def session_options() -> onnxruntime.SessionOptions:
@@ -104,4 +138,5 @@ def _session(content: bytes, complaint: str) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(content, session_options(), providers=PROVIDERS)
     except Exception as error:  # both packages raise several types without a common base
         version = onnxruntime.__version__
-        raise ValueError(f"{complaint} (ONNX Runtime {version}): {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{complaint} (ONNX Runtime {version}): {reason}") from error
