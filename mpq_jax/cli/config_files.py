@@ -3,9 +3,9 @@
 import ast
 import importlib.resources
 import importlib.util
+import inspect
 import pathlib
 import re
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,29 +55,24 @@ def load(named: str) -> Config:
         module = _import(path)
         if not hasattr(module, "get_config"):
             raise ValueError("it has no function get_config(arg) that returns a config")
+        if colon and not inspect.signature(module.get_config).parameters:
+            raise ValueError(f"get_config takes no variant, and {variant!r} is asked for")
         config = module.get_config(variant) if colon else module.get_config()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except Exception as error:  # a config file is a program of its user
-        raise ValueError(_explain(error, path, variant)) from error
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"{path}: get_config returned {type(config).__name__}; wanted ConfigDict")
-    return config.lock()
-
-
-def _explain(error: Exception, path: pathlib.Path, variant: str) -> str:
-    """Says in one line what went wrong in a config file, and where."""
-    key = UNKNOWN_KEY.search(str(error))
-    if key is not None and isinstance(error, AttributeError | KeyError):
+    except (AttributeError, KeyError) as error:
+        if colon and error.args == (variant,):
+            raise ValueError(f"{path} has no variant {variant!r}") from error
+        key = UNKNOWN_KEY.search(str(error))
+        if key is None:
+            raise
         meant = SIMILAR_KEY.search(str(error))
         reason = f"perhaps {meant[1]!r} is meant" if meant else "configs/default.py lists all keys"
         reason = config_record.explain(key[1]) or reason
-        return f"{path} sets {key[1]!r}, which is no key: {reason}"
-    every = traceback.extract_tb(error.__traceback__)
-    frames = [one for one in every if pathlib.Path(one.filename) == path.absolute()]
-    place = f"{path}:{variant}" if variant else str(path)
-    place += f", line {frames[-1].lineno}" if frames else ""
-    return f"{place}: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{path} sets {key[1]!r}, which is no key: {reason}") from error
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{path}: get_config returned {type(config).__name__}; wanted ConfigDict")
+    return config.lock()
 
 
 def _import(path: pathlib.Path) -> Any:

@@ -6,7 +6,8 @@ import pytest
 import rich.console
 from helpers.attention import MIX, PRODUCT_MACS, SCORES, SHAPE, TinyVit
 
-from mpq_jax.cli.console import print_layers
+from mpq_jax import data
+from mpq_jax.cli.console import FEW_IMAGES, print_few_images, print_layers
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
 
@@ -40,3 +41,17 @@ def test_products_that_are_layers_have_a_row():
     (row,) = (line for line in lines if MIX in line)
     cells = [cell.strip() for cell in row.strip("\u2502").split("\u2502")]
     assert cells == [MIX, "product", "", str(PRODUCT_MACS), "0", "8 4", "6"]
+
+
+def test_few_held_out_images_are_warned_of_and_enough_or_none_are_not():
+    def said(fraction):
+        file = io.StringIO()
+        dataset = data.load("digits", batch_size=8, seed=0, validation_fraction=fraction)
+        print_few_images(rich.console.Console(file=file, width=200), dataset)
+        return file.getvalue()
+
+    few = said(4 / 1437)
+    assert few.startswith("warning: the model and its bits are chosen by 4 held-out images, each ")
+    assert "is 25 points of accuracy; raise config.data.validation_fraction" in few
+    assert len(few.splitlines()) == 1
+    assert said(0.0) == said(FEW_IMAGES / 1437) == ""

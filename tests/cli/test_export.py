@@ -411,6 +411,14 @@ def test_exports_that_cannot_be_are_refused_in_one_line(workdir, tmp_path, capsy
     assert "file" in failure([*network, *inside], capsys, ["export"])
     verified = [tmp_path / "x.safetensors", *network, "--bits", "uniform:8"]
     assert "there is no file" in failure(verified, capsys, ["verify"])
+    assert "--bits is empty: bit file of a search, or uniform:N" in failure(
+        [*network, *out, "--bits", ""], capsys, ["export"]
+    )
+    graph = tmp_path / "x.onnx"
+    graph.write_bytes(b"a graph")
+    assert "x.onnx is onnx by its name, and inspect reads packed integers (.safetensors)" in (
+        failure([graph], capsys, ["inspect"])
+    )
     (tmp_path / "x.safetensors").write_bytes(b"this is no network, and it never was one")
     assert "no whole safetensors file" in failure(verified, capsys, ["verify"])
     assert "--dataset is 'mnist'" in failure([*verified, "--dataset", "mnist"], capsys, ["verify"])

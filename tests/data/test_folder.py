@@ -3,6 +3,7 @@
 import io
 import itertools
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -99,6 +100,36 @@ def test_the_listing_does_not_depend_on_the_file_system(stored, monkeypatch):
 def test_the_test_images_have_several_names(mine, name):
     (mine / "val").rename(mine / name)
     assert load(mine).sizes["test"] == 12
+
+
+def test_what_is_called_like_an_image_and_is_no_file_is_refused_when_listed(mine, tmp_path):
+    place = mine / "train" / "cat" / "x.jpg"
+    os.mkfifo(place)
+    for make in (
+        lambda: place.symlink_to("/dev/zero"),
+        lambda: place.symlink_to(tmp_path / "nothing"),
+    ):
+        with pytest.raises(ValueError, match=r"cat/x.jpg is called like an image and is no file"):
+            load(mine)
+        place.unlink()
+        make()
+    with pytest.raises(ValueError, match="no file but a pipe, a device or a link to nothing"):
+        load(mine)
+
+
+def test_a_folder_called_like_an_image_is_a_folder_and_a_link_to_a_file_is_one(mine):
+    folder_of_one = mine / "train" / "cat" / "x.jpg"
+    folder_of_one.mkdir()
+    (folder_of_one / "y.jpg").symlink_to(mine / "train" / "cat" / "0.jpg")
+    sizes = load(mine).sizes
+    assert sizes["train"] + sizes["validation"] == 3 * TRAIN_PER_CLASS + 1
+
+
+def test_a_file_that_cannot_be_read_counts_as_corrupt(mine):
+    dataset = load(mine, reading={"max_corrupt": 0})
+    shutil.rmtree(mine / "val" / "cat")
+    with pytest.raises(data.CorruptImagesError, match="val/cat/.*No such file or directory"):
+        list(dataset.eval_batches("test"))
 
 
 def test_options_change_what_is_read(stored):

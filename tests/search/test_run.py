@@ -312,3 +312,18 @@ def test_latencies_are_budgets_where_they_are_given():
 def test_what_cannot_be_searched_is_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         search(**changed)
+
+
+def test_a_budget_beyond_the_most_expensive_bits_is_told_of():
+    found = search(levels=(4,), budgets=(2 * MOST["bitops"],))
+    show = found.cost.show
+    assert found.notes == (
+        f"the budget of {show(2 * MOST['bitops'])} limits nothing: the most expensive bits cost "
+        f"{show(MOST['bitops'])}",
+    )
+
+
+def test_a_latency_that_cannot_be_met_is_told_of_in_seconds():
+    seconds = costs.cost_table(TABLE, "bitops") * 1e-6
+    with pytest.raises(ValueError, match=r"latency should be -inf to 1e-09 seconds .* seconds; at"):
+        search(cost="latency", latency=seconds, levels=(), budgets=(1e-9,))
