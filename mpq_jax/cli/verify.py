@@ -6,6 +6,7 @@ import rich.console
 import rich.table
 from absl import flags
 
+from mpq_jax import ranges
 from mpq_jax.cli import datasets, networks
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import KIB, make_console
@@ -29,6 +30,7 @@ def main(arguments: Arguments) -> None:
     given, path = arguments.flags, pathlib.Path(arguments.names[0])
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    ranges.check({"tolerance": given.tolerance}, {"tolerance": ranges.NOT_NEGATIVE}, prefix="--")
     name = networks.format_name(given, path)
     if given.dataset:
         datasets.split_name(given.dataset)  # refuses nonsense at once

@@ -13,6 +13,7 @@ from mpq_jax.data.reading import Reading
 
 __all__ = [
     "DATASETS",
+    "IMAGE_SIZE",
     "NORMALIZATION",
     "Batch",
     "BatchPlan",
@@ -39,6 +40,9 @@ NORMALIZATION = {  # of every channel, on the 0 to 1 scale; None: the dataset's 
     "mean": ranges.Range(0, 1, optional=True),
     "std": ranges.Range(0, 1, above=True, optional=True),
 }
+
+
+IMAGE_SIZE = ranges.Range(1, whole=True, optional=True)  # pixels; None: as stored
 
 
 def load(
@@ -85,6 +89,7 @@ def load(
         raise ValueError(f"mean is {mean} and std is {std}; give both or neither")
     ranges.check({"mean": mean, "std": std}, NORMALIZATION)
     _check_options(name, options)
+    ranges.check(options, {"image_size": IMAGE_SIZE})
     plan = BatchPlan(
         batch_size=batch_size,
         seed=seed,

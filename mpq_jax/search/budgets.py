@@ -67,7 +67,7 @@ class SearchProblem(NamedTuple):
 
 def beyond_reach(problem: SearchProblem) -> list[str]:
     """Says which budgets are larger than any configuration costs, so that they limit nothing."""
-    _, high = problem.cost_range()
+    _, high = reachable_costs(problem.space, problem.metric.cost)
     names = [name for name, most in problem.limits.items() if most > high * (1 + TOLERANCE)]
     shown = problem.metric.show
     return [

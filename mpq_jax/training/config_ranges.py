@@ -6,7 +6,7 @@ from functools import reduce
 from typing import Any
 
 from mpq_jax import ranges
-from mpq_jax.data import NORMALIZATION, Reading
+from mpq_jax.data import IMAGE_SIZE, NORMALIZATION, Reading
 from mpq_jax.methods import METHODS
 from mpq_jax.ranges import Range
 from mpq_jax.search import strategies
@@ -28,7 +28,7 @@ RANGES: dict[str, Mapping[str, Range]] = {  # by the path of their group; "": th
     },
     "data": NORMALIZATION | {"validation_fraction": ranges.BELOW_ONE},
     "data.folder": {"image_size": ranges.COUNT},
-    "data.tfds": {"image_size": Range(1, whole=True, optional=True)},
+    "data.tfds": {"image_size": IMAGE_SIZE},
     "data.augment": {
         "crop_padding": ranges.COUNT_OR_NONE,
         "flip_probability": ranges.FRACTION,

@@ -146,7 +146,7 @@ def make_rules(bits: Config) -> tuple[Rule, ...]:
             first=first,
         )
     except ValueError as error:
-        raise ValueError(f"config.bits.candidates: {error}") from error
+        raise ValueError(f"config.bits: {error}") from error
 
 
 def load_dataset(config: Config) -> data.Dataset:

@@ -414,6 +414,8 @@ def test_exports_that_cannot_be_are_refused_in_one_line(workdir, tmp_path, capsy
     assert "--bits is empty: bit file of a search, or uniform:N" in failure(
         [*network, *out, "--bits", ""], capsys, ["export"]
     )
+    strange = failure([*verified, "--tolerance", "nan"], capsys, ["verify"])
+    assert "--tolerance is nan; wanted a number, 0 or more" in strange
     graph = tmp_path / "x.onnx"
     graph.write_bytes(b"a graph")
     assert "x.onnx is onnx by its name, and inspect reads packed integers (.safetensors)" in (

@@ -132,6 +132,12 @@ def test_a_file_that_cannot_be_read_counts_as_corrupt(mine):
         list(dataset.eval_batches("test"))
 
 
+@pytest.mark.parametrize("size", [0, -5, 2.5])
+def test_sizes_of_no_image_are_refused(stored, size):
+    with pytest.raises(ValueError, match=f"image_size is {size}; wanted an integer, 1 or more"):
+        data.load("folder", path=stored, image_size=size, **COMMON)
+
+
 def test_options_change_what_is_read(stored):
     plain = take(load(stored), 1)[0]["image"]
     for option in ({"interpolation": "bicubic"}, {"min_area": 0.9}):

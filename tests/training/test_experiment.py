@@ -20,7 +20,7 @@ def config_of(**changes):
     ("changes", "message"),
     [
         ({"data__augment__crop_padding": 8}, r"crop_padding is 8, and digits has images of 8 pix"),
-        ({"bits__candidates": ()}, r"config.bits.candidates: bits are \(\); wanted one or more"),
+        ({"bits__candidates": ()}, r"config.bits: bits are \(\); wanted one or more"),
         (
             {"bits__rules": ({"patern": "head", "weights": 8},)},
             r"config.bits.rules: a rule has \['patern'\]; wanted a dict of some of \['pattern', ",
