@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,8 @@ class Range:
         optional: whether None is allowed too.
     """
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: int | float = -math.inf
+    high: int | float = math.inf
     above: bool = False
     below: bool = False
     whole: bool = False
@@ -33,10 +34,9 @@ class Range:
         kind = numbers.Integral if self.whole else numbers.Real
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
-        number = float(value)
-        low = number > self.low if self.above else number >= self.low
-        high = number < self.high if self.below else number <= self.high
-        return math.isfinite(number) and low and high
+        low = value > self.low if self.above else value >= self.low
+        high = value < self.high if self.below else value <= self.high
+        return bool(low and high and abs(value) <= sys.float_info.max)
 
     def __str__(self) -> str:
         kind = "an integer" if self.whole else "a number"
@@ -61,11 +61,11 @@ COUNT_OR_NONE = Range(0, whole=True)  # 0 stands for none
 SEED = Range(0, 2**32 - 1, whole=True)
 
 
-def check(values: Mapping[str, Any], ranges: Mapping[str, Range], *, prefix: str = "") -> None:
+def check(values: Any, ranges: Mapping[str, Range], *, prefix: str = "") -> None:
     """Raises ValueError for the first value outside of its range; names without one pass.
 
     Args:
-        values: numbers by name, or lists and tuples of numbers.
+        values: mapping from names to numbers, or to lists and tuples of numbers.
         ranges: ranges by name; names that `values` lacks pass too.
         prefix: text before the name in the message, such as "config.data.".
     """
