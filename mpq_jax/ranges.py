@@ -34,9 +34,10 @@ class Range:
         kind = numbers.Integral if self.whole else numbers.Real
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
-        low = value > self.low if self.above else value >= self.low
-        high = value < self.high if self.below else value <= self.high
-        return bool(low and high and abs(value) <= sys.float_info.max)
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)
+        low = number > self.low if self.above else number >= self.low
+        high = number < self.high if self.below else number <= self.high
+        return low and high and abs(number) <= sys.float_info.max
 
     def __str__(self) -> str:
         kind = "an integer" if self.whole else "a number"

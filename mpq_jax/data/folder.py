@@ -132,14 +132,11 @@ def find_images(root: pathlib.Path, folder: str) -> Iterator[bytes]:
 
 def _read(
     folder: bytes, paths: np.ndarray, labels: np.ndarray, indices: list[int]
-) -> list[tuple[bytes | OSError, int]]:
+) -> list[tuple[bytes, int]]:
     images = []
     for index in indices:
-        try:
-            with open(os.path.join(folder, paths[index]), "rb", buffering=0) as file:
-                images.append((file.read(), int(labels[index])))
-        except OSError as error:  # it counts as an image that cannot be decoded
-            images.append((error, int(labels[index])))
+        with open(os.path.join(folder, paths[index]), "rb", buffering=0) as file:
+            images.append((file.read(), int(labels[index])))
     return images
 
 

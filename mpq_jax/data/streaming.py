@@ -1,7 +1,7 @@
 """Datasets too large for memory: images are decoded and cropped when they are needed."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +24,12 @@ class EncodedImages(NamedTuple):
 
     Attributes:
         size: number of images.
-        read: thread-safe function from indices to encoded images (PNG, JPEG, ...), or why one
-            cannot be read, and labels.
+        read: thread-safe function from indices to encoded images (PNG, JPEG, ...) and labels.
         name: function from an index to the name of the image in messages.
     """
 
     size: int
-    read: Callable[[list[int]], Sequence[tuple[bytes | OSError, int]]]
+    read: Callable[[list[int]], list[tuple[bytes, int]]]
     name: Callable[[int], str] = str
 
 
@@ -64,8 +63,6 @@ def read_batch(
         for position, (encoded, label) in enumerate(source.read(chunk), start):
             batch["label"][position] = label
             try:
-                if isinstance(encoded, OSError):
-                    raise encoded
                 with crops.open_image(encoded) as image:
                     batch["image"][position] = crops.to_array(transform(image, position))
             except Exception as error:  # Pillow's decoders raise nearly every type

@@ -20,7 +20,7 @@ _COLLECTIONS = (
     "reads or writes variables of other collections than 'params' and 'batch_stats', which are not "
     "kept: hold them as parameters, or as constants of the module"
 )
-UNMET: dict[type[Exception], str] = {  # errors of Flax, and what a module did
+UNMET: dict[type[Exception], str] = {  # errors, and what a module did
     flax.errors.InvalidRngError: (
         "draws random numbers in evaluation, or from another stream than 'dropout': call "
         "make_rng('dropout'), in training mode alone"
@@ -28,6 +28,7 @@ UNMET: dict[type[Exception], str] = {  # errors of Flax, and what a module did
     flax.errors.ScopeCollectionNotFound: _COLLECTIONS,
     flax.errors.ScopeVariableNotFoundError: _COLLECTIONS,
     flax.errors.ModifyScopeVariableError: _COLLECTIONS,
+    ZeroDivisionError: "draws a parameter that holds no numbers: give it sizes of 1 or more",
 }
 
 Call = Callable[[], Any]  # the rest of a module's call

@@ -41,7 +41,7 @@ STRATEGIES = {
     "hybrid": Strategy(hybrid_search, ("solutions", "rounds", "proposals", "tabu_tenure")),
 }
 RANGES = {  # of the options of all strategies
-    "start_bits": ranges.Range(2, MAX_BITS, whole=True),
+    "start_bits": ranges.Range(1, MAX_BITS, whole=True),
     "patience": ranges.COUNT_OR_NONE,
     "rounds": ranges.COUNT_OR_NONE,
     "proposals": ranges.COUNT,

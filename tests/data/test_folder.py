@@ -125,13 +125,6 @@ def test_a_folder_called_like_an_image_is_a_folder_and_a_link_to_a_file_is_one(m
     assert sizes["train"] + sizes["validation"] == 3 * TRAIN_PER_CLASS + 1
 
 
-def test_a_file_that_cannot_be_read_counts_as_corrupt(mine):
-    dataset = load(mine, reading={"max_corrupt": 0})
-    shutil.rmtree(mine / "val" / "cat")
-    with pytest.raises(data.CorruptImagesError, match="val/cat/.*No such file or directory"):
-        list(dataset.eval_batches("test"))
-
-
 @pytest.mark.parametrize("size", [0, -5, 2.5])
 def test_sizes_of_no_image_are_refused(stored, size):
     with pytest.raises(ValueError, match=f"image_size is {size}; wanted an integer, 1 or more"):
