@@ -16,9 +16,11 @@ import collections
 import copy
 import json
 import random
+import traceback
 import zipfile
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -42,6 +44,14 @@ pytestmark = pytest.mark.slow
 ROUNDS = 300
 DOCUMENTED = (ValueError, FileNotFoundError)
 ODD = (None, True, -1, 0, 3, 2**40, -(2**70), 1e308, 0.5, "", "x", "conv", [], {}, [[]], [-1, 2])
+
+
+@pytest.fixture(autouse=True)
+def unchecked():
+    """Leaves out the checks of types that only tests have, which would refuse in many lines."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
@@ -109,8 +119,9 @@ def outcomes(read, path, contents, wanted) -> collections.Counter:
         except DOCUMENTED as error:
             counts["refused" if "\n" not in str(error) else f"many lines: {error}"] += 1
         except Exception as error:
-            counts[f"traceback {type(error).__name__}: {error}"] += 1
-    print(path.name, dict(counts))
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            counts[f"traceback {type(error).__name__}: {error} ({place})"] += 1
+    print(path.name, *(f"{name}: {count}" for name, count in counts.items()), sep="\n    ")
     return counts
 
 

@@ -15,6 +15,7 @@ from mpq_jax.export.exported_model import LEARNED, ExportedModel
 from mpq_jax.export.onnx import converter
 
 CHECKSUM = "checksum"  # key of the metadata
+SEALED = "a network of mpq_jax with a checksum"  # says so far from it, should damage remove it
 TYPES = {  # of inputs, in the words of ONNX Runtime
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -30,6 +31,7 @@ def write(path: pathlib.Path, exported: ExportedModel, **options: Any) -> None:
     model = converter.to_onnx(exported, **options)
     facts = {entry.key: entry.value for entry in model.metadata_props}
     onnx.helper.set_model_props(model, facts | {CHECKSUM: checksum.PLACEHOLDER})
+    model.doc_string = SEALED
     content = checksum.with_checksum(model.SerializeToString())
     _session(content, "the network became a graph that ONNX Runtime cannot run; use StableHLO")
     safetensors_file.write_whole(path, content)
@@ -127,7 +129,8 @@ def _read(path: pathlib.Path) -> onnxruntime.InferenceSession:
         content,
         f"{path} is no ONNX model that can be run here; it may be damaged or of a newer opset",
     )
-    if not has_checksum and CHECKSUM in session.get_modelmeta().custom_metadata_map:
+    meta = session.get_modelmeta()
+    if not has_checksum and (CHECKSUM in meta.custom_metadata_map or meta.description == SEALED):
         raise ValueError(f"{path} is damaged: its {CHECKSUM} is unreadable; copy or write it again")
     return session
 
