@@ -171,5 +171,5 @@ def _number_classes(
             f"test_labels in {path} range from {test.min()} to {test.max()}; the "
             f"classes of train_labels are 0 to {len(classes) - 1}"
         )
-    numbers = (np.searchsorted(classes, labels).astype(np.int32) for labels in (train, test))
-    return classes, *numbers
+    numbers = [np.searchsorted(classes, labels).astype(np.int32) for labels in (train, test)]
+    return classes, numbers[0], numbers[1]

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 from jaxtyping import ArrayLike as AnyArray
 
@@ -189,7 +190,7 @@ class Supernet:
 
     def _check(self, bits: BitConfig) -> None:
         """Raises ValueError for bits of other layers and, unless traced, for bits not allowed."""
-        if any(isinstance(column, jax.core.Tracer) for column in bits):
+        if any(isinstance(column, Tracer) for column in bits):
             self.table.check_shape(bits)
         else:
             self.table.check(bits)

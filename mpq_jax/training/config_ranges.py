@@ -14,7 +14,7 @@ from mpq_jax.search.cost_metrics import UNITS
 from mpq_jax.search.options import SearchOptions
 from mpq_jax.supernet.rules import MAX_BITS
 
-RANGES: dict[str, Mapping[str, Range]] = {  # by the path of their group; "": the top level
+RANGES: Mapping[str, Mapping[str, Range]] = {  # by the path of their group; "": the top level
     "": {
         "seed": ranges.SEED,
         "epochs": ranges.COUNT,
