@@ -28,9 +28,9 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(arguments: Arguments) -> None:
     """Runs the command; raises ValueError where the file is not the network."""
     given, path = arguments.flags, pathlib.Path(arguments.names[0])
+    ranges.check({"tolerance": given.tolerance}, {"tolerance": ranges.NOT_NEGATIVE}, prefix="--")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    ranges.check({"tolerance": given.tolerance}, {"tolerance": ranges.NOT_NEGATIVE}, prefix="--")
     name = networks.format_name(given, path)
     if given.dataset:
         datasets.split_name(given.dataset)  # refuses nonsense at once
