@@ -10,8 +10,10 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = (  # from low to high; the first is a file
+FOLDERS = (  # from low to high; the first three are files
     "extras",
+    "ranges",
+    "strict_json",
     "data",
     "quantizers",
     "tasks",

@@ -103,6 +103,7 @@ def parse(name: str, command: Command, argv: Sequence[str]) -> Arguments:
     if command.takes_config:
         origin, argv = _take_config(argv)
         config = config_files.load(origin)
+        argv = config_files.take_model_options(config, argv)
         config_files.check_keys(config, _changed_keys(argv))
         _define_config(values, config, argv)
     try:

@@ -1,7 +1,9 @@
 """Config files as `--config` names them: by their path, or by the name of a shipped one."""
 
+import ast
 import importlib.resources
 import importlib.util
+import inspect
 import pathlib
 import re
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from mpq_jax.training import config_record
 from mpq_jax.training.config_record import Config
 
 PACKAGE = "mpq_jax.configs"
+MODEL_OPTION = re.compile(r"--?config\.model\.options\.(?P<name>\w+)=(?P<value>.*)", re.DOTALL)
 UNKNOWN_KEY = re.compile(r'[Kk]ey "(\w+)" does not exist')  # in the words of ml_collections
 SIMILAR_KEY = re.compile(r'Did you mean "(\w+)"')  # ditto
 
@@ -52,8 +55,12 @@ def load(named: str) -> Config:
         module = _import(path)
         if not hasattr(module, "get_config"):
             raise ValueError("it has no function get_config(arg) that returns a config")
+        if colon and not inspect.signature(module.get_config).parameters:
+            raise ValueError(f"get_config takes no variant, and {variant!r} is asked for")
         config = module.get_config(variant) if colon else module.get_config()
     except (AttributeError, KeyError) as error:
+        if colon and error.args == (variant,):
+            raise ValueError(f"{path} has no variant {variant!r}") from error
         key = UNKNOWN_KEY.search(str(error))
         if key is None:
             raise
@@ -61,7 +68,7 @@ def load(named: str) -> Config:
         reason = f"perhaps {meant[1]!r} is meant" if meant else "configs/default.py lists all keys"
         reason = config_record.explain(key[1]) or reason
         raise ValueError(f"{path} sets {key[1]!r}, which is no key: {reason}") from error
-    except ValueError as error:
+    except (ValueError, SyntaxError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f"{path}: get_config returned {type(config).__name__}; wanted ConfigDict")
@@ -75,6 +82,29 @@ def _import(path: pathlib.Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def take_model_options(config: Config, argv: Sequence[str]) -> list[str]:
+    """Sets options of the model that a config does not preset; returns the other arguments.
+
+    Which options a model has, only the model knows: it is asked when it is made.
+    """
+    options, rest = config.model.options, []
+    for arg in argv:
+        match = MODEL_OPTION.fullmatch(arg)
+        if match is None or match["name"] in options:
+            rest.append(arg)
+            continue
+        with options.unlocked():
+            options[match["name"]] = _literal(match["value"])
+    return rest
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def check_keys(config: Config, paths: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from mpq_jax.supernet.left_float import describe
 from mpq_jax.training.metrics import CompileCounter
 
 KIB = 2**10
+FEW_IMAGES = 100  # held-out images below which one of them is more than a point of accuracy
 LARGE_PROGRAM = 0.005  # share of all seconds of compilation from which on a program is named
 
 
@@ -67,6 +68,17 @@ def print_scheme(console: rich.console.Console, table: LayerTable, scheme: Learn
         console.print(
             f"{name}: mean {by_layer:.2f} by layer, {by_param:.2f} by parameter; all kernels take "
             f"{size / KIB:.1f} KiB, {floats / size:.1f} times less than in float",
+            highlight=False,
+        )
+
+
+def print_few_images(console: rich.console.Console, dataset: data.Dataset) -> None:
+    """Warns of held-out images that are too few to choose a model and bits by."""
+    count = dataset.sizes["validation"]
+    if 0 < count < FEW_IMAGES:
+        console.print(
+            f"warning: the model and its bits are chosen by {count} held-out images, each of which "
+            f"is {100 / count:.3g} points of accuracy; raise config.data.validation_fraction",
             highlight=False,
         )
 

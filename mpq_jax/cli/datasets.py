@@ -41,11 +41,11 @@ def load(
         image_size: in pixels; None: as in training.
     """
     name, rest = split_name(named)
-    size = image_size or trained_on.get("image_size")
+    size = trained_on.get("image_size") if image_size is None else image_size
     options: dict[str, dict[str, Any]] = {
         "digits": {},
         "arrays": {"path": rest},
-        "folder": {"path": rest, "image_size": size or IMAGE_SIZE},
+        "folder": {"path": rest, "image_size": IMAGE_SIZE if size is None else size},
         "tfds": {
             "dataset": rest,
             "data_dir": data_dir,

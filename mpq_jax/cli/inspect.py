@@ -11,11 +11,10 @@ from mpq_jax import data
 from mpq_jax.cli import datasets, networks
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import KIB, make_console
-from mpq_jax.export import signature
+from mpq_jax.export import finished_run, formats, signature
 from mpq_jax.export.packed import network
 from mpq_jax.export.packed.network import PackedNetwork
 from mpq_jax.models import user_models
-from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.tasks import evaluation
@@ -52,6 +51,13 @@ def origin_of(packed: PackedNetwork) -> dict[str, Any]:
 
 def load(path: pathlib.Path, own_model: str | None) -> PackedNetwork:
     """Loads a file, with a user's own model if there is one."""
+    endings = formats.FORMATS["packed"].endings
+    others = {end: name for name, one in formats.FORMATS.items() for end in one.endings}
+    if path.suffix in others and path.suffix not in endings:
+        raise ValueError(
+            f"{path} is {others[path.suffix]} by its name, and inspect reads packed integers "
+            f"({', '.join(endings)}); mpq verify compares files of every format"
+        )
     packed = network.load(path)
     if own_model is None:
         return packed
@@ -71,9 +77,8 @@ def configurations(packed: PackedNetwork, files: list[str]) -> dict[str, BitConf
     configs = {f"w{bits}a{bits}": table.uniform(bits, bits) for bits in packed.precisions}
     if not table.searchable.any():
         configs = {"as stored": table.max_config}
-    for file in map(local_path, files):
-        configs[file.stem] = bit_configs.from_json(file.read_text(), table.names)
-        table.check(configs[file.stem])
+    for path in map(local_path, files):
+        configs[path.stem], _ = finished_run.read_bits(table, str(path))
     return configs
 
 

@@ -1,7 +1,6 @@
 """`mpq latency`: measures the seconds of each layer at each pair of bits."""
 
 import itertools
-import json
 import pathlib
 import statistics
 from typing import Any, NamedTuple
@@ -11,8 +10,11 @@ import rich.table
 import rich.text
 from absl import flags
 
+from mpq_jax import strict_json
+from mpq_jax import ranges
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import make_console
+from mpq_jax.export import safetensors_file
 from mpq_jax.models import MODELS, make_model, user_models
 from mpq_jax.supernet import latency
 from mpq_jax.supernet.latency import FLOAT, Pair, Timings
@@ -68,8 +70,7 @@ def check(given: Any) -> Request:
         raise ValueError(
             f"--input is {given.input}; wanted height,width,channels or the number of features"
         )
-    if not given.max_spread >= 0:
-        raise ValueError(f"--max_spread is {given.max_spread}; wanted 0 or more, as 0.5 for 50 %")
+    ranges.check({"max_spread": given.max_spread}, {"max_spread": ranges.NOT_NEGATIVE}, prefix="--")
     for name in ("batch", "rounds", "num_classes"):
         if given[name].value < 1:
             raise ValueError(f"--{name} is {given[name].value}; wanted at least 1")
@@ -77,6 +78,7 @@ def check(given: Any) -> Request:
     out = local_path(given.out)
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out is {given.out!r}; wanted a file in a directory that exists")
+    safetensors_file.check_writable(out)
     pairs = itertools.product(bits, bits) if given.pairs else ((one, one) for one in bits)
     return Request(model, shape, tuple(pairs), out)
 
@@ -91,20 +93,28 @@ def _integers(flag: str, text: str) -> tuple[int, ...]:
 def _make_model(given: Any, shape: tuple[int, ...]) -> Any:
     """Makes the model, and traces it to be sure that it takes such inputs."""
     try:
-        options = json.loads(given.options)
-        if not isinstance(options, dict):
-            raise TypeError("it is no object")
+        options = _options(given.options)
         if user_models.is_user_model(given.model):
             model = user_models.make(given.model, num_classes=given.num_classes, options=options)
         else:
             model = make_model(given.model, num_classes=given.num_classes, **options)
         trace_layers(model, shape)
-    except (json.JSONDecodeError, TypeError) as error:
+    except TypeError as error:
         raise ValueError(
             f"--options is {given.options!r}; wanted arguments of {given.model} as JSON, "
             f'like {{"width": 8}} ({error})'
         ) from error
     return model
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = strict_json.parse(text)
+    except ValueError as error:
+        raise TypeError(str(error)) from error
+    if not isinstance(options, dict):
+        raise TypeError("it is no object")
+    return options
 
 
 def main(arguments: Arguments) -> None:

@@ -58,6 +58,8 @@ def define_dataset(values: flags.FlagValues) -> None:
 
 def read_network(given: Any) -> ExportedModel:
     """Reads the network that --workdir and --bits name."""
+    if given.bits == "":
+        raise ValueError(f"--bits is empty: {BITS}")
     if not given.workdir:
         raise ValueError("--workdir is not given: the workdir of the run that the network is of")
     return finished_run.load(
@@ -69,7 +71,7 @@ def find_network(given: Any, path: pathlib.Path, format_name: str) -> ExportedMo
     """Reads the network that a file is of, by --workdir and --bits or where and what it is."""
     if not given.workdir:
         given.workdir = str(find_workdir(path))
-    if given.bits:
+    if given.bits is not None:
         return read_network(given)
     given.bits = formats.FORMATS[format_name].bits(path)
     if given.bits == "":

@@ -21,7 +21,12 @@ import rich.table
 from mpq_jax import data, extras, reporting
 from mpq_jax.cli import runs
 from mpq_jax.cli.command_line import Arguments, Command
-from mpq_jax.cli.console import print_compilations, print_corrupt, print_integers
+from mpq_jax.cli.console import (
+    print_compilations,
+    print_corrupt,
+    print_few_images,
+    print_integers,
+)
 from mpq_jax.cli.runs import Run
 from mpq_jax.export import norm_statistics, run_results
 from mpq_jax.methods import METHODS, make_options
@@ -70,6 +75,7 @@ def search(run: Run) -> bool:
     with runs.working(run) as must_stop, CompileCounter() as counter:
         try:
             experiment = build(config)
+            print_few_images(run.console, experiment.dataset)
             net = searched_net(experiment, config)
             options = search_options(config, net.table)
             step, state = read_state(run, experiment)
@@ -122,7 +128,7 @@ def search_options(config: Config, table: LayerTable) -> searching.SearchOptions
     options["limits"] = given.limits.to_dict()
     options["latency"] = None
     if given.latency:
-        options["latency"] = costs.latency_table(table, local_path(given.latency).read_text())
+        options["latency"] = read_latency(table, given.latency)
     own = STRATEGIES[given.strategy].options if given.strategy in STRATEGIES else ()
     options["strategy_options"] = {name: given[name] for name in own if name in given}
     options |= {"memory": given.memory_mib * 2**20, "seed": config.seed}
@@ -130,6 +136,14 @@ def search_options(config: Config, table: LayerTable) -> searching.SearchOptions
         return searching.SearchOptions(**options)
     except ValueError as error:
         raise ValueError(f"config.search: {error}") from error
+
+
+def read_latency(table: LayerTable, path: str) -> np.ndarray:
+    """Reads a file of latencies; errors name the key of the config."""
+    try:
+        return costs.latency_table(table, local_path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config.search.latency is {path!r}: {error}") from error
 
 
 def read_state(run: Run, experiment: Experiment) -> tuple[int, SupernetState]:

@@ -12,6 +12,7 @@ from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import (
     print_compilations,
     print_corrupt,
+    print_few_images,
     print_integers,
     print_layers,
     print_scheme,
@@ -48,6 +49,7 @@ def train(run: Run) -> bool:
     with runs.working(run) as must_stop, CompileCounter() as counter:
         try:
             experiment = build(run.config)
+            print_few_images(run.console, experiment.dataset)
             config_record.check_same_run(run.config, run.workdir)
             manager = checkpoints.open_manager(run.workdir / "checkpoints")
             first_step, state = _first_state(run, experiment, manager)

@@ -4,6 +4,7 @@ import rich.console
 import rich.table
 from absl import flags
 
+from mpq_jax import ranges
 from mpq_jax.cli import datasets, networks
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import KIB, make_console
@@ -26,6 +27,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(arguments: Arguments) -> None:
     """Runs the command; raises ValueError where the file is not the network."""
     given, path = arguments.flags, local_path(arguments.names[0])
+    ranges.check({"tolerance": given.tolerance}, {"tolerance": ranges.NOT_NEGATIVE}, prefix="--")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     name = networks.format_name(given, path)

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+from mpq_jax import ranges
 from mpq_jax.data import arrays, digits, folder, tfds
 from mpq_jax.data.augment import augment, normalize, random_crop, random_flip
 from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, whole_split
@@ -12,6 +13,8 @@ from mpq_jax.data.reading import Reading
 
 __all__ = [
     "DATASETS",
+    "IMAGE_SIZE",
+    "NORMALIZATION",
     "Batch",
     "BatchPlan",
     "CorruptImagesError",
@@ -33,6 +36,13 @@ DATASETS = {
     "tfds": tfds.load,
 }
 GIVEN = ("plan", "reading")  # loader arguments that are not dataset options
+NORMALIZATION = {  # of every channel, on the 0 to 1 scale; None: the dataset's own
+    "mean": ranges.Range(0, 1, optional=True),
+    "std": ranges.Range(0, 1, above=True, optional=True),
+}
+
+
+IMAGE_SIZE = ranges.Range(1, whole=True, optional=True)  # pixels; None: as stored
 
 
 def load(
@@ -77,7 +87,9 @@ def load(
         raise ValueError(f"dataset is {name!r}; known datasets are {sorted(DATASETS)}")
     if (mean is None) != (std is None):
         raise ValueError(f"mean is {mean} and std is {std}; give both or neither")
+    ranges.check({"mean": mean, "std": std}, NORMALIZATION)
     _check_options(name, options)
+    ranges.check(options, {"image_size": IMAGE_SIZE})
     plan = BatchPlan(
         batch_size=batch_size,
         seed=seed,

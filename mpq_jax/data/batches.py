@@ -163,6 +163,11 @@ class Dataset:
     corrupt: CorruptImages = dataclasses.field(default_factory=CorruptImages)
 
     def __post_init__(self):
+        if self.num_classes < 2:
+            raise ValueError(
+                f"{self.name} has {self.num_classes} class; wanted two or more, since any network "
+                "is right about a single one"
+            )
         if self.steps_per_epoch < 1:
             raise ValueError(
                 f"{self.name} has {self.sizes['train']} training images after holding out "

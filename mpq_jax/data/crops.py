@@ -12,6 +12,8 @@ CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, the usual reference
 RESIZE_FACTOR = 256 / 224  # short side over crop side in evaluation: usual ImageNet protocol
 REDUCTIONS = (8, 4, 2)  # factors by which JPEG decoders can downscale: they skip frequencies
 MODES = {1: "L", 3: "RGB"}  # number of channels -> Pillow's mode
+WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # gray values of 16 bits
+WIDE_STEP = 257  # 65,535 / 255
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 Box = tuple[int, int, int, int]
@@ -34,8 +36,24 @@ def open_image(encoded: bytes) -> Image.Image:
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Converts an image to one (gray) or three (RGB) channels; copies it only if necessary."""
+    """Converts an image to one (gray) or three (RGB) channels; copies it only if necessary.
+
+    Values of 16 bits are scaled to 8.
+
+    Raises:
+        ValueError: the values are floats, of which no file says where black and white are.
+    """
+    if image.mode == "F":
+        raise ValueError("its values are floats; wanted 8 or 16 bits per channel")
+    if image.mode in WIDE_MODES:
+        image = _to_8_bits(image)
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scales gray values from 0 to 65,535 to those from 0 to 255; Pillow itself would clip them."""
+    wide = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1)
+    return Image.fromarray(((wide + WIDE_STEP // 2) // WIDE_STEP).astype(np.uint8))
 
 
 def to_array(image: Image.Image) -> np.ndarray:

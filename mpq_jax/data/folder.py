@@ -109,14 +109,25 @@ def open_split(folder: pathlib.Path, classes: list[str]) -> EncodedImages:
 
 
 def find_images(root: pathlib.Path, folder: str) -> Iterator[bytes]:
-    """Yields the images in a folder and its subfolders as paths from `root`, in any order."""
+    """Yields the images in a folder and its subfolders as paths from `root`, in any order.
+
+    Raises:
+        ValueError: what is called like an image is no file, and reading it might never end.
+    """
     with os.scandir(root / folder) as entries:
         for entry in entries:
             path = f"{folder}/{entry.name}"
-            if entry.name.lower().endswith(EXTENSIONS):
-                yield os.fsencode(path)
-            elif entry.is_dir():
+            if entry.is_dir():
                 yield from find_images(root, path)
+            elif not entry.name.lower().endswith(EXTENSIONS):
+                continue
+            elif entry.is_file():
+                yield os.fsencode(path)
+            else:
+                raise ValueError(
+                    f"{root / path} is called like an image and is no file but a pipe, a device or "
+                    "a link to nothing; remove it"
+                )
 
 
 def _read(

@@ -1,14 +1,18 @@
 """Datasets held in memory: arrays of images, read by indexing."""
 
 import functools
+import pathlib
+import sys
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float64, Int, Int32, UInt8
 
 from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, split_validation
 
 STATISTICS_CHUNK = 1024  # images squared at a time; bounds the memory
+MEMORY = pathlib.Path("/proc/meminfo")
 
 
 class Examples(NamedTuple):
@@ -16,6 +20,13 @@ class Examples(NamedTuple):
 
     images: UInt8[np.ndarray, "images height width channel"]
     labels: Int32[np.ndarray, " images"]
+
+
+def available_bytes() -> int:
+    """Returns how much memory is free; where the system does not tell, any amount."""
+    lines = MEMORY.read_text().splitlines() if MEMORY.exists() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kib[0] * 2**10 if kib else sys.maxsize
 
 
 def take(examples: Examples, indices: Int[np.ndarray, " batch"]) -> Batch:
@@ -60,6 +71,12 @@ def make_dataset(
         images, so that they depend neither on the seed nor on `validation_fraction`.
     """
     mean, std = channel_statistics(train.images)
+    if (darkest := train.images.min()) == train.images.max():
+        logging.warning(
+            "%s: every pixel of the training images is %d, so there is nothing to learn from them",
+            name,
+            darkest,
+        )
     train_indices, validation_indices = split_validation(len(train.labels), plan=plan)
     read_train = functools.partial(take, train)
     height, width, channels = train.images.shape[1:]

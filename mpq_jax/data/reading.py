@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mpq_jax import ranges
 from mpq_jax.data import crops
 
 MAX_CORRUPT = 100  # images; ImageNet as published has none, so more indicate a broken copy
@@ -30,21 +31,17 @@ class Reading:
     workers: int = 0
     max_corrupt: int = MAX_CORRUPT
 
+    RANGES = {
+        "min_area": ranges.SHARE,
+        "resize_factor": ranges.Range(1),
+        "num_threads": ranges.COUNT,
+        "workers": ranges.COUNT_OR_NONE,
+        "max_corrupt": ranges.COUNT_OR_NONE,
+    }
+
     def __post_init__(self):
         if self.interpolation not in crops.INTERPOLATIONS:
             raise ValueError(
                 f"interpolation is {self.interpolation!r}; known: {sorted(crops.INTERPOLATIONS)}"
             )
-        if not 0 < self.min_area <= 1:
-            raise ValueError(
-                f"min_area is {self.min_area}; it is the smallest fraction of an image that a "
-                f"random crop covers: more than 0, at most 1 (usually {crops.MIN_AREA})"
-            )
-        if self.resize_factor < 1:
-            raise ValueError(
-                f"resize_factor is {self.resize_factor}; the short side must be at least as long "
-                "as the crop: 1 or more (usually 256/224)"
-            )
-        for name, minimum in (("num_threads", 1), ("workers", 0), ("max_corrupt", 0)):
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        ranges.check(vars(self), self.RANGES)

@@ -183,7 +183,9 @@ def read_bits(table: LayerTable, bits: Any) -> tuple[BitConfig, str]:
     else:
         path = local_path(bits)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no bit file {path}; a search writes bits_*.json")
+            raise FileNotFoundError(
+                f"there is no bit file {str(bits)!r}; a search writes bits_*.json"
+            )
         try:
             chosen, name = bit_configs.from_json(path.read_text(), table.names), path.name
         except ValueError as error:  # UnicodeDecodeError is one

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpq_jax import extras
-from mpq_jax.export import stablehlo
+from mpq_jax.export import safetensors_file, stablehlo
 from mpq_jax.export.exported_model import LEARNED, ExportedModel
 from mpq_jax.export.onnx import OPSETS
 from mpq_jax.export.packed import network, reader, writer
@@ -119,6 +119,7 @@ def check(path: pathlib.Path, format_name: str, options: Mapping[str, Any]) -> N
             raise ValueError(f"{name} is {value!r}; {format_name} takes {list(known[name])}")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a folder or a device; name a file")
+    safetensors_file.check_writable(path)
 
 
 def check_name(format_name: str) -> None:

@@ -89,12 +89,20 @@ def find(
         tensors, header = safetensors_file.read(
             path, kind=FORMAT, version=VERSION, how_to_write=HOW_TO_WRITE
         )
-        for index, entry in enumerate(header["tested"]):
-            if all(entry[name] == wanted[name] for name in wanted):
-                begin = f"{index}/"
-                flat = {n.removeprefix(begin): x for n, x in tensors.items() if n.startswith(begin)}
-                return with_statistics(net, state, bits, paths.unflatten(flat))
+        try:
+            for index, entry in enumerate(header["tested"]):
+                if all(entry[name] == wanted[name] for name in wanted):
+                    found = _below(tensors, f"{index}/")
+                    return with_statistics(net, state, bits, paths.unflatten(found))
+        except (LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path} does not hold what its header says: {error}. {HOW_TO_WRITE}"
+            ) from error
     return None
+
+
+def _below(tensors: dict[str, np.ndarray], begin: str) -> dict[str, np.ndarray]:
+    return {n.removeprefix(begin): x for n, x in tensors.items() if n.startswith(begin)}
 
 
 def with_statistics(

@@ -7,12 +7,15 @@ it. This module needs NumPy and safetensors alone.
 import contextlib
 import json
 import pathlib
+import tempfile
 import zlib
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from mpq_jax import strict_json
 
 CHECKSUM = "crc32"  # metadata key of the checksum, eight hexadecimal digits
 PLAIN = ("format", "version", CHECKSUM)  # metadata that are plain text, not JSON
@@ -50,6 +53,16 @@ def _in_order(content: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors stay aligned
     return len(text).to_bytes(start, "little") + text + content[end:]
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """Raises ValueError where a file cannot be written; folders that it needs may be missing."""
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror} in {folder}") from error
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
@@ -95,7 +108,11 @@ def read(
         ) from error
     if f"{checksum(tensors, metadata):08x}" != metadata.get(CHECKSUM):
         raise ValueError(f"{path} is damaged: its checksum is wrong. Write it or copy it again")
-    header = {name: json.loads(text) for name, text in metadata.items() if name not in PLAIN}
+    try:
+        parse = strict_json.parse
+        header = {name: parse(text) for name, text in metadata.items() if name not in PLAIN}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: in its header, {error}") from error
     return tensors, header
 
 

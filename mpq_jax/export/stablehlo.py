@@ -28,6 +28,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from mpq_jax import strict_json
 from mpq_jax.export import checksum, exported_model, program, safetensors_file, signature
 from mpq_jax.export.exported_model import ExportedModel, QuantizedLayer
 from mpq_jax.supernet import bits as bit_configs
@@ -122,7 +123,7 @@ def facts_of(path: pathlib.Path, content: bytes) -> dict[str, Any]:
     """
     has_checksum = checksum.check(path, content)
     try:
-        facts = json.loads(content[content.rindex(b"\n{") :])
+        facts = strict_json.parse(content[content.rindex(b"\n{") :])
     except ValueError:
         facts = {}
     if not has_checksum or facts.get("format") != FORMAT:
@@ -130,9 +131,9 @@ def facts_of(path: pathlib.Path, content: bytes) -> dict[str, Any]:
             f"{path} is no StableHLO program of mpq_jax, or was cut off: the line of facts at its "
             "end is missing. Write it or copy it again"
         )
-    if facts["version"] != VERSION:
+    if facts.get("version") != VERSION:
         raise ValueError(
-            f"{path} has version {facts['version']} of the format; this library reads version "
+            f"{path} has version {facts.get('version')} of the format; this library reads version "
             f"{VERSION}. Write it anew by `mpq export`, or update mpq_jax for a newer version"
         )
     return facts

@@ -139,7 +139,8 @@ class MethodFamily(NamedTuple):
     """A method before its model is known.
 
     Attributes:
-        options: frozen dataclass of all hyperparameters, checked on construction.
+        options: frozen dataclass of all hyperparameters, checked on construction; its `RANGES` are
+            those of its numbers.
         make: function that builds the method.
         warm_starts_from: name of a method whose networks are a valid start, in addition to float
             models; None: there is none.
@@ -147,7 +148,7 @@ class MethodFamily(NamedTuple):
         variant: relation to the method of which this is a variant; None: it is not a variant.
     """
 
-    options: type
+    options: Any
     make: MakeMethod
     warm_starts_from: str | None = None
     must_match: tuple[str, ...] = ()

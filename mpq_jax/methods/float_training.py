@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from mpq_jax import ranges
 from mpq_jax.methods import optim
 from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.warm_start import float_variables
@@ -49,8 +50,18 @@ class Options:
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0
 
+    RANGES = {
+        "learning_rate": ranges.NOT_NEGATIVE,
+        "end_learning_rate": ranges.NOT_NEGATIVE,
+        "warmup": ranges.FRACTION,
+        "momentum": ranges.BELOW_ONE,
+        "weight_decay": ranges.NOT_NEGATIVE,
+        "label_smoothing": ranges.FRACTION,
+    }
+
     def __post_init__(self):
         """Raises ValueError, listing the valid values, for an invalid one."""
+        ranges.check(vars(self), self.RANGES)
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}; wanted one of {OPTIMIZERS}")
 

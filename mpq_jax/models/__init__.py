@@ -1,10 +1,13 @@
 """Float models in Flax, independent of quantization. `MODELS` lists them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 
+from mpq_jax import ranges
 from mpq_jax.models import efficientnet_lite, mobilenet_v2, resnet, resnet_cifar, vgg, vit
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -36,8 +39,39 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+MODULE_FIELDS = ("parent", "name")  # of every module of Flax
+RANGES = {  # of options that are not single integers, which are all counts
+    "stage_sizes": ranges.COUNT,
+    "stage_channels": ranges.COUNT,
+    "width_multiplier": ranges.POSITIVE,
+    "width": ranges.POSITIVE,
+    "depth": ranges.POSITIVE,
+    "epsilon": ranges.POSITIVE,
+    "mlp_ratio": ranges.POSITIVE,
+    "dropout": ranges.BELOW_ONE,
+    "drop_path": ranges.BELOW_ONE,
+}
+
+
 def make_model(name: str, *, num_classes: int, **options) -> nn.Module:
-    """Builds a model by its name; raises ValueError, listing the known names, for any other."""
+    """Builds a model by its name.
+
+    Raises:
+        ValueError: the model or an option is unknown, or an option makes no sense.
+    """
     if name not in MODELS:
         raise ValueError(f"the model is {name!r}; known models are {sorted(MODELS)}")
+    types = option_types(name)
+    unknown = sorted(set(options) - set(types))
+    if unknown:
+        raise ValueError(f"the model {name!r} takes no {unknown}; it takes {list(types)}")
+    counts = {option: ranges.COUNT for option, kind in types.items() if kind is int}
+    ranges.check(options, RANGES | counts, prefix=f"the model {name!r}: ")
     return MODELS[name](num_classes=num_classes, **options)
+
+
+def option_types(name: str) -> dict[str, Any]:
+    """Returns the types of a model's options, by their names."""
+    kind: Any = getattr(MODELS[name], "func", MODELS[name])
+    given = (*MODULE_FIELDS, "num_classes")
+    return {one.name: one.type for one in dataclasses.fields(kind) if one.name not in given}

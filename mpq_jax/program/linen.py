@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 
@@ -14,6 +15,21 @@ from mpq_jax.program import network
 from mpq_jax.program.network import PyTree, Variables
 
 FLOAT32_NORMS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+_COLLECTIONS = (
+    "reads or writes variables of other collections than 'params' and 'batch_stats', which are not "
+    "kept: hold them as parameters, or as constants of the module"
+)
+UNMET: dict[type[Exception], str] = {  # errors, and what a module did
+    flax.errors.InvalidRngError: (
+        "draws random numbers in evaluation, or from another stream than 'dropout': call "
+        "make_rng('dropout'), in training mode alone"
+    ),
+    flax.errors.ScopeCollectionNotFound: _COLLECTIONS,
+    flax.errors.ScopeVariableNotFoundError: _COLLECTIONS,
+    flax.errors.ModifyScopeVariableError: _COLLECTIONS,
+    ZeroDivisionError: "draws a parameter that holds no numbers: give it sizes of 1 or more",
+}
 
 Call = Callable[[], Any]  # the rest of a module's call
 Hook = Callable[[nn.Module, tuple, Call], Any]
@@ -44,7 +60,7 @@ class LinenNetwork:
         """Draws the model's initial variables."""
         mode: dict[str, Any] = network.mode_kwargs(type(self.model).__call__, train=False)
         rngs = {"params": key, "dropout": key}
-        with _hooked(_allow_mixed_dtypes):
+        with _explained(self.label), _hooked(_allow_mixed_dtypes):
             boxed = self.model.init(rngs, *network.arguments(inputs), **mode)
         variables = dict(nn.meta.unbox(boxed))
         return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
@@ -63,7 +79,7 @@ class LinenNetwork:
         hooks: list[Hook] = [functools.partial(_reduce_over, shard.axis), _allow_mixed_dtypes]
         if dropout_key is None:
             hooks.append(_without_dropout)
-        with _hooked(*hooks):
+        with _explained(self.label), _hooked(*hooks):
             outputs, updated = self.model.apply(
                 variables,
                 *network.arguments(inputs),
@@ -72,6 +88,16 @@ class LinenNetwork:
                 **mode,
             )
         return outputs, dict(updated).get("batch_stats", {})
+
+
+@contextlib.contextmanager
+def _explained(label: str) -> Iterator[None]:
+    """Raises ValueError where a module needs other variables or random keys than it gets."""
+    try:
+        yield
+    except tuple(UNMET) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{label} {UNMET[type(error)]}. Flax says: {reason}") from error
 
 
 @contextlib.contextmanager

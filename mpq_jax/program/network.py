@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,8 @@ Variables = dict[str, PyTree]
 
 TRAIN_FLAGS = ("train", "training", "is_training")
 EVAL_FLAGS = ("deterministic", "use_running_average", "inference")
+SIMILAR_FLAG = re.compile(r"(is|in)_?(train|eval|test|infer)|(train|eval|test|infer)\w*_mode|eval$")
+INPUTS_FROM = 2  # parameters of a call behind the module, or the variables, and the first input
 
 
 @runtime_checkable
@@ -132,10 +135,20 @@ def mode_kwargs(function: Callable, *, train: bool) -> dict[str, bool]:
     """Finds the keyword arguments that put a model into training or evaluation mode.
 
     The names known are those of `TRAIN_FLAGS` and, inverted, of `EVAL_FLAGS`.
+
+    Raises:
+        ValueError: there is none of them, but a flag of a similar name.
     """
     accepted = inspect.signature(function).parameters
     train_flags = {name: train for name in TRAIN_FLAGS if name in accepted}
-    return train_flags | {name: not train for name in EVAL_FLAGS if name in accepted}
+    known = train_flags | {name: not train for name in EVAL_FLAGS if name in accepted}
+    similar = [name for name in list(accepted)[INPUTS_FROM:] if SIMILAR_FLAG.match(name)]
+    if similar and not known:
+        raise ValueError(
+            f"the model's flag {similar[0]!r} is not known; wanted one of {TRAIN_FLAGS} or, if it "
+            f"is true in evaluation, of {EVAL_FLAGS}"
+        )
+    return known
 
 
 def arguments(inputs: PyTree) -> tuple:

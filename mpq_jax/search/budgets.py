@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpq_jax.search.cost_metrics import CostMetric, cost_metrics
+from mpq_jax.search.cost_metrics import BASE_UNITS, CostMetric, cost_metrics
 from mpq_jax.search.integer_program import reachable_costs, solve
 from mpq_jax.search.objectives import check_inputs_are_determined
 from mpq_jax.search.options import PAPER, SearchOptions
-from mpq_jax.search.problem import Budget, Constraint
+from mpq_jax.search.problem import TOLERANCE, Budget, Constraint
 from mpq_jax.search.space import SearchSpace
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.bits import BitConfig
@@ -39,8 +39,9 @@ class SearchProblem(NamedTuple):
     def budgets(self, limits: Mapping[str, float]) -> list[Budget]:
         """Returns budgets with all of their constraints, from the limits of their costs."""
         kind, cost = self.metric.kind, self.metric.cost
+        unit = BASE_UNITS[kind]
         return [
-            Budget(name, (Constraint(kind, cost, most, most - self.slack), *self.constraints))
+            Budget(name, (Constraint(kind, cost, most, most - self.slack, unit), *self.constraints))
             for name, most in limits.items()
         ]
 
@@ -64,6 +65,18 @@ class SearchProblem(NamedTuple):
         return low, high
 
 
+def beyond_reach(problem: SearchProblem) -> list[str]:
+    """Says which budgets are larger than any configuration costs, so that they limit nothing."""
+    _, high = reachable_costs(problem.space, problem.metric.cost)
+    names = [name for name, most in problem.limits.items() if most > high * (1 + TOLERANCE)]
+    shown = problem.metric.show
+    return [
+        f"the budget of {shown(problem.limits[name])} limits nothing: the most expensive bits cost "
+        f"{shown(high)}"
+        for name in names
+    ]
+
+
 def make_problem(table: LayerTable, options: SearchOptions) -> SearchProblem:
     """Builds the problem that options describe.
 
@@ -79,7 +92,7 @@ def make_problem(table: LayerTable, options: SearchOptions) -> SearchProblem:
         if options.objective == PAPER:
             slack = largest_step(metric.cost)
     constraints = tuple(
-        Constraint(f"limit on {kind}", metrics[kind].cost, most)
+        Constraint(f"limit on {kind}", metrics[kind].cost, most, unit=BASE_UNITS[kind])
         for kind, most in options.limits.items()
         if most
     )

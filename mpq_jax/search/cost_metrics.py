@@ -21,6 +21,14 @@ UNITS: dict[str, tuple[Unit, ...]] = {
     "latency": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
 }
 """Units of each kind of cost, the largest first."""
+BASE_UNITS = {  # in which costs are counted
+    "bitops": "bit operations",
+    "bytes": "bytes",
+    "stored_bytes": "bytes",
+    "act_bytes": "bytes",
+    "mean_bits": "bits",
+    "latency": "seconds",
+}
 
 
 class CostMetric(NamedTuple):

@@ -193,7 +193,7 @@ def _check_constraints(constraints: Sequence[Constraint]) -> None:
         raise ValueError(
             f"the constraints are {names}; give one or more, each with a name of its own"
         )
-    for name, _, high, low in constraints:
+    for name, _, high, low, _ in constraints:
         if not (low <= high and low < math.inf and high > -math.inf):
             raise ValueError(f"{name} should be {low} to {high}; wanted two numbers in order")
 
@@ -254,8 +254,9 @@ def _describe_range(space: SearchSpace, constraint: Constraint, pairs: np.ndarra
     largest = ", ".join(
         f"{space.table.names[i]} ({least[i]:.4g})" for i in np.argsort(-least, kind="stable")[:3]
     )
+    unit = f" {constraint.unit}" if constraint.unit else ""
     return (
-        f"{constraint.name} should be {constraint.lower_bound:.6g} to {constraint.limit:.6g} and "
-        f"the reachable range is {low:.6g} to {high:.6g}; at the low end the largest parts are "
-        f"{largest}"
+        f"{constraint.name} should be {constraint.lower_bound:.6g} to {constraint.limit:.6g}{unit} "
+        f"and the reachable range is {low:.6g} to {high:.6g}{unit}; at the low end the largest "
+        f"parts are {largest}"
     )

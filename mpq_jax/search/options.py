@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from mpq_jax import ranges
+from mpq_jax.search import strategies
 from mpq_jax.search.cost_metrics import UNITS
 from mpq_jax.search.objectives import OBJECTIVES
 from mpq_jax.search.prefix_scoring import MEMORY
 from mpq_jax.search.strategies import STRATEGIES
 from mpq_jax.supernet import scoring
+from mpq_jax.supernet.rules import MAX_BITS
 
 MEASURED = "measured"  # objective of the integer program that comes from scores
 PAPER = "paper"  # the printed objective, which always wants fewer bits
@@ -67,6 +70,18 @@ class SearchOptions:
     sensitivity: bool = True
     seed: int = 0
 
+    RANGES = {
+        "levels": ranges.Range(2, MAX_BITS, whole=True),
+        "budgets": ranges.POSITIVE,
+        "pareto_points": ranges.COUNT_OR_NONE,
+        "max_accuracy_drop": ranges.Range(0, 100),  # percentage points
+        "trace_images": ranges.COUNT,
+        "trace_probes": ranges.Range(2, whole=True),  # a standard error needs two
+        "score_images": ranges.COUNT,
+        "memory": ranges.COUNT_OR_NONE,
+        "seed": ranges.SEED,
+    }
+
     def __post_init__(self):
         for name, known in (
             ("cost", tuple(UNITS)),
@@ -77,11 +92,7 @@ class SearchOptions:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; known: {known}")
-        if self.max_accuracy_drop < 0 or self.pareto_points < 0:
-            raise ValueError(
-                f"max_accuracy_drop is {self.max_accuracy_drop} and pareto_points "
-                f"{self.pareto_points}; wanted percentage points and a number of budgets, or 0"
-            )
+        ranges.check(vars(self), self.RANGES)
         if not (self.levels or self.budgets or self.pareto_points or self.max_accuracy_drop):
             raise ValueError(
                 "there is no budget to search for; give levels, budgets, pareto_points or "
@@ -96,6 +107,7 @@ class SearchOptions:
         unknown = sorted(set(self.limits) - set(UNITS))
         if unknown:
             raise ValueError(f"limits has {unknown}; known kinds of cost: {tuple(UNITS)}")
+        ranges.check(self.limits, dict.fromkeys(UNITS, ranges.NOT_NEGATIVE), prefix="limits.")
         if self.latency is None and (self.cost == "latency" or self.limits.get("latency")):
             raise ValueError(
                 "a budget or limit of latency needs a table of latencies, the seconds of every "
@@ -109,6 +121,7 @@ class SearchOptions:
             raise ValueError(
                 f"strategy_options has {unknown}; {self.strategy!r} has the options {known}"
             )
+        ranges.check(self.strategy_options, strategies.RANGES)
 
     @property
     def uses_hessian(self) -> bool:

@@ -44,12 +44,14 @@ class Constraint(NamedTuple):
             `table.candidates`, as from `costs.cost_table`; infinity: not allowed.
         limit: largest cost of a configuration.
         lower_bound: smallest cost. The Double Rounding paper fixes the mean bits, that is, both.
+        unit: unit of the cost, for messages.
     """
 
     name: str
     cost: np.ndarray
     limit: float
     lower_bound: float = -math.inf
+    unit: str = ""
 
     @property
     def bounds(self) -> tuple[float, float]:

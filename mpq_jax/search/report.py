@@ -66,7 +66,7 @@ class SearchReport:
         sensitivity: float64 [layers, 2 (weights, input), choices], score increase if one tensor
             alone has these bits; NaN: not allowed; None: not measured.
         traces: Hessian traces of the layers, if the objective used them.
-        notes: sentences about requests that could not be met.
+        notes: sentences about requests that could not be met, or that limit nothing.
         timings: seconds by phase.
         provenance: versions, devices and date.
         float_accuracy: top-1 accuracy of the float model on the same images, if known.

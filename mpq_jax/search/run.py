@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from mpq_jax.program import network
 from mpq_jax.search import finalists, objectives, prefix_scoring
-from mpq_jax.search.budgets import SearchProblem, make_problem
+from mpq_jax.search.budgets import SearchProblem, beyond_reach, make_problem
 from mpq_jax.search.finalists import Evaluator, Find
 from mpq_jax.search.ilp import check_budgets
 from mpq_jax.search.options import SearchOptions
@@ -96,6 +96,7 @@ def search(
     budgets = problem.budgets(problem.limits)
     if budgets:
         check_budgets(problem.space, budgets)
+    notes = beyond_reach(problem) if budgets else []
     log = _Log(on_step)
     scores = _open_cache(net, state, readers, chosen, cache)
     score = scores.remember(_make_score(net, state, images, labels, readers, chosen))
@@ -105,7 +106,7 @@ def search(
         results = find(budgets) if budgets else []
     with log.timed("evaluation"):
         evaluator = Evaluator(net, state, readers)
-        found, notes = finalists.choose(problem, results, find, evaluator, chosen)
+        found, unmet = finalists.choose(problem, results, find, evaluator, chosen)
         evaluated = finalists.evaluate_all(problem, found, evaluator, on_step)
     sensitivity = None
     if chosen.sensitivity:
@@ -126,7 +127,7 @@ def search(
         known_scores=scores.known,
         sensitivity=sensitivity,
         traces=traces,
-        notes=tuple(notes),
+        notes=(*notes, *unmet),
         timings=log.timings,
         provenance=_provenance(),
         float_accuracy=float_accuracy,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from mpq_jax import ranges
 from mpq_jax.search.evolution import evolutionary_search
 from mpq_jax.search.greedy import greedy_search
 from mpq_jax.search.hybrid import hybrid_search
@@ -10,6 +11,7 @@ from mpq_jax.search.ilp import ilp_search
 from mpq_jax.search.problem import SearchResult
 from mpq_jax.search.random import random_search
 from mpq_jax.search.tabu import tabu_search
+from mpq_jax.supernet.rules import MAX_BITS
 
 
 class Strategy(NamedTuple):
@@ -37,4 +39,20 @@ STRATEGIES = {
     "random": Strategy(random_search, ("samples", "window")),
     "ilp": Strategy(ilp_search, ("solutions",)),
     "hybrid": Strategy(hybrid_search, ("solutions", "rounds", "proposals", "tabu_tenure")),
+}
+RANGES = {  # of the options of all strategies
+    "start_bits": ranges.Range(1, MAX_BITS, whole=True),
+    "patience": ranges.COUNT_OR_NONE,
+    "rounds": ranges.COUNT_OR_NONE,
+    "proposals": ranges.COUNT,
+    "tabu_tenure": ranges.COUNT_OR_NONE,
+    "population": ranges.COUNT,
+    "generations": ranges.COUNT,
+    "parents": ranges.COUNT,
+    "mutations": ranges.COUNT_OR_NONE,
+    "crossovers": ranges.COUNT_OR_NONE,
+    "mutation_probability": ranges.FRACTION,
+    "window": ranges.FRACTION,
+    "samples": ranges.COUNT,
+    "solutions": ranges.COUNT,
 }

@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 from jaxtyping import ArrayLike as AnyArray
 
+from mpq_jax import strict_json
+
 FORMAT = "mpq_jax.bits"
 VERSION = 1
 
@@ -122,9 +124,9 @@ def from_json(text: str, names: Sequence[str]) -> BitConfig:
             these layers.
     """
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not a bit configuration: the text is not JSON ({error})") from error
+        content = strict_json.parse(text)
+    except ValueError as error:
+        raise ValueError(f"not a bit configuration: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f'not a bit configuration: "format" should be "{FORMAT}"')
     if content.get("version") != VERSION:

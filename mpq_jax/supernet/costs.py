@@ -5,7 +5,6 @@ the cost of each layer at each pair of (weight bits, activation bits).
 """
 
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from jaxtyping import ArrayLike as AnyArray
 
+from mpq_jax import strict_json
 from mpq_jax.program.layers import PRODUCT
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
@@ -239,9 +239,9 @@ def latency_table(table: LayerTable, text: str) -> np.ndarray:
 
 def _latency_layers(text: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not a latency table: the text is not JSON ({error})") from error
+        content = strict_json.parse(text)
+    except ValueError as error:
+        raise ValueError(f"not a latency table: {error}") from error
     wanted = {"format": LATENCY_FORMAT, "version": LATENCY_VERSION, "unit": "seconds"}
     for key, value in wanted.items():
         given = content.get(key) if isinstance(content, dict) else None

@@ -369,15 +369,20 @@ class LayerTable:
         """Configuration with the largest bits in every layer."""
         return max_config(self.candidates, self.mask)
 
+    def check_shape(self, bits: BitConfig) -> None:
+        """Raises ValueError unless there is one number of bits for each layer, traced or not."""
+        for kind, array in (("weights", bits.weights), ("acts", bits.acts)):
+            if jnp.shape(array) != (len(self),):
+                raise ValueError(
+                    f"{kind} have shape {jnp.shape(array)}; wanted one number of bits for each of "
+                    f"the {len(self)} layers of the table"
+                )
+
     def check(self, bits: BitConfig) -> None:
         """Raises ValueError, naming a layer, unless the table allows this one configuration."""
+        self.check_shape(bits)
         for kind, array in (("weights", bits.weights), ("acts", bits.acts)):
             values = np.asarray(array)
-            if values.shape != (len(self),):
-                raise ValueError(
-                    f"{kind} have shape {values.shape}; wanted one number of bits for each of the "
-                    f"{len(self)} layers of the table"
-                )
             for layer, value in zip(self.layers, values, strict=True):
                 allowed = layer.weight_candidates if kind == "weights" else layer.act_candidates
                 if value not in allowed:
@@ -446,6 +451,12 @@ def trace_layers(
             f"{network.label} multiplies its inputs by no parameters, so there is nothing to "
             "quantize"
         )
+    for call in calls:
+        if 0 in call.kernel_shape:
+            raise ValueError(
+                f"the kernel of layer {call.name!r} has shape {call.kernel_shape}, which holds no "
+                "numbers; give the model sizes of 1 or more"
+            )
     check_matches(rules, calls)
     table = LayerTable(
         tuple(

@@ -59,6 +59,17 @@ FIRST_LAST_SAME = (Rule(position="first", acts=8, float_acts=True, optional=True
 FIRST_LAST = {"8bit": FIRST_LAST_8BIT, "float": FIRST_LAST_FLOAT, "same": FIRST_LAST_SAME}
 
 
+def make_rule(fields: Any) -> Rule:
+    """Makes a rule of a dict, as configs hold it; raises ValueError where it is malformed."""
+    is_dict = hasattr(fields, "keys")
+    unknown = sorted(set(fields) - set(Rule._fields)) if is_dict else fields
+    if unknown or not is_dict:
+        raise ValueError(f"a rule has {unknown!r}; wanted a dict of some of {list(Rule._fields)}")
+    rule = Rule(**fields)
+    check_rule(rule)
+    return rule
+
+
 def bit_rules(
     candidates: Sequence[int] = DEFAULT_CANDIDATES,
     *,
@@ -177,7 +188,7 @@ def check_rule(rule: Rule) -> None:
     """Raises ValueError where a rule is malformed."""
     try:
         re.compile(rule.pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(
             f"rule pattern {rule.pattern!r} is not a regular expression: {error}"
         ) from error
@@ -186,6 +197,9 @@ def check_rule(rule: Rule) -> None:
             f"rule has kind {rule.kind!r} and position {rule.position!r}; kinds are {KINDS}, "
             f"positions {POSITIONS}, or None"
         )
+    for name in ("float_weights", "float_acts", "signed"):
+        if getattr(rule, name) not in (None, True, False):
+            raise ValueError(f"{name} of a rule is {getattr(rule, name)!r}; wanted True or False")
     for bits, is_float in ((rule.weights, rule.float_weights), (rule.acts, rule.float_acts)):
         if bits is not None:
             descending(bits, most=FLOAT_BITS if is_float else MAX_BITS)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 from jaxtyping import ArrayLike as AnyArray
 
@@ -131,10 +132,15 @@ class Supernet:
 
         Args:
             state: the supernet.
-            bits: one configuration, traced; it must be allowed by the table (`table.check`).
+            bits: one configuration, traced or not; it must be allowed by the table.
             scale_step_gradient: whether the gradients of the weights' step sizes have LSQ's
                 scale, 1 / sqrt(weights * largest code).
+
+        Raises:
+            ValueError: the bits are of another number of layers or, where they are not traced, the
+                table does not allow them.
         """
+        self._check(bits)
         state, weight_bits = _as_jax(state), jnp.asarray(bits.weights)
         step_sizes = self.weight_step_sizes(state.trainable, weight_bits)
 
@@ -182,6 +188,7 @@ class Supernet:
 
         For many subnets of one state; it has no gradient in kernels and step sizes.
         """
+        self._check(bits)
         state, weight_bits = _as_jax(state), jnp.asarray(bits.weights)
 
         def chosen(index: int, w: Array) -> Array:
@@ -191,6 +198,13 @@ class Supernet:
             return quantized[layer.name][jnp.argmax(place)]
 
         return self._subnet(state, bits, chosen)
+
+    def _check(self, bits: BitConfig) -> None:
+        """Raises ValueError for bits of other layers and, unless traced, for bits not allowed."""
+        if any(isinstance(column, Tracer) for column in bits):
+            self.table.check_shape(bits)
+        else:
+            self.table.check(bits)
 
     def _subnet(
         self, state: SupernetState, bits: BitConfig, kernel_of: Callable[[int, Array], Array]
@@ -545,7 +559,7 @@ def _any_at_floor(
     act_step_sizes: Float[Array, "layers choices"],
 ) -> Bool[Array, " layers"]:
     step_sizes = jnp.stack([weight_step_sizes, act_step_sizes], axis=1)
-    return (used & (step_sizes <= lsq.MIN_STEP_SIZE)).any((1, 2))
+    return jnp.any(used & (step_sizes <= lsq.MIN_STEP_SIZE), axis=(1, 2))
 
 
 def expand_bn_banks(table: LayerTable, state: SupernetState) -> SupernetState:

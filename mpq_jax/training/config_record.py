@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from mpq_jax import strict_json
 from mpq_jax.methods import METHODS
 from mpq_jax.models import user_models
 
@@ -99,9 +100,9 @@ def method_of(workdir: pathlib.Path) -> str | None:
 def _load(path: pathlib.Path) -> dict[str, Any]:
     """Reads a config of any version; raises ValueError if it is damaged or is none."""
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:  # of the text's encoding, or of JSON
-        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
+        config = strict_json.parse(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         raise ValueError(f"{path} is no config of a training run of mpq_jax")
     return config

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from mpq_jax import data
 from mpq_jax.methods import METHODS, Method, make_options
@@ -19,9 +20,9 @@ from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.program.network import init_variables
 from mpq_jax.supernet import tied_layers
 from mpq_jax.supernet.layer_table import LayerTable, trace_layers
-from mpq_jax.supernet.rules import FIRST_LAST, Rule, bit_rules
+from mpq_jax.supernet.rules import FIRST_LAST, Rule, bit_rules, make_rule
+from mpq_jax.training import config_ranges
 
-COUNTS = ("epochs", "batch_size", "grad_accum_steps", "log_every", "calibration_batches")
 LAYER_DEFAULTS = {"dtype": "float32", "remat": False}  # which a user's own model need not know
 
 Config = Any  # nested mappings; an ml_collections.ConfigDict is none in the eyes of types
@@ -57,6 +58,7 @@ def build(config: Config) -> Experiment:
     mesh = sharding.make_mesh(config["device_count"] or None, fsdp=config["fsdp"])
     check_batch_size(config, mesh)
     dataset = load_dataset(config)
+    check_padding(config, dataset)
     model = make_configured_model(
         config["model"], num_classes=dataset.num_classes, seed=config["seed"]
     )
@@ -89,12 +91,10 @@ def build(config: Config) -> Experiment:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for a method that there is not, and for counts below 1."""
+    """Raises ValueError for a method that there is not, and for numbers that make no sense."""
     if config["method"] not in METHODS:
         raise ValueError(f"config.method is {config['method']!r}; known methods: {sorted(METHODS)}")
-    for name in COUNTS:
-        if config[name] < 1:
-            raise ValueError(f"config.{name} is {config[name]}; wanted at least 1")
+    config_ranges.check_numbers(config)
 
 
 def check_batch_size(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -103,6 +103,16 @@ def check_batch_size(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(
             f"config.batch_size is {config['batch_size']}, not a multiple of {mesh.size} devices x "
             f"{config['grad_accum_steps']} micro-batches (config.grad_accum_steps)"
+        )
+
+
+def check_padding(config: Config, dataset: data.Dataset) -> None:
+    """Raises ValueError for random crops that may hold nothing of an image."""
+    padding, side = config["data"]["augment"]["crop_padding"], min(dataset.image_shape[:2])
+    if padding >= side:
+        raise ValueError(
+            f"config.data.augment.crop_padding is {padding}, and {dataset.name} has images of "
+            f"{side} pixels; wanted fewer, or 0 for no random crops"
         )
 
 
@@ -124,12 +134,19 @@ def make_rules(bits: Config) -> tuple[Rule, ...]:
         raise ValueError(
             f"config.bits.first_last is {bits['first_last']!r}; wanted one of {sorted(FIRST_LAST)}"
         )
-    return bit_rules(
-        bits["candidates"],
-        depthwise_min_bits=bits["depthwise_min_bits"] or None,
-        first_last=FIRST_LAST[bits["first_last"]],
-        first=[Rule(**rule) for rule in bits["rules"]],
-    )
+    try:
+        first = [make_rule(rule) for rule in bits["rules"]]
+    except ValueError as error:
+        raise ValueError(f"config.bits.rules: {error}") from error
+    try:
+        return bit_rules(
+            bits["candidates"],
+            depthwise_min_bits=bits["depthwise_min_bits"] or None,
+            first_last=FIRST_LAST[bits["first_last"]],
+            first=first,
+        )
+    except ValueError as error:
+        raise ValueError(f"config.bits: {error}") from error
 
 
 def load_dataset(config: Config) -> data.Dataset:
@@ -137,6 +154,13 @@ def load_dataset(config: Config) -> data.Dataset:
     name = config["data"]["name"]
     if name not in data.DATASETS:
         raise ValueError(f"config.data.name is {name!r}; known datasets: {sorted(data.DATASETS)}")
+    try:
+        return _load_named(config, name)
+    except OSError as error:
+        raise ValueError(f"config.data.{name}: {error}") from error
+
+
+def _load_named(config: Config, name: str) -> data.Dataset:
     return data.load(
         name,
         batch_size=config["batch_size"],
@@ -165,8 +189,20 @@ def reading_options(config: Config) -> data.Reading:
 
 
 def recalibration_images(config: Config, dataset: data.Dataset, mesh, prepare) -> jax.Array:
-    """Returns training images, augmented as in training: [batches, batch, ...]."""
-    count = max(1, config["search"]["recalibration_images"] // config["batch_size"])
+    """Returns training images, augmented as in training: [batches, batch, ...].
+
+    There are at most as many batches as hold each image once.
+    """
+    wanted, held = config["search"]["recalibration_images"], dataset.sizes["train"]
+    count = max(1, wanted // config["batch_size"])
+    if count > (enough := -(-held // config["batch_size"])):
+        logging.warning(
+            "config.search.recalibration_images is %d and there are %d training images: each is "
+            "used once, but for those that fill the last batch up",
+            wanted,
+            held,
+        )
+        count = enough
     key = jax.random.key(config["seed"])
     prepared = [
         prepare(sharding.global_batch(batch, mesh), jax.random.fold_in(key, i))

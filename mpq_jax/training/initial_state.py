@@ -59,7 +59,7 @@ def load_start(experiment: Experiment, method: Method, config: Config) -> tuple[
     try:
         saved, origin = read_start(experiment, config)
         start = method.load_warm_start(with_fitting_head(experiment, config, saved), wanted)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"config.init_from is {config['init_from']!r}: {error}") from error
     return mesh.replicate(start, experiment.mesh), origin
 

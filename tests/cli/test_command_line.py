@@ -209,6 +209,33 @@ def test_files_without_a_config_are_refused(tmp_path):
     assert "it has no function get_config(arg)" in refusal("train", f"--config={path}")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  name: resnet8\n", "invalid syntax"),
+        ("def get_config():\n    pass\n", "takes no variant, and 'flaot' is asked for"),
+        ("def get_config(variant):\n    return {}[variant]\n", "has no variant 'flaot'"),
+    ],
+)
+def test_files_that_make_no_such_config_are_refused(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    said = refusal("train", f"--config={path}:flaot")
+    assert str(path) in said and message in said
+    path = path.rename(tmp_path / "mine.yaml")
+    assert f"{path}: it is no Python file" in refusal("train", f"--config={path}")
+
+
+def test_options_of_a_model_need_not_be_preset_by_the_config():
+    given = [f"--config.model.options.{one}" for one in ("depth=3", "name=lite", "sizes=(1, 2)")]
+    later = ["--config.model.options.width=8", "--config.model.options.depth=4"]
+    config = train_arguments("--config=digits", "--workdir=a", *given, *later).config
+    wanted = {"width": 8, "depth": 4, "name": "lite", "sizes": (1, 2)}
+    assert config.model.options.to_dict() == wanted
+    said = refusal("train", "--config=digits", "--workdir=a", "--config.model.options.a.b=3")
+    assert "there is no config.model.options.a.b" in said
+
+
 def test_mistakes_in_a_config_file_keep_their_traceback(tmp_path):
     with pytest.raises(AttributeError, match="no_such_name"):
         main(["train", f"--config={own_config(tmp_path, 'default.no_such_name')}"])

@@ -7,7 +7,8 @@ import rich.console
 import rich.table
 from helpers.attention import MIX, PRODUCT_MACS, SCORES, SHAPE, TinyVit
 
-from mpq_jax.cli.console import make_console, print_layers
+from mpq_jax import data
+from mpq_jax.cli.console import FEW_IMAGES, make_console, print_few_images, print_layers
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
 
@@ -52,3 +53,17 @@ def test_names_and_paths_are_printed_as_they_are(text, capsys):
     console.print(shown)
     printed = capsys.readouterr().out
     assert printed.startswith(f"going on in {text}\n") and printed.count(text) == 2
+
+
+def test_few_held_out_images_are_warned_of_and_enough_or_none_are_not():
+    def said(fraction):
+        file = io.StringIO()
+        dataset = data.load("digits", batch_size=8, seed=0, validation_fraction=fraction)
+        print_few_images(rich.console.Console(file=file, width=200), dataset)
+        return file.getvalue()
+
+    few = said(4 / 1437)
+    assert few.startswith("warning: the model and its bits are chosen by 4 held-out images, each ")
+    assert "is 25 points of accuracy; raise config.data.validation_fraction" in few
+    assert len(few.splitlines()) == 1
+    assert said(0.0) == said(FEW_IMAGES / 1437) == ""

@@ -221,7 +221,10 @@ SEARCH_OF_MIXED_REFUSALS = {
     "objective": ({"objective": "best"}, r"'best'; known: \('measured', 'hawq', 'paper'\)"),
     "metric": ({"metric": "f1"}, r"metric is 'f1'; known: \('error', 'loss', 'kl'\)"),
     "norms": ({"norms": "layer"}, r"'layer'; known: \('batch', 'recalibrated', 'stored'\)"),
-    "drop": ({"max_accuracy_drop": -1.0}, "max_accuracy_drop is -1.0 and pareto_points 0; wanted"),
+    "drop": (
+        {"max_accuracy_drop": -1.0},
+        "max_accuracy_drop is -1.0; wanted a number from 0 to 100",
+    ),
     "untied": ({"tied": False}, "know only weights and would give every input its fewest"),
     "no budget": ({"levels": (), "budgets": ()}, "there is no budget to search for; give "),
     "tied bits": ({"levels": (5,)}, r"levels has \[5\]; the layers choose among \(8, 6, 4, 2\)"),

@@ -361,7 +361,7 @@ def test_files_of_another_run_and_folders_of_other_programs_are_refused(workdir,
         assert "config.json is no config of a training run of mpq_jax" in named
     (path.parent / "config.json").write_bytes(b"\xff")
     named = failure([path, "--workdir", path.parent], capsys, ["verify"])
-    assert "config.json is damaged: it is not JSON" in named
+    assert "config.json is damaged: the text is not JSON" in named
     bits = failure([path, "--workdir", workdir, "--bits", path], capsys, ["verify"])
     assert f"{path} is no bit file of this network" in bits
 
@@ -411,6 +411,16 @@ def test_exports_that_cannot_be_are_refused_in_one_line(workdir, tmp_path, capsy
     assert "file" in failure([*network, *inside], capsys, ["export"])
     verified = [tmp_path / "x.safetensors", *network, "--bits", "uniform:8"]
     assert "there is no file" in failure(verified, capsys, ["verify"])
+    assert "--bits is empty: bit file of a search, or uniform:N" in failure(
+        [*network, *out, "--bits", ""], capsys, ["export"]
+    )
+    strange = failure([*verified, "--tolerance", "nan"], capsys, ["verify"])
+    assert "--tolerance is nan; wanted a number, 0 or more" in strange
+    graph = tmp_path / "x.onnx"
+    graph.write_bytes(b"a graph")
+    assert "x.onnx is onnx by its name, and inspect reads packed integers (.safetensors)" in (
+        failure([graph], capsys, ["inspect"])
+    )
     (tmp_path / "x.safetensors").write_bytes(b"this is no network, and it never was one")
     assert "no whole safetensors file" in failure(verified, capsys, ["verify"])
     assert "--dataset is 'mnist'" in failure([*verified, "--dataset", "mnist"], capsys, ["verify"])

@@ -96,12 +96,16 @@ def test_times_that_are_noise_are_refused(tmp_path, monkeypatch, most, is_writte
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_spread": "-1"}, "--max_spread is -1.0; wanted 0 or more"),
+        ({"max_spread": "-1"}, "--max_spread is -1.0; wanted a number, 0 or more"),
         ({"model": "resnet9"}, "'resnet9'; known models are .*resnet8"),
         ({"options": "{width: 2}"}, "wanted arguments of resnet8 as JSON"),
         ({"options": "[2]"}, "wanted arguments of resnet8 as JSON"),
-        ({"options": '{"depth": 2}'}, "wanted arguments of resnet8 as JSON.*depth"),
-        ({"options": '{"width": "two"}'}, "wanted arguments of resnet8 as JSON"),
+        ({"options": '{"depth": 2}'}, r"'resnet8' takes no \['depth'\]; it takes .*'width'"),
+        (
+            {"options": '{"width": "two"}'},
+            "'resnet8': width is 'two'; wanted an integer, 1 or more",
+        ),
+        ({"options": '{"a":' * 10**5}, "wanted arguments of resnet8 as JSON.*nested too deeply"),
         ({"num_classes": "0"}, "--num_classes is 0; wanted at least 1"),
         ({"batch": "0"}, "--batch is 0; wanted at least 1"),
         ({"rounds": "0"}, "--rounds is 0; wanted at least 1"),

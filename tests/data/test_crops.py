@@ -74,3 +74,41 @@ def test_any_stored_mode_becomes_gray_or_rgb(mode, channels):
     ramp(9, 12).convert(mode).save(file, "TIFF")
     image = crops.to_channels(crops.open_image(file.getvalue()), channels)
     assert image.size == (12, 9) and len(image.getbands()) == channels
+
+
+def encoded(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM", "TIFF"])
+def test_gray_values_of_16_bits_are_scaled_to_8(kind):
+    wide = np.linspace(0, 65535, 48 * 48).round().astype(np.uint16).reshape(48, 48)
+    with crops.open_image(encoded(Image.fromarray(wide), kind)) as image:
+        assert image.mode in crops.WIDE_MODES
+        gray = crops.to_array(crops.to_channels(image, 1))[..., 0]
+        colors = crops.to_array(crops.to_channels(image, 3))
+        crop = np.asarray(crops.resize_and_center_crop(image, size=16, channels=1))
+    np.testing.assert_array_equal(gray, np.round(wide / 257))
+    np.testing.assert_array_equal(colors, np.repeat(gray[..., None], 3, -1))
+    assert abs(crop.mean() - 127.5) < 1 and crop.std() > 30
+
+
+def test_wide_integers_are_clipped_to_16_bits_and_floats_are_refused():
+    wide = Image.fromarray(np.array([[-5, 0], [65535, 2**20]], np.int32))
+    assert wide.mode == "I"
+    np.testing.assert_array_equal(np.asarray(crops.to_channels(wide, 1)), [[0, 0], [255, 255]])
+    with pytest.raises(ValueError, match="floats; wanted 8 or 16 bits"):
+        crops.to_channels(Image.fromarray(np.ones((2, 2), np.float32)), 3)
+
+
+def test_rotation_by_exif_is_left_as_it_is_stored():
+    image = ramp(20, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    with crops.open_image(buffer.getvalue()) as stored:
+        assert stored.getexif()[0x0112] == 6
+        np.testing.assert_array_equal(crops.to_array(crops.to_channels(stored, 3)), image)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -101,6 +102,35 @@ def test_the_test_images_have_several_names(mine, name):
     assert load(mine).sizes["test"] == 12
 
 
+def test_what_is_called_like_an_image_and_is_no_file_is_refused_when_listed(mine, tmp_path):
+    place = mine / "train" / "cat" / "x.jpg"
+    os.mkfifo(place)
+    for make in (
+        lambda: place.symlink_to("/dev/zero"),
+        lambda: place.symlink_to(tmp_path / "nothing"),
+    ):
+        with pytest.raises(ValueError, match=r"cat/x.jpg is called like an image and is no file"):
+            load(mine)
+        place.unlink()
+        make()
+    with pytest.raises(ValueError, match="no file but a pipe, a device or a link to nothing"):
+        load(mine)
+
+
+def test_a_folder_called_like_an_image_is_a_folder_and_a_link_to_a_file_is_one(mine):
+    folder_of_one = mine / "train" / "cat" / "x.jpg"
+    folder_of_one.mkdir()
+    (folder_of_one / "y.jpg").symlink_to(mine / "train" / "cat" / "0.jpg")
+    sizes = load(mine).sizes
+    assert sizes["train"] + sizes["validation"] == 3 * TRAIN_PER_CLASS + 1
+
+
+@pytest.mark.parametrize("size", [0, -5, 2.5])
+def test_sizes_of_no_image_are_refused(stored, size):
+    with pytest.raises(ValueError, match=f"image_size is {size}; wanted an integer, 1 or more"):
+        data.load("folder", path=stored, image_size=size, **COMMON)
+
+
 def test_options_change_what_is_read(stored):
     plain = take(load(stored), 1)[0]["image"]
     for option in ({"interpolation": "bicubic"}, {"min_area": 0.9}):
@@ -138,7 +168,7 @@ def test_wrong_folders_are_refused(mine):
         ({"interpolation": "nearest"}, r"'nearest'; known: \['bicubic', 'bilinear'\]"),
         ({"min_area": 0.0}, "min_area is 0.0"),
         ({"resize_factor": 0.9}, "resize_factor is 0.9.*1 or more"),
-        ({"num_threads": 0}, "num_threads is 0; it must be at least 1"),
+        ({"num_threads": 0}, "num_threads is 0; wanted an integer, 1 or more"),
         ({"workers": -1}, "workers is -1"),
         ({"max_corrupt": -1}, "max_corrupt is -1"),
     ],

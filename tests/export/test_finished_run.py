@@ -180,7 +180,7 @@ def test_the_float_reference_is_the_float_model(exported):
         ("uniform:6", r"bits are 'uniform:6'; the network runs at uniform:N, N of \(8, 4, 2\)"),
         ("uniform:", "bits are 'uniform:'"),
         ("uniform:four", "bits are 'uniform:four'"),
-        ("no/such.json", "there is no bit file no/such.json"),
+        ("no/such.json", "there is no bit file 'no/such.json'"),
     ],
 )
 def test_bits_that_are_none_are_refused(workdirs, bits, message):
@@ -203,7 +203,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run: there is no config.json"):
         finished_run.load(tmp_path, "uniform:4")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is damaged: it is not JSON"):
+    with pytest.raises(ValueError, match="config.json is damaged: the text is not JSON"):
         finished_run.load(tmp_path, "uniform:4")
     (tmp_path / "config.json").unlink()
     make_run(tmp_path, "double_rounding", done=False)

@@ -187,3 +187,57 @@ def test_variables_with_names_of_axes_are_arrays():
     variables = network.init_variables(Partitioned(), jax.random.key(0), (3,))
     assert isinstance(variables["params"]["head"]["kernel"], jax.Array)
     assert [layer.name for layer in layers_of(Partitioned(), array(2, 3))] == ["head"]
+
+
+class Noise(nn.Module):
+    """Draws from a stream of its own."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        if train:
+            x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dense(2)(x)
+
+
+class Counter(nn.Module):
+    """Keeps a variable of a collection of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        count = self.variable("counters", "count", lambda: jnp.zeros(()))
+        return nn.Dense(2)(x) + count.value
+
+
+class Sower(nn.Module):
+    """Sows intermediate values, which are no state."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(2)(x)
+        self.sow("intermediates", "x", x)
+        return x
+
+
+X = np.ones((2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Noise(), "Noise draws random numbers .* another stream than 'dropout': call make_rng"),
+        (Counter(), "Counter reads or writes variables of other collections than 'params' and"),
+    ],
+)
+def test_what_a_module_needs_besides_its_variables_and_dropout_is_named(model, message):
+    variables = network.init_variables(model, jax.random.key(0), X)
+    assert set(variables) == {"params"}
+    with pytest.raises(ValueError, match=message) as caught:
+        network.forward(model, variables, X, train=True, dropout_key=jax.random.key(1))
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_a_module_sows_are_not_kept():
+    variables = network.init_variables(Sower(), jax.random.key(0), X)
+    outputs, statistics = network.forward(Sower(), variables, X, train=True)
+    np.testing.assert_array_equal(outputs, X @ variables["params"]["Dense_0"]["kernel"])
+    assert set(variables) == {"params"} and not statistics

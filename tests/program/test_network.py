@@ -306,3 +306,28 @@ def test_the_size_of_a_batch_is_that_of_its_first_array(inputs):
 def test_modes_are_told_by_the_keywords_that_a_model_has(call, flags):
     assert network.mode_kwargs(call, train=True) == flags
     assert network.mode_kwargs(call, train=False) == {k: not on for k, on in flags.items()}
+
+
+# Flags of the mode.
+
+
+def with_flags(*flags):
+    names = ", ".join(("self", "x", *flags))
+    scope = {}
+    exec(f"def call({names}): ...", scope)
+    return scope["call"]
+
+
+@pytest.mark.parametrize("flag", ["is_train", "is_eval", "train_mode", "testing_mode", "eval"])
+def test_a_flag_of_another_name_is_named_with_those_that_are_known(flag):
+    for call in (with_flags(flag), with_flags(f"{flag}=False"), with_flags("y", f"*, {flag}")):
+        with pytest.raises(
+            ValueError, match=f"flag '{flag}' is not known; wanted one of .*'train'"
+        ):
+            network.mode_kwargs(call, train=True)
+
+
+@pytest.mark.parametrize("flags", [("training_steps",), ("evaluated",), ("train", "is_test=0"), ()])
+def test_arguments_that_are_no_flags_are_left_alone(flags):
+    wanted = {"train": True} if "train" in flags else {}
+    assert network.mode_kwargs(with_flags(*flags), train=True) == wanted

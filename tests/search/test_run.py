@@ -309,7 +309,7 @@ def test_latencies_are_budgets_where_they_are_given():
         ({"limits": {"bytes": 1.0}}, "limit on bytes cannot be met"),
         ({"test_images": TEST_IMAGES}, "150 test images and 0 labels; wanted one label"),
         ({"test_images": TEST_IMAGES, "test_labels": LABELS}, "150 test images and 200 labels"),
-        ({"score_images": 0}, "size is 0; there are 200 images to draw from"),
+        ({"score_images": 0}, "score_images is 0; wanted an integer, 1 or more"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(changed, message):
@@ -352,3 +352,18 @@ def test_a_drop_without_any_score_is_a_note(monkeypatch):
         "score, so that nothing can be measured against it; is the supernet trained?",
     )
     assert not report.searched
+
+
+def test_a_budget_beyond_the_most_expensive_bits_is_told_of():
+    found = search(levels=(4,), budgets=(2 * MOST["bitops"],))
+    show = found.cost.show
+    assert found.notes == (
+        f"the budget of {show(2 * MOST['bitops'])} limits nothing: the most expensive bits cost "
+        f"{show(MOST['bitops'])}",
+    )
+
+
+def test_a_latency_that_cannot_be_met_is_told_of_in_seconds():
+    seconds = costs.cost_table(TABLE, "bitops") * 1e-6
+    with pytest.raises(ValueError, match=r"latency should be -inf to 1e-09 seconds .* seconds; at"):
+        search(cost="latency", latency=seconds, levels=(), budgets=(1e-9,))

@@ -173,6 +173,11 @@ def with_layer(entry):
     [
         ("bits: 4", "not JSON"),
         ("", "not JSON"),
+        ("[" * 10**5, "not a bit configuration: the text is nested too deeply"),
+        (
+            with_layer({"weights": 2, "acts": 2}).replace('"stem"', '"head"'),
+            r"not a bit configuration: the text names \['head'\] more than once",
+        ),
         ("[4]", "format"),
         ("{}", '"format" should be "mpq_jax.bits"'),
         (with_content(format="other"), "format"),

@@ -115,6 +115,15 @@ def test_predict_is_apply_by_one_program_for_all_bits(made):
     assert len(np.unique(np.stack(found), axis=0)) == len(SEVERAL)
 
 
+ENTRIES = {
+    "predict": lambda made, bits: NET.predict(made, bits, IMAGES),
+    "apply": lambda made, bits: NET.apply(made, bits, IMAGES),
+    "select": lambda made, bits: NET.select(made, bits),
+    "select_quantized": lambda made, bits: NET.select_quantized(made, {}, bits),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
     ("kind", "bits", "message"),
     [
@@ -122,11 +131,31 @@ def test_predict_is_apply_by_one_program_for_all_bits(made):
         ("acts", 5, r"acts of 'block/conv' are 5; allowed: \(4, 3, 2\)"),
     ],
 )
-def test_predict_refuses_what_the_table_does_not_allow(made, kind, bits, message):
+def test_what_the_table_does_not_allow_is_refused(made, entry, kind, bits, message):
     wrong = np.stack(TABLE.uniform(4, 4))
     wrong[("weights", "acts").index(kind), CONV] = bits
+    for given in (BitConfig(*wrong), BitConfig(*jnp.asarray(wrong))):
+        with pytest.raises(ValueError, match=message):
+            ENTRIES[entry](made, given)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_bits_of_another_number_of_layers_are_refused_though_they_be_traced(made, entry):
+    short = BitConfig(*jnp.stack(TABLE.uniform(4, 4))[:, :1])
+    message = r"weights have shape \(1,\); wanted one number of bits for each of the 4 layers"
     with pytest.raises(ValueError, match=message):
-        NET.predict(made, BitConfig(*jnp.asarray(wrong)), IMAGES)
+        ENTRIES[entry](made, short)
+    if entry != "predict":  # which compiles itself
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda bits: ENTRIES[entry](made, bits), short)
+
+
+def test_traced_bits_are_not_looked_at(made):
+    with CompileCounter() as counter:
+        select = jax.jit(lambda bits: NET.select(made, bits).act_bits)
+        for bits in SEVERAL:
+            np.testing.assert_array_equal(select(bits), bits.acts)
+    assert sum(counter.counts.values()) == 1
 
 
 def test_a_state_on_the_host_may_be_a_constant_of_a_program(made):

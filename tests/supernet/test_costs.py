@@ -407,6 +407,8 @@ def test_latencies_of_what_the_rules_forbid_are_ignored(small):
     ("text", "message"),
     [
         ("4: 3", "not a latency table: the text is not JSON"),
+        ('{"layers":' * 10**5, "not a latency table: the text is nested too deeply"),
+        (latencies().replace("{}", '{"mix": 1, "mix": 2}'), r"names \['mix'\] more than once"),
         ("[]", "\"format\" is None; wanted 'mpq_jax.latency'"),
         (latencies().replace("latency", "bits"), "\"format\" is 'mpq_jax.bits'; wanted"),
         (latencies().replace("1", "2"), '"version" is 2; wanted 1'),

@@ -72,8 +72,8 @@ def test_a_run_of_an_older_version_is_refused_with_the_new_names(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"\xff", "config.json is damaged: it is not JSON"),
-        (b"", "config.json is damaged: it is not JSON"),
+        (b"\xff", "config.json is damaged: the text is not JSON"),
+        (b"", "config.json is damaged: the text is not JSON"),
         (b"[]", "is no config of a training run"),
         (b"true", "is no config of a training run"),
         (b'{"architectures": ["ResNet"]}', "is no config of a training run"),

@@ -51,6 +51,7 @@ from mpq_jax.supernet import bits as bit_configs
 
 IMAGES, LOGITS = "images", "logits"  # names of the graph's input and output that are one array
 INPUTS, OUTPUTS = "inputs", "outputs"  # begin the names of several, and name them in the metadata
+MAX_BYTES = 2**31 - 2**20  # of numbers; protobuf allows 2 GiB, some of it for nodes and names
 CALLS = (  # primitives that call programs; the names of some depend on JAX's version
     "jit",
     "pjit",
@@ -138,6 +139,7 @@ def to_onnx(exported: ExportedModel, *, opset: int = OPSETS[0]) -> onnx.ModelPro
     for end, result in zip(outputs, results, strict=True):
         last = graph.arranged(result, end.shape, range(len(end.shape)))
         graph.nodes.append(helper.make_node("Identity", [last], [end.name], name=end.name))
+    _check_size(graph)
     model = _model(exported, graph, opset, inputs, outputs)
     helper.set_model_props(model, _facts(exported) | _names(traced))
     try:
@@ -148,6 +150,16 @@ def to_onnx(exported: ExportedModel, *, opset: int = OPSETS[0]) -> onnx.ModelPro
             "instead"
         ) from error
     return model
+
+
+def _check_size(graph: Graph) -> None:
+    """Raises Unsupported where the numbers of a graph do not fit into one file."""
+    size = sum(tensor.ByteSize() for tensor in graph.constants.values())
+    if size > MAX_BYTES:
+        raise Unsupported(
+            f"the graph takes {size:,} bytes, and an ONNX file holds {MAX_BYTES:,} at most: export "
+            "to StableHLO or packed instead"
+        )
 
 
 def _ends(tree: Any, alone: str, begin: str) -> list[End]:

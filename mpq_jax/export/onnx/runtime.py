@@ -1,6 +1,5 @@
 """ONNX files: writing them with a checksum, and running them with ONNX Runtime on the CPU."""
 
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +9,20 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from mpq_jax import strict_json
 from mpq_jax.export import checksum, safetensors_file, signature
 from mpq_jax.export.exported_model import LEARNED, ExportedModel
 from mpq_jax.export.onnx import converter
 
 CHECKSUM = "checksum"  # key of the metadata
+SEALED = "a network of mpq_jax with a checksum"  # says so far from it, should damage remove it
+TYPES = {  # of inputs, in the words of ONNX Runtime
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
 PROVIDERS = ["CPUExecutionProvider"]
 
 
@@ -23,6 +31,7 @@ def write(path: pathlib.Path, exported: ExportedModel, **options: Any) -> None:
     model = converter.to_onnx(exported, **options)
     facts = {entry.key: entry.value for entry in model.metadata_props}
     onnx.helper.set_model_props(model, facts | {CHECKSUM: checksum.PLACEHOLDER})
+    model.doc_string = SEALED
     content = checksum.with_checksum(model.SerializeToString())
     _session(content, "the network became a graph that ONNX Runtime cannot run; use StableHLO")
     safetensors_file.write_whole(path, content)
@@ -44,6 +53,7 @@ def open_file(path: pathlib.Path) -> Callable[[Any], Any]:
         )
     )
     names, tree = jax.tree.flatten(outputs)
+    ends = {end.name: end for end in session.get_inputs()}
 
     def run(batch: Any) -> Any:
         if jax.tree.structure(batch) != jax.tree.structure(inputs):
@@ -51,17 +61,39 @@ def open_file(path: pathlib.Path) -> Callable[[Any], Any]:
                 f"the network takes arrays in the places of {inputs}; it was called with "
                 f"{signature.describe(signature.to_json(batch))}"
             )
-        feed = dict(zip(jax.tree.leaves(inputs), jax.tree.leaves(batch), strict=True))
+        pairs = zip(jax.tree.leaves(inputs), jax.tree.leaves(batch), strict=True)
+        feed = {name: _fitting(ends[name], leaf) for name, leaf in pairs}
         found = session.run(names, feed)
         return tree.unflatten(map(np.asarray, found))
 
     return run
 
 
+def _fitting(end: Any, leaf: Any) -> np.ndarray:
+    """Converts an array, of any library, to what an input of the graph takes.
+
+    Raises:
+        ValueError: its type or shape is another one. As in JAX, float64 stands for float32.
+    """
+    array = np.asarray(leaf)
+    array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    sizes = [size if isinstance(size, int) else "any" for size in end.shape]
+    fits = len(sizes) == array.ndim and all(
+        wanted in ("any", size) for wanted, size in zip(sizes, array.shape, strict=True)
+    )
+    dtype = TYPES.get(end.type, array.dtype.name)
+    if not fits or array.dtype != dtype:
+        shown = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"{end.name} is {array.dtype} {list(array.shape)}; the network takes {dtype} [{shown}]"
+        )
+    return array
+
+
 def _named(fact: str | None, ends: Sequence[Any]) -> Any:
     """Returns the pytree whose leaves are the names of a graph's inputs or outputs."""
     if fact is not None:
-        return signature.from_json(json.loads(fact), str)
+        return signature.from_json(strict_json.parse(fact), str)
     (alone,) = ends  # of an older file, or another program's
     return alone.name
 
@@ -71,7 +103,11 @@ def bits_of(path: pathlib.Path) -> str | None:
     facts = _read(path).get_modelmeta().custom_metadata_map
     if CHECKSUM not in facts:
         return ""
-    return None if json.loads(facts["provenance"]).get("bits") == LEARNED else facts["bits"]
+    try:
+        learned = strict_json.parse(facts["provenance"]).get("bits") == LEARNED
+        return None if learned else facts["bits"]
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} lacks the facts of a network of mpq_jax: {error}") from error
 
 
 def session_options() -> onnxruntime.SessionOptions:
@@ -93,7 +129,8 @@ def _read(path: pathlib.Path) -> onnxruntime.InferenceSession:
         content,
         f"{path} is no ONNX model that can be run here; it may be damaged or of a newer opset",
     )
-    if not has_checksum and CHECKSUM in session.get_modelmeta().custom_metadata_map:
+    meta = session.get_modelmeta()
+    if not has_checksum and (CHECKSUM in meta.custom_metadata_map or meta.description == SEALED):
         raise ValueError(f"{path} is damaged: its {CHECKSUM} is unreadable; copy or write it again")
     return session
 
@@ -104,4 +141,5 @@ def _session(content: bytes, complaint: str) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(content, session_options(), providers=PROVIDERS)
     except Exception as error:  # both packages raise several types without a common base
         version = onnxruntime.__version__
-        raise ValueError(f"{complaint} (ONNX Runtime {version}): {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{complaint} (ONNX Runtime {version}): {reason}") from error

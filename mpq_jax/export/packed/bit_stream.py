@@ -3,6 +3,8 @@
 Bit i of the stream is bit i mod 8 of byte i div 8. This module needs NumPy alone.
 """
 
+import math
+
 import numpy as np
 
 
@@ -38,7 +40,7 @@ def unpack(stream: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     Returns:
         The integers: int8 up to 8 bits, int16 beyond.
     """
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     if len(stream) != packed_size(size, bits):
         raise ValueError(
             f"{size} integers of {bits} bits take {packed_size(size, bits)} bytes, "

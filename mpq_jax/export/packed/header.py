@@ -5,6 +5,13 @@ from typing import Any
 PRODUCT = "product"  # kind of layers that multiply two activations and have no kernel
 COMPUTED = "mpq_jax.computed"  # begins the places of kernels that the model computes
 
+# What readers run into where a header is not one that the library wrote.
+MALFORMED = (
+    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
+    *(AssertionError, MemoryError, RecursionError),
+)
+MAX_KERNEL = 2**31  # numbers; a kernel of 0 bits takes no bytes, so the file does not bound it
+
 LAYER_DEFAULTS = {  # of columns that may be left out
     "float_weights": False,
     "float_acts": False,

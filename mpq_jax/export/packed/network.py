@@ -269,6 +269,13 @@ def load(path: str | os.PathLike[str], *, model: Any = None) -> PackedNetwork:
         ValueError: the file is damaged, of another format or of another version.
     """
     file = reader.read(path)
+    try:
+        return _network(file, model)
+    except header.MALFORMED as error:
+        raise ValueError(f"{path} does not hold what its header says: {error}") from error
+
+
+def _network(file: PackedFile, model: Any) -> PackedNetwork:
     table = LayerTable(
         tuple(map(_layer, file.table["layers"])),
         file.table["bn_banks"],

@@ -4,6 +4,8 @@ Folded norms are `x * multiplier + offset`; norms kept as they are have a scale,
 a variance. This module needs NumPy alone.
 """
 
+import math
+
 import numpy as np
 
 PREFIX = "norms/"  # of the tensors' names
@@ -56,7 +58,7 @@ def decode(tensors: Leaves, columns: dict[str, list]) -> dict[str, Leaves]:
     if columns and set(held) not in (set(FOLDED), set(KEPT)):
         raise ValueError(f"norms have {sorted(held)}; wanted {FOLDED} or {KEPT}")
     shapes = columns.get("shape", [])
-    sizes = [int(np.prod(shape)) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
     for name, tensor in held.items():
         if tensor.shape != (sum(sizes),):
             raise ValueError(f"{PREFIX}{name} has shape {tensor.shape}; wanted ({sum(sizes)},)")

@@ -7,6 +7,7 @@
 `docs/export.md` describes the layout of a file.
 """
 
+import math
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -15,7 +16,14 @@ import numpy as np
 
 from mpq_jax.export import safetensors_file
 from mpq_jax.export.packed import bit_stream, norm_encoding
-from mpq_jax.export.packed.header import LAYER_DEFAULTS, PRODUCT, kernel_of, to_rows
+from mpq_jax.export.packed.header import (
+    LAYER_DEFAULTS,
+    MALFORMED,
+    MAX_KERNEL,
+    PRODUCT,
+    kernel_of,
+    to_rows,
+)
 
 FORMAT, VERSION = "mpq_jax.packed", 2
 HOW_TO_WRITE = (
@@ -183,7 +191,7 @@ def read(path: str | os.PathLike[str]) -> PackedFile:
     )
     try:
         return _content(path, tensors, header)
-    except (KeyError, ValueError, TypeError) as error:
+    except MALFORMED as error:
         raise ValueError(f"{path} does not hold what its header says: {error}") from error
 
 
@@ -261,7 +269,10 @@ def _layers(
         elif row["float_weights"]:
             _check_float_kernel(row, params)
         else:
-            stop = start + bit_stream.packed_size(int(np.prod(shape)), bits)
+            size = math.prod(shape)
+            if not 0 <= size < MAX_KERNEL or min(shape, default=1) < 0:
+                raise ValueError(f"the kernel of layer {row['name']!r} has shape {shape}")
+            stop = start + bit_stream.packed_size(size, bits)
             integers, start = bit_stream.unpack(stream[start:stop], bits, shape), stop
         layers.append(_layer(row, integers, float(step_size), own, second))
     if start != len(stream):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mpq_jax import ranges
 from mpq_jax.quantizers import batch_max, lsq, pact
 from mpq_jax.quantizers.base import ActQuantizer
 from mpq_jax.supernet.rules import FLOAT_BITS, MAX_BITS
@@ -70,6 +71,22 @@ class SharedOptions:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
 
+    RANGES = {
+        "binarize": ranges.SHARE,
+        "temperature": ranges.Range(1, above=True),
+        "clip_rms": ranges.NOT_NEGATIVE,
+        "act_bits": ranges.Range(2, FLOAT_BITS, whole=True),
+        "learning_rate": ranges.NOT_NEGATIVE,
+        "plane_learning_rate": ranges.NOT_NEGATIVE,
+        "scale_learning_rate": ranges.NOT_NEGATIVE,
+        "step_learning_rate": ranges.NOT_NEGATIVE,
+        "tuning_rate": ranges.NOT_NEGATIVE,
+        "momentum": ranges.BELOW_ONE,
+        "warmup": ranges.FRACTION,
+        "weight_decay": ranges.NOT_NEGATIVE,
+        "label_smoothing": ranges.FRACTION,
+    }
+
     def __post_init__(self):
         """Raises ValueError, listing the valid values, for an invalid one."""
         choices = {
@@ -80,19 +97,11 @@ class SharedOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; wanted one of {allowed}")
-        for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
-        if not 0 < self.binarize <= 1:
-            raise ValueError(f"binarize is {self.binarize}; wanted a fraction of the run, above 0")
-        if self.clip_rms < 0:
-            raise ValueError(f"clip_rms is {self.clip_rms}; wanted root mean squares, or 0")
-        if self.temperature <= 1:
-            raise ValueError(f"temperature is {self.temperature}; wanted a number above 1")
         if not (2 <= self.act_bits <= MAX_BITS or self.act_bits == FLOAT_BITS):
             raise ValueError(
                 f"act_bits is {self.act_bits}; wanted 2 to {MAX_BITS}, or {FLOAT_BITS} for float"
             )
+        ranges.check(vars(self), self.RANGES)
 
     @property
     def act_quantizer(self) -> ActQuantizer:
@@ -144,23 +153,26 @@ class Options(SharedOptions):
     rewind: bool = True
     rewind_bits: bool = True
 
+    RANGES = SharedOptions.RANGES | {
+        "target": ranges.NOT_NEGATIVE,
+        "least_planes": ranges.COUNT_OR_NONE,
+        "budget_weight": ranges.NOT_NEGATIVE,
+        "budget_anneal": ranges.FRACTION,
+        "mask_learning_rate": ranges.NOT_NEGATIVE,
+        "mask_start": ranges.POSITIVE,
+        "freeze_scheme": ranges.SHARE,
+    }
+
     def __post_init__(self):
         """Raises ValueError, listing the valid values, for an invalid one."""
         super().__post_init__()
         if self.average not in AVERAGES:
             raise ValueError(f"average is {self.average!r}; wanted one of {AVERAGES}")
-        if not 0 < self.freeze_scheme <= self.binarize:
+        if self.freeze_scheme > self.binarize:
             raise ValueError(
                 f"freeze_scheme is {self.freeze_scheme} and binarize {self.binarize}; wanted "
-                "fractions of the run above 0, freeze_scheme not after binarize"
+                "fractions of the run, freeze_scheme not after binarize"
             )
-        for name in ("target", "least_planes", "budget_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted no negative number")
-        if not 0 <= self.budget_anneal <= 1:
-            raise ValueError(f"budget_anneal is {self.budget_anneal}; wanted a number from 0 to 1")
-        if self.mask_start <= 0:
-            raise ValueError(f"mask_start is {self.mask_start}; wanted a positive logit")
         if self.rewind and self.freeze_scheme >= self.binarize:
             raise ValueError(
                 f"rewind needs freeze_scheme before binarize; they are {self.freeze_scheme} and "
@@ -178,8 +190,4 @@ class UniformOptions(SharedOptions):
 
     planes: int = 3
 
-    def __post_init__(self):
-        """Raises ValueError, listing the valid values, for an invalid one."""
-        super().__post_init__()
-        if not 1 <= self.planes < MAX_BITS:
-            raise ValueError(f"planes is {self.planes}; wanted 1 to {MAX_BITS - 1}")
+    RANGES = SharedOptions.RANGES | {"planes": ranges.Range(1, MAX_BITS - 1, whole=True)}

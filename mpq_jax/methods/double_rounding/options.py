@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mpq_jax import ranges
 from mpq_jax.methods import optim
 from mpq_jax.methods.double_rounding import roulette
 from mpq_jax.quantizers import double_rounding
@@ -56,6 +57,15 @@ class Options:
     bn_banks: str = "weights"
 
     BN_BANKS = ("weights", "shared")
+    RANGES = {
+        "distill_weight": ranges.FRACTION,
+        "label_smoothing": ranges.FRACTION,
+        "learning_rate": ranges.NOT_NEGATIVE,
+        "end_learning_rate": ranges.NOT_NEGATIVE,
+        "scale_learning_rate": ranges.NOT_NEGATIVE,
+        "warmup": ranges.FRACTION,
+        "weight_decay": ranges.NOT_NEGATIVE,
+    }
 
     def __post_init__(self):
         """Raises ValueError, listing the valid values, for an invalid one."""
@@ -69,9 +79,7 @@ class Options:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; wanted one of {allowed}")
-        for name in ("distill_weight", "label_smoothing", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
+        ranges.check(vars(self), self.RANGES)
         if (self.scales, self.switch) not in QUANTIZERS:
             raise ValueError(
                 f"scales is {self.scales!r} and switch is {self.switch!r}; wanted one of "
@@ -111,6 +119,11 @@ class MixedOptions(Options):
     trace_batch: int = 128
 
     BN_BANKS = ("transition", "weights", "shared")
+    RANGES = Options.RANGES | {
+        "switch_probability": ranges.FRACTION,
+        "trace_probes": ranges.Range(2, whole=True),
+        "trace_batch": ranges.COUNT,
+    }
 
     def __post_init__(self):
         """Raises ValueError, listing the valid values, for an invalid one."""
@@ -118,13 +131,4 @@ class MixedOptions(Options):
         if self.roulette not in roulette.ROULETTE_RULES:
             raise ValueError(
                 f"roulette is {self.roulette!r}; known: {sorted(roulette.ROULETTE_RULES)}"
-            )
-        if not 0 <= self.switch_probability <= 1:
-            raise ValueError(
-                f"switch_probability is {self.switch_probability}; wanted a number from 0 to 1"
-            )
-        if self.trace_probes < 2 or self.trace_batch < 1:
-            raise ValueError(
-                f"trace_probes is {self.trace_probes} and trace_batch {self.trace_batch}; wanted "
-                "at least 2 probes and 1 image"
             )

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from mpq_jax import ranges
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import Quantizer
 
@@ -109,6 +110,33 @@ class Options:
     norm_banks: bool = True
     unbiased_variance: bool = False
 
+    RANGES = {
+        "random_subnets": ranges.COUNT_OR_NONE,
+        "soft_label_weight": ranges.FRACTION,
+        "label_smoothing": ranges.FRACTION,
+        "idm_weight": ranges.NOT_NEGATIVE,
+        "freeze_ratio_start": ranges.FRACTION,
+        "freeze_ratio_end": ranges.FRACTION,
+        "freeze_start": ranges.FRACTION,
+        "freeze_period": ranges.FRACTION,
+        "freeze_late_from": ranges.FRACTION,
+        "freeze_late_period": ranges.FRACTION,
+        "freeze_proportion": ranges.FRACTION,
+        "qe_weight": ranges.NOT_NEGATIVE,
+        "qe_start": ranges.FRACTION,
+        "two_bit_weight": ranges.NOT_NEGATIVE,
+        "two_bit_decay": ranges.NOT_NEGATIVE,
+        "clip_value": ranges.NOT_NEGATIVE,
+        "learning_rate": ranges.NOT_NEGATIVE,
+        "end_learning_rate": ranges.NOT_NEGATIVE,
+        "warmup": ranges.FRACTION,
+        "warmup_learning_rate": ranges.NOT_NEGATIVE,
+        "momentum": ranges.BELOW_ONE,
+        "weight_decay": ranges.NOT_NEGATIVE,
+        "step_learning_rate": ranges.NOT_NEGATIVE,
+        "ema_decay": ranges.BELOW_ONE,
+    }
+
     def __post_init__(self):
         """Raises ValueError, listing the valid values, for an invalid one."""
         choices = {
@@ -124,16 +152,7 @@ class Options:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; wanted one of {allowed}")
-        fractions = ("soft_label_weight", "label_smoothing", "freeze_ratio_start", "ema_decay")
-        fractions += ("freeze_ratio_end", "freeze_start", "freeze_period", "freeze_late_from")
-        fractions += ("freeze_late_period", "freeze_proportion", "qe_start", "warmup", "momentum")
-        for name in fractions:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted a number from 0 to 1")
-        if self.random_subnets < 0:
-            raise ValueError(f"random_subnets is {self.random_subnets}; wanted 0 or more")
-        if self.clip_value < 0:
-            raise ValueError(f"clip_value is {self.clip_value}; wanted a bound, or 0 for none")
+        ranges.check(vars(self), self.RANGES)
 
     @property
     def quantizer(self) -> Quantizer:

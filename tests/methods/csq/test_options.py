@@ -15,8 +15,11 @@ from mpq_jax.methods.csq.options import Options, SharedOptions, UniformOptions
         ({"plane_optimizer": "adamw"}, r"plane_optimizer is 'adamw'; wanted one of \('sgd', 'adam"),
         ({"warmup": -0.1}, "warmup is -0.1; wanted a number from 0 to 1"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5; wanted a number from 0 to 1"),
-        ({"binarize": 1.5, "temperature": 9.0}, "binarize is 1.5; wanted a fraction of the run"),
-        ({"clip_rms": -1.0}, "clip_rms is -1.0; wanted root mean squares, or 0"),
+        (
+            {"binarize": 1.5, "temperature": 9.0},
+            "binarize is 1.5; wanted a number above 0 and at most 1",
+        ),
+        ({"clip_rms": -1.0}, "clip_rms is -1.0; wanted a number, 0 or more"),
         ({"temperature": 1.0}, "temperature is 1.0; wanted a number above 1"),
         ({"act_bits": 1}, "act_bits is 1; wanted 2 to 16, or 32 for float"),
         ({"act_bits": 17}, "act_bits is 17; wanted 2 to 16, or 32 for float"),
@@ -31,19 +34,16 @@ def test_bad_options_are_refused(kind, change, message):
     ("change", "message"),
     [
         ({"average": "weight"}, r"average is 'weight'; wanted one of \('layer', 'param'\)"),
-        (
-            {"freeze_scheme": 0.0},
-            "freeze_scheme is 0.0 and binarize 0.9; wanted fractions .* above 0",
-        ),
+        ({"freeze_scheme": 0.0}, "freeze_scheme is 0.0; wanted a number above 0 and at most 1"),
         (
             {"freeze_scheme": 0.95},
             "freeze_scheme is 0.95 .* 0.9; .* freeze_scheme not after binarize",
         ),
-        ({"target": -1.0}, "target is -1.0; wanted no negative number"),
-        ({"least_planes": -1}, "least_planes is -1; wanted no negative number"),
-        ({"budget_weight": -0.5}, "budget_weight is -0.5; wanted no negative number"),
+        ({"target": -1.0}, "target is -1.0; wanted a number, 0 or more"),
+        ({"least_planes": -1}, "least_planes is -1; wanted an integer, 0 or more"),
+        ({"budget_weight": -0.5}, "budget_weight is -0.5; wanted a number, 0 or more"),
         ({"budget_anneal": 1.1}, "budget_anneal is 1.1; wanted a number from 0 to 1"),
-        ({"mask_start": 0.0}, "mask_start is 0.0; wanted a positive logit"),
+        ({"mask_start": 0.0}, "mask_start is 0.0; wanted a number above 0"),
         (
             {"freeze_scheme": 0.9, "rewind": True},
             "rewind needs freeze_scheme before binarize; they are 0.9 and 0.9",
@@ -57,7 +57,7 @@ def test_bad_options_of_a_grown_scheme_are_refused(change, message):
 
 @pytest.mark.parametrize("planes", [0, 16])
 def test_a_uniform_scheme_needs_planes_that_integers_can_hold(planes):
-    with pytest.raises(ValueError, match=f"planes is {planes}; wanted 1 to 15"):
+    with pytest.raises(ValueError, match=f"planes is {planes}; wanted an integer from 1 to 15"):
         UniformOptions(planes=planes)
     assert UniformOptions(planes=15).planes == 15  # with the sign the 16 bits of an integer
 
