@@ -10,10 +10,8 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = (  # from low to high; the first three are files
-    "extras",
-    "ranges",
-    "strict_json",
+FOLDERS = (  # from low to high
+    "checks",
     "data",
     "quantizers",
     "tasks",

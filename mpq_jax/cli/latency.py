@@ -10,8 +10,7 @@ import rich.table
 import rich.text
 from absl import flags
 
-from mpq_jax import strict_json
-from mpq_jax import ranges
+from mpq_jax.checks import ranges, strict_json
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import make_console
 from mpq_jax.export import safetensors_file

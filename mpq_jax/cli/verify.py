@@ -4,7 +4,7 @@ import rich.console
 import rich.table
 from absl import flags
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.cli import datasets, networks
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import KIB, make_console

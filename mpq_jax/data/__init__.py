@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from typing import Any
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.data import arrays, digits, folder, tfds
 from mpq_jax.data.augment import augment, normalize, random_crop, random_flip
 from mpq_jax.data.batches import Batch, BatchPlan, Dataset, Split, whole_split

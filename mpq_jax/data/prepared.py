@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax import extras
+from mpq_jax.checks import extras
 from mpq_jax.data import crops
 from mpq_jax.data.streaming import EncodedImages
 

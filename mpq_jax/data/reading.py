@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.data import crops
 
 MAX_CORRUPT = 100  # images; ImageNet as published has none, so more indicate a broken copy

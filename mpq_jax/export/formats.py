@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import extras
+from mpq_jax.checks import extras
 from mpq_jax.export import safetensors_file, stablehlo
 from mpq_jax.export.exported_model import LEARNED, ExportedModel
 from mpq_jax.export.onnx import OPSETS

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpq_jax import extras
+from mpq_jax.checks import extras
 from mpq_jax.export import exported_model, finished_run, norm_statistics
 from mpq_jax.export.norm_statistics import NormStatistics
 from mpq_jax.export.packed import reader, writer

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mpq_jax import strict_json
+from mpq_jax.checks import strict_json
 
 CHECKSUM = "crc32"  # metadata key of the checksum, eight hexadecimal digits
 PLAIN = ("format", "version", CHECKSUM)  # metadata that are plain text, not JSON

@@ -28,7 +28,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from mpq_jax import strict_json
+from mpq_jax.checks import strict_json
 from mpq_jax.export import checksum, exported_model, program, safetensors_file, signature
 from mpq_jax.export.exported_model import ExportedModel, QuantizedLayer
 from mpq_jax.supernet import bits as bit_configs

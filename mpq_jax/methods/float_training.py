@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.methods import optim
 from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.warm_start import float_variables

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.models import efficientnet_lite, mobilenet_v2, resnet, resnet_cifar, vgg, vit
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

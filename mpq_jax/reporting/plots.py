@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_jax import extras
+from mpq_jax.checks import extras
 from mpq_jax.search.report import SEARCHED, UNIFORM, SearchReport
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable

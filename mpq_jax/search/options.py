@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.search import strategies
 from mpq_jax.search.cost_metrics import UNITS
 from mpq_jax.search.objectives import OBJECTIVES

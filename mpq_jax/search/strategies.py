@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.search.evolution import evolutionary_search
 from mpq_jax.search.greedy import greedy_search
 from mpq_jax.search.hybrid import hybrid_search

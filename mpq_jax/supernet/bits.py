@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax import strict_json
+from mpq_jax.checks import strict_json
 
 FORMAT = "mpq_jax.bits"
 VERSION = 1

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from jaxtyping import ArrayLike as AnyArray
 
-from mpq_jax import strict_json
+from mpq_jax.checks import strict_json
 from mpq_jax.program.layers import PRODUCT
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
+from mpq_jax.checks.ranges import Range
 from mpq_jax.data import IMAGE_SIZE, NORMALIZATION, Reading
 from mpq_jax.methods import METHODS
-from mpq_jax.ranges import Range
 from mpq_jax.search import strategies
 from mpq_jax.search.cost_metrics import UNITS
 from mpq_jax.search.options import SearchOptions

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from mpq_jax import strict_json
+from mpq_jax.checks import strict_json
 from mpq_jax.methods import METHODS
 from mpq_jax.models import user_models
 

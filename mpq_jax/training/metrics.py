@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from mpq_jax import extras
+from mpq_jax.checks import extras
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 30.0  # after which TensorBoard can see what was written

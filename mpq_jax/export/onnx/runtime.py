@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from mpq_jax import strict_json
+from mpq_jax.checks import strict_json
 from mpq_jax.export import checksum, safetensors_file, signature
 from mpq_jax.export.exported_model import LEARNED, ExportedModel
 from mpq_jax.export.onnx import converter

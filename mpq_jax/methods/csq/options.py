@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.quantizers import batch_max, lsq, pact
 from mpq_jax.quantizers.base import ActQuantizer
 from mpq_jax.supernet.rules import FLOAT_BITS, MAX_BITS

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.methods import optim
 from mpq_jax.methods.double_rounding import roulette
 from mpq_jax.quantizers import double_rounding

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mpq_jax import ranges
+from mpq_jax.checks import ranges
 from mpq_jax.quantizers import lsq
 from mpq_jax.quantizers.base import Quantizer
 

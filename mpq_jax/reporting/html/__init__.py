@@ -8,7 +8,7 @@ import math
 import pathlib
 from typing import Any
 
-from mpq_jax import extras
+from mpq_jax.checks import extras
 from mpq_jax.reporting.html import charts, layers, numbers, summary
 from mpq_jax.search.cost_metrics import UNITS, fitting_unit
 from mpq_jax.search.readers import TEST

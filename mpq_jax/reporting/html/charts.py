@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpq_jax import extras
+from mpq_jax.checks import extras
 from mpq_jax.reporting.html.numbers import minus, percent, quantity
 from mpq_jax.search.report import EvaluatedConfig, SearchReport
 

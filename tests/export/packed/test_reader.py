@@ -10,8 +10,8 @@ from helpers.packed_networks import make_plain_net
 
 READER = """
 import sys
-LIGHT = ("mpq_jax", "mpq_jax.strict_json", "mpq_jax.export", "mpq_jax.export.safetensors_file",
-         "mpq_jax.export.packed",
+LIGHT = ("mpq_jax", "mpq_jax.checks", "mpq_jax.checks.strict_json", "mpq_jax.export",
+         "mpq_jax.export.safetensors_file", "mpq_jax.export.packed",
          *(f"mpq_jax.export.packed.{name}" for name in
            ("reader", "bit_stream", "norm_encoding", "header")))
 class Refuse:

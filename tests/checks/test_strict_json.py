@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpq_jax import strict_json
+from mpq_jax.checks import strict_json
 
 
 def test_sound_text_is_read_as_json_is():

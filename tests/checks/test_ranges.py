@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from mpq_jax import ranges
-from mpq_jax.ranges import Range
+from mpq_jax.checks import ranges
+from mpq_jax.checks.ranges import Range
 
 
 @pytest.mark.parametrize(
