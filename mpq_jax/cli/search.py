@@ -18,7 +18,8 @@ import numpy as np
 import rich.progress
 import rich.table
 
-from mpq_jax import data, extras, reporting
+from mpq_jax import data, reporting
+from mpq_jax.checks import extras
 from mpq_jax.cli import runs
 from mpq_jax.cli.command_line import Arguments, Command
 from mpq_jax.cli.console import (

@@ -111,6 +111,15 @@ class Supernet:
             signed=signed,
         )
 
+    def layers_without_signal(self, state: SupernetState) -> list[str]:
+        """Names the layers whose inputs were all zero at `init`, as their first step sizes tell."""
+        blank = np.asarray(_have_blank_steps(self, state))
+        return [
+            layer.name
+            for layer, is_blank in zip(self.table.layers, blank, strict=True)
+            if is_blank and layer.kind != "embedding" and not layer.float_acts
+        ]
+
     def sample(
         self, key: Key[Array, ""], mask: Bool[AnyArray, "layers 2 choices"] | None = None
     ) -> BitConfig:
@@ -550,6 +559,18 @@ def layers_at_floor(table: LayerTable, trainable: TrainableParams) -> list[str]:
     used = table.mask & ~np.array(is_float)[:, :, None]
     floored = _any_at_floor(used, trainable.weight_step_sizes, trainable.act_step_sizes)
     return [name for name, one in zip(table.names, np.asarray(floored), strict=True) if one]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _have_blank_steps(net: Supernet, state: SupernetState) -> Bool[Array, " layers"]:
+    """Whether the input step sizes of each layer are those of inputs of zeros."""
+
+    def blank(bits: Array, signed: Array) -> Array:
+        return net.quantizer.acts.init_step(jnp.zeros(1), bits, signed=signed)
+
+    by_bits = jax.vmap(jax.vmap(blank, (0, None)), (None, 0))
+    wanted = by_bits(jnp.array(net.table.candidates, jnp.int32), state.signed)
+    return jnp.all(jnp.abs(state.trainable.act_step_sizes / wanted - 1) < 1e-5, axis=1)
 
 
 @jax.jit

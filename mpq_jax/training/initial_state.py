@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from mpq_jax.methods import METHODS, Method
 from mpq_jax.models import pretrained, user_models
 from mpq_jax.parallel import mesh
+from mpq_jax.supernet.state import SupernetState
 from mpq_jax.training import checkpoints, config_record, nonfinite
 from mpq_jax.training.config_record import Config
 from mpq_jax.training.experiment import Experiment, fresh_variables
@@ -44,6 +46,15 @@ def make_initial_state(experiment: Experiment, config: Config) -> tuple[Any, str
         raise ValueError(
             f"training would start from values that are not finite ({nonfinite.shorten(bad)}): "
             f"look for them in the first {len(whole['label'])} training images and in {origin}"
+        )
+    net, start = experiment.method.net, experiment.method.variables(state)
+    blank = net.layers_without_signal(start) if net and isinstance(start, SupernetState) else []
+    if blank:
+        logging.warning(
+            "%s read nothing but zeros in the first %d training images, so their step sizes start "
+            "as those of normal inputs: look at these images and at the starting weights",
+            nonfinite.shorten(blank),
+            len(whole["label"]),
         )
     kept = mesh.state_shardings(state, experiment.mesh)
     return jax.jit(lambda state: state, out_shardings=kept)(state), origin

@@ -9,7 +9,7 @@ from mpq_jax.program import paths
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
-from mpq_jax.supernet.rules import bit_rules
+from mpq_jax.supernet.rules import Rule, bit_rules
 from mpq_jax.supernet.supernet import Supernet
 
 BITS = BitConfig(jnp.array([8, 3, 8], jnp.int32), jnp.array([8, 2, 8], jnp.int32))
@@ -178,3 +178,58 @@ def test_a_model_without_norms_comes_back_as_it_is(images):
     again = net.recalibrate(made, BITS, images.reshape(4, 8, 8, 8, 2))
     assert jax.tree.structure(again) == jax.tree.structure(made)
     jax.tree.map(np.testing.assert_array_equal, again, made)
+
+
+PADDING = -100.0
+
+
+class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, inputs, *, train):
+        x, mask = inputs["x"], inputs["mask"][..., None]
+        norm = nn.BatchNorm(use_running_average=not train, use_bias=False, name="norm")
+        x = jnp.where(mask, norm(x, mask=mask), 0)
+        return nn.Dense(3, name="head")(x.sum(1))
+
+
+def test_what_a_norm_masks_does_not_count():
+    draw = np.random.default_rng(0)
+    x = draw.normal(2, 3, (4, 8, 6, 5)).astype(np.float32)  # 4 batches of 8 sequences
+    mask = draw.random((4, 8, 6)) < 0.7
+    inputs = {"x": jnp.asarray(np.where(mask[..., None], x, PADDING)), "mask": jnp.asarray(mask)}
+    one = jax.tree.map(lambda leaf: leaf[0], inputs)
+    table = trace_layers(Masked(), one, rules=[Rule(weights=(8,), acts=(8,))])
+    net = Supernet(Masked(), table, quantizer=lsq.QUANTIZER)
+    state = net.init(Masked().init(jax.random.key(0), one, train=False), one)
+    norm = net.recalibrate(state, table.max_config, inputs).batch_stats["norm"]
+    # Batches count alike, so their moments are averaged; means differ between them.
+    means = np.stack([x[i][mask[i]].mean(0) for i in range(4)])
+    variances = np.stack([x[i][mask[i]].var(0) for i in range(4)])
+    np.testing.assert_allclose(norm["mean"], means.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(norm["var"], variances.mean(0) + means.var(0), rtol=1e-4)
+
+
+class OtherAxes(nn.Module):
+    """Normalizes channels and columns; only rows and images are averaged."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Conv(4, (3, 3), name="conv")(x)
+        x = nn.BatchNorm(use_running_average=not train, axis=(2, 3), name="norm")(x)
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def test_a_norm_keeps_the_axes_that_it_has():
+    images = jax.random.normal(jax.random.key(0), (2, 8, *SHAPE))
+    table = trace_layers(OtherAxes(), SHAPE, rules=[Rule(weights=(8,), acts=(8,))])
+    net = Supernet(OtherAxes(), table, quantizer=lsq.QUANTIZER)
+    state = net.init(drawn_variables(OtherAxes(), SHAPE, 0), images[0])
+    norm = net.recalibrate(state, table.max_config, images).batch_stats["norm"]
+    params = net.select(state, table.max_config).params["conv"]
+    x = lsq.fake_quant(
+        images.reshape(-1, *SHAPE), state.trainable.act_step_sizes[0, 0], 8, signed=True
+    )
+    x = np.asarray(nn.Conv(4, (3, 3)).apply({"params": params}, x), np.float64)
+    assert norm["mean"].shape == (SHAPE[1], 4)
+    np.testing.assert_allclose(norm["mean"], x.mean((0, 1)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norm["var"], x.var((0, 1)), rtol=1e-4)

@@ -40,6 +40,13 @@ def made():
     return INIT(NET, make_float_variables(), IMAGES)
 
 
+def test_layers_that_read_nothing_but_zeros_are_named(made):
+    assert NET.layers_without_signal(made) == []
+    blank = INIT(NET, make_float_variables(), jnp.zeros_like(IMAGES))
+    named = NET.layers_without_signal(blank)
+    assert named[0] == TABLE.names[0] and len(named) < len(TABLE)  # norms add their biases
+
+
 # One value.
 
 
