@@ -48,7 +48,7 @@ def test_a_record_that_lacks_what_must_match_is_refused(config, tmp_path, missin
 @pytest.mark.parametrize("text", ["", "true", "[]", "{}", "null", '{"method": "pl'])
 def test_a_damaged_record_is_named(config, tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    message = "config.json (is damaged: it is not JSON|is no config of a training run)"
+    message = "config.json (is damaged: the text is not JSON|is no config of a training run)"
     with pytest.raises(ValueError, match=message):
         check_start(config)
 
