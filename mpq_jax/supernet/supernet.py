@@ -510,7 +510,7 @@ def _apply(net: Supernet, state: SupernetState, bits: BitConfig, inputs: Any) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def _recalibrate(
-    net: Supernet, state: SupernetState, bits: BitConfig, batches: Array
+    net: Supernet, state: SupernetState, bits: BitConfig, batches: Any
 ) -> SupernetState:
     statistics = net.norm_statistics(net.select(state, bits), batches)
     return state._replace(

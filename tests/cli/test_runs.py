@@ -42,7 +42,9 @@ STEPS = 17  # of SHORT
 @pytest.fixture
 def smoke(shared, tmp_path) -> tuple[str, ...]:
     """The flags of a search in a copy of SMOKE, which is `tmp_path / "smoke"`."""
-    shutil.copytree(shared.smoke, tmp_path / "smoke", ignore=shutil.ignore_patterns("search"))
+    shutil.copytree(
+        shared.smoke, tmp_path / "smoke", ignore=shutil.ignore_patterns("search", workdir.LOCK)
+    )
     return (*shared.smoke_flags, f"--workdir={tmp_path / 'smoke'}")
 
 

@@ -26,6 +26,7 @@ from mpq_jax.quantizers import double_rounding, lsq
 from mpq_jax.supernet import bits as bit_configs
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import trace_layers
+from mpq_jax.supernet.rules import Rule
 from mpq_jax.supernet.scoring import make_score
 from mpq_jax.supernet.supernet import Supernet
 from mpq_jax.training.metrics import CompileCounter
@@ -42,9 +43,11 @@ def made():
 
 def test_layers_that_read_nothing_but_zeros_are_named(made):
     assert NET.layers_without_signal(made) == []
-    blank = INIT(NET, make_float_variables(), jnp.zeros_like(IMAGES))
-    named = NET.layers_without_signal(blank)
+    net = net_of(trace_layers(MODEL, SHAPE, rules=[Rule(weights=CHOICES, acts=CHOICES)]))
+    blank = INIT(net, make_float_variables(), jnp.zeros_like(IMAGES))
+    named = net.layers_without_signal(blank)
     assert named[0] == TABLE.names[0] and len(named) < len(TABLE)  # norms add their biases
+    assert net.layers_without_signal(INIT(net, make_float_variables(), IMAGES)) == []
 
 
 # One value.

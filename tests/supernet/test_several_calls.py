@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpq_jax.program.network import init_variables
 from mpq_jax.quantizers import lsq
 from mpq_jax.supernet.layer_table import trace_layers
 from mpq_jax.supernet.rules import Rule
@@ -34,10 +35,8 @@ class OneNorm(nn.Module):
 def bound(model, inputs, bits=8):
     table = trace_layers(model, inputs, rules=[Rule(weights=(bits,), acts=(bits,))])
     net = Supernet(model, table, quantizer=lsq.QUANTIZER)
-    variables = model.init(
-        jax.random.key(0), inputs, **({"train": False} if model == OneNorm() else {})
-    )
-    return net, variables, net.init(variables, inputs)
+    variables = init_variables(model, jax.random.key(0), inputs)
+    return net, variables, jax.jit(Supernet.init, static_argnums=0)(net, variables, inputs)
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -49,7 +48,7 @@ def test_sign_and_step_size_of_a_layer_are_those_of_all_calls(flipped):
     wanted = lsq.init_act_step(both, 8, signed=True)
     np.testing.assert_allclose(state.trainable.act_step_sizes[0, 0], wanted, rtol=1e-6)
     wanted = OneHead(flipped).apply(variables, inputs)
-    found = net.apply(state, net.table.max_config, inputs)
+    found = net.predict(state, net.table.max_config, inputs)
     error = jnp.sqrt(jnp.mean((found - wanted) ** 2) / jnp.mean(wanted**2))
     assert error < 0.03  # 8 bits of both signs; with the sign of the last call it would be 0.7
 

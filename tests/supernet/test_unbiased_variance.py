@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,12 @@ from mpq_jax.supernet.rules import Rule
 from mpq_jax.supernet.supernet import Supernet
 
 SHAPE, MOMENTUM = (4, 4, 3), 0.9
+INIT = jax.jit(Supernet.init, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=("net", "train"))
+def forward(net, subnet, inputs, *, train):
+    return net.forward(subnet, inputs, train=train)
 
 
 class Net(nn.Module):
@@ -28,14 +35,14 @@ def test_running_variances_are_updated_as_by_pytorch(images):
     inputs = jax.random.normal(jax.random.key(0), (images, *SHAPE))
     biased = Supernet(Net(), table, quantizer=lsq.QUANTIZER)
     unbiased = dataclasses.replace(biased, unbiased_variance=True)
-    state = biased.init(drawn_variables(Net(), SHAPE, 0), inputs)
+    state = INIT(biased, drawn_variables(Net(), SHAPE, 0), inputs)
     subnet = biased.select(state, table.max_config)
     before, one, other = (
         stats["norm"]
         for stats in (
             subnet.batch_stats,
-            biased.forward(subnet, inputs, train=True).batch_stats,
-            unbiased.forward(subnet, inputs, train=True).batch_stats,
+            forward(biased, subnet, inputs, train=True).batch_stats,
+            forward(unbiased, subnet, inputs, train=True).batch_stats,
         )
     )
     np.testing.assert_array_equal(one["mean"], other["mean"])
@@ -51,10 +58,10 @@ def test_outputs_and_evaluation_are_the_same():
     inputs = jax.random.normal(jax.random.key(0), (2, *SHAPE))
     biased = Supernet(Net(), table, quantizer=lsq.QUANTIZER)
     unbiased = dataclasses.replace(biased, unbiased_variance=True)
-    state = biased.init(drawn_variables(Net(), SHAPE, 0), inputs)
+    state = INIT(biased, drawn_variables(Net(), SHAPE, 0), inputs)
     subnet = biased.select(state, table.max_config)
     for train in (True, False):
-        one, other = (net.forward(subnet, inputs, train=train) for net in (biased, unbiased))
+        one, other = (forward(net, subnet, inputs, train=train) for net in (biased, unbiased))
         np.testing.assert_array_equal(one.logits, other.logits)
     found = [net.recalibrate(state, table.max_config, inputs[None]) for net in (biased, unbiased)]
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):
