@@ -190,6 +190,7 @@ def test_images_are_read_by_known_options(file):
         assert config.data.folder.image_size == config.data.tfds.image_size
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("file", PUBLISHED_CSQ)
 def test_published_csq_grows_every_layer_but_shortcuts(file):
     config = get_config(file)

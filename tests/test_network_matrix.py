@@ -47,7 +47,7 @@ def net_of(case, rules):
     return net, network.init_variables(model, jax.random.key(0), case.inputs)
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_network_in_which_all_stays_float_is_the_model(name):
     case = CASES[name]

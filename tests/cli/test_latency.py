@@ -63,6 +63,7 @@ def test_the_file_is_what_a_search_reads(tmp_path, capsys, quick, flags):
     assert "float32 is timed" not in printed
 
 
+@pytest.mark.slow
 def test_a_backend_without_integers_is_said(tmp_path, capsys, quick, monkeypatch):
     multiply = latency.multiply
 

@@ -18,6 +18,7 @@ from helpers.programs import (
 
 from mpq_jax.configs import digits
 from mpq_jax.supernet import costs
+from mpq_jax.training.workdir import LOCK
 
 
 @pytest.fixture(scope="module")
@@ -29,30 +30,40 @@ LEVELS = (4, 3)  # of SMOKE
 
 
 class Searched(NamedTuple):
-    """One search by BitOPs, the same again, and one by bytes, of the same supernet."""
+    """A finished search.
+
+    Attributes:
+        directory: its results.
+        output: what was printed.
+        bits: texts of its bit files, by name.
+    """
 
     directory: Path
     output: str
-    first: dict[str, str]
-    again: dict[str, str]
-    again_output: str
-    bytes_directory: Path
-    bytes_output: str
+    bits: dict[str, str]
+
+
+def results(workdir: Path, output: str) -> Searched:
+    files = sorted((workdir / "search").glob("bits_*.json"))
+    return Searched(workdir / "search", output, {path.name: path.read_text() for path in files})
 
 
 @pytest.fixture(scope="module")
-def searched(shared, tmp_path_factory) -> Searched:
-    directory = tmp_path_factory.mktemp("searched")
-    by_bytes = directory / "bytes"
-    shutil.copytree(shared.smoke, by_bytes)
-    smoke = (*shared.smoke_flags, f"--workdir={shared.smoke}")
-    output = call("search", *smoke)
-    written = sorted((shared.smoke / "search").glob("bits_*.json"))
-    first = {path.name: path.read_text() for path in written}
-    bytes_output = call(
+def searched(shared) -> Searched:
+    """A search by BitOPs."""
+    output = call("search", *shared.smoke_flags, f"--workdir={shared.smoke}")
+    return results(shared.smoke, output)
+
+
+@pytest.fixture(scope="module")
+def by_bytes(shared, tmp_path_factory) -> Searched:
+    """A search by bytes, of the same supernet."""
+    workdir = tmp_path_factory.mktemp("bytes") / "run"
+    shutil.copytree(shared.smoke, workdir, ignore=shutil.ignore_patterns(LOCK))
+    output = call(
         "search",
         *shared.smoke_flags,
-        f"--workdir={by_bytes}",
+        f"--workdir={workdir}",
         "--config.search.cost=bytes",
         "--config.search.levels=()",
         "--config.search.budgets=(2000.0, 1500.0)",
@@ -61,19 +72,7 @@ def searched(shared, tmp_path_factory) -> Searched:
         "--config.search.max_accuracy_drop=20.0",
         "--config.search.limits.bitops=3e6",
     )
-    alike = {"devices": 8, "cache": shared.cache}  # so that what was compiled here serves there
-    smoke += ("--config.device_count=1",)
-    code, again_output = run("search.py", *smoke, output=directory / "again.txt", **alike)
-    assert code == 0, again_output
-    return Searched(
-        directory=shared.smoke / "search",
-        output=output,
-        first=first,
-        again={path.name: path.read_text() for path in written},
-        again_output=again_output,
-        bytes_directory=by_bytes / "search",
-        bytes_output=bytes_output,
-    )
+    return results(workdir, output)
 
 
 def test_writes_bits_within_each_budget(searched, table):
@@ -84,11 +83,12 @@ def test_writes_bits_within_each_budget(searched, table):
         assert cost <= costs.bitops(table, table.uniform(level, level))
 
 
-def test_writes_bits_within_budgets_of_bytes(searched, table):
-    found = read_bits(searched.bytes_directory, table)
+@pytest.mark.slow
+def test_writes_bits_within_budgets_of_bytes(by_bytes, table):
+    found = read_bits(by_bytes.directory, table)
     for budget in (2000, 1500):
         assert costs.model_bytes(table, found[f"bits_{budget / 1024:.4g}_KiB"]) <= budget
-    assert "KiB" in searched.bytes_output
+    assert "KiB" in by_bytes.output
 
 
 def test_writes_tables_and_plots(searched, table):
@@ -115,23 +115,34 @@ def test_writes_tables_and_plots(searched, table):
     assert all(f"{level}-bit level" in page for level in LEVELS)
 
 
-def test_a_search_again_scores_nothing_anew(searched):
-    """Another strategy asked for other things in between; its scores have a place of their own."""
+@pytest.mark.slow
+def test_a_search_again_scores_nothing_anew(searched, shared, tmp_path):
+    """In a process of its own, as a user runs it."""
+    code, output = run(
+        "search.py",
+        *shared.smoke_flags,
+        f"--workdir={shared.smoke}",
+        "--config.device_count=1",
+        output=tmp_path / "again.txt",
+        devices=8,  # as here, so that what was compiled serves there
+        cache=shared.cache,
+    )
+    assert code == 0, output
     first = re.search(r"(\d+) configurations scored", searched.output)
-    again = re.search(r"(\d+) configurations scored", searched.again_output)
-    assert int(first[1]) > 50 and again[1] == "0"
-    assert f"0 configurations scored, {first[1]} known before" in searched.again_output
-    assert searched.again == searched.first
+    assert int(first[1]) > 50
+    assert f"0 configurations scored, {first[1]} known before" in output
+    assert results(shared.smoke, output).bits == searched.bits
 
 
-def test_a_tolerance_finds_cheap_bits_that_are_good_enough(searched, table):
+@pytest.mark.slow
+def test_a_tolerance_finds_cheap_bits_that_are_good_enough(by_bytes, table):
     (bits,) = [
         bits
-        for name, bits in read_bits(searched.bytes_directory, table).items()
+        for name, bits in read_bits(by_bytes.directory, table).items()
         if name.startswith("bits_within")
     ]
     table.check(bits)
-    with (searched.bytes_directory / "results.csv").open() as file:
+    with (by_bytes.directory / "results.csv").open() as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     lost = float(rows["uniform 6/6"]["validation_accuracy"]) - float(
         rows["within 20 points"]["validation_accuracy"]

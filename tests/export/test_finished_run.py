@@ -199,6 +199,7 @@ def test_bits_of_other_layers_or_candidates_are_refused(workdirs, exported, tmp_
         finished_run.load(workdirs("double_rounding"), file)
 
 
+@pytest.mark.slow
 def test_what_is_no_finished_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run: there is no config.json"):
         finished_run.load(tmp_path, "uniform:4")
@@ -238,6 +239,7 @@ def test_inputs_without_step_sizes_of_their_own_are_refused(exported):
         exported_model.quantized_layers(exported._replace(bits=wide))
 
 
+@pytest.mark.slow
 def test_reading_leaves_a_damaged_checkpoint_where_it_is(tmp_path):
     """Only what goes on writing in a workdir may set a checkpoint aside."""
     make_run(tmp_path, "double_rounding", done=False)
@@ -251,6 +253,7 @@ def test_reading_leaves_a_damaged_checkpoint_where_it_is(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_paths_are_read_as_users_write_them(workdirs, tmp_path, monkeypatch):
     workdir = workdirs("double_rounding")
     table = experiment.build(make_config("double_rounding")).table

@@ -113,6 +113,7 @@ def test_unknown_padding_is_refused():
         trace_layers(model, (32, 32, 3))
 
 
+@pytest.mark.slow
 def test_blocks_drop_whole_images_and_only_in_training():
     block = Block(4, 1, 2, 3, "same", drop_path=0.5)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4, 4, 4)), jnp.float32)
@@ -148,6 +149,7 @@ def test_stochastic_depth_grows_with_the_block():
     np.testing.assert_allclose(rates, 0.2 * np.arange(16) / 16, rtol=1e-6)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("train", [False, True])
 def test_output_is_one_row_of_logits_per_image(train):
     model = make_model("efficientnet_lite1", num_classes=12)

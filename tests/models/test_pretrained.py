@@ -320,6 +320,7 @@ def numbers(arrays):
     return np.sort(np.concatenate([np.ravel(array) for array in arrays]))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_finds_its_place(name):
     state, model, options, expected = CASES[name]

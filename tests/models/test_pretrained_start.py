@@ -93,6 +93,7 @@ def test_training_begins_with_the_weights_of_the_file(tmp_path):
     assert_same({"params": state.params, "batch_stats": state.batch_stats}, variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["plain", "rfquant"])
 def test_weights_that_are_not_finite_are_refused_before_training(tmp_path, method):
     path = tmp_path / "weights.safetensors"

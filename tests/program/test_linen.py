@@ -95,6 +95,7 @@ def init(model):
 forward = jax.jit(network.forward, static_argnames=("model", "train"))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("model", MOVING)
 def test_evaluation_leaves_statistics_and_drops_nothing(model, images):
     variables = init(model)

@@ -29,6 +29,7 @@ def error(w, step, bits):
 KINDS = ("normal", "uniform", "heavy tails", "one outlier")
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_steps_are_by_three_sigma_below_six_bits_and_by_the_error_above(kind, bits):
@@ -72,6 +73,7 @@ def test_inputs_of_zeros_start_as_normal_ones(bits, signed):
     np.testing.assert_allclose(step, lsq.init_act_step(drawn, bits, signed=signed), rtol=0.02)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_kernel_of_zeros_learns(bits):
     """Gradients pass as far as the first range goes, so the kernel reaches its target."""

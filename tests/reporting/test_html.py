@@ -199,6 +199,7 @@ def test_equal_reports_give_equal_bytes(tmp_path):
     assert written(tmp_path, made_report()) == written(tmp_path, made_report())
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("changed", "told"),
     [

@@ -81,6 +81,7 @@ def texts(kind, tmp_path):
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("kind", ["frontier", "bits", "scheme", "growth"])
 def test_the_ending_of_the_path_decides_and_equal_plots_are_equal_svgs(tmp_path, kind):
     paths = [tmp_path / "one.svg", tmp_path / "other.svg"]
@@ -188,6 +189,7 @@ def test_a_training_run_without_an_epoch_is_drawn(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_importing_the_library_leaves_the_users_plots_alone():
     code = (
         "import matplotlib; matplotlib.use('svg'); import mpq_jax.reporting.plots; "

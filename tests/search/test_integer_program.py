@@ -155,6 +155,7 @@ def test_layers_of_very_different_weight_all_count():
     check(solve(FREE, objective, budgets, count=10), brute_force(objective, budgets), budgets)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(("large", "huge"), [(1e4, 1e9), (1e7, 1e15), (1e7, 1e300)])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_huge_entry_hides_no_other(seed, large, huge):

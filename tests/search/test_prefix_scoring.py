@@ -317,6 +317,7 @@ def test_memory_is_kept_within_its_bound(made, score, monkeypatch):
     assert most[prefix_scoring.MEMORY] > 2 * 12 * one  # so that there was something to keep back
 
 
+@pytest.mark.slow
 def test_images_are_split_over_devices(made, score):
     bits = config(POPULATIONS["neighbors"])
     wanted = score(bits, IMAGES, LABELS)
@@ -402,6 +403,7 @@ def test_a_model_without_cuts_shares_nothing():
     assert counter.counts["score_configs"] == 1 and not counter.counts["run_segment"]
 
 
+@pytest.mark.slow
 def test_the_greedy_descent_takes_the_same_path(made):
     """Moves are chosen by the smallest of many scores; none may be another for rounding."""
     cost = costs.cost_table(TABLE, "bitops")

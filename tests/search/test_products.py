@@ -99,6 +99,7 @@ def test_a_search_chooses_the_bits_of_products(state):
     assert (np.abs(of_products[..., -1]) > 1e-6).all(), "2 bits of an operand change nothing"
 
 
+@pytest.mark.slow
 def test_limits_of_all_that_is_stored_are_met(state):
     everything = costs.total(TABLE, costs.cost_table(TABLE, "stored_bytes"), TABLE.uniform(4, 4))
     report = mpq.search(

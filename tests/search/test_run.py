@@ -220,7 +220,6 @@ def same(one, other):
         jax.tree.map(np.testing.assert_array_equal, first.bits, second.bits)
 
 
-@pytest.mark.slow
 def test_a_search_again_scores_nothing_and_ends_alike(tmp_path):
     first = search(cache=tmp_path)
     again = search(cache=str(tmp_path))
@@ -238,6 +237,7 @@ def test_seeds_decide_all_that_is_drawn():
     assert not np.array_equal(search(seed=6).scored, usual().scored)
 
 
+@pytest.mark.slow
 def test_without_test_or_training_images_the_validation_images_are_taken():
     given = search(calibration_images=None)
     whole = search(calibration_images=IMAGES)
@@ -328,6 +328,7 @@ def without_scores(is_broken):
     return make_broken
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("strategy", ["ilp", "hybrid"])
 def test_a_drop_is_searched_where_low_limits_need_bits_without_a_score(strategy, monkeypatch):
     """Both forbid such bits, and then nothing is within the least limit."""

@@ -194,6 +194,7 @@ def repeat_line(content, generator):
     return b"".join([*lines, lines[generator.integers(len(lines))]])
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("mutate", [flip, replace_by_digit, drop_bytes, write_zeros, repeat_line])
 @pytest.mark.parametrize("seed", range(20))
 def test_damage_never_gives_a_wrong_score(path, mutate, seed, caplog):

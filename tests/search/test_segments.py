@@ -40,6 +40,7 @@ def blocks(sizes):
     return [["stem_conv", names[0]], *([name] for name in names[1:-1]), [names[-1], "head"]]
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 def test_cifar_resnets_are_cut_into_their_blocks(shortcut):
     model = ResNetCifar(10, blocks_per_stage=2, width=4, shortcut=shortcut)
@@ -73,6 +74,7 @@ def test_mobilenet_is_cut_inside_blocks_without_a_shortcut():
     assert found == wanted
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", MODELS)
 def test_norms_stay_with_their_layers(name):
     """A segment begins with what a norm has scaled, and depends on no bits of another's layer."""

@@ -209,7 +209,7 @@ def check_close(found, wanted):
 CONFIGS = {"a": {"scores": (4, 8), "mix": (2, 4)}, "b": {"scores": (8, 2), "mix": (4, 8)}}
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_both_operands_are_quantized_at_their_own_bits(table, variables, name):
     net = Supernet(TinyVit(), table, quantizer=QUANTIZERS[name])

@@ -188,6 +188,7 @@ def test_every_device_gets_its_part_of_the_configurations(made):
     assert ticks_of(lambda: split(configs(1, 9), images, labels)) == {"forward": 9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", ["batch", "stored"])
 def test_images_are_split_over_devices(made, norms):
     split_score = make_score(NET, made, metric="loss", norms=norms)

@@ -328,6 +328,7 @@ def test_layer_traces_are_those_of_the_kernels_in_the_order_of_the_table():
     assert table.names == NET_LAYERS
 
 
+@pytest.mark.slow
 def test_layer_traces_compile_once_for_equal_models_and_need_no_norm():
     draws = [drawn_variables(Net(norm=False), SHAPE, seed) for seed in (0, 1)]
     assert set(draws[0]) == {"params"}

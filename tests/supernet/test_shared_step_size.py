@@ -78,7 +78,7 @@ def test_double_rounding_takes_the_step_size_of_the_highest_bits(float_ends, w, 
     )
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["double_rounding", "double_rounding_unshared", "lsq"])
 def test_only_the_step_sizes_that_serve_get_a_gradient_and_are_marked(float_ends, name):
     net, bits = net_of(FLOAT_ENDS, QUANTIZERS[name]), float_ends_config(3, 2)
@@ -105,6 +105,7 @@ def test_only_the_step_sizes_that_serve_get_a_gradient_and_are_marked(float_ends
     assert all(paths.flatten(used.params)[f"{name}/kernel"] for name in FLOAT_ENDS.names)
 
 
+@pytest.mark.slow
 def test_the_highest_bits_are_those_of_the_layer(float_variables):
     rules = [Rule("^depthwise$", weights=(3, 2), acts=(4, 3, 2)), Rule(weights=CHOICES, acts=8)]
     table = trace_layers(MODEL, (8, 8, 2), rules=rules)

@@ -354,6 +354,7 @@ def test_used_rows_marks_what_some_configuration_names(made):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_without_banks_all_bits_share_one_norm(float_variables):
     net = net_of(TABLE.with_bn_banks("shared"))
     made = INIT(net, float_variables, IMAGES)

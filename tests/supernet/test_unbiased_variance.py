@@ -29,6 +29,7 @@ class Net(nn.Module):
         return nn.Dense(2, name="head")(nn.relu(x).mean((1, 2)))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("images", [2, 7])
 def test_running_variances_are_updated_as_by_pytorch(images):
     table = trace_layers(Net(), SHAPE, rules=[Rule(weights=(8,), acts=(8,))])

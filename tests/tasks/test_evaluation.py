@@ -53,6 +53,7 @@ def expected(images, labels, w):
     return (logits.argmax(-1) == labels).mean(), -log_p[np.arange(len(labels)), labels].mean()
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("size", [20, 8, 7])
 @pytest.mark.parametrize("bits", [None, 1, 3])
 def test_score_is_the_mean_over_all_images(data, size, bits):

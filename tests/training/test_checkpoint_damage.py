@@ -153,6 +153,7 @@ def without_values(checksums: dict) -> dict:
     return {name: checksum for name, checksum in checksums.items() if "d/" not in name}
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -132,6 +132,7 @@ print(sorted(os.listdir(directory)))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_the_older_checkpoint_stays(tmp_path):
     command = [sys.executable, "-c", FULL, str(tmp_path)]
     process = subprocess.run(

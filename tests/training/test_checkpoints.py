@@ -39,6 +39,7 @@ def test_restores_every_bit_onto_any_number_of_devices(tmp_path, saved_on, resto
     assert state.params["conv"]["kernel"].sharding == replicated(make_mesh(restored_on))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", ["[lab]/exp[1]", "*", "a?b", "[!a]{x,y}", "%20 #1", "x/../y"])
 def test_any_name_of_a_directory_is_only_a_name(tmp_path, name):
     """Orbax merges its files by a pattern, in which the directory's own name must be none."""
@@ -74,6 +75,7 @@ def make_split_state(step: int, *, device_count: int) -> dict[str, Any]:
     return split(state, device_count)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("saved_on, restored_on", [(8, 8), (8, 4), (8, 1), (1, 8)])
 def test_arrays_split_over_devices_come_back_split_over_others(tmp_path, saved_on, restored_on):
     with open_manager(tmp_path) as manager:

@@ -64,6 +64,7 @@ sys.exit(3)
 """
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("second", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 3), (signal.SIGHUP, 3)]
 )

@@ -111,6 +111,7 @@ def test_logits_equal(name):
     check_equal(run(to_onnx(exported), images), logits_of(exported, images))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     "how",
     [{"level": LEVELS.ORT_DISABLE_ALL}, {"level": LEVELS.ORT_ENABLE_BASIC}, {}, {"fold": True}],
@@ -249,6 +250,7 @@ def test_metadata(resnet):
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+@pytest.mark.slow
 def test_later_opsets_store_two_bits_in_two():
     model, shape = MODELS["resnet8"]
     exported = make_exported(model, shape)

@@ -36,7 +36,7 @@ def test_both_operands_are_quantized():
     assert not rounded & turned, "moved between quantizer and product"
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("operand", ["weights", "acts"])
 def test_a_float_operand_stays_float(operand):
     other = "acts" if operand == "weights" else "weights"

@@ -130,6 +130,7 @@ def test_logits_are_those_of_training(path, reference):
     check_close(logits_of(path, reference[0]), reference[1])
 
 
+@pytest.mark.slow
 def test_norms_that_are_kept_come_back_as_they_were(exported, reference, tmp_path):
     writer.save(tmp_path / "kept", exported, norms="kept")
     packed, subnet = network.load(tmp_path / "kept"), exported_model.select(exported)

@@ -96,6 +96,7 @@ def regularizer(planes, given, beta):
     return budget.regularizer(planes, given, jnp.float32(given.target), jnp.float32(beta))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("beta", [1.0, 6.0])
 @pytest.mark.parametrize("target", [0.5, 3.0])

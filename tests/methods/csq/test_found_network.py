@@ -128,7 +128,7 @@ def test_the_found_network_predicts_as_the_binarized_one(case):
     assert len(np.unique(logits, axis=0)) == len(images)
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_found_kernels_are_integers_by_hand(case):
     made_method, state, _, found = found_case(case)

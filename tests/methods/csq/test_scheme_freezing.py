@@ -94,7 +94,7 @@ def test_the_freeze_meets_the_budget_and_keeps_everything_else(warnings):
     assert made_method.summary(after)["mean_planes_by_layer"] == 2.0
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("rewind_bits", [False, True])
 @pytest.mark.parametrize(("least", "counts"), [(0, [0, 4]), (1, [1, 3]), (2, [2, 2])])
 def test_the_freeze_leaves_every_layer_its_least_planes(least, counts, rewind_bits, warnings):

@@ -35,6 +35,7 @@ def test_one_program_serves_all_phases(build):
     assert trained(build).compiled == 1
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("build", BUILDERS)
 def test_training_is_learning(build):
     run = trained(build)

@@ -233,6 +233,7 @@ class Unnormed(nn.Module):
         return nn.Dense(3, name="head")(nn.Dense(4, name="wide")(x.mean((1, 2))))
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("place", FEATURES)
 def test_layers_without_a_norm_speak_for_themselves(place):
     model, images = Unnormed(), jax.random.normal(KEY, (4, *SHAPE))

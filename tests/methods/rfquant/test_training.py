@@ -466,6 +466,7 @@ def test_with_all_elements_off_a_step_is_plain_quantized_training(variables, bat
     )
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("epochs", [1, 2, 40])
 def test_runs_of_any_length_can_be_made_and_traced(variables, batch, epochs):
     run = TrainingInfo(epochs, 1, RUN.prepare)
