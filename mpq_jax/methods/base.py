@@ -8,11 +8,11 @@ from jaxtyping import Array, Key
 from mpq_jax.parallel.grad_accumulation import BatchPartition
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
-from mpq_jax.supernet.state import SupernetState, TrainableParams
+from mpq_jax.supernet.state import SupernetState
 from mpq_jax.supernet.supernet import Supernet
 
 PyTree = Any
-Batch = dict[str, Array]  # "image" [batch, ...] as read from the dataset, "label" int32 [batch]
+Batch = dict[str, PyTree]  # "image" [batch, ...] as read from the dataset, "label" int32 [batch]
 
 
 class TrainingInfo(NamedTuple):
@@ -90,8 +90,8 @@ class Method(NamedTuple):
         net: supernet for search and export; None: the method has none.
         load_warm_start: `(checkpoint, float variables or their shapes) -> initial variables`, read
             from the checkpoint of another run; raises ValueError if they do not fit.
-        step_sizes: `state -> TrainableParams` that holds the step sizes as the optimizer leaves
-            them, not averaged; None: the method has none.
+        layers_at_floor: `state -> names` of the layers with a step size that has shrunk to
+            nothing, see `supernet.layers_at_floor`.
         summary: `state -> numbers` to log at the end of every epoch.
         scheme: `variables -> LearnedScheme` for methods that learn the bits; None for others.
         curves: `logged metrics -> TrainingCurves` for methods that learn the bits; None for others.
@@ -106,7 +106,7 @@ class Method(NamedTuple):
     predict: Callable[[PyTree, Any, Array], Array]
     net: Supernet | None
     load_warm_start: Callable[[dict[str, Any], PyTree], PyTree]
-    step_sizes: Callable[[PyTree], TrainableParams] | None = None
+    layers_at_floor: Callable[[PyTree], list[str]] = lambda state: []
     summary: Callable[[PyTree], dict[str, float]] = lambda state: {}
     scheme: Callable[[PyTree], LearnedScheme] | None = None
     curves: Callable[[list[dict[str, Any]]], TrainingCurves] | None = None

@@ -161,7 +161,7 @@ def _map_configs(
 ):
     measure = METRICS[metric]
 
-    def logits_of(bits: BitConfig) -> Array:
+    def logits_of(bits: BitConfig) -> Any:
         subnet = net.select_quantized(state, quantized, bits)
         if norms == "recalibrated":
             subnet = subnet._replace(batch_stats=net.norm_statistics(subnet, calibration))

@@ -28,9 +28,14 @@ def check(logits: Any, labels: Any) -> None:
 
 
 def cross_entropy(
-    logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"], *, smoothing: float
+    logits: Any, labels: Int[Array, "*batch"], *, smoothing: float
 ) -> Float[Array, ""]:
     """Computes the label-smoothed cross-entropy, in nats.
+
+    Args:
+        logits: float [*batch, classes]; anything else is refused by `check`.
+        labels: one for each row of logits.
+        smoothing: label smoothing, 0 to 1.
 
     The loss of an image is `(1 - smoothing) nll + smoothing * mean(-log p)`, with the mean over the
     classes.

@@ -16,7 +16,6 @@ import numpy as np
 from mpq_jax.methods import Method
 from mpq_jax.parallel import mesh
 from mpq_jax.quantizers.lsq import MIN_STEP_SIZE
-from mpq_jax.supernet.supernet import layers_at_floor
 from mpq_jax.training import checkpoints, nonfinite
 from mpq_jax.training.config_record import Config
 from mpq_jax.training.experiment import Experiment, eval_batches, whole_variables
@@ -164,10 +163,7 @@ def warn_of_floor(
     watch: Watch, method: Method, state: Any, known: frozenset[str]
 ) -> frozenset[str]:
     """Tells of layers whose step sizes have shrunk to nothing since they were last looked at."""
-    if method.step_sizes is None:
-        return known
-    found = layers_at_floor(method.table, method.step_sizes(state))
-    new = [name for name in found if name not in known]
+    new = [name for name in method.layers_at_floor(state) if name not in known]
     if new:
         watch.say(
             f"warning: step sizes of {nonfinite.shorten(new)} have shrunk to {MIN_STEP_SIZE:g}, so "

@@ -30,7 +30,7 @@ from mpq_jax.quantizers import bit_planes
 from mpq_jax.supernet import costs
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.state import TrainableParams
-from mpq_jax.supernet.supernet import clip_step_sizes
+from mpq_jax.supernet.supernet import clip_step_sizes, layers_at_floor
 from mpq_jax.tasks import classification
 
 PyTree = Any
@@ -168,7 +168,7 @@ def _method(plan: Plan) -> Method:
     optimizer = make_optimizer(plan)
 
     @jax.jit
-    def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
+    def init(variables: PyTree, images: PyTree, labels=None) -> TrainState:
         del labels
         trainable, batch_stats, signed = networks.init(
             network,
@@ -216,7 +216,7 @@ def _method(plan: Plan) -> Method:
         predict=functools.partial(networks.predict, network),
         net=None,
         load_warm_start=float_variables,
-        step_sizes=lambda state: state.trainable.around,
+        layers_at_floor=lambda state: layers_at_floor(network.net.table, state.trainable.around),
         summary=make_summary(plan),
         scheme=functools.partial(networks.learned_scheme, network),
         curves=functools.partial(training_curves, network.table.names),

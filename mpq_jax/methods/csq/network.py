@@ -145,7 +145,7 @@ def with_planes(
 def init(
     network: Network,
     variables: PyTree,
-    images: Float[Array, "batch ..."],
+    images: PyTree,
     *,
     literal: bool,
     mask_start: float,

@@ -28,7 +28,7 @@ PyTree = Any
 class Example(NamedTuple):
     """A prepared batch, the same for all precisions of a step."""
 
-    images: Float[Array, "batch ..."]
+    images: PyTree
     labels: Int[Array, " batch"]
     dropout_key: Key[Array, ""]
 

@@ -18,7 +18,7 @@ from mpq_jax.supernet import sensitivity
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.state import SupernetState
-from mpq_jax.supernet.supernet import Supernet, expand_bn_banks
+from mpq_jax.supernet.supernet import Supernet, expand_bn_banks, layers_at_floor
 
 PyTree = Any
 
@@ -60,9 +60,7 @@ def make(model: Any, table: LayerTable, options: MixedOptions, run: TrainingInfo
     learner = make_learner(net, options, run, max_bits=max(levels))
 
     @jax.jit
-    def build(
-        variables: PyTree, images: Float[Array, "batch ..."], traces: sensitivity.Trace
-    ) -> TrainState:
+    def build(variables: PyTree, images: PyTree, traces: sensitivity.Trace) -> TrainState:
         if isinstance(variables, SupernetState):
             state = jax.tree.map(jnp.array, expand_bn_banks(table, variables))
         else:
@@ -78,7 +76,7 @@ def make(model: Any, table: LayerTable, options: MixedOptions, run: TrainingInfo
             traces.standard_error,
         )
 
-    def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
+    def init(variables: PyTree, images: PyTree, labels=None) -> TrainState:
         if labels is None:
             raise ValueError("Hessian traces need labels: call init(variables, images, labels)")
         traces = hessian_traces(net, options, variables, images, labels)
@@ -118,7 +116,7 @@ def make(model: Any, table: LayerTable, options: MixedOptions, run: TrainingInfo
         predict=net.apply,
         net=net,
         load_warm_start=functools.partial(supernet_or_float_variables, net),
-        step_sizes=lambda state: state.variables.trainable,
+        layers_at_floor=lambda state: layers_at_floor(table, state.variables.trainable),
     )
 
 

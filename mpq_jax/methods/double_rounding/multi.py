@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from mpq_jax.methods.base import Batch, Method, MethodFamily, TrainingInfo
 from mpq_jax.methods.double_rounding.learner import Example, Gradient, Learner, make_learner
@@ -13,7 +13,7 @@ from mpq_jax.methods.warm_start import float_variables
 from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.state import SupernetState
-from mpq_jax.supernet.supernet import Supernet
+from mpq_jax.supernet.supernet import Supernet, layers_at_floor
 
 PyTree = Any
 
@@ -47,7 +47,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
     learner = make_learner(net, options, run, max_bits=max(levels))
 
     @jax.jit
-    def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
+    def init(variables: PyTree, images: PyTree, labels=None) -> TrainState:
         del labels
         state = net.init(variables, images)
         opt_state = learner.init_optimizer(state.trainable)
@@ -70,7 +70,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
         predict=net.apply,
         net=net,
         load_warm_start=float_variables,
-        step_sizes=lambda state: state.variables.trainable,
+        layers_at_floor=lambda state: layers_at_floor(table, state.variables.trainable),
     )
 
 

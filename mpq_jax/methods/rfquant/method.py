@@ -23,7 +23,7 @@ from mpq_jax.supernet.bits import BitConfig
 from mpq_jax.supernet.layer_table import LayerTable
 from mpq_jax.supernet.rules import CONVOLUTIONS
 from mpq_jax.supernet.state import SupernetState, TrainableParams
-from mpq_jax.supernet.supernet import Supernet, clip_step_sizes
+from mpq_jax.supernet.supernet import Supernet, clip_step_sizes, layers_at_floor
 from mpq_jax.tasks import classification
 
 PyTree = Any
@@ -50,7 +50,7 @@ class TrainState(NamedTuple):
 class Examples(NamedTuple):
     """A prepared batch."""
 
-    images: Float[Array, "batch ..."]
+    images: PyTree
     labels: Int[Array, " batch"]
 
 
@@ -147,7 +147,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
         functools.partial(_finish, context, optimizer),
     )
 
-    def init(variables: PyTree, images: Float[Array, "batch ..."], labels=None) -> TrainState:
+    def init(variables: PyTree, images: PyTree, labels=None) -> TrainState:
         del labels
         state = net.init(variables, images)
         average = jax.tree.map(jnp.array, state) if options.ema_decay > 0 else None
@@ -179,7 +179,7 @@ def make(model: Any, table: LayerTable, options: Options, run: TrainingInfo) -> 
         predict=net.apply,
         net=net,
         load_warm_start=float_variables,
-        step_sizes=lambda state: state.variables.trainable,
+        layers_at_floor=lambda state: layers_at_floor(table, state.variables.trainable),
     )
 
 
