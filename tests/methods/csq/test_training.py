@@ -72,6 +72,7 @@ def test_the_scheme_grows_to_the_budget():
     means = [run.method.summary(state)["mean_planes_by_layer"] for state in (run.first, run.last)]
     assert means[0] == PLANES and abs(means[1] - 2.0) <= 0.1
     assert run.method.summary(run.last)["undecided_masks"] == 0
+    assert run.method.layers_at_floor(run.last) == []
 
 
 def test_the_temperature_rises_twice():

@@ -62,6 +62,7 @@ def mixed_start(several, batch):
     method = made(MIXED)
     given = snapshot(several[1])
     state = method.init(several[1], batch["image"], batch["label"])
+    assert method.layers_at_floor(state) == []
     return method, state, given
 
 
