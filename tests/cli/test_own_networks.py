@@ -5,6 +5,8 @@ import shutil
 import pytest
 from helpers.programs import SMOKE, call, last_arrays, saved_steps
 
+from mpq_jax.cli.main import main
+
 SOURCE = """
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ def by_hand(num_classes, width=4):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rfquant", "double_rounding", "csq"])
 @pytest.mark.parametrize("name", ["Net", "by_hand"])
-def test_a_network_of_any_library_goes_the_whole_way(name, method, tmp_path):
+def test_a_network_of_any_library_goes_the_whole_way(name, method, tmp_path, capsys):
     (tmp_path / "networks.py").write_text(SOURCE)
     workdir, again = tmp_path / "run", tmp_path / "again"
     flags = (
@@ -66,5 +68,7 @@ def test_a_network_of_any_library_goes_the_whole_way(name, method, tmp_path):
         bits = ("--bits=uniform:4",)
     for ending in ("safetensors", "stablehlo", "onnx"):
         file = tmp_path / f"net.{ending}"
-        call("export", f"--workdir={workdir}", *bits, f"--out={file}")
-        assert "top-1" in call("verify", str(file), "--tolerance=0.3")
+        assert main(["export", f"--workdir={workdir}", *bits, f"--out={file}"]) == 0
+        capsys.readouterr()
+        assert main(["verify", str(file), f"--workdir={workdir}", "--tolerance=0.3"]) == 0
+        assert "top-1" in capsys.readouterr().out
