@@ -232,12 +232,12 @@ SEARCH_OF_MIXED_REFUSALS = {
     "latency file": ({"limits.latency": 1.0, "latency": "nowhere.json"}, "nowhere.json"),
     "low budget": (
         {"levels": (), "budgets": (1.5,)},
-        "mean_bits cannot be met; .* should be -inf to 1.5 and the reachable range is 2 to 8",
+        "mean_bits cannot be met; .* should be -inf to 1.5 bits and the reachable range is 2 to 8",
     ),
     "low limit": (
         {"limits.bytes": 1000.0},
-        "limit on bytes cannot be met; .*limit on bytes should be -inf to 1000 and the reachable "
-        "range is 1936 to 5392",
+        "limit on bytes cannot be met; .*limit on bytes should be -inf to 1000 bytes and the "
+        "reachable range is 1936 to 5392",
     ),
 }
 
