@@ -1,13 +1,11 @@
 """What `mpq train` and `mpq search` share: one program in a workdir, signals, disks, paths."""
 
-import contextlib
 import errno
 import os
 import re
 import shutil
 import signal
 import socket
-import threading
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from helpers.programs import (
     refusal,
     run,
     saved_steps,
+    signalled,
     start,
     wait_for,
 )
@@ -125,27 +124,6 @@ def test_two_processes_are_refused_together_and_stop_together_at_ctrl_c(tmp_path
 
 
 # Signals.
-
-
-@contextlib.contextmanager
-def signalled(number: int, is_time):
-    """Sends this process a signal, which is harmless outside of the run, once it is time."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.01):
-            if is_time():
-                return os.kill(os.getpid(), number)
-
-    before = signal.signal(number, lambda *_: None)
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
-        signal.signal(number, before)
 
 
 @pytest.mark.slow

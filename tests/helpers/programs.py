@@ -126,16 +126,16 @@ def call(command: str, *flags: str, devices: int = 1, status: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def stopped_after(steps: int, workdir: Path):
-    """Stops a run in this process by SIGTERM, once it has logged some steps."""
+def signalled(number: int, is_time: Callable[[], bool]):
+    """Sends this process a signal, which is harmless outside of the run, once it is time."""
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.01):
-            if len(losses(entries(workdir))) >= steps:
-                return os.kill(os.getpid(), signal.SIGTERM)
+            if is_time():
+                return os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until the run minds it, and after
+    before = signal.signal(number, lambda *_: None)
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
@@ -143,7 +143,12 @@ def stopped_after(steps: int, workdir: Path):
     finally:
         ended.set()
         watcher.join()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def stopped_after(steps: int, workdir: Path):
+    """Stops a run in this process by SIGTERM, once it has logged some steps."""
+    return signalled(signal.SIGTERM, lambda: len(losses(entries(workdir))) >= steps)
 
 
 def start(program: str, *flags: str, output: Path, cache: Path | None = None, devices: int = 1):
